@@ -1,0 +1,68 @@
+# Two commands on a machine with Python >= 3.11, make and pip:
+#
+#   make demo      train, compare and save the demo's models
+#   make test      lint, types and the whole test suite
+#
+# Each makes .venv and installs what it needs at the versions of constraints.txt; a second run installs nothing.
+#
+# Variables (set one after the command, `make test PIP_ARGS=...`):
+#   PIP_ARGS       handed to pip: the place for the index of another PyTorch build (CUDA, ROCm or CPU)
+#   PYTHON         the interpreter that makes .venv (python3)
+#   CONSTRAINTS    versions to install (constraints.txt); /dev/null takes the newest that pyproject.toml admits
+#   PYTEST_ARGS    handed to pytest, e.g. '-n 2' or '-m "not slow"'
+#   ARGS           handed to `hf-hardattn demo` and `hf-hardattn bench`
+
+PYTHON ?= python3
+PIP_ARGS ?=
+CONSTRAINTS ?= constraints.txt
+PYTEST_ARGS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_READY := $(VENV)/.ready-demo
+TEST_READY := $(VENV)/.ready-test
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(PIP_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean distclean
+
+help:  ## Show the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: $(DEMO_READY)  ## Run the demo: three small ViTs, one table, one picture
+	$(BIN)/hf-hardattn demo $(ARGS)
+
+test: lint  ## Run ruff, mypy and the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(TEST_READY)  ## Run ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(DEMO_READY)  ## Measure speed and memory on this machine
+	$(BIN)/hf-hardattn bench $(ARGS)
+
+clean:  ## Remove caches and builds; keep .venv and outputs/
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## Remove .venv too, to install another PyTorch build
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "hf-hardattn needs Python >= 3.11; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The order-only prerequisite: a venv that exists is never remade because its interpreter looks old.
+$(DEMO_READY): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the demo's packages into $(VENV) (minutes the first time)"
+	$(PIP_INSTALL) -e '.[demo,vision]'
+	@touch $@
+
+$(TEST_READY): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the tests' packages into $(VENV) (minutes the first time)"
+	$(PIP_INSTALL) -e '.[all,dev]'
+	@touch $@ $(DEMO_READY)

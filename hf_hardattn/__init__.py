@@ -1,0 +1,35 @@
+"""Hard attention for Hugging Face Transformers: PEFT for where a model looks.
+
+Importing the package registers it; models are untouched until a config carries ``hard_attention``.
+"""
+
+from .config import HardAttentionConfig, SiteConfig
+from .errors import HardAttentionError
+from .losses import auxiliary_loss
+from .recording import Recording, record, replay, selectors
+from .registration import apply, execution, freeze_backbone, register, remove, set_reward, set_step, soft, status
+from .selection import Selection
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HardAttentionConfig",
+    "HardAttentionError",
+    "Recording",
+    "Selection",
+    "SiteConfig",
+    "apply",
+    "auxiliary_loss",
+    "execution",
+    "freeze_backbone",
+    "record",
+    "remove",
+    "replay",
+    "selectors",
+    "set_reward",
+    "set_step",
+    "soft",
+    "status",
+]
+
+register()

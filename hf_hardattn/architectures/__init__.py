@@ -1,0 +1,116 @@
+"""Architectures: where the sites of a model are, and the Hard classes that serve them. One file each; the file name is its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..budget import Budget
+from ..sites import HardLayers
+
+
+@dataclass
+class Tower:
+    """A stack of layers with its sites.
+
+    Attributes:
+        root: module below which ``classes`` are swapped. layers: its list of layers.
+        hard_layers: class the list takes. classes: stock class to Hard class.
+        kinds: of its sites, in the order they are listed.
+        attention: ``(layer, kind)`` to the module that hosts a ``self`` or ``cross`` selector.
+        hidden_size, heads: of the tower. source_size: D of the tower that cross-attention reads.
+        always, source_always: which row is kept always among its own rows, and among the source's (``first``, ``last`` or None).
+        causal: self-attention sees the past only.
+        source: name of the tower that cross-attention reads.
+        restore: whether the output takes its full length again unless the configuration says otherwise.
+        final_norm: LayerNorm behind the last layer; it must leave all-zero rows zero.
+    """
+
+    root: nn.Module
+    layers: nn.ModuleList
+    hard_layers: type[HardLayers]
+    classes: dict[type, type]
+    kinds: tuple[str, ...]
+    attention: Callable[[nn.Module, str], nn.Module]
+    hidden_size: int
+    heads: int
+    always: str | None
+    source_size: int = 0
+    source_always: str | None = None
+    source: str | None = None
+    causal: bool = False
+    restore: bool = False
+    final_norm: nn.LayerNorm | None = None
+
+    def sites(self, name: str) -> Iterator[tuple[str, str, int]]:
+        """Yield ``(site, kind, layer)`` of the tower called ``name``."""
+        for kind in self.kinds:
+            if kind == "inputs":
+                yield f"{name}.inputs", kind, 0
+            else:
+                for layer in range(len(self.layers._modules)):
+                    yield f"{name}.{kind}.{layer}", kind, layer
+
+    def host(self, kind: str, layer: int) -> tuple[nn.Module, str]:
+        """The module that holds a site's selector, and the attribute's name."""
+        block = self.layers[layer]
+        if kind == "inputs":
+            return block, "input_selector"
+        return (block, "selector") if kind == "tokens" else (self.attention(block, kind), "selector")
+
+
+@dataclass
+class Example:
+    """A tiny model and a batch for it, for the contract tests and for users who want to try."""
+
+    model: nn.Module
+    batch: dict[str, Any] = field(default_factory=dict)
+
+
+class Base:
+    """An architecture.
+
+    Class attributes:
+        family: prefix of the Transformers modules it serves.
+        all_towers: every tower name it knows. recommended: globs of the sites taken when the configuration names none.
+    """
+
+    family: ClassVar[str]
+    all_towers: ClassVar[tuple[str, ...]]
+    recommended: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def towers(cls, model: nn.Module) -> dict[str, Tower]:
+        """The towers of ``model``, empty when it is none of this architecture's models."""
+        raise NotImplementedError
+
+    @classmethod
+    def example_loss(cls, model: nn.Module, inputs: dict[str, Any], output: Any) -> Tensor | None:
+        """Task loss of each example, ``[B]`` detached; None when the output does not tell (the batch's loss then serves all)."""
+        raise NotImplementedError
+
+    @classmethod
+    def replace_inputs(
+        cls, model: nn.Module, batch: dict[str, Any], dropped: dict[str, Tensor], how: str, seed: int
+    ) -> dict[str, Any]:
+        """The batch with every dropped token or patch replaced.
+
+        Args:
+            dropped: tower to bool ``[B, N]``. how: ``noise`` | ``zero`` | ``swap`` (with another position's).
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def heads(cls) -> dict[str, Callable[..., Example]]:
+        """Head class name to a builder of its tiny example: odd, distinct sizes, no downloads."""
+        raise NotImplementedError
+
+
+def slots_after(budgets: list[Budget], n: int) -> int:
+    """Bound of the rows that survive budgets one after the other, each with one row kept always."""
+    for budget in budgets:
+        n = min(n, budget.slots(n - 1) + 1)
+    return n

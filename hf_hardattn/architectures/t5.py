@@ -1,0 +1,368 @@
+"""T5: `encoder.inputs`, `encoder.self.L`, `encoder.tokens.L`, `decoder.self.L`, `decoder.cross.L`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    EncoderDecoderCache,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    T5ForQuestionAnswering,
+    T5ForSequenceClassification,
+    T5ForTokenClassification,
+    T5Model,
+)
+from transformers.models.t5.modeling_t5 import T5Attention, T5Block
+
+from ..attention import keep_rows
+from ..selection import mask_to_indices
+from ..sites import AttentionSite, Cache, HardLayers, TowerState, wants_weights
+from ..stream import Stream, mask_rows, pack, unpack
+from . import Base, Example, Tower
+
+
+class HardT5Attention(AttentionSite, T5Attention):
+    """``T5Attention`` over the keys its selector keeps."""
+
+    site_scale = 1.0
+
+    @property
+    def site_dropout(self) -> float:
+        return self.dropout
+
+    def _split(self, states: Tensor) -> Tensor:
+        return states.unflatten(-1, (-1, self.key_value_proj_dim)).transpose(1, 2)
+
+    def project_query(self, states: Tensor) -> Tensor:
+        return self._split(self.q(states))
+
+    def project_key(self, states: Tensor) -> Tensor:
+        return self._split(self.k(states))
+
+    def project_value(self, states: Tensor) -> Tensor:
+        return self._split(self.v(states))
+
+    def forward(
+        self,
+        hidden_states,
+        mask=None,
+        key_value_states=None,
+        position_bias=None,
+        past_key_values=None,
+        gates=None,
+        cross_gates=None,
+        made=None,
+        **kwargs,
+    ):
+        cross = key_value_states is not None
+        gates = cross_gates if cross else gates
+        if self.active_selector() is None and gates is None:
+            return super().forward(hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs)
+        cache = self._cache(past_key_values, cross)
+        past = 0 if cache is None else cache.past
+        if position_bias is None and self.has_relative_attention_bias:
+            queries = hidden_states.shape[1]
+            keys = mask.shape[-1] if mask is not None else queries + past
+            position_bias = self.compute_bias(queries, keys, device=hidden_states.device, past_seen_tokens=past)
+        output, weights = self.site_attend(
+            hidden_states,
+            key_value_states if cross else hidden_states,
+            mask=mask,
+            made=made,
+            gates=gates,
+            bias=None if cross else position_bias,
+            cache=cache,
+            cross=cross,
+            weights=self.config._attn_implementation == "eager" and wants_weights(kwargs, self.config),
+        )
+        if cross and cache is not None and not cache.filled and isinstance(past_key_values, EncoderDecoderCache):
+            past_key_values.is_updated[self.layer_idx] = True
+        return self.o(output), position_bias, weights
+
+    def _cache(self, past_key_values: Any, cross: bool) -> Cache | None:
+        if past_key_values is None:
+            return None
+        past = past_key_values.get_seq_length(self.layer_idx)
+        past = past.clone() if isinstance(past, Tensor) else past
+        if not isinstance(past_key_values, EncoderDecoderCache):
+            return Cache(past_key_values, self.layer_idx, past=past)
+        if not cross:
+            return Cache(past_key_values.self_attention_cache, self.layer_idx, past=past)
+        filled = bool(past_key_values.is_updated.get(self.layer_idx))
+        return Cache(past_key_values.cross_attention_cache, self.layer_idx, filled=filled)
+
+
+class HardT5Block(T5Block):
+    """``T5Block`` that drops tokens before (``inputs``) or after (``tokens``) its computation."""
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_bias=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        encoder_decoder_position_bias=None,
+        gates=None,
+        cross_gates=None,
+        stream=None,
+        **kwargs,
+    ):
+        cross = (encoder_hidden_states, encoder_attention_mask, encoder_decoder_position_bias)
+        if stream is None:
+            return super().forward(hidden_states, attention_mask, position_bias, *cross, **kwargs)
+        stream, made = Stream(stream.positions, stream.valid, gates, stream.slots), []
+        attention, norm = self.layer[0].SelfAttention, self.layer[0].layer_norm
+        if self.input_selector is not None and self.input_selector.enabled:
+            length = hidden_states.shape[1]
+            hidden_states, stream, selection = stream.select(
+                self.input_selector, hidden_states, projections=attention.projections(norm)
+            )
+            attention_mask = stream.mask(attention_mask, attention.config._attn_implementation, hidden_states.dtype)
+            made.append(selection)
+            if stream.positions is not None:
+                position_bias = relative_bias(attention, stream.positions, length)
+        output, position_bias, cross_bias = super().forward(
+            hidden_states,
+            attention_mask,
+            position_bias,
+            *cross,
+            gates=stream.gates,
+            cross_gates=cross_gates,
+            made=made,
+            **kwargs,
+        )
+        if self.selector is not None and self.selector.enabled:
+            states = hidden_states if self.selector.scorer.needs_projections else None
+            rows = output.shape[1]
+            output, stream, selection = stream.select(self.selector, output, states, attention.projections(norm))
+            made.append(selection)
+            if output.shape[1] < rows and position_bias is not None:
+                position_bias = keep_pairs(position_bias, selection.indices[:, 0, 0].expand(output.shape[0], -1))
+        return output, position_bias, cross_bias, *pack(stream, made)
+
+
+class HardT5Layers(HardLayers):
+    def run(
+        self,
+        layer: nn.Module,
+        state: TowerState,
+        index: int,
+        hidden: Tensor,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        source: Tensor | None = None,
+        source_mask: Tensor | None = None,
+        source_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        attention = layer.layer[0].SelfAttention
+        if index == 0:
+            state.length = hidden.shape[1]
+            if not attention.is_causal:
+                state.stream = Stream(valid=mask_rows(mask, hidden.shape[0]))
+        cross_gates = self.source_gates(state)
+        if source is not None and self.source_slots is not None and cross_gates is None:
+            if index == 0:
+                state.source = self.surviving(source, source_mask, attention, kwargs.get("past_key_values"))
+            source, source_mask = state.source
+        stream = state.stream
+        mask = stream.mask(mask, attention.config._attn_implementation, hidden.dtype)
+        hidden, bias, source_bias, *leaves = layer(
+            hidden, mask, bias, source, source_mask, source_bias, stream.gates, cross_gates, stream=stream, **kwargs
+        )
+        self.take(state, *unpack(tuple(leaves)))
+        if index == 0 and bias is not None:
+            bias = bias.contiguous()  # stock hands on a permuted view, which every later layer copies
+        return (self.finish(state, hidden) if index == len(self) - 1 else hidden), bias, source_bias
+
+    def surviving(
+        self, source: Tensor, mask: Tensor | None, attention: nn.Module, past_key_values: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The encoder's rows that hold something (an all-zero row was dropped), and their mask."""
+        alive = (source != 0).any(-1)
+        if mask is not None:
+            alive = alive & mask_rows(mask, source.shape[0])
+        slots = min(self.source_slots(source.shape[1]), source.shape[1])
+        used = torch.arange(slots, device=source.device) < alive.sum(-1, keepdim=True)
+        cached = isinstance(past_key_values, EncoderDecoderCache) and past_key_values.is_updated.get(
+            attention.layer_idx
+        )
+        if not cached:  # later steps read the cache, which holds the surviving rows only
+            source = keep_rows(source, mask_to_indices(alive, slots))
+        return source, Stream(valid=used, slots=slots).mask(None, attention.config._attn_implementation, source.dtype)
+
+
+def relative_bias(attention: T5Attention, positions: Tensor, length: int) -> Tensor:
+    """T5's position bias between kept places, ``[B, H, K, K]`` contiguous, from the table over distances (never ``N x N``)."""
+    distance = torch.arange(1 - length, length, device=positions.device)
+    bucket = attention._relative_position_bucket(
+        distance,
+        bidirectional=not attention.is_decoder,
+        num_buckets=attention.relative_attention_num_buckets,
+        max_distance=attention.relative_attention_max_distance,
+    )
+    table = attention.relative_attention_bias(bucket).t()
+    pairs = positions[:, None, :] - positions[:, :, None] + (length - 1)
+    return table.index_select(1, pairs.flatten()).view(-1, *pairs.shape).transpose(0, 1).contiguous()
+
+
+def keep_pairs(bias: Tensor, indices: Tensor) -> Tensor:
+    """Gather queries and keys of a bias: ``[B or 1, H, N, N]`` by int64 ``[B, K]`` to ``[B, H, K, K]``, contiguous."""
+    n, heads = bias.shape[-1], bias.shape[1]
+    pairs = (indices[:, :, None] * n + indices[:, None, :]).flatten(1)
+    if bias.shape[0] == 1:
+        kept = bias.reshape(heads, n * n).index_select(1, pairs.flatten()).view(heads, len(indices), -1).transpose(0, 1)
+    else:
+        kept = bias.reshape(len(bias), heads, n * n).gather(2, pairs[:, None].expand(-1, heads, -1))
+    return kept.reshape(len(indices), heads, *2 * (indices.shape[1],)).contiguous()
+
+
+class T5(Base):
+    family = "transformers.models.t5."
+    all_towers = ("encoder", "decoder")
+    recommended = ("encoder.tokens.*",)
+
+    @classmethod
+    def towers(cls, model: nn.Module) -> dict[str, Tower]:
+        if isinstance(model, (T5ForSequenceClassification, T5ForTokenClassification)):
+            model = model.transformer
+        if not isinstance(model, (T5Model, T5ForConditionalGeneration, T5ForQuestionAnswering, T5EncoderModel)):
+            return {}
+        config = model.config
+        common = dict(
+            hard_layers=HardT5Layers,
+            classes={T5Attention: HardT5Attention, T5Block: HardT5Block},
+            hidden_size=config.d_model,
+            heads=config.num_heads,
+        )
+        towers = {
+            "encoder": Tower(
+                root=model.encoder,
+                layers=model.encoder.block,
+                kinds=("inputs", "self", "tokens"),
+                attention=lambda block, kind: block.layer[0].SelfAttention,
+                always="last",
+                restore=True,
+                **common,
+            )
+        }
+        if hasattr(model, "decoder"):
+            towers["decoder"] = Tower(
+                root=model.decoder,
+                layers=model.decoder.block,
+                kinds=("self", "cross"),
+                attention=lambda block, kind: (
+                    block.layer[0].SelfAttention if kind == "self" else block.layer[1].EncDecAttention
+                ),
+                always=None,
+                causal=True,
+                source="encoder",
+                source_size=config.d_model,
+                source_always="last",
+                **common,
+            )
+        return towers
+
+    @classmethod
+    def example_loss(cls, model: nn.Module, inputs: dict[str, Any], output: Any) -> Tensor | None:
+        labels, logits = inputs.get("labels"), output.get("logits")
+        if inputs.get("start_positions") is not None and inputs.get("end_positions") is not None:
+            ends = [(output.start_logits, inputs["start_positions"]), (output.end_logits, inputs["end_positions"])]
+            losses = [
+                nn.functional.cross_entropy(x.float(), y.view(-1).clamp(0, x.shape[1] - 1), reduction="none")
+                for x, y in ends
+            ]
+            return (losses[0] + losses[1]) / 2
+        if labels is None or logits is None or labels.is_floating_point():
+            return None
+        return token_losses(logits, labels)
+
+    @classmethod
+    def replace_inputs(
+        cls, model: nn.Module, batch: dict[str, Any], dropped: dict[str, Tensor], how: str, seed: int
+    ) -> dict[str, Any]:
+        return {**batch, "input_ids": replace_tokens(batch["input_ids"], dropped["encoder"], model.config, how, seed)}
+
+    @classmethod
+    def heads(cls) -> dict[str, Callable[..., Example]]:
+        return {head.__name__: lambda head=head, **config: _example(head, **config) for head in _HEADS}
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of each example over its labels (-100 ignored), fp32 ``[B]``; logits ``[B, T, V]`` or ``[B, V]``."""
+    if logits.dim() == 2:
+        return nn.functional.cross_entropy(logits.float(), labels.view(-1), reduction="none")
+    losses = nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), labels.to(logits.device), ignore_index=-100, reduction="none"
+    )
+    return losses.sum(-1) / (labels != -100).sum(-1).clamp(min=1).to(losses)
+
+
+def replace_tokens(ids: Tensor, dropped: Tensor, config: Any, how: str, seed: int) -> Tensor:
+    """Replace the dropped tokens ``[B, N]`` by random ones, the unknown token, or their neighbour; never by ``</s>`` or padding."""
+    lowest = max(config.pad_token_id or 0, config.eos_token_id or 0) + 1
+    generator = torch.Generator().manual_seed(seed)
+    if how == "noise":
+        other = torch.randint(lowest, config.vocab_size, ids.shape, generator=generator).to(ids)
+    elif how == "zero":
+        other = torch.full_like(ids, lowest)
+    else:
+        other = ids.roll(1, 1).clamp(min=lowest)
+    return torch.where(dropped, other, ids)
+
+
+_HEADS = (
+    T5ForConditionalGeneration,
+    T5EncoderModel,
+    T5ForQuestionAnswering,
+    T5ForSequenceClassification,
+    T5ForTokenClassification,
+    T5Model,
+)
+
+
+def _example(head: type, **changes: Any) -> Example:
+    sizes = dict(
+        vocab_size=53,
+        d_model=26,
+        d_kv=6,
+        d_ff=39,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_heads=3,
+        relative_attention_num_buckets=10,
+        relative_attention_max_distance=17,
+        dropout_rate=0.0,
+        classifier_dropout=0.0,
+        num_labels=2 if head is T5ForQuestionAnswering else 5,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    config = T5Config(**{**sizes, **changes})
+    ids = torch.randint(2, 53, (3, 11))
+    ids[:, -1] = 1
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    ids[1, 6], ids[1, 7:] = 1, 0
+    mask[2, 9:] = 0
+    ids[2, 8], ids[2, 9:] = 1, 0
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if head in (T5Model, T5ForConditionalGeneration):
+        batch["decoder_input_ids"] = torch.randint(2, 53, (3, 7))
+    if head is T5ForConditionalGeneration:
+        batch["labels"] = torch.randint(2, 53, (3, 7))
+        batch["labels"][0, 5:] = -100
+    if head is T5ForSequenceClassification:
+        batch["labels"] = torch.tensor([3, 0, 4])
+    if head is T5ForTokenClassification:
+        batch["labels"] = torch.randint(0, 5, (3, 11))
+    if head is T5ForQuestionAnswering:
+        batch |= {"start_positions": torch.tensor([2, 1, 4]), "end_positions": torch.tensor([3, 5, 6])}
+    return Example(head(config), batch)

@@ -1,0 +1,169 @@
+"""ViT: `vision.inputs`, `vision.self.L`, `vision.tokens.L`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    ViTConfig,
+    ViTForImageClassification,
+    ViTForMaskedImageModeling,
+    ViTModel,
+)
+from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
+
+from ..patches import replace_patches
+from ..sites import AttentionSite, HardLayers, TowerState, wants_weights
+from ..stream import Stream, mask_rows, pack, unpack
+from . import Base, Example, Tower
+
+
+class HardViTAttention(AttentionSite, ViTAttention):
+    """``ViTAttention`` over the keys its selector keeps."""
+
+    @property
+    def site_scale(self) -> float:
+        return self.scaling
+
+    @property
+    def site_dropout(self) -> float:
+        return self.attention_dropout
+
+    def _split(self, states: Tensor) -> Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def project_query(self, states: Tensor) -> Tensor:
+        return self._split(self.q_proj(states))
+
+    def project_key(self, states: Tensor) -> Tensor:
+        return self._split(self.k_proj(states))
+
+    def project_value(self, states: Tensor) -> Tensor:
+        return self._split(self.v_proj(states))
+
+    def forward(self, hidden_states, attention_mask=None, gates=None, made=None, **kwargs):
+        if self.active_selector() is None and gates is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        output, weights = self.site_attend(
+            hidden_states,
+            hidden_states,
+            mask=attention_mask,
+            made=made,
+            gates=gates,
+            weights=self.config._attn_implementation == "eager" and wants_weights(kwargs, self.config),
+        )
+        return self.o_proj(output), weights
+
+
+class HardViTLayer(ViTLayer):
+    """``ViTLayer`` that drops tokens before (``inputs``) or after (``tokens``) its computation."""
+
+    def forward(self, hidden_states, attention_mask=None, gates=None, stream=None, **kwargs):
+        if stream is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        stream, made = Stream(stream.positions, stream.valid, gates, stream.slots), []
+        projections = self.attention.projections(self.layernorm_before)
+        if self.input_selector is not None and self.input_selector.enabled:
+            hidden_states, stream, selection = stream.select(
+                self.input_selector, hidden_states, projections=projections
+            )
+            attention_mask = stream.mask(
+                attention_mask, self.attention.config._attn_implementation, hidden_states.dtype
+            )
+            made.append(selection)
+        output = super().forward(hidden_states, attention_mask, gates=stream.gates, made=made, **kwargs)
+        if self.selector is not None and self.selector.enabled:
+            states = hidden_states if self.selector.scorer.needs_projections else None
+            output, stream, selection = stream.select(self.selector, output, states, projections)
+            made.append(selection)
+        return output, *pack(stream, made)
+
+
+class HardViTLayers(HardLayers):
+    def run(
+        self, layer: nn.Module, state: TowerState, index: int, hidden: Tensor, mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        if index == 0:
+            state.length = hidden.shape[1]
+            state.stream = Stream(valid=mask_rows(mask, hidden.shape[0]))
+        stream = state.stream
+        mask = stream.mask(mask, layer.attention.config._attn_implementation, hidden.dtype)
+        hidden, *leaves = layer(hidden, mask, stream.gates, stream=stream, **kwargs)
+        self.take(state, *unpack(tuple(leaves)))
+        return self.finish(state, hidden) if index == len(self) - 1 else hidden
+
+
+class Vit(Base):
+    family = "transformers.models.vit."
+    all_towers = ("vision",)
+    recommended = ("vision.tokens.*",)
+
+    @classmethod
+    def towers(cls, model: nn.Module) -> dict[str, Tower]:
+        vit = model.vit if isinstance(model, (ViTForImageClassification, ViTForMaskedImageModeling)) else model
+        if not isinstance(vit, ViTModel):
+            return {}
+        tower = Tower(
+            root=vit,
+            layers=vit.layers,
+            hard_layers=HardViTLayers,
+            classes={ViTAttention: HardViTAttention, ViTLayer: HardViTLayer},
+            kinds=("inputs", "self", "tokens"),
+            attention=lambda layer, kind: layer.attention,
+            hidden_size=vit.config.hidden_size,
+            heads=vit.config.num_attention_heads,
+            always="first",
+            final_norm=vit.layernorm,
+            restore=isinstance(model, ViTForMaskedImageModeling),
+        )
+        return {"vision": tower}
+
+    @classmethod
+    def example_loss(cls, model: nn.Module, inputs: dict[str, Any], output: Any) -> Tensor | None:
+        labels, logits = inputs.get("labels"), output.get("logits")
+        if labels is None or logits is None:
+            return None
+        if labels.dtype in (torch.long, torch.int):
+            return nn.functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="none")
+        loss = nn.functional.mse_loss if logits.shape[-1] == 1 else nn.functional.binary_cross_entropy_with_logits
+        return loss(logits.float(), labels.view_as(logits).float(), reduction="none").mean(-1)
+
+    @classmethod
+    def replace_inputs(
+        cls, model: nn.Module, batch: dict[str, Any], dropped: dict[str, Tensor], how: str, seed: int
+    ) -> dict[str, Any]:
+        patch = model.config.patch_size
+        size = (patch, patch) if isinstance(patch, int) else tuple(patch)
+        return {**batch, "pixel_values": replace_patches(batch["pixel_values"], dropped["vision"], size, how, seed)}
+
+    @classmethod
+    def heads(cls) -> dict[str, Callable[..., Example]]:
+        return {head.__name__: lambda head=head, **config: _example(head, **config) for head in _HEADS}
+
+
+_HEADS = (ViTForImageClassification, ViTForMaskedImageModeling, ViTModel)
+
+
+def _example(head: type, **changes: Any) -> Example:
+    config = ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=37,
+        image_size=12,
+        patch_size=4,
+        num_channels=2,
+        num_labels=5,
+        encoder_stride=4,
+        hidden_dropout_prob=0.0,
+        **changes,
+    )
+    batch: dict[str, Any] = {"pixel_values": torch.randn(3, 2, 12, 12)}
+    if head is ViTForImageClassification:
+        batch["labels"] = torch.tensor([4, 0, 2])
+    if head is ViTForMaskedImageModeling:
+        batch["bool_masked_pos"] = torch.arange(9).repeat(3, 1) % 3 == 1
+    return Example(head(config), batch)

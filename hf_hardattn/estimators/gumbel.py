@@ -1,0 +1,79 @@
+"""Gumbel top-k: a sampled subset, and the gradient of its relaxation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..laws import LOW, PlackettLuce, gumbel_noise
+from ..selection import topk_mask
+from . import Base, Choice
+
+
+class Gumbel(Base):
+    """Keep the top k of the scores plus Gumbel noise, and pass the gradient of the relaxed k-hot vector.
+
+    ``w = s + G``; the sample is top-k(w), an exact draw from Plackett-Luce(s). The relaxation runs k rounds of
+    ``a = softmax(w / T)``, ``khot += a``, ``w += log(1 - a)``; it sums to k, and as T -> 0 it becomes the sample. At
+    k = 1 it is the Gumbel-softmax.
+
+    The temperature is the relaxation's; the law that is sampled has none. The entropy is that of the first pick.
+
+    Args:
+        hard: True keeps the gates at 0 and 1 in the forward (straight-through); False gives the relaxed gates to the
+            model, which then sees in training what it does not see in evaluation.
+
+    Gradient and cost: biased towards the relaxation. ``slots`` sequential rounds over N positions, and their memory:
+    slow for large k (SIMPLE is not).
+
+    Source: Xie & Ermon 2019, "Reparameterizable Subset Sampling via Continuous Relaxations", arXiv:1901.10517,
+    algorithm 1; k = 1: Jang, Gu & Poole 2017, arXiv:1611.01144; Maddison, Mnih & Teh 2017, arXiv:1611.00712.
+    """
+
+    biased = True
+    pathwise = True
+    source = "Xie & Ermon 2019, arXiv:1901.10517, algorithm 1; k = 1: Jang et al. 2017, arXiv:1611.01144"
+
+    def __init__(self, hard: bool = True) -> None:
+        self.hard = hard
+
+    def sample(
+        self,
+        scores: Tensor,
+        k: Tensor,
+        valid: Tensor,
+        *,
+        slots: int,
+        temperature: float,
+        uniform: Callable[[tuple[int, ...]], Tensor],
+    ) -> Choice:
+        """Draw k positions and their relaxation."""
+        law = PlackettLuce(scores, k, valid, slots)
+        noisy = law.scores + gumbel_noise(uniform(tuple(scores.shape)))
+        mask = topk_mask(noisy.detach(), law.k, law.valid, law.slots)
+        relaxed = _relax(noisy, torch.where(law.free, law.k, 0), law.active, temperature, law.slots)
+        gates = relaxed + law.forced if not self.hard else mask + (relaxed - relaxed.detach())
+        return Choice(mask, gates=gates, entropy=law.entropy())
+
+
+def _relax(noisy: Tensor, k: Tensor, active: Tensor, temperature: float, rounds: int) -> Tensor:
+    """Return the relaxed k-hot vector, ``[..., N]``, summing to ``k`` per row; 0 where not ``active``.
+
+    ``log(1 - a)`` is exact: for the largest entry, where ``1 - a`` would round to 0 at a low temperature, it is taken
+    as ``logsumexp of the others - logsumexp of all``. (A clamp would pick a position that leads by much twice.)
+    """
+    khot = torch.zeros_like(noisy)
+    for done in range(rounds):
+        logits = (noisy / temperature).masked_fill(~active, LOW)
+        share = torch.where(active, logits.softmax(-1), 0.0)
+        open_row = (k > done).unsqueeze(-1)
+        khot = khot + share * open_row
+        if done + 1 == rounds:
+            break
+        leads = torch.zeros_like(active).scatter(-1, logits.argmax(-1, keepdim=True), True)
+        others = logits.masked_fill(leads, LOW).logsumexp(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)
+        left = torch.where(leads, others, torch.log1p(-share.masked_fill(leads, 0.0)))
+        noisy = torch.where(active & open_row, noisy + left, noisy)
+    return khot

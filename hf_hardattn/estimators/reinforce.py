@@ -1,0 +1,57 @@
+"""REINFORCE: sample, and let the reward weigh the gradient of the sample's log-probability."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..errors import unknown
+from ..laws import ConditionalBernoulli, PlackettLuce
+from . import Base, Choice
+
+LAWS = {"plackett_luce": PlackettLuce, "conditional_bernoulli": ConditionalBernoulli}
+
+
+class Reinforce(Base):
+    """Sample k positions and return their log-probability under the very law they were drawn from.
+
+    ``grad E[R] = E[(R - b) grad log p(sample)]``: unbiased for any reward, differentiable or not, given a baseline b
+    that does not depend on the sample. There are no gates, so dropped positions need not be computed: it trains
+    gathered.
+
+    Args:
+        law: ``plackett_luce`` (Gumbel-top-k; log-probability of the order drawn; its entropy is the first pick's) or
+            ``conditional_bernoulli`` (SIMPLE's law; log-probability of the set, less variance; exact entropy; O(N k)).
+
+    Raises:
+        HardAttentionError: unknown law.
+
+    Source: Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement learning",
+    section 3; subsets: Kool et al. 2019, arXiv:1903.06059 (Plackett-Luce); Wijk et al. 2025, "SFESS", ICLR (conditional
+    Bernoulli).
+    """
+
+    biased = False
+    pathwise = False
+    source = "Williams 1992, section 3; subsets: Kool et al. 2019, arXiv:1903.06059; Wijk et al. 2025 (SFESS)"
+
+    def __init__(self, law: str = "plackett_luce") -> None:
+        if law not in LAWS:
+            raise unknown("law", law, LAWS, "estimator reinforce")
+        self.law = LAWS[law]
+
+    def sample(
+        self,
+        scores: Tensor,
+        k: Tensor,
+        valid: Tensor,
+        *,
+        slots: int,
+        temperature: float,
+        uniform: Callable[[tuple[int, ...]], Tensor],
+    ) -> Choice:
+        """Draw k positions, with their log-probability and the law's entropy."""
+        law = self.law(scores / temperature, k, valid, slots)
+        mask, log_prob = law.draw(uniform(tuple(scores.shape)))
+        return Choice(mask, log_prob=log_prob, entropy=law.entropy())

@@ -1,0 +1,54 @@
+"""SIMPLE: an exact k-subset sample forward, the exact marginals' gradient backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..laws import ConditionalBernoulli
+from ..selection import topk_mask
+from . import Base, Choice
+
+
+class Simple(Base):
+    """Keep an exact sample of the k-subset law, and pass the gradient as if the gates were its marginals.
+
+    ``p(S) ~ exp(sum_{i in S} s_i / T)``, ``m_i = P(i in S) = d log Z_k / d (s_i / T)``. Forward ``gate = 1[i in S]``,
+    backward ``d gate / d s = d m / d s``, the covariance of the law over T. Exact for a loss that is linear in the
+    gates, first-order otherwise; one sample, no relaxation.
+
+    Args:
+        sample: True draws S (explores); False keeps the top k, with the same backward.
+
+    Gradient and cost: O(N k) (see ``laws.ConditionalBernoulli``).
+
+    Source: Ahmed, Zeng, Niepert & Van den Broeck 2023, "SIMPLE: A Gradient Estimator for k-Subset Sampling",
+    arXiv:2210.01941.
+    """
+
+    biased = True
+    pathwise = True
+    source = "Ahmed, Zeng, Niepert & Van den Broeck 2023, arXiv:2210.01941"
+
+    def __init__(self, sample: bool = True) -> None:
+        self.stochastic = sample
+
+    def sample(
+        self,
+        scores: Tensor,
+        k: Tensor,
+        valid: Tensor,
+        *,
+        slots: int,
+        temperature: float,
+        uniform: Callable[[tuple[int, ...]], Tensor],
+    ) -> Choice:
+        """Draw k positions (or take the top k), with the marginals behind their gates."""
+        law = ConditionalBernoulli(scores / temperature, k, valid, slots)
+        if self.stochastic:
+            mask = law.sample(uniform(tuple(scores.shape)))
+        else:
+            mask = topk_mask(scores, k, valid, slots)
+        marginals = law.marginals()
+        return Choice(mask, gates=mask + (marginals - marginals.detach()), entropy=-law.log_prob(marginals))

@@ -1,0 +1,39 @@
+"""Soft: keep everything; the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import Base, Choice
+
+
+class Soft(Base):
+    """Keep every valid position, in training and in evaluation; the budget is ignored.
+
+    ``gate_i = 1[i valid]``, a constant: the output is the stock model's, the scorer gets no gradient. For warm-up and
+    for comparisons inside one configuration.
+
+    Source: the attention of the model itself.
+    """
+
+    biased = False
+    pathwise = True
+    source = "the model's own attention"
+
+    def choose(
+        self,
+        scores: Tensor,
+        k: Tensor,
+        valid: Tensor,
+        *,
+        slots: int,
+        training: bool,
+        temperature: float = 1.0,
+        uniform: Callable[[tuple[int, ...]], Tensor],
+    ) -> Choice:
+        """Keep every valid position; only ``scores`` (its shape) and ``valid`` are used."""
+        mask = valid.expand_as(scores).clone()
+        return Choice(mask, gates=mask.to(torch.float32))

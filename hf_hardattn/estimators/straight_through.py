@@ -1,0 +1,77 @@
+"""Straight-through: hard top-k forward, the gradient of a smooth stand-in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import unknown
+from ..selection import topk_mask
+from . import Base, Choice
+
+SURROGATES = ("sigmoid", "softmax", "identity")
+
+
+class StraightThrough(Base):
+    """Keep the top k, and pass the gradient as if the gates were a smooth function of the scores.
+
+    Forward ``gate_i = 1[i in top-k]``; backward ``d gate / d s`` is that of the surrogate:
+
+    * ``sigmoid``: ``sigmoid((s_i - c) / T)``, c half-way between the k-th and the (k+1)-th score, a constant: steepest
+      where the choice is closest.
+    * ``softmax``: ``k softmax(s / T)_i``, which sums to k as the mask does.
+    * ``identity``: ``s_i`` (Bengio et al.'s original); has no temperature.
+
+    Nothing is sampled, so nothing is explored. Rows without a choice (k = 0, k >= valid count) have zero gradient.
+
+    Args:
+        surrogate: ``sigmoid``, ``softmax`` or ``identity``.
+
+    Raises:
+        HardAttentionError: unknown surrogate.
+
+    Source: Bengio, Leonard & Courville 2013, arXiv:1308.3432, section 3.4.
+    """
+
+    biased = True
+    pathwise = True
+    source = "Bengio, Leonard & Courville 2013, arXiv:1308.3432"
+
+    def __init__(self, surrogate: str = "sigmoid") -> None:
+        if surrogate not in SURROGATES:
+            raise unknown("surrogate", surrogate, SURROGATES, "estimator straight_through")
+        self.surrogate = surrogate
+
+    def sample(
+        self,
+        scores: Tensor,
+        k: Tensor,
+        valid: Tensor,
+        *,
+        slots: int,
+        temperature: float,
+        uniform: Callable[[tuple[int, ...]], Tensor],
+    ) -> Choice:
+        """Choose the top k; ``uniform`` is not used."""
+        mask = topk_mask(scores, k, valid, slots)
+        dropped = valid & ~mask
+        active = valid & (mask.any(-1, keepdim=True) & dropped.any(-1, keepdim=True))
+        if self.surrogate == "sigmoid":
+            smooth = torch.sigmoid((scores - _midpoint(scores.detach(), mask, dropped)) / temperature)
+        elif self.surrogate == "softmax":
+            logits = (scores / temperature).masked_fill(~active, torch.finfo(scores.dtype).min)
+            smooth = mask.sum(-1, keepdim=True) * logits.softmax(-1)
+        else:
+            smooth = scores
+        smooth = torch.where(active, smooth, 0.0)
+        return Choice(mask, gates=mask + (smooth - smooth.detach()))
+
+
+def _midpoint(scores: Tensor, mask: Tensor, dropped: Tensor) -> Tensor:
+    """Return half-way between the lowest kept and the highest dropped score, ``[..., 1]``; finite where one lacks."""
+    limits = torch.finfo(scores.dtype)
+    lowest = scores.masked_fill(~mask, limits.max).amin(-1, keepdim=True)
+    highest = scores.masked_fill(~dropped, limits.min).amax(-1, keepdim=True)
+    return lowest / 2 + highest / 2

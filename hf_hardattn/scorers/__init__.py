@@ -1,0 +1,67 @@
+"""Scorers: hidden states to scores, higher = keep. One file each; the file name is the registered name.
+
+A scorer works in two steps, so that decoding with a cache gives what decoding without one gives: ``keys`` maps each
+position alone to features (cached beside the attention's keys), ``score`` turns features, and the queries where the
+scorer uses them, into scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Projections:
+    """The host attention's own projections, for scorers that look through them.
+
+    Attributes:
+        query: states ``[B, Q, D]`` to queries ``[B, H, Q, d]``, scaled so that ``query @ key`` is the attention logit.
+        key: states ``[B, N, D]`` to keys ``[B, H, N, d]``.
+    """
+
+    query: Callable[[Tensor], Tensor]
+    key: Callable[[Tensor], Tensor]
+
+
+class Base(nn.Module):
+    """A scorer. Built as ``Scorer(hidden_size=D, query_size=Dq, heads=H, **scorer_options)``; H is 1 when heads share a choice.
+
+    Class attributes:
+        per_query: each query chooses for itself (``score`` gets ``queries``).
+        needs_cls: reads a CLS token at position 0 of the same tower.
+        needs_projections: reads the attention's own projections.
+        features: F, number of features per position and head.
+    """
+
+    per_query: ClassVar[bool] = False
+    needs_cls: ClassVar[bool] = False
+    needs_projections: ClassVar[bool] = False
+    features: int = 1
+
+    def __init__(self, hidden_size: int, query_size: int, heads: int = 1):
+        super().__init__()
+        self.hidden_size, self.query_size, self.heads = hidden_size, query_size, heads
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters with ``torch.nn.init`` (Transformers guards it against overwriting loaded weights)."""
+
+    def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
+        """Map each position alone to features.
+
+        Args:
+            states: ``[B, N, D]``.
+            positions: int64 ``[B, N]``, place of each position in its row, padding not counted.
+            projections: the host attention's, when ``needs_projections``.
+
+        Returns:
+            fp32 ``[B, H, N, F]``.
+        """
+        raise NotImplementedError
+
+    def score(self, features: Tensor, queries: Tensor | None = None) -> Tensor:
+        """Turn features into scores, fp32 ``[B, H, Q, N]`` with Q = 1 unless ``per_query``; ``queries`` is ``[B, Q, Dq]``."""
+        return features[..., 0].unsqueeze(2)

@@ -1,0 +1,14 @@
+"""The first positions of each row: a control."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import Base, Projections
+
+
+class First(Base):
+    """Score each position by its place, the first highest: ``s_n = -n``. Control: a fixed choice that looks at nothing."""
+
+    def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
+        return -positions.float()[:, None, :, None].expand(-1, self.heads, -1, -1)

@@ -1,0 +1,32 @@
+"""The norm of the position's attention key, no parameters."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import unknown
+from . import Base, Projections
+
+
+class KeyNorm(Base):
+    """Score each position by the size of its key: ``s_n = -|k_n|`` (or ``+|k_n|``), the mean over heads when they share a choice.
+
+    Training-free control. Args: keep: ``"low"`` (default; low norms draw attention) or ``"high"``.
+
+    Cost: the key projection of the layer. Source: Devoto et al. (2024), "A simple and effective L2 norm-based strategy for KV
+    cache compression".
+    """
+
+    needs_projections = True
+
+    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, keep: str = "low"):
+        super().__init__(hidden_size, query_size, heads)
+        if keep not in ("low", "high"):
+            raise unknown("keep of scorer 'key_norm'", keep, ("low", "high"))
+        self.sign = -1.0 if keep == "low" else 1.0
+
+    def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
+        if projections is None:
+            raise TypeError("KeyNorm.keys needs the host attention's projections.")
+        norm = self.sign * projections.key(states).float().norm(dim=-1, keepdim=True)
+        return norm if self.heads > 1 else norm.mean(1, keepdim=True)

@@ -1,0 +1,34 @@
+"""One linear map of the position's state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import Base, Projections
+
+
+class Linear(Base):
+    """Score each position by one direction per head: ``s_n = w_h . norm(x_n) + b_h``.
+
+    The state is normalised to unit root mean square first: residual streams grow with depth, and the size of a state
+    would otherwise set the temperature of the choice.
+
+    Cost: D multiplications per position and head. Source: DynamicViT (Rao et al., 2021), section 3.2, without the MLP.
+    """
+
+    def __init__(self, hidden_size: int, query_size: int, heads: int = 1):
+        super().__init__(hidden_size, query_size, heads)
+        self.weight = nn.Parameter(torch.empty(heads, hidden_size))
+        self.bias = nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        # near-uniform scores: the first choices explore, and the first gradients decide
+        nn.init.normal_(self.weight, std=0.02 * self.hidden_size**-0.5)
+        nn.init.zeros_(self.bias)
+
+    def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
+        states = nn.functional.rms_norm(states.float(), (self.hidden_size,))
+        scores = nn.functional.linear(states, self.weight.float(), self.bias.float())
+        return scores.transpose(1, 2).unsqueeze(-1)

@@ -1,0 +1,36 @@
+"""A random choice: the control every learned choice must beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import Base, Projections
+
+
+class Random(Base):
+    """Score each position by uniform noise.
+
+    Training draws fresh noise. Evaluation hashes the position's own state and place: a choice that means nothing, yet the same
+    for a row alone, in any batch, and with or without a decoding cache.
+
+    Args:
+        seed: another seed, another choice.
+    """
+
+    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, seed: int = 0):
+        super().__init__(hidden_size, query_size, heads)
+        self.seed = seed
+
+    def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
+        batch, n, _ = states.shape
+        if self.training:
+            return torch.rand(batch, self.heads, n, 1, device=states.device)
+        # coarse bins: the same input gives the same hash although another batch size rounds the last bits differently
+        bins = (states.float().detach().sum(-1) * 8).round().long()
+        head = torch.arange(self.heads, device=states.device)[None, :, None]
+        x = (bins * 1_000_003 + positions * 7_919)[:, None, :] + head * 104_729 + self.seed * 15_485_863
+        for _ in range(2):
+            x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF
+            x = ((x ^ (x >> 12)) * 0x297A2D39) & 0x7FFFFFFF
+        return (x.float() / 0x7FFFFFFF).unsqueeze(-1)

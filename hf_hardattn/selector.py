@@ -1,0 +1,189 @@
+"""A selector: scorer, budget and estimator of one site, as a module."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import registry
+from .budget import Budget
+from .config import SiteConfig
+from .noise import uniform
+from .schedules import Schedule
+from .scorers import Projections
+from .selection import Selection
+
+
+class Selector(nn.Module):
+    """Makes the choice of one site. ``record`` and ``replay`` hook its ``forward``.
+
+    Args:
+        site: name, ``tower.kind.layer``.
+        config: the site's configuration.
+        hidden_size: D of the candidates.
+        query_size: D of the queries (for scorers with ``per_query``).
+        heads: H of the host attention; used when ``config.per_head``.
+        always: which candidate is kept always: ``"first"`` (CLS), ``"last"`` valid one (``</s>``) or None.
+        causal: a query chooses among its past only.
+
+    Attributes:
+        enabled: False makes the host run soft (set by ``soft``).
+        step: optimizer step, for the schedules (set by ``set_step`` and ``HardAttentionCallback``).
+    """
+
+    def __init__(
+        self,
+        site: str,
+        config: SiteConfig,
+        *,
+        hidden_size: int,
+        query_size: int,
+        heads: int,
+        always: str | None = None,
+        causal: bool = False,
+    ):
+        super().__init__()
+        self.site, self.config, self.always, self.causal = site, config, always, causal
+        self.heads = heads if config.per_head else 1
+        self.scorer = registry.load("scorers", config.scorer)(
+            hidden_size=hidden_size, query_size=query_size, heads=self.heads, **config.scorer_options
+        )
+        self.estimator = registry.load("estimators", config.estimator)(**config.estimator_options)
+        self.baseline = None
+        if not self.estimator.pathwise:
+            self.baseline = registry.load("baselines", config.baseline)(**config.baseline_options)
+        self.temperature = Schedule.parse(config.temperature, site)
+        self.entropy_weight = Schedule.parse(config.entropy_weight, site)
+        self.budget_schedule = Schedule.parse(config.budget, site) if isinstance(config.budget, dict) else None
+        self.enabled = True
+        self.step: int | None = None
+
+    def reset_parameters(self) -> None:
+        """Initialise afresh; called by Transformers for weights that no checkpoint holds."""
+        self.scorer.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return f"'{self.site}', scorer={self.config.scorer}, budget={self.config.budget}, estimator={self.config.estimator}"
+
+    @property
+    def budget(self) -> Budget:
+        """The budget in force: of the current step in training, the schedule's end in evaluation."""
+        if self.budget_schedule is None:
+            return Budget.parse(self.config.budget, self.site)
+        return Budget.parse(
+            float(self._now(self.budget_schedule) if self.training else self.budget_schedule.end), self.site
+        )
+
+    @property
+    def budget_bound(self) -> Budget:
+        """The loosest budget the schedule passes through."""
+        if self.budget_schedule is None:
+            return self.budget
+        return Budget.parse(float(max(self.budget_schedule.start, self.budget_schedule.end)), self.site)
+
+    @property
+    def masked(self) -> bool:
+        """Whether this forward runs masked (training needs it for pathwise estimators) rather than gathered."""
+        if self.config.execution == "auto":
+            return self.training and self.estimator.pathwise
+        return self.config.execution == "masked"
+
+    def _now(self, schedule: Schedule) -> float:
+        if self.step is None and not schedule.constant:
+            warnings.warn(
+                f"'{self.site}' has a schedule that stands at step 0; add HardAttentionCallback() to the Trainer, "
+                "or call hf_hardattn.set_step(model, step) after each optimizer step.",
+                stacklevel=2,
+            )
+            self.step = 0
+        return schedule(self.step or 0)
+
+    def keys(
+        self,
+        states: Tensor,
+        valid: Tensor | None = None,
+        past: int | Tensor = 0,
+        projections: Projections | None = None,
+    ) -> Tensor:
+        """Features of each position alone, fp32 ``[B, H, N, F]``, for ``forward`` and for caching beside the attention's keys.
+
+        Args:
+            states: ``[B, N, D]``.
+            valid: bool ``[B, N]`` or None (all): padding does not count as a place.
+            past: positions already cached.
+            projections: the host attention's.
+        """
+        if valid is None:
+            positions = torch.arange(states.shape[1], device=states.device).expand(states.shape[:2])
+        else:
+            positions = (valid.cumsum(-1) - 1).clamp(min=0)
+        return self.scorer.keys(states, positions + past, projections)
+
+    def forward(
+        self,
+        features: Tensor,
+        valid: Tensor | None,
+        required: Tensor | None = None,
+        queries: Tensor | None = None,
+        forced: Tensor | None = None,
+    ) -> Selection:
+        """Choose.
+
+        Args:
+            features: ``[B, H, N, F]`` from ``keys``.
+            valid: bool, broadcastable to ``[B, H, Q, N]``; None when every position is valid.
+            required: bool ``[B, 1, 1, N]`` or None: kept always, at most one per row, not a choice.
+            queries: ``[B, Q, D]`` for scorers with ``per_query``.
+            forced: bool ``[B, H, Q, N]``: keep this instead (replay); the scores are still computed.
+
+        Returns:
+            The selection; ``mask`` holds exactly ``min(k, valid)`` chosen positions per row, plus the required ones.
+        """
+        scores = self.scorer.score(features, queries)
+        n = scores.shape[-1]
+        dense = valid is None and not self.budget.data_dependent
+        valid = torch.ones((1, 1, 1, n), dtype=torch.bool, device=scores.device) if valid is None else valid
+        shape = torch.broadcast_shapes(scores.shape, valid.shape)
+        scores, valid = scores.expand(shape), valid.expand(shape)
+        candidates = valid if required is None else valid & ~required
+        always = None if required is None else valid & required
+        if forced is not None:
+            mask = forced.expand(shape) & valid
+            slots = max(1, int(mask.sum(-1).max()))
+            return Selection(
+                self.site, mask, valid, always, scores, slots=slots, dense=bool((mask.sum(-1) == slots).all())
+            )
+        budget = self.budget
+        extra = 0 if required is None else 1
+        k = budget.count(scores.detach(), candidates)
+        slots = budget.slots(n - extra)
+        choice = self.estimator.choose(
+            scores,
+            k,
+            candidates,
+            slots=slots,
+            training=self.training,
+            temperature=self._now(self.temperature) if self.training else 1.0,
+            uniform=lambda size: uniform(size, scores.device),
+        )
+        mask, gates = choice.mask, choice.gates
+        if always is not None:
+            mask = mask | always
+            gates = None if gates is None else gates.masked_fill(always, 1.0)
+        if self.config.estimator == "soft":
+            slots = n - extra
+        elif budget.data_dependent and not self.masked:
+            slots, extra = max(1, int(mask.sum(-1).max())), 0  # the one place that waits for the device
+        return Selection(
+            self.site, mask, valid, always, scores, gates, choice.log_prob, choice.entropy, slots + extra, dense
+        )
+
+    def statistics(self, selection: Selection) -> dict[str, Any]:
+        """Scalars for logs: kept ratio, entropy, temperature."""
+        row = {"kept_ratio": selection.kept_ratio.mean().item(), "temperature": self.temperature(self.step or 0)}
+        if selection.entropy is not None:
+            row["entropy"] = selection.entropy.mean().item()
+        return row

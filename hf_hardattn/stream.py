@@ -1,0 +1,159 @@
+"""The tokens that travel through a tower: which of them are still there, and what their gates are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import as_bool, keep_rows, restore_rows
+from .scorers import Projections
+from .selection import Selection, mask_to_indices
+from .selector import Selector
+
+
+@dataclass
+class Pass:
+    """One forward pass of a whole model; the model's hooks open it and read it, the towers fill it.
+
+    Attributes:
+        selections: every selection made, in order.
+        gates: tower name to fp32 ``[B, N]``: gates of its output rows, for a tower that reads them (masked training).
+        shares_gates: a later tower reads the gates, so the rows of dropped positions stay whole in masked training.
+    """
+
+    shares_gates: bool = False
+    selections: list[Selection] = field(default_factory=list)
+    gates: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Stream:
+    """Rows of a residual stream after the selections so far.
+
+    Attributes:
+        positions: int64 ``[B, K]``, place of each row in the tower's input; None while all are there.
+        valid: bool ``[B, K]``; None when every row counts.
+        gates: fp32 ``[B, K]`` of masked training; None otherwise.
+        slots: bound of the rows that count; None while nothing was dropped.
+    """
+
+    positions: Tensor | None = None
+    valid: Tensor | None = None
+    gates: Tensor | None = None
+    slots: int | None = None
+
+    def select(
+        self, selector: Selector, hidden: Tensor, states: Tensor | None = None, projections: Projections | None = None
+    ) -> tuple[Tensor, Stream, Selection]:
+        """Choose among the rows of ``hidden`` ``[B, N, D]``; gathered execution drops the others.
+
+        Args:
+            states: what the scorer reads, ``[B, N, D]``; ``hidden`` by default.
+        """
+        valid = self.valid
+        if self.gates is not None:
+            present = self.gates.detach() > 0
+            valid = present if valid is None else valid & present
+        features = selector.keys(hidden if states is None else states, valid, projections=projections)
+        required = required_rows(selector.always, hidden.shape[:2], valid, hidden.device)
+        selection = selector(features, as_keys(valid), as_keys(required))
+        n = hidden.shape[1]
+        if selection.gates is None and selection.slots >= n and not selector.budget.data_dependent:
+            return hidden, self, selection  # everything valid is kept
+        if selector.masked:
+            gates, rows = self.gates, selection.mask[:, 0, 0].expand(hidden.shape[:2])
+            if selection.gates is not None:
+                made = selection.gates[:, 0, 0]
+                return (
+                    hidden,
+                    Stream(self.positions, self.valid, made if gates is None else gates * made, selection.slots),
+                    selection,
+                )
+            return hidden, Stream(self.positions, rows, gates, selection.slots), selection
+        indices = selection.indices[:, 0, 0].expand(hidden.shape[0], -1)
+        kept = None if selection.dense else selection.slot_mask[:, 0, 0].expand(hidden.shape[0], -1)
+        positions = indices if self.positions is None else self.positions.gather(1, indices)
+        gates = None if self.gates is None else self.gates.gather(1, indices)
+        return keep_rows(hidden, indices), Stream(positions, kept, gates, selection.slots), selection
+
+    def finish(self, hidden: Tensor, length: int, restore: bool, keep_gated: bool) -> Tensor:
+        """What the tower hands on: an all-zero row means that nothing was computed there.
+
+        Args:
+            hidden: ``[B, K, D]`` after the last layer. length: N of the tower's input.
+            restore: give the rows their places in ``[B, length, D]`` again.
+            keep_gated: leave the rows of dropped positions whole: their reader has the gates.
+        """
+        if self.slots is None:
+            return hidden
+        if self.gates is not None:
+            return hidden if keep_gated else hidden * self.gates.unsqueeze(-1).to(hidden.dtype)
+        valid, positions = self.valid, self.positions
+        if positions is None:  # masked execution in evaluation: same outcome as the gathered one
+            if restore:
+                return hidden if valid is None else hidden.masked_fill(~valid.unsqueeze(-1), 0.0)
+            if valid is None:
+                return hidden
+            positions = mask_to_indices(valid, self.slots)
+            hidden, valid = keep_rows(hidden, positions), valid.gather(1, positions)
+        if restore:
+            return restore_rows(hidden, positions, valid, length)
+        return hidden if valid is None else hidden.masked_fill(~valid.unsqueeze(-1), 0.0)
+
+    def mask(self, given: Tensor | None, implementation: str, dtype: torch.dtype) -> Tensor | None:
+        """The attention mask over the rows, as the attention implementation reads it; ``given`` while nothing was dropped."""
+        if self.slots is None:
+            return given
+        if self.valid is None:
+            return None
+        allowed = as_keys(self.valid)
+        if implementation == "sdpa":
+            return allowed
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+    def flatten(self) -> tuple[Any, ...]:
+        """Tensors and numbers, to pass through gradient checkpointing."""
+        return self.positions, self.valid, self.gates, self.slots
+
+
+STREAM_LEAVES = len(fields(Stream))
+SELECTION_LEAVES = tuple(f.name for f in fields(Selection))
+
+
+def pack(stream: Stream, selections: list[Selection]) -> tuple[Any, ...]:
+    """Flatten what a layer returns besides its output: gradient checkpointing follows tensors in a flat tuple only."""
+    return (*stream.flatten(), *(getattr(s, name) for s in selections for name in SELECTION_LEAVES))
+
+
+def unpack(leaves: tuple[Any, ...]) -> tuple[Stream, list[Selection]]:
+    """Inverse of ``pack``."""
+    rest, size = leaves[STREAM_LEAVES:], len(SELECTION_LEAVES)
+    return Stream(*leaves[:STREAM_LEAVES]), [Selection(*rest[i : i + size]) for i in range(0, len(rest), size)]
+
+
+def mask_rows(mask: Tensor | None, batch: int) -> Tensor | None:
+    """Which rows a bidirectional attention mask ``[B, 1, Q or 1, N]`` lets be read, bool ``[B, N]``; None for all."""
+    allowed = as_bool(mask)
+    return None if allowed is None else allowed[:, 0, 0].expand(batch, -1)
+
+
+def as_keys(rows: Tensor | None) -> Tensor | None:
+    """``[B, N]`` to ``[B, 1, 1, N]``."""
+    return None if rows is None else rows[:, None, None, :]
+
+
+def required_rows(
+    always: str | None, shape: tuple[int, int], valid: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Which rows are kept always: ``"first"`` (CLS), ``"last"`` valid one (``</s>``) or None; bool ``[B, N]``."""
+    if always is None:
+        return None
+    place = torch.arange(shape[1], device=device).expand(shape)
+    if always == "first":
+        return place == 0
+    if valid is None:
+        return place == shape[1] - 1
+    return place == torch.where(valid, place, -1).amax(-1, keepdim=True)

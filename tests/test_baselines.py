@@ -1,0 +1,96 @@
+"""Baselines: their values, and that none sees the example's own sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+
+from hf_hardattn import registry
+from hf_hardattn.errors import HardAttentionError
+
+NAMES = registry.names("baselines")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_per_example_and_blind_to_its_own_reward(name: str) -> None:
+    """Shape ``[B]``, no gradient, unchanged when only the example's own reward changes."""
+    reward, greedy = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.5, 0.25, 0.125])
+    values = []
+    for own in (2.0, 50.0):
+        baseline = registry.load("baselines", name)()
+        baseline(torch.tensor([4.0, 8.0]), torch.zeros(2))
+        reward[1] = own
+        values.append(baseline(reward, greedy))
+    assert values[0].shape == (3,) and values[0].dtype == torch.float32 and not values[0].requires_grad
+    assert values[0][1] == values[1][1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_not_in_the_state_dict(name: str) -> None:
+    baseline = registry.load("baselines", name)()
+    baseline(torch.ones(2), torch.ones(2))
+    assert baseline.state_dict() == {} and list(baseline.parameters()) == []
+    assert "Source:" in baseline.__doc__
+
+
+def test_none() -> None:
+    assert registry.load("baselines", "none")()(torch.tensor([3.0, 4.0])).tolist() == [0.0, 0.0]
+
+
+def test_moving_average() -> None:
+    """The value before the batch: 0, then the first mean, then the average."""
+    baseline = registry.load("baselines", "moving_average")()
+    assert baseline(torch.tensor([1.0, 3.0])).tolist() == [0.0, 0.0]
+    assert baseline(torch.tensor([12.0])).tolist() == [2.0]
+    assert baseline(torch.tensor([0.0, 0.0, 0.0])).tolist() == pytest.approx([3.0] * 3)
+    baseline.eval()
+    for _ in range(2):
+        assert baseline(torch.tensor([100.0])).item() == pytest.approx(2.7)
+
+
+def test_moving_average_momentum() -> None:
+    baseline = registry.load("baselines", "moving_average")(momentum=0)
+    baseline(torch.tensor([5.0]))
+    baseline(torch.tensor([7.0]))
+    assert baseline(torch.tensor([0.0])).item() == 7.0
+    for momentum in (1.0, -0.1):
+        with pytest.raises(
+            HardAttentionError, match=f"momentum={momentum} is out of range at baseline moving_average.*0.9"
+        ):
+            registry.load("baselines", "moving_average")(momentum=momentum)
+
+
+def _rank(rank: int, meeting_point: str, results: str) -> None:
+    torch.set_num_threads(1)  # a forked process must not wait for its parent's threads
+    distributed.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
+    baseline = registry.load("baselines", "moving_average")()
+    baseline(torch.tensor([1.0, 2.0]) if rank == 0 else torch.tensor([9.0]))
+    torch.save(baseline(torch.zeros(1)), f"{results}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.multiprocess
+def test_moving_average_is_over_all_ranks(tmp_path: Path) -> None:
+    """Two ranks with 2 and 1 examples: both hold the mean of the three."""
+    multiprocessing.start_processes(_rank, (str(tmp_path / "meet"), str(tmp_path)), nprocs=2, start_method="fork")
+    assert [torch.load(tmp_path / f"{rank}.pt").item() for rank in range(2)] == [4.0, 4.0]
+
+
+def test_self_critical() -> None:
+    baseline = registry.load("baselines", "self_critical")()
+    assert baseline.needs_greedy
+    greedy = torch.tensor([1.0, 5.0], requires_grad=True)
+    assert (
+        baseline(torch.zeros(2), greedy).tolist() == [1.0, 5.0] and not baseline(torch.zeros(2), greedy).requires_grad
+    )
+    with pytest.raises(HardAttentionError, match="greedy=None at baseline self_critical.*'leave_one_out'"):
+        baseline(torch.zeros(2))
+
+
+def test_leave_one_out() -> None:
+    baseline = registry.load("baselines", "leave_one_out")()
+    assert baseline(torch.tensor([1.0, 2.0, 6.0])).tolist() == [4.0, 3.5, 1.5]
+    assert baseline(torch.tensor([3.0])).tolist() == [0.0]

@@ -1,0 +1,92 @@
+"""The exact top-k and its indices against loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hf_hardattn.selection import Selection, mask_to_indices, topk_mask
+
+
+def topk_by_loop(scores: list[float], k: int, valid: list[bool]) -> list[bool]:
+    """Take the best valid position k times; the first of equal ones."""
+    kept = [False] * len(scores)
+    for _ in range(k):
+        best = None
+        for place, score in enumerate(scores):
+            if valid[place] and not kept[place] and (best is None or score > scores[best]):
+                best = place
+        if best is not None:
+            kept[best] = True
+    return kept
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores ``[R, N]`` with many ties, k ``[R]``, valid ``[R, N]``."""
+    r, n = draw(st.integers(1, 4)), draw(st.integers(1, 12))
+    score = st.sampled_from([-1e30, -2.0, -0.0, 0.0, 1.5, 1e30]) | st.floats(-5, 5, width=32)
+    scores = draw(st.lists(st.lists(score, min_size=n, max_size=n), min_size=r, max_size=r))
+    valid = draw(st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=r, max_size=r))
+    k = draw(st.lists(st.integers(0, n + 2), min_size=r, max_size=r))
+    return torch.tensor(scores), torch.tensor(k), torch.tensor(valid)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows())
+def test_topk_mask_equals_the_loop(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    """So: exactly min(k, valid) kept, ties to the lower index, never padding."""
+    scores, k, valid = case
+    mask = topk_mask(scores, k, valid)
+    wanted = [topk_by_loop(s.tolist(), int(c), v.tolist()) for s, c, v in zip(scores, k, valid, strict=True)]
+    assert mask.tolist() == wanted
+    assert torch.equal(mask.sum(-1), torch.minimum(k, valid.sum(-1))) and not (mask & ~valid).any()
+    slots = int(k.max())
+    if slots:
+        assert torch.equal(topk_mask(scores, k, valid, slots), mask)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows())
+def test_mask_to_indices_equals_the_loop(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, _, mask = case
+    slots = max(1, int(mask.sum(-1).max()))
+    indices = mask_to_indices(mask, slots)
+    assert indices.dtype == torch.int64 and indices.shape == (*mask.shape[:-1], slots)
+    for row, places in zip(mask.tolist(), indices.tolist(), strict=True):
+        kept = [place for place, keep in enumerate(row) if keep]
+        assert places[: len(kept)] == kept
+        assert not any(row[place] for place in places[len(kept) :]) and len(set(places)) == slots
+
+
+def test_topk_mask_broadcasts_and_takes_no_candidates() -> None:
+    scores = torch.randn(2, 3, 4, 5)
+    valid = torch.tensor([True, True, False, True, True])
+    mask = topk_mask(scores, torch.tensor(2), valid)
+    assert mask.shape == scores.shape and (mask.sum(-1) == 2).all() and not mask[..., 2].any()
+    assert topk_mask(torch.zeros(3, 0), torch.tensor(1), torch.ones(3, 0, dtype=torch.bool)).shape == (3, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_topk_mask_in_half_precision(dtype: torch.dtype) -> None:
+    """Rounding makes ties; the budget is still exact."""
+    scores = torch.randn(50, 40).to(dtype)
+    mask = topk_mask(scores, torch.tensor(13), torch.ones(40, dtype=torch.bool))
+    wanted = [topk_by_loop(row, 13, [True] * 40) for row in scores.tolist()]
+    assert mask.tolist() == wanted
+
+
+def test_selection_properties() -> None:
+    """Indices, slot mask and kept ratio; what is required counts on neither side of the ratio."""
+    mask = torch.tensor([[[[True, False, True, True, False]]], [[[True, False, False, False, False]]]])
+    valid = torch.tensor([[[[True] * 5]], [[[True, True, False, False, False]]]])
+    required = torch.tensor([True, False, False, False, False]).expand(2, 1, 1, 5)
+    selection = Selection("vision.tokens.3", mask, valid, required, torch.zeros(2, 1, 1, 5), slots=3)
+    assert selection.indices[0].flatten().tolist() == [0, 2, 3] and selection.indices[1, 0, 0, 0] == 0
+    assert selection.slot_mask.flatten().tolist() == [True, True, True, True, False, False]
+    assert selection.kept_ratio.flatten().tolist() == [0.5, 0.0]
+    selection.required = None
+    assert selection.kept_ratio.flatten().tolist() == pytest.approx([0.6, 0.5])
