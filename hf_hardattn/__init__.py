@@ -9,6 +9,7 @@ from .losses import auxiliary_loss
 from .recording import Recording, record, replay, selectors
 from .registration import apply, execution, freeze_backbone, register, remove, set_reward, set_step, soft, status
 from .selection import Selection
+from .verify import Report, verify
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "HardAttentionConfig",
     "HardAttentionError",
     "Recording",
+    "Report",
     "Selection",
     "SiteConfig",
     "apply",
@@ -30,6 +32,7 @@ __all__ = [
     "set_step",
     "soft",
     "status",
+    "verify",
 ]
 
 register()

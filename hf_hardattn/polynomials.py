@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 # numbers in one temporary: 4 MiB of fp32
-PART = 2**22
+PART = 2**20
 
 
 def tree(leaves: Tensor, degree: int) -> list[Tensor]:
@@ -116,7 +116,7 @@ def _windows(x: Tensor, before: int, after: int, size: int) -> Tensor:
 def _contract(windows: Tensor, x: Tensor) -> Tensor:
     """Sum ``windows[..., c, i] x[..., i]`` over i, some c at a time: bounded memory, and faster than all at once."""
     # multiply and sum, not a matrix product: autocast and TF32 would round that one, and the law with it
-    parts = windows.chunk(-(-windows.numel() // PART), -2)
+    parts = windows.chunk(max(1, windows.numel() // PART), -2)
     return torch.cat([(part * x.unsqueeze(-2)).sum(-1) for part in parts], -1)
 
 

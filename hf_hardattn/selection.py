@@ -24,6 +24,7 @@ class Selection:
         log_prob: fp32 ``[B, H, Q]`` or None; log-probability of the sampled choice under the estimator's own law.
         entropy: fp32 ``[B, H, Q]`` or None; entropy of that law, in nats.
         slots: K, an upper bound of kept positions per row (static where the budget allows it).
+        positions: int64 ``[B, N]`` or None; place of each candidate in the tower's input, once earlier sites dropped some.
         dense: every row is known to fill all its slots, without asking the device.
     """
 
@@ -37,6 +38,7 @@ class Selection:
     entropy: Tensor | None = None
     slots: int = 0
     dense: bool = False
+    positions: Tensor | None = None
 
     @property
     def indices(self) -> Tensor:
@@ -47,6 +49,14 @@ class Selection:
     def slot_mask(self) -> Tensor:
         """Bool ``[B, H, Q, K]``: True where the slot of ``indices`` holds a kept position."""
         return self.mask.gather(-1, self.indices)
+
+    @property
+    def places(self) -> Tensor:
+        """``indices`` as places in the tower's input, int64 ``[B, H, Q, K]``: what a rationale shows."""
+        if self.positions is None:
+            return self.indices
+        positions = self.positions[:, None, None].expand(-1, *self.mask.shape[1:3], -1)
+        return positions.gather(-1, self.indices.expand(positions.shape[0], -1, -1, -1))
 
     @property
     def kept_ratio(self) -> Tensor:

@@ -60,6 +60,7 @@ class Stream:
         features = selector.keys(hidden if states is None else states, valid, projections=projections)
         required = required_rows(selector.always, hidden.shape[:2], valid, hidden.device)
         selection = selector(features, as_keys(valid), as_keys(required))
+        selection.positions = self.positions
         n = hidden.shape[1]
         if selection.gates is None and selection.slots >= n and not selector.budget.data_dependent:
             return hidden, self, selection  # everything valid is kept
@@ -117,6 +118,13 @@ class Stream:
     def flatten(self) -> tuple[Any, ...]:
         """Tensors and numbers, to pass through gradient checkpointing."""
         return self.positions, self.valid, self.gates, self.slots
+
+
+def place(selections: list[Selection], stream: Stream) -> None:
+    """Tell the selections among a tower's own keys where those keys stood in its input."""
+    for selection in selections:
+        if ".self." in selection.site:
+            selection.positions = stream.positions
 
 
 STREAM_LEAVES = len(fields(Stream))

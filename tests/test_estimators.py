@@ -320,7 +320,7 @@ def test_straight_through_surrogates() -> None:
 
 
 def relax_by_loop(noisy: Tensor, k: int, temperature: float) -> Tensor:
-    """Algorithm 1 of Xie & Ermon, as printed."""
+    """The k rounds of Xie & Ermon, as written in the docstring."""
     khot = torch.zeros_like(noisy)
     for _ in range(k):
         share = (noisy / temperature).softmax(-1)

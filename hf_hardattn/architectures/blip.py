@@ -29,7 +29,7 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 from ..attention import as_bool, attend
 from ..patches import replace_patches
 from ..sites import AttentionSite, Cache, HardLayers, TowerState, wants_weights
-from ..stream import Stream, as_keys, pack, unpack
+from ..stream import Stream, as_keys, pack, place, unpack
 from . import Base, Example, Tower
 
 
@@ -105,6 +105,7 @@ class HardBlipEncoderLayer(BlipEncoderLayer):
             made=made,
             **kwargs,
         )
+        place(made, stream)
         if self.selector is not None and self.selector.enabled:
             states = hidden_states if self.selector.scorer.needs_projections else None
             output, stream, selection = stream.select(self.selector, output, states, projections)

@@ -22,7 +22,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5Block
 from ..attention import keep_rows
 from ..selection import mask_to_indices
 from ..sites import AttentionSite, Cache, HardLayers, TowerState, wants_weights
-from ..stream import Stream, mask_rows, pack, unpack
+from ..stream import Stream, mask_rows, pack, place, unpack
 from . import Base, Example, Tower
 
 
@@ -137,6 +137,7 @@ class HardT5Block(T5Block):
             made=made,
             **kwargs,
         )
+        place(made, stream)
         if self.selector is not None and self.selector.enabled:
             states = hidden_states if self.selector.scorer.needs_projections else None
             rows = output.shape[1]

@@ -17,7 +17,7 @@ from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
 
 from ..patches import replace_patches
 from ..sites import AttentionSite, HardLayers, TowerState, wants_weights
-from ..stream import Stream, mask_rows, pack, unpack
+from ..stream import Stream, mask_rows, pack, place, unpack
 from . import Base, Example, Tower
 
 
@@ -75,6 +75,7 @@ class HardViTLayer(ViTLayer):
             )
             made.append(selection)
         output = super().forward(hidden_states, attention_mask, gates=stream.gates, made=made, **kwargs)
+        place(made, stream)
         if self.selector is not None and self.selector.enabled:
             states = hidden_states if self.selector.scorer.needs_projections else None
             output, stream, selection = stream.select(self.selector, output, states, projections)

@@ -26,7 +26,7 @@ class MovingAverage(Base):
     Raises:
         HardAttentionError: momentum out of range.
 
-    Source: Williams 1992, section 3 (reinforcement comparison); Xu et al. 2015, "Show, Attend and Tell",
+    Source: Williams 1992 (reinforcement comparison); Xu et al. 2015, "Show, Attend and Tell",
     arXiv:1502.03044, section 4.1 (momentum 0.9).
     """
 

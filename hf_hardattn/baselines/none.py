@@ -10,7 +10,7 @@ from . import Base
 class NoBaseline(Base):
     """Return 0: plain REINFORCE. Its gradient noise is 10 to 20 times the gradient; for comparison only.
 
-    Source: Williams 1992, section 3, with b = 0.
+    Source: Williams 1992, REINFORCE, with b = 0.
     """
 
     def forward(self, reward: Tensor, greedy: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ class SelfCritical(Base):
 
     ``b_i = R(top-k of example i)``: independent of the sample, so unbiased; per example; costs a second forward pass.
 
-    Source: Rennie et al. 2017, "Self-critical Sequence Training for Image Captioning", arXiv:1612.00563, equation 8.
+    Source: Rennie et al. 2017, "Self-critical Sequence Training for Image Captioning", arXiv:1612.00563.
     """
 
     needs_greedy = True

@@ -28,13 +28,13 @@ class Gumbel(Base):
     Gradient and cost: biased towards the relaxation. ``slots`` sequential rounds over N positions, and their memory:
     slow for large k (SIMPLE is not).
 
-    Source: Xie & Ermon 2019, "Reparameterizable Subset Sampling via Continuous Relaxations", arXiv:1901.10517,
-    algorithm 1; k = 1: Jang, Gu & Poole 2017, arXiv:1611.01144; Maddison, Mnih & Teh 2017, arXiv:1611.00712.
+    Source: Xie & Ermon 2019, "Reparameterizable Subset Sampling via Continuous Relaxations", arXiv:1901.10517;
+    k = 1: Jang, Gu & Poole 2017, arXiv:1611.01144; Maddison, Mnih & Teh 2017, arXiv:1611.00712.
     """
 
     biased = True
     pathwise = True
-    source = "Xie & Ermon 2019, arXiv:1901.10517, algorithm 1; k = 1: Jang et al. 2017, arXiv:1611.01144"
+    source = "Xie & Ermon 2019, arXiv:1901.10517; k = 1: Jang et al. 2017, arXiv:1611.01144"
 
     def __init__(self, hard: bool = True) -> None:
         self.hard = hard

@@ -27,14 +27,14 @@ class Reinforce(Base):
     Raises:
         HardAttentionError: unknown law.
 
-    Source: Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement learning",
-    section 3; subsets: Kool et al. 2019, arXiv:1903.06059 (Plackett-Luce); Wijk et al. 2025, "SFESS", ICLR (conditional
+    Source: Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement learning";
+    subsets: Kool et al. 2019, arXiv:1903.06059 (Plackett-Luce); Wijk et al. 2025, "SFESS", ICLR (conditional
     Bernoulli).
     """
 
     biased = False
     pathwise = False
-    source = "Williams 1992, section 3; subsets: Kool et al. 2019, arXiv:1903.06059; Wijk et al. 2025 (SFESS)"
+    source = "Williams 1992; subsets: Kool et al. 2019, arXiv:1903.06059; Wijk et al. 2025 (SFESS)"
 
     def __init__(self, law: str = "plackett_luce") -> None:
         if law not in LAWS:

@@ -32,7 +32,7 @@ class StraightThrough(Base):
     Raises:
         HardAttentionError: unknown surrogate.
 
-    Source: Bengio, Leonard & Courville 2013, arXiv:1308.3432, section 3.4.
+    Source: Bengio, Leonard & Courville 2013, arXiv:1308.3432.
     """
 
     biased = True

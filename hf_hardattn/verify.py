@@ -1,0 +1,186 @@
+"""Check, on the user's own batch, that masked and gathered execution agree and what the dropped positions can still do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import HardAttentionError
+from .recording import Recording, record, replay, selectors
+from .registration import architecture_of, execution
+
+REPLACEMENTS = ("noise", "zero", "swap")
+
+
+@dataclass
+class SiteReport:
+    """What the positions dropped at one site can do to the output, given the selection.
+
+    Attributes:
+        site: its name.
+        kept_ratio: mean kept share of the valid candidates.
+        leak: largest change of any output over all replacements of what was dropped; None where this was not measured.
+        certified: the outputs stayed bit-identical under every replacement.
+        statement: the same as a sentence.
+    """
+
+    site: str
+    kept_ratio: float
+    leak: float | None
+    certified: bool
+    statement: str
+
+
+@dataclass
+class Report:
+    """The outcome of ``verify``; ``print(report)`` shows it.
+
+    Attributes:
+        parity: largest difference between masked and gathered outputs.
+        parity_ok: it is at most the tolerance.
+        sites: one report a site.
+    """
+
+    parity: float
+    parity_ok: bool
+    sites: list[SiteReport] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        verdict = "agree" if self.parity_ok else "DISAGREE"
+        return "\n".join(
+            [
+                f"masked and gathered outputs {verdict} (largest difference {self.parity:.2g})",
+                *(s.statement for s in self.sites),
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, for cards."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def verify(model: nn.Module, batch: Mapping[str, Any], *, tolerance: float = 1e-4, seed: int = 0) -> Report:
+    """Check a hard model on a batch.
+
+    1. Parity: masked and gathered execution give the same outputs.
+    2. Certificate: every input token or patch that a site dropped is replaced by noise, by a constant and by its neighbour, while the
+       selection is held fixed. At ``inputs`` sites the outputs must stay bit-identical. At other sites the leak is measured: earlier
+       layers and the residual stream may have carried the dropped content on.
+
+    Args:
+        model: hard model; it is evaluated in evaluation mode and left in its mode.
+        batch: keyword inputs of its forward.
+        tolerance: of parity, absolute.
+        seed: of the noise.
+
+    Raises:
+        HardAttentionError: no sites; a row that is all padding; parity or a certificate that must hold fails is NOT raised but reported.
+    """
+    architecture = architecture_of(model)
+    if architecture is None or not selectors(model):
+        raise HardAttentionError(
+            f"{type(model).__name__} has no hard-attention sites to verify; load it with hard_attention=... or call apply()."
+        )
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and not bool(mask.any(-1).all()):
+        row = int((~mask.bool().any(-1)).nonzero()[0])
+        raise HardAttentionError(
+            f"row {row} of attention_mask is all padding; a budget needs at least one valid position in each row. Drop the row."
+        )
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with record(model) as selections, execution(model, "gathered"):
+            gathered = _tensors(model(**batch))
+        with execution(model, "masked"):
+            masked = _tensors(model(**batch))
+        parity = _difference(gathered, masked)
+        sites = [_site(model, architecture, batch, selections, site, seed) for site in selections.sites]
+    finally:
+        for module, training in modes:
+            module.training = training
+    return Report(parity, parity <= tolerance, sites)
+
+
+def _site(
+    model: nn.Module, architecture: Any, batch: Mapping[str, Any], selections: Recording, site: str, seed: int
+) -> SiteReport:
+    made = selections[site][0]
+    kept_ratio = float(torch.stack([s.kept_ratio.float().mean() for s in selections[site]]).mean())
+    tower, kind, *_ = site.split(".")
+    reads = architecture.towers(model)[tower].source if kind == "cross" else tower
+    leaves = [s for s in selections.sites if s.startswith((f"{reads}.inputs", f"{reads}.tokens"))]
+    lengths = dict(_input_rows(model, architecture, batch))
+    if reads not in lengths:
+        return SiteReport(
+            site,
+            kept_ratio,
+            None,
+            False,
+            f"{site}: keeps {kept_ratio:.1%}; not measured (its candidates are made by the model, not given)",
+        )
+    if made.mask.shape[-1] != lengths[reads].shape[1]:
+        earlier = ", ".join(leaves[: leaves.index(site)] if site in leaves else leaves)
+        return SiteReport(
+            site,
+            kept_ratio,
+            None,
+            False,
+            f"{site}: keeps {kept_ratio:.1%} of what {earlier} left; what those dropped is reported there",
+        )
+    read = made.mask.expand(lengths[reads].shape[0], -1, -1, -1).flatten(1, 2).any(1)
+    dropped = ~read & made.valid.expand_as(made.mask).flatten(1, 2).any(1) & lengths[reads]
+    with replay(model, selections):
+        reference = _tensors(model(**batch))
+    leak = 0.0
+    for how in REPLACEMENTS:
+        changed = architecture.replace_inputs(model, dict(batch), {reads: dropped}, how, seed)
+        with replay(model, selections):
+            leak = max(leak, _difference(reference, _tensors(model(**changed))))
+    count = int(dropped.sum())
+    if kind == "inputs":
+        verdict = (
+            "cannot influence the output (bit-identical under noise, constant and swap)"
+            if leak == 0.0
+            else f"LEAKS: outputs change by {leak:.2g}; this is a bug"
+        )
+    elif leak == 0.0:
+        verdict = "did not influence the output in this batch (bit-identical under noise, constant and swap)"
+    else:
+        verdict = f"still changes outputs by up to {leak:.2g}, through earlier layers and the residual stream"
+    sentence = f"{site}: keeps {kept_ratio:.1%}; what it dropped ({count} positions), given the selection, {verdict}"
+    return SiteReport(site, kept_ratio, leak, leak == 0.0, sentence)
+
+
+def _input_rows(model: nn.Module, architecture: Any, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Towers whose rows are given inputs, with bool ``[B, N]``: which rows are an input token or patch."""
+    if batch.get("pixel_values") is not None:
+        config = getattr(model.config, "vision_config", model.config)
+        patch, (height, width) = config.patch_size, batch["pixel_values"].shape[-2:]
+        size = (patch, patch) if isinstance(patch, int) else tuple(patch)
+        rows = torch.ones(len(batch["pixel_values"]), 1 + (height // size[0]) * (width // size[1]), dtype=torch.bool)
+        rows[:, 0] = False
+        yield "vision", rows.to(batch["pixel_values"].device)
+    if "encoder" in architecture.all_towers and batch.get("input_ids") is not None:
+        yield "encoder", torch.ones_like(batch["input_ids"], dtype=torch.bool)
+
+
+def _tensors(output: Any) -> dict[str, Tensor]:
+    """The outputs a reader of the model sees, floating-point tensors by name."""
+    return {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
+
+
+def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Largest absolute difference; infinite where shapes or finiteness differ, 0.0 only when bit-identical."""
+    largest = 0.0
+    for name, value in one.items():
+        if value.shape != other[name].shape:
+            return float("inf")
+        if not torch.equal(value, other[name]):
+            largest = max(largest, float((value - other[name]).abs().nan_to_num(float("inf")).max()), 1e-45)
+    return largest
