@@ -236,19 +236,17 @@ def _selector(site: str, config: SiteConfig, tower: Tower, kind: str) -> Selecto
         raise HardAttentionError(
             f"scorer '{config.scorer}' reads a CLS token; there is none among the candidates of '{site}'. Use another scorer."
         )
+    if scorer.needs_grid and (tower.always != "first" or kind != "inputs"):
+        raise HardAttentionError(
+            f"scorer '{config.scorer}' reads a whole grid of patches; '{site}' has none. Use it at 'vision.inputs', or another scorer here."
+        )
     if rows and (scorer.per_query or config.per_head):
         what = f"scorer '{config.scorer}' chooses per query" if scorer.per_query else "per_head=True chooses per head"
         raise HardAttentionError(
             f"{what}; '{site}' drops whole tokens, one choice per row. Use it at a 'self' or 'cross' site."
         )
-    selector_class = registry.load("estimators", config.estimator)
-    if config.execution == "gathered" and selector_class.pathwise and config.estimator != "soft":
-        raise HardAttentionError(
-            f"execution='gathered' at '{site}' leaves estimator '{config.estimator}' without a gradient; it needs the dropped positions. "
-            "Use execution='auto' (masked in training, gathered in evaluation) or a score-function estimator."
-        )
     per_query = scorer.per_query or (tower.causal and kind == "self")
-    return Selector(
+    selector = Selector(
         site,
         config,
         hidden_size=tower.source_size if cross else tower.hidden_size,
@@ -257,6 +255,12 @@ def _selector(site: str, config: SiteConfig, tower: Tower, kind: str) -> Selecto
         always=None if per_query else tower.source_always if cross else tower.always,
         causal=tower.causal and kind == "self",
     )
+    if config.execution == "gathered" and selector.estimator.pathwise and selector.learned and config.estimator != "soft":
+        raise HardAttentionError(
+            f"execution='gathered' at '{site}' leaves estimator '{config.estimator}' without a gradient; it needs the dropped positions. "
+            "Use execution='auto' (masked in training, gathered in evaluation) or a score-function estimator."
+        )
+    return selector
 
 
 def _source_slots(source: str | None, built: Mapping[str, Selector]) -> Callable[[int], int] | None:

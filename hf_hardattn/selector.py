@@ -69,6 +69,11 @@ class Selector(nn.Module):
         return f"'{self.site}', scorer={self.config.scorer}, budget={self.config.budget}, estimator={self.config.estimator}"
 
     @property
+    def learned(self) -> bool:
+        """Whether there is anything to learn; a control without parameters can train gathered under any estimator."""
+        return next(self.scorer.parameters(), None) is not None
+
+    @property
     def budget(self) -> Budget:
         """The budget in force: of the current step in training, the schedule's end in evaluation."""
         if self.budget_schedule is None:
@@ -88,7 +93,7 @@ class Selector(nn.Module):
     def masked(self) -> bool:
         """Whether this forward runs masked (training needs it for pathwise estimators) rather than gathered."""
         if self.config.execution == "auto":
-            return self.training and self.estimator.pathwise
+            return self.training and self.estimator.pathwise and self.learned
         return self.config.execution == "masked"
 
     def _now(self, schedule: Schedule) -> float:

@@ -58,7 +58,9 @@ def test_without_clutter_all_ink_is_the_digit_and_clutter_adds_ink_outside():
     for clutter, outside in ((0, False), (12, True)):
         batch = _draw(clutter=clutter)
         ink = (batch["pixel_values"] + 1).sum((1, 2, 3))
-        inside = torch.stack([(_crop(i, b) + 1).sum() for i, b in zip(batch["pixel_values"][:, 0], batch["box"], strict=True)])
+        inside = torch.stack(
+            [(_crop(i, b) + 1).sum() for i, b in zip(batch["pixel_values"][:, 0], batch["box"], strict=True)]
+        )
         assert ((ink - inside) > 1e-3).all() == outside
 
 

@@ -33,12 +33,14 @@ class Base(nn.Module):
     Class attributes:
         per_query: each query chooses for itself (``score`` gets ``queries``).
         needs_cls: reads a CLS token at position 0 of the same tower.
+        needs_grid: reads a whole grid of patches behind a CLS token (``vision.inputs`` only).
         needs_projections: reads the attention's own projections.
         features: F, number of features per position and head.
     """
 
     per_query: ClassVar[bool] = False
     needs_cls: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = False
     needs_projections: ClassVar[bool] = False
     features: int = 1
 

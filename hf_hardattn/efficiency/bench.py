@@ -1,0 +1,107 @@
+"""Benchmark: what the library costs a soft model, and what selection saves a hard one."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import T5Config, T5EncoderModel, ViTConfig, ViTForImageClassification
+
+from ..config import HardAttentionConfig
+from ..registration import apply
+from .counting import count_flops
+from .timing import interleaved_seconds, speedups
+
+IMPORT_PROBE = """
+import sys, time, torch
+torch.set_num_threads(int(sys.argv[2]))
+if sys.argv[1] == "with": import hf_hardattn
+from transformers import ViTConfig, ViTForImageClassification
+torch.manual_seed(0)
+model = ViTForImageClassification(ViTConfig(num_hidden_layers=4)).eval()
+pixels = torch.randn(1, 3, 224, 224)
+times = []
+with torch.inference_mode():
+    for _ in range(30):
+        start = time.perf_counter(); model(pixel_values=pixels); times.append(time.perf_counter() - start)
+    print(sorted(times[5:])[len(times[5:]) // 2], model(pixel_values=pixels).logits.double().sum().item().hex())
+"""
+
+
+def run(*, rounds: int, threads: int) -> dict[str, Any]:
+    """Measure; each speed-up is a ratio to stock SDPA in the same run, interleaved, median over rounds.
+
+    Returns:
+        ``rows`` (case, counted and measured speed-up, seconds), ``registered`` (stock model with the library imported, relative to
+        without, in alternating fresh processes), and the machine.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    rows = _vit(rounds) + _t5(rounds)
+    return {
+        "command": f"hf-hardattn bench --rounds {rounds} --threads {threads}",
+        "rows": rows,
+        "registered": _registered(threads),
+        "measured": {"device": "cpu", "processor": platform.processor() or platform.machine(), "threads": threads, "batch": 1, "dtype": "float32"},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _vit(rounds: int) -> list[dict[str, Any]]:
+    config = ViTConfig()  # ViT-B/16 at 224 pixels
+    sites = {"vision.inputs": 0.25, "vision.tokens.0": 0.25, "vision.tokens.[369]": 0.7, "vision.self.*": 0.25}
+    batch = {"pixel_values": torch.randn(1, 3, 224, 224)}
+    return _compare("ViT-B/16 224 px", lambda: ViTForImageClassification(config), sites, batch, rounds)
+
+
+def _t5(rounds: int) -> list[dict[str, Any]]:
+    config = T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)  # the encoder of T5-base
+    sites = {"encoder.inputs": 0.25, "encoder.tokens.0": 0.25, "encoder.self.*": 0.25}
+    batch = {"input_ids": torch.randint(2, 32000, (1, 512))}
+    return _compare("T5-base encoder 512 tokens", lambda: T5EncoderModel(config), sites, batch, rounds)
+
+
+def _compare(name: str, build: Callable[[], nn.Module], sites: dict[str, float], batch: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
+    models = {"stock SDPA": build().eval()}
+    for site, budget in sites.items():
+        hard = HardAttentionConfig(sites=[site], budget=budget, estimator="straight_through")
+        models[f"{site} keep {budget}"] = apply(build(), hard).eval()
+
+    def call(model: nn.Module) -> Any:
+        with torch.inference_mode():
+            return model(**batch)
+
+    seconds = interleaved_seconds({case: lambda model=model: call(model) for case, model in models.items()}, rounds=rounds)
+    ratios = speedups(seconds, "stock SDPA")
+    stock = count_flops(models["stock SDPA"], batch)
+    return [
+        {
+            "case": f"{name}, {case}",
+            "counted": stock / count_flops(model, batch),
+            "measured": ratios[case],
+            "seconds": statistics.median(seconds[case]),
+        }
+        for case, model in models.items()
+    ]
+
+
+def _registered(threads: int, pairs: int = 5) -> dict[str, Any]:
+    """Stock ViT in fresh processes, with and without the library imported, in turn."""
+    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    outputs = set()
+    for _ in range(pairs):
+        for mode in seconds:
+            answer = subprocess.run([sys.executable, "-c", IMPORT_PROBE, mode, str(threads)], check=True, capture_output=True, text=True)
+            median, output = answer.stdout.split()
+            seconds[mode].append(float(median))
+            outputs.add(output)
+    ratio = statistics.median(a / b for a, b in zip(seconds["with"], seconds["without"], strict=True))
+    return {"relative_time": ratio, "identical_outputs": len(outputs) == 1, "pairs": pairs, "seconds": seconds, "when": time.strftime("%Y-%m-%d")}

@@ -1,0 +1,1 @@
+"""Selections as people see them."""

@@ -1,0 +1,60 @@
+"""A small MLP that also sees the neighbouring patches."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HardAttentionError
+from . import Base, Projections
+
+
+class Conv(Base):
+    """Score each patch from itself and its 3x3 neighbourhood: ``h = gelu(W1 norm(x) + b1)``, ``s = W2 gelu(h + depthwise3x3(h)) + b2``.
+
+    At ``vision.inputs`` no layer has mixed the patches yet, so a patch alone cannot tell a part of the object from clutter; its
+    neighbours can. CLS comes first in the row and gets no score of its own.
+
+    Args:
+        hidden: width of the hidden layer.
+
+    Raises:
+        HardAttentionError: the patches form no square grid.
+
+    Cost: (D + 10) * hidden multiplications per patch.
+    """
+
+    needs_grid = True
+
+    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, hidden: int = 64):
+        super().__init__(hidden_size, query_size, heads)
+        self.weight_in = nn.Parameter(torch.empty(hidden, hidden_size))
+        self.bias_in = nn.Parameter(torch.empty(hidden))
+        self.kernel = nn.Parameter(torch.empty(hidden, 1, 3, 3))
+        self.weight_out = nn.Parameter(torch.empty(heads, hidden))
+        self.bias_out = nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight_in, std=self.hidden_size**-0.5)
+        nn.init.zeros_(self.bias_in)
+        nn.init.normal_(self.kernel, std=1 / 3)
+        nn.init.normal_(self.weight_out, std=0.02)
+        nn.init.zeros_(self.bias_out)
+
+    def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
+        batch, n, _ = states.shape
+        side = math.isqrt(n - 1)
+        if side * side != n - 1:
+            raise HardAttentionError(
+                f"scorer 'conv' got {n - 1} patches; it needs a square grid. Give square images, or use scorer 'mlp'."
+            )
+        patches = nn.functional.rms_norm(states[:, 1:].float(), (self.hidden_size,))
+        hidden = nn.functional.gelu(nn.functional.linear(patches, self.weight_in.float(), self.bias_in.float()))
+        grid = hidden.transpose(1, 2).reshape(batch, -1, side, side)
+        grid = grid + nn.functional.conv2d(grid, self.kernel.float(), padding=1, groups=grid.shape[1])
+        hidden = nn.functional.gelu(grid).flatten(2).transpose(1, 2)
+        scores = nn.functional.linear(hidden, self.weight_out.float(), self.bias_out.float())
+        return nn.functional.pad(scores, (0, 0, 1, 0)).transpose(1, 2).unsqueeze(-1)

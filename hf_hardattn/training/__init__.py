@@ -1,0 +1,1 @@
+"""Training: the Trainer's callback, the shared loop of the scripts, and the demo."""

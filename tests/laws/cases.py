@@ -1,0 +1,226 @@
+"""The cases of the contract suite, made from the registered names: every architecture, head, kind of site, scorer and estimator."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hf_hardattn
+from hf_hardattn import registry
+from hf_hardattn.architectures import Example
+from hf_hardattn.registration import architecture_of
+
+HEADS = [(a, head) for a in registry.names("architectures") for head in registry.load("architectures", a).heads()]
+SCORERS, ESTIMATORS, BASELINES = map(registry.names, ("scorers", "estimators", "baselines"))
+BUDGETS = (1, 3, 0.5, "threshold:0.5", "top_p:0.6")
+
+
+@dataclass(frozen=True)
+class Place:
+    """All sites of one kind in one tower: ``group`` is ``tower.kind``; ``cls``: its candidates hold a CLS token that attends."""
+
+    architecture: str
+    group: str
+    causal: bool
+    cls: bool
+    heads: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return self.group.split(".")[1]
+
+    @property
+    def pattern(self) -> str:
+        return self.group if self.kind == "inputs" else f"{self.group}.*"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the suite."""
+
+    place: Place
+    head: str
+    scorer: str = "linear"
+    estimator: str = "straight_through"
+    budget: Any = 3
+
+    def __str__(self) -> str:
+        return f"{self.head}-{self.place.group}-{self.scorer}-{self.estimator}-{self.budget}"
+
+    def config(self, **changes: Any) -> hf_hardattn.HardAttentionConfig:
+        fields = dict(
+            sites=[self.place.pattern],
+            scorer=self.scorer,
+            estimator=self.estimator,
+            budget=self.budget,
+            baseline="leave_one_out",
+        )
+        return hf_hardattn.HardAttentionConfig(**{**fields, **changes})
+
+
+@functools.cache
+def _stock(architecture: str, head: str, changes: tuple[tuple[str, Any], ...]) -> Example:
+    torch.manual_seed(0)
+    example = registry.load("architectures", architecture).heads()[head](**dict(changes))
+    with torch.no_grad():  # initial weights are so small that no output depends on what is selected
+        for parameter in example.model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return example
+
+
+def stock(architecture: str, head: str, padded: bool = True, **changes: Any) -> Example:
+    """The tiny example of a head, in evaluation mode, with weights large enough for selections to matter."""
+    example = copy.deepcopy(_stock(architecture, head, tuple(changes.items())))
+    if not padded and "attention_mask" in example.batch:
+        example.batch["attention_mask"] = torch.ones_like(example.batch["attention_mask"])
+    return Example(example.model.eval(), example.batch)
+
+
+def harden(model: nn.Module, config: Any, seed: int = 1) -> nn.Module:
+    """Apply ``config``, with selectors whose scores differ clearly between positions."""
+    hf_hardattn.apply(model, config)
+    torch.manual_seed(seed)
+    for selector in hf_hardattn.selectors(model).values():
+        for parameter in selector.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def hard(case: Case, padded: bool = True, **changes: Any) -> Example:
+    """The example of a case with its sites in place."""
+    example = stock(case.place.architecture, case.head, padded)
+    harden(example.model, case.config(**changes))
+    return example
+
+
+def tensors(output: Any, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of an output by name, caches left out."""
+    if isinstance(output, Tensor):
+        return {prefix: output}
+    if hasattr(output, "items"):
+        named: Any = output.items()
+    elif isinstance(output, (tuple, list)):
+        named = enumerate(output)
+    else:
+        return {}
+    found: dict[str, Tensor] = {}
+    for name, value in named:
+        if name != "past_key_values":
+            found |= tensors(value, f"{prefix}.{name}" if prefix else str(name))
+    return found
+
+
+def run(example: Example, **kwargs: Any) -> dict[str, Tensor]:
+    """The outputs of the example's model on its batch, without gradient."""
+    with torch.no_grad():
+        return tensors(example.model(**{**example.batch, **kwargs}))
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Assert the same outputs: names, shapes and values."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = max(1.0, value.abs().max().item()) if value.is_floating_point() else 1.0
+        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def train_loss(example: Example, seed: int = 3) -> Tensor:
+    """The loss of a training step, or a stand-in of the same kind (with the estimators' terms) for heads that return none."""
+    model = example.model.train()
+    torch.manual_seed(seed)
+    if has_loss(example):
+        return model(**example.batch).loss
+    with hf_hardattn.record(model) as selections:
+        found = {name: value for name, value in tensors(model(**example.batch)).items() if value.is_floating_point()}
+    per_row = sum(value.flatten(1).square().mean(1) for value in found.values())
+    extra = hf_hardattn.auxiliary_loss(selections, hf_hardattn.selectors(model), -per_row.detach())
+    return per_row.mean() if extra is None else per_row.mean() + extra
+
+
+def has_loss(example: Example) -> bool:
+    """Whether the head returns a loss for the example's batch."""
+    return bool({"labels", "start_positions", "return_loss", "bool_masked_pos"} & example.batch.keys())
+
+
+def can_generate(architecture: str, head: str) -> bool:
+    return hasattr(_stock(architecture, head, ()).model, "generate") and _stock(architecture, head, ()).model.can_generate()
+
+
+def all_sites(model: nn.Module) -> dict[str, str]:
+    """Site name to kind."""
+    towers = architecture_of(model).towers(model)
+    return {site: kind for name, tower in towers.items() for site, kind, _ in tower.sites(name)}
+
+
+def _places() -> list[Place]:
+    found: dict[Place, list[str]] = {}
+    for architecture, head in HEADS:
+        model = _stock(architecture, head, ()).model
+        for name, tower in registry.load("architectures", architecture).towers(model).items():
+            for kind in tower.kinds:
+                causal = tower.causal and kind == "self"
+                cls = tower.always == "first" and kind != "cross" and not tower.causal
+                found.setdefault(Place(architecture, f"{name}.{kind}", causal, cls), []).append(head)
+    return [Place(p.architecture, p.group, p.causal, p.cls, tuple(heads)) for p, heads in found.items()]
+
+
+PLACES = _places()
+
+
+def refusal(place: Place, scorer: str) -> str | None:
+    """The message with which the library refuses a scorer at a place, as a pattern; None where it serves it."""
+    member = registry.load("scorers", scorer)
+    if member.needs_cls and not place.cls:
+        return f"scorer '{scorer}' reads a CLS token; there is none among the candidates of '{place.group}"
+    if member.needs_grid and not (place.cls and place.kind == "inputs"):
+        return f"scorer '{scorer}' reads a whole grid of patches; '{place.group}.* has none"
+    if member.per_query and place.kind in ("tokens", "inputs"):
+        return f"scorer '{scorer}' chooses per query; '{place.group}.*' drops whole tokens, one choice per row"
+    return None
+
+
+def pairwise(factors: Sequence[Sequence[Any]], allowed: Callable[[Any, Any], bool]) -> Iterator[tuple[Any, ...]]:
+    """Rows in which every allowed pair of values of two factors occurs at least once; greedy and deterministic."""
+    values = [(f, v) for f, factor in enumerate(factors) for v in range(len(factor))]
+
+    def fits(a: tuple[int, int], b: tuple[int, int]) -> bool:
+        return allowed(factors[a[0]][a[1]], factors[b[0]][b[1]])
+
+    uncovered = {(a, b) for a, b in itertools.combinations(values, 2) if a[0] < b[0] and fits(a, b)}
+    while uncovered:
+        row = list(min(uncovered))
+        for f in range(len(factors)):
+            if all(f != taken for taken, _ in row):
+                options = [(f, v) for v in range(len(factors[f])) if all(fits(*sorted(((f, v), other))) for other in row)]
+                row.append(max(options, key=lambda o: (sum(tuple(sorted((o, r))) in uncovered for r in row), -o[1])))
+        row.sort()
+        uncovered -= set(itertools.combinations(row, 2))
+        yield tuple(factors[f][v] for f, v in row)
+
+
+def cases(
+    scorers: Sequence[str] = SCORERS,
+    estimators: Sequence[str] = ("straight_through",),
+    budgets: Sequence[Any] = BUDGETS,
+    where: Callable[[Place], bool] = lambda place: True,
+) -> list[Case]:
+    """Pairwise cover of place, scorer, estimator and budget; the heads of a place take turns."""
+
+    def allowed(a: Any, b: Any) -> bool:
+        return not isinstance(a, Place) or b not in SCORERS or b not in scorers or refusal(a, b) is None
+
+    turn = {place: itertools.cycle(place.heads) for place in PLACES}
+    rows = pairwise([[p for p in PLACES if where(p)], scorers, estimators, budgets], allowed)
+    return [Case(place, next(turn[place]), *rest) for place, *rest in rows]
+
+
+def head_places(where: Callable[[Place], bool] = lambda place: True) -> list[tuple[str, Place]]:
+    """Every head with every place it has."""
+    return [(head, place) for place in PLACES if where(place) for head in place.heads]
