@@ -6,8 +6,9 @@ Importing the package registers it; models are untouched until a config carries 
 from .config import HardAttentionConfig, SiteConfig
 from .errors import HardAttentionError
 from .losses import auxiliary_loss
+from .patching import register
 from .recording import Recording, record, replay, selectors
-from .registration import apply, execution, freeze_backbone, register, remove, set_reward, set_step, soft, status
+from .registration import apply, execution, freeze_backbone, remove, set_reward, set_step, soft, status
 from .selection import Selection
 from .verify import Report, verify
 

@@ -80,7 +80,7 @@ class SiteConfig:
         registry.load("estimators", self.estimator)(**self.estimator_options)
 
 
-_SITE_FIELDS = tuple(f.name for f in fields(SiteConfig))
+SITE_FIELDS = tuple(f.name for f in fields(SiteConfig))
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,11 @@ class HardAttentionConfig(SiteConfig):
             self._site(pattern, [overrides]).validate(pattern)
 
     def _site(self, where: str, overrides: Iterable[Mapping[str, Any]]) -> SiteConfig:
-        merged = {name: getattr(self, name) for name in _SITE_FIELDS}
+        merged = {name: getattr(self, name) for name in SITE_FIELDS}
         for override in overrides:
             for name, value in override.items():
-                if name not in _SITE_FIELDS:
-                    raise unknown("site field", name, _SITE_FIELDS, where)
+                if name not in SITE_FIELDS:
+                    raise unknown("site field", name, SITE_FIELDS, where)
                 # options belong to the member they were written for
                 if name in ("scorer", "estimator", "baseline") and value != merged[name]:
                     merged[f"{name}_options"] = {}

@@ -36,7 +36,7 @@ def auxiliary_loss(
     terms = []
     for selection in selections:
         selector = selectors[selection.site]
-        if selection.log_prob is not None and reward is not None:
+        if selection.log_prob is not None and selector.baseline is not None and reward is not None:
             log_prob = selection.log_prob.sum((1, 2))
             baseline = selector.baseline(reward.view(-1), None if greedy is None else greedy.view(-1))
             advantage = (reward.view(-1) - baseline).detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -74,11 +75,11 @@ def replay(model: nn.Module, selections: Iterable[Selection] | Mapping[str, Tens
         selections: a recording of the same calls, replayed in order at each site; or site name to bool mask ``[B, N]`` (or
             ``[B, H, Q, N]``), used at every call. Sites not named choose for themselves.
     """
-    queues: dict[str, Any] = {}
+    queues: dict[str, Iterator[Tensor]] = {}
     if isinstance(selections, Mapping):
         for site, mask in selections.items():
             mask = mask[:, None, None, :] if mask.dim() == 2 else mask
-            queues[site] = iter(lambda mask=mask: mask, None)
+            queues[site] = itertools.repeat(mask)
     else:
         by_site: dict[str, list[Tensor]] = {}
         for selection in selections:
@@ -89,7 +90,7 @@ def replay(model: nn.Module, selections: Iterable[Selection] | Mapping[str, Tens
         if site not in known:
             raise unknown("site", site, known, type(model).__name__)
 
-    def force(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def force(module: Selector, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if module.site not in queues:
             return None
         try:

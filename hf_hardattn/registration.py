@@ -1,48 +1,23 @@
-"""How hard attention gets into a Transformers model, and out of it again.
-
-Importing the package lets ``config.hard_attention`` through ``PreTrainedConfig`` and wraps four methods of ``PreTrainedModel``.
-All are inert until a config carries ``hard_attention``; then ``post_init``, which every model calls at the end of every way to
-construct it, swaps the classes of that one model's modules and adds its selectors.
-
-Transformers' own ``register_patch_mapping`` is not used: its ``patch_output_recorders`` rewrites class-level recorders, so that
-models of the stock classes, even those built before, return no attentions any more; and it misses ``ViTModel(config)``.
-"""
+"""Hard attention on a live model: apply, remove, soft, status."""
 
 from __future__ import annotations
 
 import functools
-import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from . import registry
-from .architectures import Base as Architecture
-from .architectures import Tower, slots_after
+from .architectures import Tower, architecture_of, slots_after
 from .config import HardAttentionConfig, SiteConfig
 from .errors import HardAttentionError
-from .losses import auxiliary_loss
+from .hooks import ClosePass, OpenPass
 from .recording import selectors
-from .selection import Selection
 from .selector import Selector
-from .sites import PASS, HardLayerNorm
-from .stream import Pass
-
-_PREFIX = "Hard"
-
-
-def architecture_of(model: nn.Module) -> type[Architecture] | None:
-    """The architecture that knows ``model``, or None."""
-    for name in registry.names("architectures"):
-        architecture = registry.load("architectures", name)
-        if architecture.towers(model):
-            return architecture
-    return None
+from .sites import HardLayerNorm
 
 
 def apply(
@@ -64,12 +39,13 @@ def apply(
     Raises:
         HardAttentionError: an unsupported model, or a site that does not exist.
     """
-    _attach(model, HardAttentionConfig.parse(config if config is not None else {}))
+    attach(model, HardAttentionConfig.parse(config if config is not None else {}))
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     for selector in selectors(model).values():
         if weight is not None:
             selector.to(device=weight.device, dtype=weight.dtype)
         selector.train(model.training)
+        module: Any
         for module in selector.modules():  # loaded later or trained: Transformers must not initialise it again
             module._is_hf_initialized = True
     if reward is not None:
@@ -82,6 +58,7 @@ def remove(model: nn.Module) -> nn.Module:
     architecture = architecture_of(model)
     if architecture is None:
         return model
+    tower: Any
     for tower in architecture.towers(model).values():
         stock = {hard: cls for cls, hard in tower.classes.items()}
         for module in tower.root.modules():
@@ -161,7 +138,7 @@ def set_reward(model: nn.Module, reward: Callable[[dict[str, Any], Any], Tensor]
         reward: maps the model's keyword inputs and its output to fp32 ``[B]``, higher = better; it need not be differentiable.
             None restores the default, minus the task loss of each example.
     """
-    model._hard_attention_reward = reward
+    model.__dict__["_hard_attention_reward"] = reward
 
 
 @contextmanager
@@ -178,7 +155,7 @@ def freeze_backbone(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(True)
 
 
-def _attach(model: nn.Module, config: HardAttentionConfig) -> None:
+def attach(model: nn.Module, config: HardAttentionConfig) -> None:
     architecture = architecture_of(model)
     if architecture is None:
         known = ", ".join(registry.names("architectures"))
@@ -223,12 +200,6 @@ def _attach(model: nn.Module, config: HardAttentionConfig) -> None:
     model.register_forward_hook(ClosePass(), with_kwargs=True)
 
 
-def _family(model: nn.Module) -> bool:
-    """Whether the model is a part of a supported family (a T5 stack, say): the model around it decides."""
-    families = [registry.load("architectures", name).family for name in registry.names("architectures")]
-    return type(model).__module__.startswith(tuple(families))
-
-
 def _selector(site: str, config: SiteConfig, tower: Tower, kind: str) -> Selector:
     cross, rows = kind == "cross", kind in ("tokens", "inputs")
     scorer = registry.load("scorers", config.scorer)
@@ -255,7 +226,12 @@ def _selector(site: str, config: SiteConfig, tower: Tower, kind: str) -> Selecto
         always=None if per_query else tower.source_always if cross else tower.always,
         causal=tower.causal and kind == "self",
     )
-    if config.execution == "gathered" and selector.estimator.pathwise and selector.learned and config.estimator != "soft":
+    if (
+        config.execution == "gathered"
+        and selector.estimator.pathwise
+        and selector.learned
+        and config.estimator != "soft"
+    ):
         raise HardAttentionError(
             f"execution='gathered' at '{site}' leaves estimator '{config.estimator}' without a gradient; it needs the dropped positions. "
             "Use execution='auto' (masked in training, gathered in evaluation) or a score-function estimator."
@@ -289,167 +265,3 @@ def _unhook(module: nn.Module) -> None:
             del hooks[key]
             for extra in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
                 extra.pop(key, None)
-
-
-class OpenPass:
-    """Forward pre-hook of a hard model: hands the towers a ``Pass`` by keyword."""
-
-    def __init__(self, shares_gates: bool):
-        self.shares_gates = shares_gates
-
-    def __call__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**kwargs, PASS: Pass(shares_gates=self.shares_gates)}
-
-
-class ClosePass:
-    """Forward hook of a hard model: in training mode adds the estimators' terms to ``outputs.loss``."""
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        selections = kwargs[PASS].selections
-        return _add_terms(model, args, kwargs, output, selections) if model.training and selections else output
-
-
-def _add_terms(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, selections: list[Selection]
-) -> Any:
-    by_site = selectors(model)
-    inputs = _named(model, args, {name: value for name, value in kwargs.items() if name != PASS})
-    loss = (
-        output.get("loss") if isinstance(output, Mapping) else output[0] if inputs.get("labels") is not None else None
-    )
-    needs_reward = any(s.log_prob is not None for s in selections)
-    if loss is None:
-        if needs_reward:
-            warnings.warn(
-                f"{type(model).__name__} returned no loss, so the score-function estimators of its sites got no reward and do not train. "
-                "Pass labels, or add hf_hardattn.auxiliary_loss(selections, hf_hardattn.selectors(model), reward) to your loss.",
-                stacklevel=2,
-            )
-        return output
-    reward = _reward(model, inputs, output, loss) if needs_reward else None
-    greedy = None
-    if needs_reward and any(s.baseline is not None and s.baseline.needs_greedy for s in by_site.values()):
-        greedy = _greedy_reward(model, inputs, args, kwargs)
-    extra = auxiliary_loss(selections, by_site, reward, greedy)
-    if extra is None:
-        return output
-    total = loss + extra.to(loss.dtype)
-    if isinstance(output, Mapping):
-        output["loss"] = total
-        return output
-    return (total, *output[1:])
-
-
-def _reward(model: nn.Module, inputs: dict[str, Any], output: Any, loss: Tensor) -> Tensor:
-    """Reward of each example ``[B]``, or of the batch ``[]`` where the output does not tell."""
-    custom = model.__dict__.get("_hard_attention_reward")
-    with torch.no_grad():
-        if custom is not None:
-            reward = torch.as_tensor(custom(inputs, output), dtype=torch.float32, device=loss.device)
-            if reward.dim() != 1:
-                raise HardAttentionError(
-                    f"the reward function returned shape {tuple(reward.shape)}; it must give one number per example, [B]."
-                )
-            return reward
-        losses = architecture_of(model).example_loss(model, inputs, output) if isinstance(output, Mapping) else None
-        return -(loss if losses is None else losses).detach().float()
-
-
-def _greedy_reward(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Reward of the deterministic choices: the same forward in evaluation mode, without gradient."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            output = model.forward(*args, **{**kwargs, PASS: Pass()})
-    finally:
-        for module, training in modes:
-            module.training = training
-    loss = output["loss"] if isinstance(output, Mapping) else output[0]
-    return _reward(model, inputs, output, loss)
-
-
-def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs by name."""
-    names = [name for name in inspect.signature(model.forward).parameters if name != "kwargs"]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _check_loaded(
-    model: PreTrainedModel, info: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], asked: bool
-) -> None:
-    """Raise when a checkpoint says that it is hard and lacks its selectors; warn when it has selectors and runs soft."""
-    prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Selector))
-    lacking = sorted(key for key in info["missing_keys"] if key.startswith(prefixes)) if prefixes else []
-    if lacking and not asked:
-        place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        hub = {k: kwargs[k] for k in ("revision", "subfolder", "token", "cache_dir", "local_files_only") if k in kwargs}
-        saved, _ = PreTrainedConfig.get_config_dict(place, **hub)
-        if (
-            saved.get("hard_attention")
-            and HardAttentionConfig.parse(saved["hard_attention"]).to_dict() == model.config.hard_attention
-        ):
-            raise HardAttentionError(
-                f"{place} says hard_attention in its config, but its weights lack {len(lacking)} selector tensors (first: '{lacking[0]}'); "
-                "a hard checkpoint must hold its selectors. Load a complete checkpoint, or pass hard_attention=HardAttentionConfig(...) "
-                "to train fresh ones, or hard_attention=None to load it soft."
-            )
-    spare = [key for key in info["unexpected_keys"] if "selector.scorer." in key]
-    if spare and not asked and not prefixes:
-        warnings.warn(
-            f"the checkpoint holds {len(spare)} selector tensors (first: '{spare[0]}') but its config has no hard_attention: "
-            "the model runs SOFT. Pass hard_attention=... to use them, or hard_attention=None to silence this.",
-            stacklevel=3,
-        )
-
-
-def register() -> None:
-    """Wrap Transformers once; called by ``import hf_hardattn``."""
-    if "hard_attention" in PreTrainedConfig.__dict__:
-        return
-    PreTrainedConfig.hard_attention = None  # from_pretrained takes keywords its config has an attribute for
-    post_init, init_weights = PreTrainedModel.post_init, PreTrainedModel._init_weights
-    from_pretrained, to_dict = PreTrainedModel.from_pretrained.__func__, PreTrainedConfig.to_dict
-
-    @functools.wraps(post_init)
-    def hard_post_init(self: PreTrainedModel) -> None:
-        wanted = getattr(self.config, "hard_attention", None)
-        known = architecture_of(self) is not None
-        if wanted is not None and (known or not _family(self)):
-            _attach(self, HardAttentionConfig.parse(wanted))
-        elif known and selectors(self):  # the outer config decides: hard parts of a model that was asked to be soft
-            remove(self)
-        post_init(self)
-        if wanted is not None and known:  # device maps and FSDP find the units not to split by class name
-            self._no_split_modules |= {_PREFIX + name for name in self._no_split_modules}
-
-    @functools.wraps(init_weights)
-    def hard_init_weights(self: PreTrainedModel, module: nn.Module) -> None:
-        if isinstance(module, Selector):
-            module.reset_parameters()
-        else:
-            init_weights(self, module)
-
-    @functools.wraps(from_pretrained)
-    def hard_from_pretrained(
-        cls: type[PreTrainedModel], *args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> Any:
-        given = getattr(kwargs.get("config"), "hard_attention", None)
-        asked = "hard_attention" in kwargs or isinstance(given, HardAttentionConfig)
-        model, info = from_pretrained(cls, *args, output_loading_info=True, **kwargs)
-        _check_loaded(model, info, args, kwargs, asked)
-        return (model, info) if output_loading_info else model
-
-    @functools.wraps(to_dict)
-    def hard_to_dict(self: PreTrainedConfig) -> dict[str, Any]:
-        data = to_dict(self)
-        if isinstance(data.get("hard_attention"), HardAttentionConfig):
-            data["hard_attention"] = data["hard_attention"].to_dict()
-        return data
-
-    PreTrainedModel.post_init = hard_post_init
-    PreTrainedModel._init_weights = hard_init_weights
-    PreTrainedModel.from_pretrained = classmethod(hard_from_pretrained)
-    PreTrainedConfig.to_dict = hard_to_dict

@@ -69,6 +69,11 @@ class Selector(nn.Module):
         return f"'{self.site}', scorer={self.config.scorer}, budget={self.config.budget}, estimator={self.config.estimator}"
 
     @property
+    def once(self) -> bool:
+        """Whether one choice serves all queries of a row."""
+        return not self.causal and not self.scorer.per_query
+
+    @property
     def learned(self) -> bool:
         """Whether there is anything to learn; a control without parameters can train gathered under any estimator."""
         return next(self.scorer.parameters(), None) is not None

@@ -48,6 +48,9 @@ class AttentionSite:
     """
 
     selector: Selector | None
+    site_scale: float
+    site_dropout: float
+    training: bool
 
     def project_query(self, states: Tensor) -> Tensor:
         """``[B, Q, D]`` to ``[B, H, Q, d]``."""
@@ -100,13 +103,11 @@ class AttentionSite:
         """
         query, selector = self.project_query(hidden), self.active_selector()
         size, allowed = query.shape[-1], as_bool(mask)
-        causal = selector is not None and selector.causal
-        once = selector is not None and not causal and not selector.scorer.per_query
-        if once and not (cache is not None and cache.filled):
+        filled = cache is not None and cache.filled
+        if selector is not None and selector.once and not filled:
             return self._attend_once(
                 query, source, selector, allowed, made, gates, bias, cache if cross else None, weights
             )
-        features = None
         if cache is not None and cache.filled:
             key, value = cache.read()
         else:
@@ -117,17 +118,16 @@ class AttentionSite:
                 key = torch.cat((key, made_features.expand(-1, key.shape[1], -1, -1)), -1)
             if cache is not None:
                 key, value = cache.update(key, value)
-        if key.shape[-1] > size:
-            key, features = key[..., :size], key[..., size:]
+        key, features = key[..., :size], key[..., size:]
         if selector is None:
             return self._output(query, key, value, allowed, as_keys(gates), bias, weights)
-        if once:  # kept keys of an earlier step; the extra column marks the slots in use
+        if selector.once:  # kept keys of an earlier step; the extra column marks the slots in use
             dense = mask is None and not selector.budget.data_dependent and not selector.masked
             return self._output(
                 query, key, value, None if dense else features[..., 0].unsqueeze(2) > 0.5, None, None, weights
             )
         features = features[:, : selector.heads].float()
-        if allowed is None and causal and query.shape[2] > 1:
+        if allowed is None and selector.causal and query.shape[2] > 1:
             n = key.shape[2]
             allowed = torch.ones(query.shape[2], n, dtype=torch.bool, device=key.device).tril(n - query.shape[2])[
                 None, None
@@ -235,13 +235,13 @@ class AttentionSite:
     ) -> tuple[Tensor, Tensor | None]:
         dropout = self.site_dropout if self.training else 0.0
         if gates is not None:
-            output, probabilities = gated_attend(
+            output, spread = gated_attend(
                 query, key, value, gates, scale=self.site_scale, allowed=allowed, bias=bias, dropout=dropout
             )
-        else:
-            output, probabilities = attend(
-                query, key, value, scale=self.site_scale, allowed=allowed, bias=bias, dropout=dropout, weights=weights
-            )
+            return output.transpose(1, 2).flatten(2), spread if weights else None
+        output, probabilities = attend(
+            query, key, value, scale=self.site_scale, allowed=allowed, bias=bias, dropout=dropout, weights=weights
+        )
         return output.transpose(1, 2).flatten(2), probabilities if weights else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class Stream:
             present = self.gates.detach() > 0
             valid = present if valid is None else valid & present
         features = selector.keys(hidden if states is None else states, valid, projections=projections)
-        required = required_rows(selector.always, hidden.shape[:2], valid, hidden.device)
+        required = required_rows(selector.always, (hidden.shape[0], hidden.shape[1]), valid, hidden.device)
         selection = selector(features, as_keys(valid), as_keys(required))
         selection.positions = self.positions
         n = hidden.shape[1]
@@ -148,6 +148,10 @@ def mask_rows(mask: Tensor | None, batch: int) -> Tensor | None:
     return None if allowed is None else allowed[:, 0, 0].expand(batch, -1)
 
 
+@overload
+def as_keys(rows: Tensor) -> Tensor: ...
+@overload
+def as_keys(rows: None) -> None: ...
 def as_keys(rows: Tensor | None) -> Tensor | None:
     """``[B, N]`` to ``[B, 1, 1, N]``."""
     return None if rows is None else rows[:, None, None, :]

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .architectures import architecture_of
 from .errors import HardAttentionError
 from .recording import Recording, record, replay, selectors
-from .registration import architecture_of, execution
+from .registration import execution
 
 REPLACEMENTS = ("noise", "zero", "swap")
 
@@ -160,7 +161,7 @@ def _site(
 def _input_rows(model: nn.Module, architecture: Any, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Towers whose rows are given inputs, with bool ``[B, N]``: which rows are an input token or patch."""
     if batch.get("pixel_values") is not None:
-        config = getattr(model.config, "vision_config", model.config)
+        config: Any = getattr(model.config, "vision_config", model.config)
         patch, (height, width) = config.patch_size, batch["pixel_values"].shape[-2:]
         size = (patch, patch) if isinstance(patch, int) else tuple(patch)
         rows = torch.ones(len(batch["pixel_values"]), 1 + (height // size[0]) * (width // size[1]), dtype=torch.bool)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .. import registry
 from ..budget import Budget
 from ..sites import HardLayers
 
@@ -30,7 +31,7 @@ class Tower:
     """
 
     root: nn.Module
-    layers: nn.ModuleList
+    layers: Any  # nn.ModuleList; its class is swapped for hard_layers
     hard_layers: type[HardLayers]
     classes: dict[type, type]
     kinds: tuple[str, ...]
@@ -43,7 +44,7 @@ class Tower:
     source: str | None = None
     causal: bool = False
     restore: bool = False
-    final_norm: nn.LayerNorm | None = None
+    final_norm: Any = None
 
     def sites(self, name: str) -> Iterator[tuple[str, str, int]]:
         """Yield ``(site, kind, layer)`` of the tower called ``name``."""
@@ -114,3 +115,12 @@ def slots_after(budgets: list[Budget], n: int) -> int:
     for budget in budgets:
         n = min(n, budget.slots(n - 1) + 1)
     return n
+
+
+def architecture_of(model: nn.Module) -> type[Base] | None:
+    """The architecture that knows ``model``, or None."""
+    for name in registry.names("architectures"):
+        architecture = registry.load("architectures", name)
+        if architecture.towers(model):
+            return architecture
+    return None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,8 +51,18 @@ def run(*, rounds: int, threads: int) -> dict[str, Any]:
         "command": f"hf-hardattn bench --rounds {rounds} --threads {threads}",
         "rows": rows,
         "registered": _registered(threads),
-        "measured": {"device": "cpu", "processor": platform.processor() or platform.machine(), "threads": threads, "batch": 1, "dtype": "float32"},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "measured": {
+            "device": "cpu",
+            "processor": platform.processor() or platform.machine(),
+            "threads": threads,
+            "batch": 1,
+            "dtype": "float32",
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
 
 
@@ -69,7 +80,9 @@ def _t5(rounds: int) -> list[dict[str, Any]]:
     return _compare("T5-base encoder 512 tokens", lambda: T5EncoderModel(config), sites, batch, rounds)
 
 
-def _compare(name: str, build: Callable[[], nn.Module], sites: dict[str, float], batch: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
+def _compare(
+    name: str, build: Callable[[], nn.Module], sites: dict[str, float], batch: dict[str, Any], rounds: int
+) -> list[dict[str, Any]]:
     models = {"stock SDPA": build().eval()}
     for site, budget in sites.items():
         hard = HardAttentionConfig(sites=[site], budget=budget, estimator="straight_through")
@@ -79,7 +92,7 @@ def _compare(name: str, build: Callable[[], nn.Module], sites: dict[str, float],
         with torch.inference_mode():
             return model(**batch)
 
-    seconds = interleaved_seconds({case: lambda model=model: call(model) for case, model in models.items()}, rounds=rounds)
+    seconds = interleaved_seconds({case: partial(call, model) for case, model in models.items()}, rounds=rounds)
     ratios = speedups(seconds, "stock SDPA")
     stock = count_flops(models["stock SDPA"], batch)
     return [
@@ -99,9 +112,17 @@ def _registered(threads: int, pairs: int = 5) -> dict[str, Any]:
     outputs = set()
     for _ in range(pairs):
         for mode in seconds:
-            answer = subprocess.run([sys.executable, "-c", IMPORT_PROBE, mode, str(threads)], check=True, capture_output=True, text=True)
+            answer = subprocess.run(
+                [sys.executable, "-c", IMPORT_PROBE, mode, str(threads)], check=True, capture_output=True, text=True
+            )
             median, output = answer.stdout.split()
             seconds[mode].append(float(median))
             outputs.add(output)
     ratio = statistics.median(a / b for a, b in zip(seconds["with"], seconds["without"], strict=True))
-    return {"relative_time": ratio, "identical_outputs": len(outputs) == 1, "pairs": pairs, "seconds": seconds, "when": time.strftime("%Y-%m-%d")}
+    return {
+        "relative_time": ratio,
+        "identical_outputs": len(outputs) == 1,
+        "pairs": pairs,
+        "seconds": seconds,
+        "when": time.strftime("%Y-%m-%d"),
+    }

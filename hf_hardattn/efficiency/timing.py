@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def interleaved_seconds(calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 3) -> dict[str, list[float]]:
+def interleaved_seconds(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 3
+) -> dict[str, list[float]]:
     """Time each call once a round, in turn, so that a drift of the machine's speed hits all alike.
 
     Args:

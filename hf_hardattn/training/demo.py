@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from ..config import HardAttentionConfig
 from ..efficiency.counting import count_flops
@@ -63,8 +64,7 @@ def run(recipe: Recipe, output: Path, threads: int | None = None) -> dict[str, A
         torch.set_num_threads(threads)
     began = time.perf_counter()
     test = ClutteredDigits("test", recipe.test_images, recipe.clutter, seed=1234).columns
-    trunk = _trunk(recipe)
-    trunk.save_pretrained(output / "trunk")
+    _trunk(recipe).save_pretrained(output / "trunk")
     rows, models = {}, {}
     for name, hard_attention in (("soft", None), ("hard", hard_config(recipe)), ("random", random_config(recipe))):
         torch.manual_seed(recipe.seed + 1)
@@ -99,7 +99,11 @@ def run(recipe: Recipe, output: Path, threads: int | None = None) -> dict[str, A
             "dtype": "float32",
             "rounds": len(seconds["soft"]),
         },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "seconds": time.perf_counter() - began,
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -127,9 +131,10 @@ def _annealed(recipe: Recipe) -> dict[str, Any]:
     return {"start": 1.0, "end": recipe.keep / 64, "steps": max(1, int(recipe.anneal * recipe.branch_steps))}
 
 
-def _trunk(recipe: Recipe) -> nn.Module:
+def _trunk(recipe: Recipe) -> Any:
     torch.manual_seed(recipe.seed)
-    config = ViTConfig(
+    config = AutoConfig.for_model(
+        "vit",
         hidden_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -140,16 +145,25 @@ def _trunk(recipe: Recipe) -> nn.Module:
         num_labels=10,
         hidden_dropout_prob=0.0,
     )
-    model = ViTForImageClassification(config)
+    model: nn.Module = AutoModelForImageClassification.from_config(config)
     ramp = max(1, recipe.ramp)
-    _train(model, recipe, recipe.trunk_steps, "trunk", decay=False, clutter=lambda step: min(recipe.clutter, recipe.clutter * step // ramp))
+    _train(
+        model,
+        recipe,
+        recipe.trunk_steps,
+        "trunk",
+        decay=False,
+        clutter=lambda step: min(recipe.clutter, recipe.clutter * step // ramp),
+    )
     return model
 
 
 def _train(model: nn.Module, recipe: Recipe, steps: int, name: str, *, decay: bool, clutter: Any) -> None:
     """A plain PyTorch loop: the library asks for ``set_step`` only, since the budget has a schedule."""
     draw = torch.Generator().manual_seed(recipe.seed + (1000 if decay else 0))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
+    )
     warmup = 20 if decay else 50
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warmup) * (1 - step / steps if decay else 1.0)
@@ -187,7 +201,7 @@ def _measure(models: dict[str, nn.Module], test: dict[str, Tensor]) -> dict[str,
         with torch.inference_mode():
             return model(pixel_values=batch)
 
-    return interleaved_seconds({name: lambda model=model: call(model) for name, model in models.items()}, rounds=31)
+    return interleaved_seconds({name: partial(call, model) for name, model in models.items()}, rounds=31)
 
 
 @torch.no_grad()

@@ -180,7 +180,7 @@ def refusal(place: Place, scorer: str) -> str | None:
     if member.needs_cls and not place.cls:
         return f"scorer '{scorer}' reads a CLS token; there is none among the candidates of '{place.group}"
     if member.needs_grid and not (place.cls and place.kind == "inputs"):
-        return f"scorer '{scorer}' reads a whole grid of patches; '{place.group}.* has none"
+        return f"scorer '{scorer}' reads a whole grid of patches; '{place.group}.*' has none"
     if member.per_query and place.kind in ("tokens", "inputs"):
         return f"scorer '{scorer}' chooses per query; '{place.group}.*' drops whole tokens, one choice per row"
     return None

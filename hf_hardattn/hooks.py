@@ -1,0 +1,106 @@
+"""What a hard model does around its forward: it hands its towers a ``Pass``, and adds the estimators' terms to ``outputs.loss``."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .architectures import architecture_of
+from .errors import HardAttentionError
+from .losses import auxiliary_loss
+from .recording import selectors
+from .selection import Selection
+from .sites import PASS
+from .stream import Pass
+
+
+class OpenPass:
+    """Forward pre-hook of a hard model: hands the towers a ``Pass`` by keyword."""
+
+    def __init__(self, shares_gates: bool):
+        self.shares_gates = shares_gates
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, PASS: Pass(shares_gates=self.shares_gates)}
+
+
+class ClosePass:
+    """Forward hook of a hard model: in training mode adds the estimators' terms to ``outputs.loss``."""
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        selections = kwargs[PASS].selections
+        return _add_terms(model, args, kwargs, output, selections) if model.training and selections else output
+
+
+def _add_terms(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, selections: list[Selection]
+) -> Any:
+    by_site = selectors(model)
+    inputs = _named(model, args, {name: value for name, value in kwargs.items() if name != PASS})
+    loss = (
+        output.get("loss") if isinstance(output, Mapping) else output[0] if inputs.get("labels") is not None else None
+    )
+    needs_reward = any(s.log_prob is not None for s in selections)
+    if loss is None:
+        if needs_reward:
+            warnings.warn(
+                f"{type(model).__name__} returned no loss, so the score-function estimators of its sites got no reward and do not train. "
+                "Pass labels, or add hf_hardattn.auxiliary_loss(selections, hf_hardattn.selectors(model), reward) to your loss.",
+                stacklevel=2,
+            )
+        return output
+    reward = _reward(model, inputs, output, loss) if needs_reward else None
+    greedy = None
+    if needs_reward and any(s.baseline is not None and s.baseline.needs_greedy for s in by_site.values()):
+        greedy = _greedy_reward(model, inputs, args, kwargs)
+    extra = auxiliary_loss(selections, by_site, reward, greedy)
+    if extra is None:
+        return output
+    total = loss + extra.to(loss.dtype)
+    if isinstance(output, MutableMapping):
+        output["loss"] = total
+        return output
+    return (total, *output[1:])
+
+
+def _reward(model: nn.Module, inputs: dict[str, Any], output: Any, loss: Tensor) -> Tensor:
+    """Reward of each example ``[B]``, or of the batch ``[]`` where the output does not tell."""
+    custom = model.__dict__.get("_hard_attention_reward")
+    with torch.no_grad():
+        if custom is not None:
+            reward = torch.as_tensor(custom(inputs, output), dtype=torch.float32, device=loss.device)
+            if reward.dim() != 1:
+                raise HardAttentionError(
+                    f"the reward function returned shape {tuple(reward.shape)}; it must give one number per example, [B]."
+                )
+            return reward
+        architecture = architecture_of(model) if isinstance(output, Mapping) else None
+        losses = None if architecture is None else architecture.example_loss(model, inputs, output)
+        return -(loss if losses is None else losses).detach().float()
+
+
+def _greedy_reward(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Reward of the deterministic choices: the same forward in evaluation mode, without gradient."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model.forward(*args, **{**kwargs, PASS: Pass()})
+    finally:
+        for module, training in modes:
+            module.training = training
+    loss = output["loss"] if isinstance(output, Mapping) else output[0]
+    return _reward(model, inputs, output, loss)
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs by name."""
+    names = [name for name in inspect.signature(model.forward).parameters if name != "kwargs"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -1,0 +1,104 @@
+"""The flags that the training scripts share. A script's own dataclass inherits from these and adds its columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def flag(default: Any, text: str) -> Any:
+    """A dataclass field with a default and a help text."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """Which model."""
+
+    model_name_or_path: str | None = flag(
+        None, "Hub name or directory; a directory with a config.json and no weights is trained from scratch."
+    )
+    config_name: str | None = flag(None, "Configuration to use instead of the model's.")
+    config_overrides: str | None = flag(None, "Changes to the configuration, e.g. num_layers=2,d_model=64.")
+    processor_name: str | None = flag(None, "Tokenizer or image processor to use instead of the model's.")
+    model_revision: str = flag("main", "Branch, tag or commit on the Hub.")
+    cache_dir: str | None = flag(None, "Where downloads and prepared data go.")
+    attn_implementation: str | None = flag(None, "eager | sdpa | ...; the library's choice by default.")
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, more time.")
+    use_peft: bool = flag(False, "Train LoRA adapters and the selectors; the backbone stays as it is.")
+    lora_r: int = flag(16, "Rank of the adapters.")
+    lora_alpha: int = flag(32, "Scale of the adapters.")
+    lora_dropout: float = flag(0.05, "Dropout in the adapters.")
+    lora_target_modules: list[str] | None = flag(None, "Modules that get an adapter; queries and values by default.")
+
+
+@dataclass(kw_only=True)
+class HardAttentionArguments:
+    """Where it looks. The short flags override every site of ``--hard_attention``."""
+
+    hard_attention: str | None = flag(
+        None, "HardAttentionConfig: inline JSON, or a .json or .yaml file; 'none' trains a hard checkpoint soft."
+    )
+    sites: list[str] | None = flag(None, "Site globs, e.g. vision.tokens.3 'vision.tokens.*'.")
+    budget: str | None = flag(None, "What to keep: 8, 0.25, threshold:0.5, top_p:0.9, or a schedule as JSON.")
+    scorer: str | None = flag(None, "Name in hf_hardattn/scorers.")
+    estimator: str | None = flag(None, "Name in hf_hardattn/estimators.")
+    baseline: str | None = flag(None, "Name in hf_hardattn/baselines, for score-function estimators.")
+    temperature: str | None = flag(None, "Of the sampling law: a number, or a schedule as JSON.")
+    selector_warmup_steps: int = flag(0, "Optimizer steps at the start in which only the selectors learn.")
+    selector_learning_rate: float | None = flag(None, "Learning rate of the selectors; --learning_rate by default.")
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Which data: the Hub's, a folder of images, or csv/json files."""
+
+    dataset_name: str | None = flag(None, "Data set on the Hub, or its local directory.")
+    dataset_config_name: str | None = flag(None, "Its configuration.")
+    train_split: str = flag("train", "Split of dataset_name to train on.")
+    validation_split: str = flag("validation", "Split of dataset_name to evaluate on.")
+    train_dir: str | None = flag(None, "Folder of images: one folder a class, or a metadata.jsonl or .csv.")
+    validation_dir: str | None = flag(None, "The same, to evaluate on.")
+    train_file: str | None = flag(None, "csv, tsv, json or jsonl file.")
+    validation_file: str | None = flag(None, "The same, to evaluate on.")
+    validation_fraction: float = flag(0.0, "Share of the training data held out when nothing else is given.")
+    max_train_samples: int | None = flag(None, "Take so many training examples at most.")
+    max_eval_samples: int | None = flag(None, "Take so many evaluation examples at most.")
+    dataloader_num_workers: int = flag(0, "Processes that prepare batches.")
+
+
+@dataclass(kw_only=True)
+class LoopArguments:
+    """How to train."""
+
+    output_dir: str = flag("outputs/run", "Where the model, results.json, log.jsonl and checkpoints go.")
+    per_device_train_batch_size: int = flag(8, "Examples per device and micro-batch.")
+    per_device_eval_batch_size: int = flag(8, "The same in evaluation.")
+    learning_rate: float = flag(5e-5, "Peak learning rate of everything but the selectors.")
+    weight_decay: float = flag(0.0, "AdamW's; biases and norms have none.")
+    num_train_epochs: float = flag(3.0, "Passes over the training data.")
+    max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.")
+    gradient_accumulation_steps: int = flag(1, "Micro-batches per optimizer step.")
+    lr_scheduler_type: str = flag("linear", "linear | cosine | constant | constant_with_warmup | ...")
+    num_warmup_steps: int = flag(0, "Optimizer steps in which the learning rate rises.")
+    max_grad_norm: float = flag(1.0, "Clip gradients to this norm; 0 never clips.")
+    seed: int = flag(42, "Of the weights, the data order and the noise.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "What accelerate launch says by default.")
+    cpu: bool = flag(False, "Stay on the CPU.")
+    logging_steps: int = flag(10, "Optimizer steps between two log rows.")
+    evaluate_each_epoch: bool = flag(True, "Evaluate after each epoch, besides the end.")
+    checkpointing_steps: str | None = flag(None, "Save the state every N optimizer steps, or each 'epoch'.")
+    checkpoints_total_limit: int | None = flag(None, "Keep so many checkpoints, the newest.")
+    resume_from_checkpoint: str | None = flag(None, "A checkpoint directory, or 'latest'.")
+    with_tracking: bool = flag(False, "Log to every tracker that is installed, or to --report_to.")
+    report_to: str = flag("none", "tensorboard | wandb | trackio | ... | none")
+    push_to_hub: bool = flag(False, "Upload the trained model; log in first with: hf auth login")
+    hub_model_id: str | None = flag(None, "Repository to upload to, e.g. me/vit-hard.")
+    hub_private_repo: bool = flag(True, "Make it private.")
+
+
+@dataclass(kw_only=True)
+class ScriptArguments(ModelArguments, HardAttentionArguments, DataArguments, LoopArguments):
+    """All of them."""

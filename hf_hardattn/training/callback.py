@@ -1,0 +1,103 @@
+"""The Trainer's link to the selectors: schedules, warm-up, logs."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ..errors import HardAttentionError
+from .driver import Driver
+
+
+class HardAttentionCallback(TrainerCallback, ExportableState):
+    """Drive the selectors of a model that the stock ``Trainer`` trains.
+
+    Schedules follow ``state.global_step``, after a resume too. At each logging step the Trainer's logs gain
+    ``hardattn/<site>/kept_ratio``, ``entropy``, ``temperature`` and ``budget``, and with a score-function estimator
+    ``hardattn/reward`` and ``hardattn/baseline`` (means since the last logging step). The baselines travel in
+    ``trainer_state.json``.
+
+    The Trainer calls trackers (W&B, TensorBoard ...) before the callbacks given to it: ``add_to(trainer)`` puts this one
+    first, so that trackers get these numbers too.
+
+    Args:
+        selector_warmup_steps: optimizer steps, >= 0, in which only the selectors learn. The Trainer clips gradients before
+            a callback can drop the backbone's, so the norm it clips by is the whole model's.
+
+    Raises:
+        HardAttentionError: a warm-up under DeepSpeed, which keeps gradients of its own.
+
+    Example:
+        >>> Trainer(model, callbacks=[HardAttentionCallback(selector_warmup_steps=100)], ...).train()   # doctest: +SKIP
+    """
+
+    def __init__(self, selector_warmup_steps: int = 0) -> None:
+        self.selector_warmup_steps = selector_warmup_steps
+        self.driver: Driver | None = None
+        self.baselines: dict[str, Any] = {}
+
+    def add_to(self, trainer: Trainer) -> HardAttentionCallback:
+        """Add this callback to ``trainer`` before its trackers."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self.selector_warmup_steps and args.deepspeed:
+            raise HardAttentionError(
+                f"selector_warmup_steps={self.selector_warmup_steps} does not work under DeepSpeed, which keeps gradients of its "
+                "own; the warm-up drops the backbone's. Use 0, or train under DDP or FSDP."
+            )
+        if self.driver is not None:
+            self.driver.close()
+        self.driver = Driver(model, self.selector_warmup_steps)
+        if not self.driver.selectors:
+            warnings.warn(
+                f"HardAttentionCallback has nothing to drive: {type(model).__name__} has no hard attention and trains soft. "
+                "Load it with hard_attention=... or call hf_hardattn.apply().",
+                stacklevel=2,
+            )
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and isinstance(saved, dict):
+            self.driver.load_state_dict(saved["attributes"]["baselines"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.driver is not None:
+            self.driver.begin_step(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.driver is not None:
+            self.driver.before_update()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.driver is not None and logs is not None and "loss" in logs:  # a training row, not an evaluation's
+            row = self.driver.logs()
+            logs.update(row)
+            if state.log_history:
+                state.log_history[-1].update(row)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.driver is not None:
+            self.driver.close()
+
+    def state(self) -> dict[str, Any]:
+        """What ``trainer_state.json`` keeps."""
+        baselines = self.baselines if self.driver is None else self.driver.state_dict()
+        return {"args": {"selector_warmup_steps": self.selector_warmup_steps}, "attributes": {"baselines": baselines}}

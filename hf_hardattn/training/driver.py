@@ -1,0 +1,140 @@
+"""What any training loop owes the selectors: the step, the warm-up, and a look at what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..budget import Budget
+from ..errors import HardAttentionError
+from ..recording import selectors
+from ..registration import set_step
+from ..selection import Selection
+from ..selector import Selector
+
+
+class Driver:
+    """Drive the selectors of a model through training; ``HardAttentionCallback`` does it for the Trainer.
+
+    It tells the schedules the optimizer step, lets only the selectors learn at first, and reads what they do. Nothing is
+    read from the device before ``logs`` is called.
+
+    Args:
+        model: with or without hard attention, not wrapped by DDP.
+        selector_warmup_steps: optimizer steps, >= 0, in which the selectors alone learn. The gradients of everything else
+            are dropped before the optimizer sees them; ``requires_grad`` stays, as DDP and a resumed run need it to.
+
+    Raises:
+        HardAttentionError: a warm-up of selectors that have nothing to learn.
+
+    Example:
+        >>> driver = Driver(model, selector_warmup_steps=100)           # doctest: +SKIP
+        >>> for step, batch in enumerate(loader):                       # doctest: +SKIP
+        ...     driver.begin_step(step)
+        ...     model(**batch).loss.backward()
+        ...     driver.before_update()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+    """
+
+    def __init__(self, model: nn.Module, selector_warmup_steps: int = 0) -> None:
+        self.model, self.selectors, self.step = model, selectors(model), 0
+        self.warmup = selector_warmup_steps
+        if self.warmup < 0:
+            raise HardAttentionError(f"selector_warmup_steps={self.warmup} is out of range; it counts steps, >= 0.")
+        learning = (p for s in self.selectors.values() for p in s.parameters() if p.requires_grad)
+        if self.warmup and next(learning, None) is None:
+            raise HardAttentionError(
+                f"selector_warmup_steps={self.warmup} leaves nothing to learn; no selector of {type(model).__name__} has "
+                "trainable parameters. Use 0, or a scorer with parameters ('linear', 'mlp', 'query_key')."
+            )
+        self._latest: dict[str, Selection] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._handles = [s.register_forward_hook(self._note_selection) for s in self.selectors.values()]
+        baselines = [s.baseline for s in self.selectors.values() if s.baseline is not None]
+        self._handles += [baseline.register_forward_hook(self._note_reward) for baseline in baselines]
+
+    def begin_step(self, step: int) -> None:
+        """Start the optimizer step ``step``, counted from 0 over the whole run, a resumed one included."""
+        self.step = step
+        set_step(self.model, step)
+
+    def before_update(self) -> None:
+        """Call when the gradients are complete, before they are clipped and the optimizer takes them."""
+        if self.step < self.warmup:
+            drop_backbone_gradients(self.model)
+
+    def logs(self) -> dict[str, float]:
+        """Read the scalars of the last training forward pass, and the mean reward and baseline since the last call."""
+        row: dict[str, float] = {}
+        for site, selector in self.selectors.items():
+            latest = self._latest.get(site)
+            if latest is not None:
+                row[f"hardattn/{site}/kept_ratio"] = latest.kept_ratio.float().mean().item()
+                if latest.entropy is not None:
+                    row[f"hardattn/{site}/entropy"] = latest.entropy.float().mean().item()
+            schedule = selector.budget_schedule
+            row[f"hardattn/{site}/temperature"] = float(selector.temperature(self.step))
+            row[f"hardattn/{site}/budget"] = float(
+                Budget.parse(selector.config.budget, site).value if schedule is None else schedule(self.step)
+            )
+        for name, total in self._sums.items():
+            row[f"hardattn/{name}"] = (total / self._count).item()
+        self._sums, self._count = {}, 0
+        return row
+
+    def close(self) -> None:
+        """Take the hooks off the model again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._latest = [], {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the baselines, numbers and lists only: it describes the run, so no model file holds it."""
+        return {
+            site: {name: None if value is None else value.tolist() for name, value in s.baseline._buffers.items()}
+            for site, s in self.selectors.items()
+            if s.baseline is not None
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put the baselines where ``state_dict`` saw them; sites that are not there stay as they are."""
+        for site, buffers in state.items():
+            selector = self.selectors.get(site)
+            if selector is None or selector.baseline is None:
+                continue
+            for name, value in buffers.items():
+                setattr(selector.baseline, name, None if value is None else torch.tensor(value))
+
+    def _note_selection(self, selector: Selector, args: Any, selection: Selection) -> None:
+        if _is_a_choice(selector):
+            entropy = None if selection.entropy is None else selection.entropy.detach()
+            # no graph is kept alive between steps
+            self._latest[selector.site] = replace(
+                selection, scores=selection.mask, gates=None, log_prob=None, entropy=entropy
+            )
+
+    def _note_reward(self, baseline: nn.Module, args: tuple[Any, ...], value: Tensor) -> None:
+        if _is_a_choice(baseline):
+            for name, tensor in (("reward", args[0]), ("baseline", value)):
+                mean = tensor.detach().float().mean()
+                self._sums[name] = self._sums[name] + mean if name in self._sums else mean
+            self._count += 1
+
+
+def _is_a_choice(module: nn.Module) -> bool:
+    """Whether a forward pass counts: in training, and neither a recomputation inside backward nor the tracing of one."""
+    return module.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1
+
+
+def drop_backbone_gradients(model: nn.Module) -> None:
+    """Forget the gradients of all parameters but the selectors', so that an optimizer leaves them, and their state, alone."""
+    kept = {id(p) for module in model.modules() if isinstance(module, Selector) for p in module.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.grad = None

@@ -1,0 +1,187 @@
+"""Build the model that the arguments describe: trained or from scratch, hard or soft, whole or with LoRA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate.logging import get_logger
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..config import HardAttentionConfig
+from ..errors import HardAttentionError
+from ..recording import selectors
+from ..registration import status
+from .arguments import HardAttentionArguments, ScriptArguments
+
+logger = get_logger(__name__)
+SELECTORS = ("selector", "input_selector")  # attributes that hold selectors, for PEFT's modules_to_save
+SHORT_FLAGS = ("budget", "scorer", "estimator", "baseline", "temperature")
+
+
+def load_config(args: ScriptArguments, model_class: type[PreTrainedModel], **changes: Any) -> PreTrainedConfig:
+    """Load the configuration of a model of ``model_class`` and write ``changes`` and the arguments into it."""
+    name = args.config_name or args.model_name_or_path
+    if name is None:
+        raise HardAttentionError(
+            "no model is named; give --model_name_or_path, or --config_name to train from scratch."
+        )
+    config = AutoConfig.from_pretrained(name, revision=args.model_revision, cache_dir=args.cache_dir, **changes)
+    expected = model_class.config_class.model_type
+    if config.model_type != expected:
+        raise HardAttentionError(
+            f"{name} is a {config.model_type!r} model; this script trains {expected!r} ({model_class.__name__}). "
+            "Use the script of its family: train_vit.py, train_t5.py or train_blip.py."
+        )
+    if args.config_overrides:
+        config.update_from_string(args.config_overrides)
+    wanted = hard_attention(args, config.hard_attention)
+    if wanted is not None:
+        config.hard_attention = wanted or None
+    return config
+
+
+def hard_attention(args: HardAttentionArguments, saved: dict[str, Any] | None) -> HardAttentionConfig | str | None:
+    """What the flags say: a configuration, "" for soft, or None for whatever the checkpoint says.
+
+    Args:
+        saved: the checkpoint's own dict, which short flags alone start from.
+    """
+    short = {name: getattr(args, name) for name in SHORT_FLAGS if getattr(args, name) is not None}
+    if args.hard_attention == "none":
+        if short or args.sites:
+            raise HardAttentionError(
+                f"--hard_attention none trains soft; --{[*short, 'sites'][0]} has no effect then. Drop one of them."
+            )
+        return ""
+    if args.hard_attention is None and not short and not args.sites:
+        return None
+    data = dict(saved or {}) if args.hard_attention is None else _read(args.hard_attention)
+    if args.sites:
+        data["sites"] = {pattern: {} for pattern in args.sites}
+    values = {name: yaml.safe_load(text) for name, text in short.items()}
+    if isinstance(data.get("sites"), dict):
+        data["sites"] = {
+            pattern: {name: value for name, value in (overrides or {}).items() if name not in values}
+            for pattern, overrides in data["sites"].items()
+        }
+    for name in values:  # options belong to the member they were written for
+        if name in ("scorer", "estimator", "baseline") and values[name] != data.get(name):
+            data.pop(f"{name}_options", None)
+    return HardAttentionConfig.from_dict({**data, **values})
+
+
+def _read(source: str) -> dict[str, Any]:
+    text, where = source, "--hard_attention"
+    if not source.lstrip().startswith("{"):
+        path = Path(source)
+        if not path.is_file():
+            raise HardAttentionError(
+                f"--hard_attention {source!r} is no file; give inline JSON, a .json or .yaml file, or 'none'."
+            )
+        text, where = path.read_text(encoding="utf-8"), source
+    try:
+        data = yaml.safe_load(text)  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise HardAttentionError(f"{where} is not valid JSON or YAML; {' '.join(str(error).split())}.") from error
+    if not isinstance(data, dict):
+        raise HardAttentionError(f"{where} holds a {type(data).__name__}; a HardAttentionConfig is a mapping.")
+    return data.get("hard_attention", data)
+
+
+def load_model(
+    args: ScriptArguments, model_class: type[PreTrainedModel], config: PreTrainedConfig, heads: Iterable[str] = ()
+) -> nn.Module:
+    """Load or build the model, and say on the log where its weights come from and where it looks.
+
+    Args:
+        heads: modules of the task, such as a classifier: new where the checkpoint's has another shape, and trained whole
+            under LoRA, as the selectors are.
+    """
+    name = args.model_name_or_path
+    directory = Path(name) if name is not None and Path(name).is_dir() else None
+    extra = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    has_weights = directory is None or any(f.suffix in (".safetensors", ".bin") for f in directory.iterdir())
+    if directory is not None and (directory / "adapter_config.json").is_file():
+        model = _load_adapter(model_class, config, directory, heads, **extra)
+        logger.info("weights: LoRA adapter %s", name)
+    elif name is None or not has_weights:
+        if args.attn_implementation:
+            config._attn_implementation = args.attn_implementation
+        model = model_class(config)
+        logger.info(
+            "weights: NONE in %s: training %s from scratch", name or args.config_name, model_class.__name__
+        )
+    else:
+        hub = {"revision": args.model_revision, "cache_dir": args.cache_dir}
+        model = _load_weights(model_class, name, config, heads, **hub, **extra)
+        logger.info("weights: %s", name)
+    logger.info("%s", status(model))
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.use_peft and not hasattr(model, "peft_config"):
+        model = _add_lora(model, args, heads)
+    return model
+
+
+def _add_lora(model: nn.Module, args: ScriptArguments, heads: Iterable[str]) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    whole = {name.rpartition(".")[2] for name, _ in model.named_modules()} & {*SELECTORS, *heads}
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules,
+        modules_to_save=sorted(whole),
+    )
+    model = get_peft_model(model, config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("LoRA: %s of %s parameters are trained", f"{trained:,}", f"{sum(p.numel() for p in model.parameters()):,}")
+    return model
+
+
+def _load_adapter(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, directory: Path, heads: Iterable[str], **extra: Any
+) -> nn.Module:
+    from peft import PeftModel
+
+    base = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if config.hard_attention is not None:  # the base has no selectors: the adapter brings them
+        config.hard_attention = HardAttentionConfig.parse(config.hard_attention)
+    model = _load_weights(model_class, base, config, heads, **extra)
+    return PeftModel.from_pretrained(model, str(directory), is_trainable=True)
+
+
+def _load_weights(
+    model_class: type[PreTrainedModel], name: str, config: PreTrainedConfig, heads: Iterable[str], **extra: Any
+) -> PreTrainedModel:
+    model, info = model_class.from_pretrained(
+        name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **extra
+    )
+    keys = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+    wrong = [key for key in keys if key.split(".")[0] not in heads]
+    if wrong:
+        raise HardAttentionError(
+            f"{len(wrong)} weights of {name} do not fit the configuration (first: '{wrong[0]}'); a trained model keeps its sizes. "
+            "Leave --config_name and --config_overrides out, or train from scratch from a directory without weights."
+        )
+    return model
+
+
+def parameter_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
+    """Optimizer groups: selectors with their own learning rate; no weight decay on biases and norms."""
+    chosen = {id(p) for s in selectors(model).values() for p in s.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in chosen, parameter.ndim > 1), []).append(parameter)
+    rate = args.learning_rate if args.selector_learning_rate is None else args.selector_learning_rate
+    return [
+        {"params": group, "lr": rate if of_selector else args.learning_rate, "weight_decay": args.weight_decay * decays}
+        for (of_selector, decays), group in groups.items()
+    ]

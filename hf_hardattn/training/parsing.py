@@ -1,0 +1,96 @@
+"""Flags from a YAML file and the command line: one parser, the command line wins, unknown names are refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..errors import HardAttentionError, unknown
+
+Arguments = TypeVar("Arguments")
+SECRETS = ("hub_token", "token", "use_auth_token", "hf_token", "auth_token")
+
+
+def expand(argv: Sequence[str]) -> list[str]:
+    """Replace ``--config file.yaml`` by the flags it stands for, in front of the others, so that those win."""
+    rest, files = [], []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            files.append(value if equals else next(words, ""))
+        else:
+            rest.append(word)
+    return [flag for file in files for flag in _from_file(file)] + rest
+
+
+def peek(argv: Sequence[str], name: str) -> str | None:
+    """The last value of the flag ``name`` in expanded arguments, before they are parsed."""
+    found = None
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag.removeprefix("--").replace("-", "_") == name and flag.startswith("--"):
+            found = value if equals else following
+    return found
+
+
+def parse(arguments: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
+    """Parse ``argv`` (the command line by default) into the dataclass ``arguments``.
+
+    Raises:
+        HardAttentionError: a flag or YAML key that does not exist, or a token on the command line.
+        SystemExit: a value of the wrong type, as argparse reports it.
+    """
+    words = expand(sys.argv[1:] if argv is None else argv)
+    names = [f.name for f in fields(arguments)]  # type: ignore[arg-type]
+    known = {*names, *(f"no_{name}" for name in names), "help", "config"}
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if not word.startswith("--") or name in known:
+            continue
+        if name in SECRETS:
+            raise HardAttentionError(
+                f"--{name} is refused on the command line and in YAML; a token there ends up in shell history, logs and cards. "
+                "Log in once with 'hf auth login', or set the environment variable HF_TOKEN."
+            )
+        raise unknown("argument", name, names)
+    parser = HfArgumentParser(arguments, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="Flags from a YAML file; the command line overrides it.")
+    return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[0]
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Call a script's ``main``; what the user can mend is told in one line, without a traceback."""
+    try:
+        main()
+    except HardAttentionError as error:
+        sys.exit(f"error: {error}")
+
+
+def _from_file(file: str) -> list[str]:
+    path = Path(file)
+    if not path.is_file():
+        raise HardAttentionError(f"--config {file!r} is no file; give a YAML file of flags, one 'name: value' a line.")
+    data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(data, dict):
+        raise HardAttentionError(
+            f"{file} holds a {type(data).__name__}; a config is a mapping, one 'name: value' a line."
+        )
+    words = []
+    for name, value in data.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(_text, value)]
+        elif value is not None:
+            words.append(f"--{name}={_text(value)}")
+    return words
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)

@@ -1,0 +1,60 @@
+"""What a run leaves behind: ``results.json`` and ``log.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("hf-hardattn", "torch", "transformers", "accelerate", "datasets", "peft", "numpy")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write ``data`` in one piece: a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def describe_run(argv: list[str] | None) -> dict[str, Any]:
+    """Versions and command of this process."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    words = sys.argv if argv is None else [*sys.argv[:1], *argv]
+    return {"command": shlex.join(words), "versions": versions, "platform": platform.platform()}
+
+
+class Log:
+    """``log.jsonl``: one row a logging step, trackers or not.
+
+    Args:
+        path: of the file. step: rows after this optimizer step, left by a run that was killed, are taken out.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+        rows = [row for row in map(_row, lines) if row is not None and row["step"] <= step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        self.path = path
+
+    def write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # cut short by a kill
+        return None
