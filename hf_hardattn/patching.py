@@ -39,7 +39,8 @@ def _check_loaded(
     """Raise when a checkpoint says that it is hard and lacks its selectors; warn when it has selectors and runs soft."""
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Selector))
     lacking = sorted(key for key in info["missing_keys"] if key.startswith(prefixes)) if prefixes else []
-    if lacking and not asked:
+    # where no weight at all was found, the file is not of this model, and Transformers' own report says so
+    if lacking and not asked and len(info["missing_keys"]) < len(model.state_dict()):
         place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         hub = {k: kwargs[k] for k in ("revision", "subfolder", "token", "cache_dir", "local_files_only") if k in kwargs}
         saved, _ = PreTrainedConfig.get_config_dict(place, **hub)

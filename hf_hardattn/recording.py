@@ -90,9 +90,7 @@ def replay(model: nn.Module, selections: Iterable[Selection] | Mapping[str, Tens
         if site not in known:
             raise unknown("site", site, known, type(model).__name__)
 
-    def force(module: Selector, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if module.site not in queues:
-            return None
+    def force(module: Selector, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         try:
             return args, {**kwargs, "forced": next(queues[module.site])}
         except StopIteration:
@@ -100,9 +98,15 @@ def replay(model: nn.Module, selections: Iterable[Selection] | Mapping[str, Tens
                 f"the recording holds fewer selections at '{module.site}' than the replayed calls make."
             ) from None
 
-    handles = [m.register_forward_pre_hook(force, with_kwargs=True) for m in model.modules() if isinstance(m, Selector)]
+    forced = [m for m in model.modules() if isinstance(m, Selector) and m.site in queues]
+    before = [m.replayed for m in forced]
+    handles = [m.register_forward_pre_hook(force, with_kwargs=True) for m in forced]
+    for selector in forced:
+        selector.replayed = True
     try:
         yield
     finally:
+        for selector, replayed in zip(forced, before, strict=True):
+            selector.replayed = replayed
         for handle in handles:
             handle.remove()

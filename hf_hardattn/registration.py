@@ -245,8 +245,8 @@ def _source_slots(source: str | None, built: Mapping[str, Selector]) -> Callable
         f"{source}.inputs",
         f"{source}.tokens.",
     )  # in the order of the stream: before the first layer, then by layer
-    budgets = [selector.budget_bound for site, selector in built.items() if site.startswith(rows)]
-    return functools.partial(slots_after, budgets) if budgets else None
+    found = [selector for site, selector in built.items() if site.startswith(rows)]
+    return functools.partial(slots_after, found) if found else None
 
 
 def _hand_down(model: nn.Module, config: HardAttentionConfig) -> None:

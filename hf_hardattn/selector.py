@@ -31,6 +31,7 @@ class Selector(nn.Module):
 
     Attributes:
         enabled: False makes the host run soft (set by ``soft``).
+        replayed: the choices are given from outside (set by ``replay``).
         step: optimizer step, for the schedules (set by ``set_step`` and ``HardAttentionCallback``).
     """
 
@@ -59,6 +60,7 @@ class Selector(nn.Module):
         self.entropy_weight = Schedule.parse(config.entropy_weight, site)
         self.budget_schedule = Schedule.parse(config.budget, site) if isinstance(config.budget, dict) else None
         self.enabled = True
+        self.replayed = False
         self.step: int | None = None
 
     def reset_parameters(self) -> None:
@@ -87,12 +89,23 @@ class Selector(nn.Module):
             float(self._now(self.budget_schedule) if self.training else self.budget_schedule.end), self.site
         )
 
+    def survivors(self, n: int) -> int:
+        """Bound of the rows of a residual stream that are there after this site, of ``n`` before: the loosest budget, and the row kept always."""
+        if not self.enabled or self.replayed or self.config.estimator == "soft":
+            return n
+        schedule = self.budget_schedule
+        budget = self.budget if schedule is None else Budget.parse(float(max(schedule.start, schedule.end)), self.site)
+        return min(n, budget.slots(n - 1) + 1)
+
     @property
-    def budget_bound(self) -> Budget:
-        """The loosest budget the schedule passes through."""
-        if self.budget_schedule is None:
-            return self.budget
-        return Budget.parse(float(max(self.budget_schedule.start, self.budget_schedule.end)), self.site)
+    def data_dependent(self) -> bool:
+        """Whether only the scores tell how many positions are kept."""
+        return self.budget.data_dependent and self.config.estimator != "soft"
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing can be dropped here, whatever the scores: then no cache needs to hold them."""
+        return self.config.estimator == "soft" or (isinstance(self.config.budget, float) and self.config.budget == 1.0)
 
     @property
     def masked(self) -> bool:
@@ -139,6 +152,7 @@ class Selector(nn.Module):
         required: Tensor | None = None,
         queries: Tensor | None = None,
         forced: Tensor | None = None,
+        most: int | None = None,
     ) -> Selection:
         """Choose.
 
@@ -148,13 +162,14 @@ class Selector(nn.Module):
             required: bool ``[B, 1, 1, N]`` or None: kept always, at most one per row, not a choice.
             queries: ``[B, Q, D]`` for scorers with ``per_query``.
             forced: bool ``[B, H, Q, N]``: keep this instead (replay); the scores are still computed.
+            most: bound of the valid candidates of a row; N by default.
 
         Returns:
             The selection; ``mask`` holds exactly ``min(k, valid)`` chosen positions per row, plus the required ones.
         """
         scores = self.scorer.score(features, queries)
         n = scores.shape[-1]
-        dense = valid is None and not self.budget.data_dependent
+        dense = valid is None and not self.data_dependent
         valid = torch.ones((1, 1, 1, n), dtype=torch.bool, device=scores.device) if valid is None else valid
         shape = torch.broadcast_shapes(scores.shape, valid.shape)
         scores, valid = scores.expand(shape), valid.expand(shape)
@@ -169,7 +184,8 @@ class Selector(nn.Module):
         budget = self.budget
         extra = 0 if required is None else 1
         k = budget.count(scores.detach(), candidates)
-        slots = budget.slots(n - extra)
+        most = n if most is None else most
+        slots = budget.slots(most - extra)
         choice = self.estimator.choose(
             scores,
             k,
@@ -179,13 +195,13 @@ class Selector(nn.Module):
             temperature=self._now(self.temperature) if self.training else 1.0,
             uniform=lambda size: uniform(size, scores.device),
         )
-        mask, gates = choice.mask, choice.gates
+        mask, gates = choice.mask, choice.gates if self.training else None  # evaluation has nothing to differentiate
         if always is not None:
             mask = mask | always
             gates = None if gates is None else gates.masked_fill(always, 1.0)
         if self.config.estimator == "soft":
-            slots = n - extra
-        elif budget.data_dependent and not self.masked:
+            slots = most - extra
+        elif self.data_dependent and not (self.training and self.masked):
             slots, extra = max(1, int(mask.sum(-1).max())), 0  # the one place that waits for the device
         return Selection(
             self.site, mask, valid, always, scores, gates, choice.log_prob, choice.entropy, slots + extra, dense

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -108,25 +108,32 @@ class AttentionSite:
             return self._attend_once(
                 query, source, selector, allowed, made, gates, bias, cache if cross else None, weights
             )
+        fresh, cached = None, cache is not None and not (selector is not None and selector.keeps_all)
         if cache is not None and cache.filled:
             key, value = cache.read()
         else:
             key, value = self.project_key(source), self.project_value(source)
             if selector is not None:
                 past = 0 if cache is None or cross else cache.past
-                made_features = selector.keys(source, None, past, self.projections()).to(key.dtype)
-                key = torch.cat((key, made_features.expand(-1, key.shape[1], -1, -1)), -1)
+                fresh = selector.keys(source, None, past, self.projections())
+                if cached:
+                    key = torch.cat((key, fresh.to(key.dtype).expand(-1, key.shape[1], -1, -1)), -1)
             if cache is not None:
                 key, value = cache.update(key, value)
         key, features = key[..., :size], key[..., size:]
         if selector is None:
             return self._output(query, key, value, allowed, as_keys(gates), bias, weights)
         if selector.once:  # kept keys of an earlier step; the extra column marks the slots in use
-            dense = mask is None and not selector.budget.data_dependent and not selector.masked
+            dense = mask is None and not selector.data_dependent and not selector.masked
             return self._output(
                 query, key, value, None if dense else features[..., 0].unsqueeze(2) > 0.5, None, None, weights
             )
-        features = features[:, : selector.heads].float()
+        if cached:
+            features = features[:, : selector.heads].float()
+        elif fresh is not None and fresh.shape[2] == key.shape[2]:
+            features = fresh
+        else:  # earlier steps cached no scores, since nothing can be dropped: the cache keeps its stock shape
+            features = key.new_zeros(key.shape[0], selector.heads, key.shape[2], selector.scorer.features).float()
         if allowed is None and selector.causal and query.shape[2] > 1:
             n = key.shape[2]
             allowed = torch.ones(query.shape[2], n, dtype=torch.bool, device=key.device).tril(n - query.shape[2])[
@@ -262,7 +269,7 @@ def wants_weights(kwargs: dict[str, Any], config: Any) -> bool:
 class TowerState:
     """What one iteration over a tower's layers carries from layer to layer."""
 
-    stream: Stream = field(default_factory=Stream)
+    stream: Stream
     record: Pass | None = None
     length: int = 0
     source: Any = None
@@ -301,7 +308,7 @@ class HardLayers(nn.ModuleList):
     source_slots: Callable[[int], int] | None
 
     def __iter__(self) -> Iterator[Any]:
-        state = TowerState()
+        state = TowerState(Stream())
         for index, layer in enumerate(super().__iter__()):
             yield Turn(self, layer, state, index)
 

@@ -59,10 +59,10 @@ class Stream:
             valid = present if valid is None else valid & present
         features = selector.keys(hidden if states is None else states, valid, projections=projections)
         required = required_rows(selector.always, (hidden.shape[0], hidden.shape[1]), valid, hidden.device)
-        selection = selector(features, as_keys(valid), as_keys(required))
+        selection = selector(features, as_keys(valid), as_keys(required), most=self.slots)
         selection.positions = self.positions
         n = hidden.shape[1]
-        if selection.gates is None and selection.slots >= n and not selector.budget.data_dependent:
+        if selection.gates is None and selection.slots >= n and not selector.data_dependent:
             return hidden, self, selection  # everything valid is kept
         if selector.masked:
             gates, rows = self.gates, selection.mask[:, 0, 0].expand(hidden.shape[:2])

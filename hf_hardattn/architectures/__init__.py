@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .. import registry
-from ..budget import Budget
+from ..selector import Selector
 from ..sites import HardLayers
 
 
@@ -110,10 +110,10 @@ class Base:
         raise NotImplementedError
 
 
-def slots_after(budgets: list[Budget], n: int) -> int:
-    """Bound of the rows that survive budgets one after the other, each with one row kept always."""
-    for budget in budgets:
-        n = min(n, budget.slots(n - 1) + 1)
+def slots_after(selectors: list[Selector], n: int) -> int:
+    """Bound of the rows that survive the sites of a tower one after the other."""
+    for selector in selectors:
+        n = selector.survivors(n)
     return n
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from . import Base, Choice
@@ -13,8 +12,8 @@ from . import Base, Choice
 class Soft(Base):
     """Keep every valid position, in training and in evaluation; the budget is ignored.
 
-    ``gate_i = 1[i valid]``, a constant: the output is the stock model's, the scorer gets no gradient. For warm-up and
-    for comparisons inside one configuration.
+    ``gate_i = 1[i valid]``, a constant: the output is the stock model's, the scorer's gradient is zero (zero, not absent:
+    distributed training waits for every parameter). For warm-up and for comparisons inside one configuration.
 
     Source: the attention of the model itself.
     """
@@ -36,4 +35,4 @@ class Soft(Base):
     ) -> Choice:
         """Keep every valid position; only ``scores`` (its shape) and ``valid`` are used."""
         mask = valid.expand_as(scores).clone()
-        return Choice(mask, gates=mask.to(torch.float32))
+        return Choice(mask, gates=mask + 0.0 * scores)

@@ -45,6 +45,14 @@ def load_config(args: ScriptArguments, model_class: type[PreTrainedModel], **cha
     return config
 
 
+def processor_source(args: ScriptArguments) -> str:
+    """Where the tokenizer or image processor comes from."""
+    name = args.processor_name or args.model_name_or_path
+    if name is None:
+        raise HardAttentionError("no tokenizer or image processor is named; --config_name brings none. Give --processor_name.")
+    return name
+
+
 def hard_attention(args: HardAttentionArguments, saved: dict[str, Any] | None) -> HardAttentionConfig | str | None:
     """What the flags say: a configuration, "" for soft, or None for whatever the checkpoint says.
 
@@ -113,18 +121,16 @@ def load_model(
         if args.attn_implementation:
             config._attn_implementation = args.attn_implementation
         model = model_class(config)
-        logger.info(
-            "weights: NONE in %s: training %s from scratch", name or args.config_name, model_class.__name__
-        )
+        logger.info("weights: NONE in %s: training %s from scratch", name or args.config_name, model_class.__name__)
     else:
         hub = {"revision": args.model_revision, "cache_dir": args.cache_dir}
         model = _load_weights(model_class, name, config, heads, **hub, **extra)
         logger.info("weights: %s", name)
     logger.info("%s", status(model))
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.use_peft and not hasattr(model, "peft_config"):
         model = _add_lora(model, args, heads)
+    if args.gradient_checkpointing:  # after PEFT, which would make embeddings leaves that BLIP changes in place
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
@@ -141,7 +147,9 @@ def _add_lora(model: nn.Module, args: ScriptArguments, heads: Iterable[str]) -> 
     )
     model = get_peft_model(model, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("LoRA: %s of %s parameters are trained", f"{trained:,}", f"{sum(p.numel() for p in model.parameters()):,}")
+    logger.info(
+        "LoRA: %s of %s parameters are trained", f"{trained:,}", f"{sum(p.numel() for p in model.parameters()):,}"
+    )
     return model
 
 

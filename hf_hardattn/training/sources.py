@@ -54,7 +54,9 @@ def _existing(paths: dict[str, str | None], test: Callable[[Path], bool], what: 
     given = {split: Path(path).expanduser().resolve() for split, path in paths.items() if path}
     for path in given.values():
         if not test(path):
-            raise HardAttentionError(f"{path} is no {what}; --*_dir takes folders, --*_file takes csv, tsv, json or jsonl.")
+            raise HardAttentionError(
+                f"{path} is no {what}; --*_dir takes folders, --*_file takes csv, tsv, json or jsonl."
+            )
     return given
 
 
@@ -62,9 +64,7 @@ def _read_file(path: Path, args: DataArguments) -> Dataset:
     if path.suffix not in FORMATS:
         raise unknown("data format", path.suffix, FORMATS, str(path))
     options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-    return load_dataset(
-        FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=args.cache_dir, **options
-    )
+    return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=args.cache_dir, **options)
 
 
 def _first(data: Dataset | None, count: int | None) -> Dataset | None:
@@ -81,8 +81,9 @@ def column(data: Dataset | None, wanted: str | None, usual: tuple[str, ...], fla
     for name in (wanted,) if wanted else usual:
         if name in names:
             return name
+    sought = " or ".join(map(repr, (wanted,) if wanted else usual))
     raise HardAttentionError(
-        f"no column {wanted or ' or '.join(map(repr, usual))} in the data; it has: {', '.join(map(repr, names))}. Name it with {flag}."
+        f"no column {sought} in the data; it has: {', '.join(map(repr, names))}. Name it with {flag}."
     )
 
 

@@ -217,7 +217,9 @@ def cases(
         return not isinstance(a, Place) or b not in SCORERS or b not in scorers or refusal(a, b) is None
 
     turn = {place: itertools.cycle(place.heads) for place in PLACES}
-    rows = pairwise([[p for p in PLACES if where(p)], scorers, estimators, budgets], allowed)
+    places = [place for place in PLACES if where(place)]
+    served = [scorer for scorer in scorers if any(refusal(place, scorer) is None for place in places)]
+    rows = pairwise([places, served, estimators, budgets], allowed)
     return [Case(place, next(turn[place]), *rest) for place, *rest in rows]
 
 

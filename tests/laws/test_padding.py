@@ -1,0 +1,110 @@
+"""Law 4: a batch equals its rows one by one, however they are padded; no position of a decoder sees its future."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import HEADS, Case, Example, all_sites, cases, hard, head_places, run
+
+import hf_hardattn
+
+
+def alone(example, row):
+    """One row of the batch, without its padding."""
+    mask = example.batch.get("attention_mask")
+    length = None if mask is None else int(mask[row].sum())
+    batch = {}
+    for name, value in example.batch.items():
+        if torch.is_tensor(value):
+            value = value[row : row + 1]
+            if mask is not None and value.shape == mask[:1].shape:
+                value = value[:, :length]
+        batch[name] = value
+    return Example(example.model, batch), length
+
+
+def assert_rows_alone(example, skip=(), tolerance=2e-5):
+    """Compare every output that belongs to one row with the row's own."""
+    together = run(example)
+    rows, padded = len(next(iter(example.batch.values()))), example.batch.get("attention_mask")
+    for row in range(rows):
+        single, length = alone(example, row)
+        for name, value in run(single).items():
+            if value.dim() == 0 or name.startswith("logits_per") or name in skip:
+                continue
+            expected = together[name][row]
+            if padded is not None and expected.shape[:1] == padded.shape[1:]:
+                expected, value = expected[:length], value[:, :length]
+            rest = expected[value.shape[1] :]  # gathered rows: the longest row of the batch sets the slots
+            assert expected.dim() < 2 or not rest.any()
+            scale = max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(value[0], expected[: value.shape[1]], rtol=0, atol=tolerance * scale)
+
+
+def padded(case):
+    """Stock VQA's answers read the padding of the question, unless a selector keeps it out."""
+    return case.head != "BlipForQuestionAnswering" or case.place.group == "answer.cross"
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_a_batch_is_its_rows_one_by_one(case):
+    example = hard(case, padded(case))
+    assert_rows_alone(example)
+
+
+@pytest.mark.parametrize("case", cases(("linear", "query_key", "first"), budgets=(2, 0.5), where=lambda p: p.architecture == "t5"), ids=str)
+def test_padding_left_or_right_is_the_same(case):
+    example = hard(case)
+    batch, mask = example.batch, example.batch["attention_mask"]
+    right = run(example)
+    left = dict(batch)
+    for row, shift in enumerate((1 - mask).sum(1).tolist()):
+        for name, value in batch.items():
+            if torch.is_tensor(value) and value.shape == mask.shape:
+                left[name] = left[name].clone()
+                left[name][row] = value[row].roll(shift)
+    found = run(Example(example.model, left))
+    for name, value in right.items():
+        if value.dim() == 0 or name in ("start_logits", "end_logits"):
+            continue
+        for row, shift in enumerate((1 - mask).sum(1).tolist()):
+            one, other = value[row], found[name][row]
+            if value.shape[1] == mask.shape[1]:
+                one, other = one[: len(one) - shift], other[shift:]
+            torch.testing.assert_close(other, one, rtol=0, atol=1e-4)
+
+
+CAUSAL = [(head, place) for head, place in head_places(lambda p: p.causal or p.kind == "cross") if head != "BlipForImageTextRetrieval"]
+
+
+@pytest.mark.parametrize("scorer", ["linear", "mlp", "query_key", "first", "key_norm", "random"])
+@pytest.mark.parametrize(("head", "place"), CAUSAL)
+def test_a_decoder_does_not_see_its_future(head, place, scorer):
+    name = {"BlipForConditionalGeneration": "input_ids", "BlipForQuestionAnswering": "labels"}.get(head, "decoder_input_ids")
+    if (head == "BlipForQuestionAnswering") and place.group == "text.cross" or name == "decoder_input_ids" and "decoder" not in place.group:
+        return  # not a decoder's site
+    for mode in ("gathered", "masked"):
+        example = hard(Case(place, head, scorer, budget=0.5), padded=False, execution=mode)
+        example.batch.pop("labels", None) if name != "labels" else None
+        if head in ("T5ForQuestionAnswering", "T5ForSequenceClassification"):
+            return  # their decoder reads the input, shifted
+        expected = decoder_logits(example)
+        cut = example.batch[name].shape[1] // 2
+        example.batch[name] = example.batch[name].clone()
+        example.batch[name][:, cut + 1 :] = example.batch[name][:, cut + 1 :] % 40 + 3
+        found = decoder_logits(example)
+        shift = 0
+        torch.testing.assert_close(found[:, : cut + 1 - shift], expected[:, : cut + 1 - shift], rtol=0, atol=1e-5)
+        assert not torch.allclose(found[:, cut + 1 :], expected[:, cut + 1 :], atol=1e-3)
+
+
+def decoder_logits(example):
+    """What the decoder says at each position; VQA returns only a loss, so its decoder is asked."""
+    kept = {}
+    decoder = getattr(example.model, "text_decoder", example.model)
+    handle = decoder.register_forward_hook(lambda module, args, output: kept.update(output))
+    try:
+        run(example)
+    finally:
+        handle.remove()
+    return kept["logits"] if "logits" in kept else kept["last_hidden_state"]
