@@ -63,11 +63,19 @@ def _add_terms(
     extra = auxiliary_loss(selections, by_site, reward, greedy)
     if extra is None:
         return output
-    total = loss + extra.to(loss.dtype)
+    total = loss + (extra * _share(model, inputs)).to(loss.dtype)
     if isinstance(output, MutableMapping):
         output["loss"] = total
         return output
     return (total, *output[1:])
+
+
+def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
+    """This batch's share of an accumulated one. The Trainer asks for a loss summed and divided by the items of all
+    micro-batches; where the model obeys, the terms must follow, or they would weigh more with every micro-batch."""
+    total, architecture = inputs.get("num_items_in_batch"), architecture_of(model)
+    items = None if total is None or architecture is None else architecture.loss_items(model, inputs)
+    return 1.0 if items is None else items / torch.as_tensor(total, device=items.device).flatten()[0]
 
 
 def _reward(model: nn.Module, inputs: dict[str, Any], output: Any, loss: Tensor) -> Tensor:

@@ -75,16 +75,16 @@ def replay(model: nn.Module, selections: Iterable[Selection] | Mapping[str, Tens
         selections: a recording of the same calls, replayed in order at each site; or site name to bool mask ``[B, N]`` (or
             ``[B, H, Q, N]``), used at every call. Sites not named choose for themselves.
     """
+    masks: dict[str, list[Tensor]] = {}
     queues: dict[str, Iterator[Tensor]] = {}
     if isinstance(selections, Mapping):
         for site, mask in selections.items():
-            mask = mask[:, None, None, :] if mask.dim() == 2 else mask
-            queues[site] = itertools.repeat(mask)
+            masks[site] = [mask[:, None, None, :] if mask.dim() == 2 else mask]
+            queues[site] = itertools.repeat(masks[site][0])
     else:
-        by_site: dict[str, list[Tensor]] = {}
         for selection in selections:
-            by_site.setdefault(selection.site, []).append(selection.mask)
-        queues = {site: iter(masks) for site, masks in by_site.items()}
+            masks.setdefault(selection.site, []).append(selection.mask)
+        queues = {site: iter(made) for site, made in masks.items()}
     known = selectors(model)
     for site in queues:
         if site not in known:
@@ -102,7 +102,7 @@ def replay(model: nn.Module, selections: Iterable[Selection] | Mapping[str, Tens
     before = [m.replayed for m in forced]
     handles = [m.register_forward_pre_hook(force, with_kwargs=True) for m in forced]
     for selector in forced:
-        selector.replayed = True
+        selector.replayed = max(int(mask.sum(-1).max()) for mask in masks[selector.site])
     try:
         yield
     finally:

@@ -74,7 +74,7 @@ def remove(model: nn.Module) -> nn.Module:
             tower.final_norm.__class__ = nn.LayerNorm
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.config.hard_attention = None
+            vars(module.config).pop("hard_attention", None)  # the class says None
             _unhook(module)
     model.__dict__.pop("_hard_attention_reward", None)
     return model
@@ -171,6 +171,12 @@ def attach(model: nn.Module, config: HardAttentionConfig) -> None:
         raise HardAttentionError(
             f"no site of {type(model).__name__} is selected by {list(config.sites or [])}; it has: {', '.join(kinds)}."
         )
+    for name, tower in towers.items():
+        if config.restore is False and tower.restore and any(other.source == name for other in towers.values()):
+            raise HardAttentionError(
+                f"restore=False leaves '{name}' of {type(model).__name__} without the places of its rows; its reader finds them by the "
+                "attention mask. Use restore=None."
+            )
     remove(model)
     built = {
         site: _selector(site, site_config, towers[kinds[site][0]], kinds[site][1])

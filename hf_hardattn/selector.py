@@ -31,7 +31,7 @@ class Selector(nn.Module):
 
     Attributes:
         enabled: False makes the host run soft (set by ``soft``).
-        replayed: the choices are given from outside (set by ``replay``).
+        replayed: most positions that the choices given from outside keep (set by ``replay``); None while it chooses.
         step: optimizer step, for the schedules (set by ``set_step`` and ``HardAttentionCallback``).
     """
 
@@ -60,7 +60,7 @@ class Selector(nn.Module):
         self.entropy_weight = Schedule.parse(config.entropy_weight, site)
         self.budget_schedule = Schedule.parse(config.budget, site) if isinstance(config.budget, dict) else None
         self.enabled = True
-        self.replayed = False
+        self.replayed: int | None = None
         self.step: int | None = None
 
     def reset_parameters(self) -> None:
@@ -91,8 +91,10 @@ class Selector(nn.Module):
 
     def survivors(self, n: int) -> int:
         """Bound of the rows of a residual stream that are there after this site, of ``n`` before: the loosest budget, and the row kept always."""
-        if not self.enabled or self.replayed or self.config.estimator == "soft":
+        if not self.enabled or self.config.estimator == "soft":
             return n
+        if self.replayed is not None:
+            return min(n, self.replayed)
         schedule = self.budget_schedule
         budget = self.budget if schedule is None else Budget.parse(float(max(schedule.start, schedule.end)), self.site)
         return min(n, budget.slots(n - 1) + 1)

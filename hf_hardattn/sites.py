@@ -339,4 +339,7 @@ class HardLayerNorm(nn.LayerNorm):
     """LayerNorm that leaves all-zero rows zero: they mean that nothing was computed there, and must go on meaning it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).masked_fill((input == 0).all(-1, keepdim=True), 0.0)
+        empty = (input == 0).all(-1, keepdim=True)
+        # without variance the backward divides by sqrt(eps), which fp16 cannot hold: norm a ramp there instead
+        ramp = torch.linspace(-1.0, 1.0, input.shape[-1], dtype=input.dtype, device=input.device)
+        return super().forward(torch.where(empty, ramp, input)).masked_fill(empty, 0.0)

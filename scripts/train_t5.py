@@ -57,15 +57,18 @@ class Collate:
     multiple: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        args, options = self.args, {"truncation": True, "padding": True, "return_tensors": "pt"}
+        args = self.args
         pairs = [row["translation"] if args.source_lang else row for row in rows]
         sources = [args.source_prefix + pair[self.source] for pair in pairs]
         targets = [pair[self.target] for pair in pairs]
-        options["pad_to_multiple_of"] = self.multiple
-        batch = self.tokenizer(sources, max_length=args.max_source_length, **options)
-        labels = self.tokenizer(text_target=targets, max_length=args.max_target_length, **options)
+        batch = self.encode(args.max_source_length, text=sources)
+        labels = self.encode(args.max_target_length, text_target=targets)
         ids = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": ids}
+
+    def encode(self, longest: int, **texts: list[str]) -> Any:
+        rows = self.tokenizer(**texts, truncation=True, max_length=longest)
+        return self.tokenizer.pad(rows, pad_to_multiple_of=self.multiple, return_tensors="pt")
 
 
 def predict(

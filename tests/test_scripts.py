@@ -138,7 +138,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("texts") / "pairs.csv"
-    rows = [f"{WORDS[i % 3]} {WORDS[3 + i % 2]} {' '.join(['grey'] * (i % 4))} square,{WORDS[i % 3]}" for i in range(12)]
+    rows = [
+        f"{WORDS[i % 3]} {WORDS[3 + i % 2]} {' '.join(['grey'] * (i % 4))} square,{WORDS[i % 3]}" for i in range(12)
+    ]
     path.write_text("\n".join(["source,target", *rows]) + "\n")
     return path
 
@@ -176,7 +178,16 @@ def test_vit_trains_saves_and_reloads_hard(vit_flags: list[Any], photos: Path, t
     model = ViTForImageClassification.from_pretrained(tmp_path).eval()
     assert list(hf_hardattn.selectors(model)) == ["vision.inputs"]
     assert model.config.id2label == {0: "blue", 1: "green", 2: "red"}
-    again = run("evaluate", "--model_name_or_path", tmp_path, "--validation_dir", photos, "--cpu", "--output_dir", tmp_path / "test")
+    again = run(
+        "evaluate",
+        "--model_name_or_path",
+        tmp_path,
+        "--validation_dir",
+        photos,
+        "--cpu",
+        "--output_dir",
+        tmp_path / "test",
+    )
     for how in ("hard", "soft"):
         assert again["metrics"][how]["loss"] == pytest.approx(results["metrics"][how]["loss"], abs=1e-6)
 
@@ -203,7 +214,9 @@ def test_t5_trains_from_yaml_with_score_function_and_rouge(t5: Path, texts: Path
         cache_dir: {tmp_path}/cache
         """
     )
-    results = run("train_t5", "--config", config, "--max_train_steps", 4, "--budget", 0.6, "--output_dir", tmp_path / "out")
+    results = run(
+        "train_t5", "--config", config, "--max_train_steps", 4, "--budget", 0.6, "--output_dir", tmp_path / "out"
+    )
     assert results["train"]["steps"] == 4 and results["arguments"]["evaluate_each_epoch"] is False
     assert results["hard_attention"]["budget"] == 0.6 and results["hard_attention"]["sites"] == {"encoder.inputs": {}}
     assert {"rougeL", "bleu", "chrf", "loss", "kept_ratio"} <= set(results["metrics"]["hard"])
@@ -257,7 +270,9 @@ def test_resume_equals_no_interruption(
     flags += ["--estimator", estimator, "--temperature", schedule, "--num_warmup_steps", 2]
     run("train_vit", *flags, "--output_dir", tmp_path / "whole")
     output = ["--output_dir", tmp_path / "parts", "--checkpointing_steps", 2, "--checkpoints_total_limit", 1]
-    alive = stop_at(5, monkeypatch)  # accumulation 1: 6 steps an epoch, 2: 3 steps; the checkpoint of step 4 is mid-epoch
+    alive = stop_at(
+        5, monkeypatch
+    )  # accumulation 1: 6 steps an epoch, 2: 3 steps; the checkpoint of step 4 is mid-epoch
     with pytest.raises(KeyboardInterrupt):
         run("train_vit", *flags, *output)
     alive()
@@ -277,8 +292,17 @@ def test_resume_equals_no_interruption(
 def test_resume_refuses_another_batch_size(vit_flags: list[Any], tmp_path: Path) -> None:
     flags = [*vit_flags, "--output_dir", tmp_path, "--checkpointing_steps", "epoch", "--max_train_steps", 1]
     run("train_vit", *flags, "--resume_from_checkpoint", "latest")  # the first start of a job that may be preempted
-    with pytest.raises(hf_hardattn.HardAttentionError, match="per_device_train_batch_size=3 but the checkpoint was made with 2"):
-        run("train_vit", *flags, "--per_device_train_batch_size", 3, "--resume_from_checkpoint", tmp_path / "checkpoints" / "step_00000001")
+    with pytest.raises(
+        hf_hardattn.HardAttentionError, match="per_device_train_batch_size=3 but the checkpoint was made with 2"
+    ):
+        run(
+            "train_vit",
+            *flags,
+            "--per_device_train_batch_size",
+            3,
+            "--resume_from_checkpoint",
+            tmp_path / "checkpoints" / "step_00000001",
+        )
     with pytest.raises(hf_hardattn.HardAttentionError, match="is no checkpoint directory; there are: .*step_00000001"):
         run("train_vit", *flags, "--resume_from_checkpoint", tmp_path / "elsewhere")
 
@@ -286,26 +310,43 @@ def test_resume_refuses_another_batch_size(vit_flags: list[Any], tmp_path: Path)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config", "{yaml}"], "unknown argument 'learning_rat'; known: .*Did you mean 'learning_rate'"),
+        (["--config", "{yaml}"], "unknown argument 'learning_rat'; .* Did you mean 'learning_rate'"),
         (["--learnig_rate", "1"], "Did you mean 'learning_rate'"),
         (["--hub_token", "hf_x"], "--hub_token is refused on the command line .*hf auth login"),
         (["--config", "nowhere.yaml"], "--config 'nowhere.yaml' is no file"),
         (["--push_to_hub"], "--push_to_hub needs a repository"),
+        (["--checkpointing_steps", "often"], "checkpointing_steps='often' is no interval"),
+        (["--logging_steps", "0"], "logging_steps=0 is out of range"),
         ([], "the data comes from none; name exactly one source"),
         (["--train_dir", "a", "--train_file", "b"], "comes from --train_dir .* and --train_file"),
         (["--train_dir", "{tmp}/nowhere"], "nowhere is no folder"),
         (["--train_file", "{yaml}"], "unknown data format '.yaml'"),
         (["--train_dir", "{photos}"], "no model is named"),
-        (["--train_dir", "{photos}", "--label_column", "kind"], "no column 'kind' in the data; it has: 'image', 'label'"),
+        (
+            ["--train_dir", "{photos}", "--label_column", "kind"],
+            "no column 'kind' in the data; it has: 'image', 'label'",
+        ),
         (["--train_dir", "{photos}", "--model_name_or_path", "{t5}"], "is a 't5' model; this script trains 'vit'"),
         (["--train_dir", "{photos}", "--model_name_or_path", "{vit}", "--budget", "1.5"], "budget=1.5 is out of range"),
         (
             ["--train_dir", "{photos}", "--model_name_or_path", "{vit}", "--hard_attention", "none", "--budget", "8"],
             "--hard_attention none trains soft; --budget has no effect",
         ),
-        (["--train_dir", "{photos}", "--model_name_or_path", "{vit}", "--hard_attention", "x.json"], "'x.json' is no file"),
         (
-            ["--train_dir", "{photos}", "--model_name_or_path", "{vit}", "--scorer", "random", "--selector_warmup_steps", "3"],
+            ["--train_dir", "{photos}", "--model_name_or_path", "{vit}", "--hard_attention", "x.json"],
+            "'x.json' is no file",
+        ),
+        (
+            [
+                "--train_dir",
+                "{photos}",
+                "--model_name_or_path",
+                "{vit}",
+                "--scorer",
+                "random",
+                "--selector_warmup_steps",
+                "3",
+            ],
             "selector_warmup_steps=3 leaves nothing to learn",
         ),
     ],
@@ -327,7 +368,9 @@ def test_booleans_are_real_and_yaml_values_are_checked(tmp_path: Path) -> None:
     arguments = script("train_vit").Arguments
     assert parse(arguments, ["--hub_private_repo", "False", "--use_peft"]).hub_private_repo is False
     assert parse(arguments, ["--no_evaluate_each_epoch"]).evaluate_each_epoch is False
-    (tmp_path / "a.yaml").write_text("use_peft: false\nsites: [a, b]\nlearning_rate: 1e-4\nbudget: 8\nhub_model_id: null\n")
+    (tmp_path / "a.yaml").write_text(
+        "use_peft: false\nsites: [a, b]\nlearning_rate: 1e-4\nbudget: 8\nhub_model_id: null\n"
+    )
     args = parse(arguments, ["--seed", "3", "--config", str(tmp_path / "a.yaml"), "--learning-rate", "1e-5"])
     assert (args.use_peft, args.sites, args.learning_rate, args.seed) == (False, ["a", "b"], 1e-5, 3)
     assert (args.budget, args.hub_model_id) == ("8", None)
@@ -350,7 +393,7 @@ def test_example_config_names_real_flags(name: str) -> None:
 
 def test_texts_by_language(t5: Path, texts: Path, tmp_path: Path) -> None:
     module = script("train_t5")
-    args = module.Arguments(source_lang="en", target_lang="fr", source_prefix="big ")
+    args = module.Arguments(source_lang="en", target_lang="fr", source_prefix="big ", max_target_length=3)
     batch = module.Collate(tokenizer(), args, "en", "fr", 8)(
         [{"translation": {"en": "red", "fr": "blue"}}, {"translation": {"en": "red green", "fr": "blue grey"}}]
     )

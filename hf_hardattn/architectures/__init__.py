@@ -94,6 +94,12 @@ class Base:
         raise NotImplementedError
 
     @classmethod
+    def loss_items(cls, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        """Items of this batch, ``[]``, where the model divides their summed loss by the Trainer's ``num_items_in_batch``; None
+        where its loss is a mean whatever the Trainer asks for."""
+        return None
+
+    @classmethod
     def replace_inputs(
         cls, model: nn.Module, batch: dict[str, Any], dropped: dict[str, Tensor], how: str, seed: int
     ) -> dict[str, Any]:

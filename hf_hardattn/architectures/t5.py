@@ -140,10 +140,10 @@ class HardT5Block(T5Block):
         place(made, stream)
         if self.selector is not None and self.selector.enabled:
             states = hidden_states if self.selector.scorer.needs_projections else None
-            rows = output.shape[1]
+            before = stream.positions
             output, stream, selection = stream.select(self.selector, output, states, attention.projections(norm))
             made.append(selection)
-            if output.shape[1] < rows and position_bias is not None:
+            if stream.positions is not before and position_bias is not None:  # gathered, perhaps as many rows in another order
                 position_bias = keep_pairs(position_bias, selection.indices[:, 0, 0].expand(output.shape[0], -1))
         return output, position_bias, cross_bias, *pack(stream, made)
 
@@ -189,6 +189,11 @@ class HardT5Layers(HardLayers):
         alive = (source != 0).any(-1)
         if mask is not None:
             alive = alive & mask_rows(mask, source.shape[0])
+        store = past_key_values.cross_attention_cache if isinstance(past_key_values, EncoderDecoderCache) else None
+        if store is not None and store.is_compileable:  # a static cache has a place for every row, dropped or not
+            return source, Stream(valid=alive, slots=source.shape[1]).mask(
+                None, attention.config._attn_implementation, source.dtype
+            )
         slots = min(self.source_slots(source.shape[1]), source.shape[1])
         used = torch.arange(slots, device=source.device) < alive.sum(-1, keepdim=True)
         cached = isinstance(past_key_values, EncoderDecoderCache) and past_key_values.is_updated.get(

@@ -133,6 +133,13 @@ class Vit(Base):
         return loss(logits.float(), labels.view_as(logits).float(), reduction="none").mean(-1)
 
     @classmethod
+    def loss_items(cls, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        labels = inputs.get("labels")
+        if not isinstance(model, ViTForImageClassification) or labels is None or labels.is_floating_point():
+            return None
+        return (labels != -100).sum()
+
+    @classmethod
     def replace_inputs(
         cls, model: nn.Module, batch: dict[str, Any], dropped: dict[str, Tensor], how: str, seed: int
     ) -> dict[str, Any]:

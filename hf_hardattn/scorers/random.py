@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..noise import uniform
 from . import Base, Projections
 
 
@@ -25,7 +26,7 @@ class Random(Base):
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
         batch, n, _ = states.shape
         if self.training:
-            return torch.rand(batch, self.heads, n, 1, device=states.device)
+            return uniform((batch, self.heads, n, 1), states.device)
         # coarse bins: the same input gives the same hash although another batch size rounds the last bits differently
         bins = (states.float().detach().sum(-1) * 8).round().long()
         head = torch.arange(self.heads, device=states.device)[None, :, None]

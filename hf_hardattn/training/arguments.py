@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..errors import HardAttentionError
+
 
 def flag(default: Any, text: str) -> Any:
     """A dataclass field with a default and a help text."""
@@ -102,3 +104,22 @@ class LoopArguments:
 @dataclass(kw_only=True)
 class ScriptArguments(ModelArguments, HardAttentionArguments, DataArguments, LoopArguments):
     """All of them."""
+
+
+def validate(args: ScriptArguments) -> None:
+    """Raise for values that the types let through.
+
+    Raises:
+        HardAttentionError: a count below 1, or a checkpoint interval that is neither a count nor 'epoch'.
+    """
+    for name in ("logging_steps", "gradient_accumulation_steps", "per_device_train_batch_size", "max_train_steps"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise HardAttentionError(f"{name}={value} is out of range; it is a count, >= 1.")
+    interval = args.checkpointing_steps
+    if interval is not None and interval != "epoch" and not (interval.isdigit() and int(interval)):
+        raise HardAttentionError(
+            f"checkpointing_steps={interval!r} is no interval; it is a count of optimizer steps, or 'epoch'."
+        )
+    if args.push_to_hub and not args.hub_model_id:  # now, not after the training
+        raise HardAttentionError("--push_to_hub needs a repository; name it with --hub_model_id me/my-model.")

@@ -20,6 +20,10 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
     ``hardattn/reward`` and ``hardattn/baseline`` (means since the last logging step). The baselines travel in
     ``trainer_state.json``.
 
+    With Transformers 5.23, resuming a ViT brings back no layer's weights ("There were missing keys in the checkpoint"): the
+    Trainer, unlike ``from_pretrained``, does not map the checkpoint's key names. Build the model with
+    ``from_pretrained(checkpoint)`` before ``trainer.train(resume_from_checkpoint=checkpoint)``.
+
     The Trainer calls trackers (W&B, TensorBoard ...) before the callbacks given to it: ``add_to(trainer)`` puts this one
     first, so that trackers get these numbers too.
 
@@ -61,7 +65,8 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
                 "Load it with hard_attention=... or call hf_hardattn.apply().",
                 stacklevel=2,
             )
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        kept: Any = state.stateful_callbacks  # a dict by class name; the annotation in Transformers says list
+        saved = kept.get(type(self).__name__)
         if state.global_step and isinstance(saved, dict):
             self.driver.load_state_dict(saved["attributes"]["baselines"])
 

@@ -50,7 +50,8 @@ def save(accelerator: Accelerator, output_dir: str, step: int, limit: int | None
     folder = Path(output_dir) / "checkpoints"
     final, partial = folder / f"step_{step:08d}", folder / f"partial_{step:08d}"
     if accelerator.is_local_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in folder.glob("partial_*"):
+            shutil.rmtree(stale)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()

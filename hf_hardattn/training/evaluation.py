@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..recording import record, selectors
 from ..registration import soft
+from ..selection import Selection
 
 # A batch to predictions, references, and the loss of each example.
 Predict = Callable[[nn.Module, Any], tuple[list[Any], list[Any], list[float]]]
@@ -36,7 +37,8 @@ def measure(accelerator: Accelerator, model: nn.Module, loader: Any, predict: Pr
     training = model.training
     model.eval()
     for batch in tqdm(loader, desc="evaluate", leave=False, disable=not accelerator.is_local_main_process):
-        with torch.no_grad(), accelerator.autocast(), record(inner) if hard else nullcontext([]) as selections:
+        watch: AbstractContextManager[list[Selection]] = record(inner) if hard else nullcontext([])
+        with torch.no_grad(), accelerator.autocast(), watch as selections:
             rows = predict(model, batch)
         for selection in selections:
             ratio = selection.kept_ratio.float()

@@ -26,7 +26,7 @@ from .arguments import ScriptArguments
 from .driver import Driver
 from .evaluation import Predict, Score, compare, measure
 from .models import parameter_groups
-from .publishing import check_hub, push, save_model
+from .publishing import push, save_model
 from .results import Log, describe_run, write_json
 
 logger = get_logger(__name__)
@@ -73,7 +73,6 @@ class Order(Sampler[int]):
 
 def start(args: ScriptArguments) -> Accelerator:
     """Set up processes, logging and seeds."""
-    check_hub(args)
     tracked = "all" if args.with_tracking and args.report_to == "none" else args.report_to
     accelerator = Accelerator(
         cpu=args.cpu,
@@ -129,6 +128,8 @@ def train(accelerator: Accelerator, args: ScriptArguments, task: Task, argv: lis
         accumulation,
     )
 
+    every = args.checkpointing_steps or ""
+    interval = int(every) if every.isdigit() else 0
     before, loss_now = run.seconds, None
     bar = tqdm(total=steps, initial=run.step, desc="train", disable=not accelerator.is_local_main_process)
     model.train()
@@ -162,11 +163,11 @@ def train(accelerator: Accelerator, args: ScriptArguments, task: Task, argv: lis
                 if log:
                     log.write(row)
             run.seconds = before + time.perf_counter() - started
-            if (args.checkpointing_steps or "").isdigit() and run.step % int(args.checkpointing_steps or 1) == 0:
+            if interval and run.step % interval == 0:
                 checkpoints.save(accelerator, args.output_dir, run.step, args.checkpoints_total_limit)
             if run.step >= steps:
                 break
-        if args.checkpointing_steps == "epoch":
+        if every == "epoch":
             checkpoints.save(accelerator, args.output_dir, run.step, args.checkpoints_total_limit)
         if args.evaluate_each_epoch and task.validation is not None and run.step < steps:
             row = {"step": run.step, "epoch": run.step / steps_per_epoch}
@@ -219,9 +220,7 @@ def _measure(accelerator: Accelerator, args: ScriptArguments, task: Task, model:
     return how(accelerator, model, loader, task.predict, task.score)
 
 
-def _loader(
-    args: ScriptArguments, data: Dataset | None, task: Task, batch_size: int, order: Order | None = None
-) -> DataLoader:
+def _loader(args: ScriptArguments, data: Any, task: Task, batch_size: int, order: Order | None = None) -> DataLoader:
     # a generator of its own: a loader draws a seed each time it is iterated, and the model's noise must not notice
     return DataLoader(
         data,

@@ -31,7 +31,7 @@ def load_config(args: ScriptArguments, model_class: type[PreTrainedModel], **cha
             "no model is named; give --model_name_or_path, or --config_name to train from scratch."
         )
     config = AutoConfig.from_pretrained(name, revision=args.model_revision, cache_dir=args.cache_dir, **changes)
-    expected = model_class.config_class.model_type
+    expected = getattr(model_class.config_class, "model_type", None)
     if config.model_type != expected:
         raise HardAttentionError(
             f"{name} is a {config.model_type!r} model; this script trains {expected!r} ({model_class.__name__}). "
@@ -49,7 +49,9 @@ def processor_source(args: ScriptArguments) -> str:
     """Where the tokenizer or image processor comes from."""
     name = args.processor_name or args.model_name_or_path
     if name is None:
-        raise HardAttentionError("no tokenizer or image processor is named; --config_name brings none. Give --processor_name.")
+        raise HardAttentionError(
+            "no tokenizer or image processor is named; --config_name brings none. Give --processor_name."
+        )
     return name
 
 
@@ -74,7 +76,7 @@ def hard_attention(args: HardAttentionArguments, saved: dict[str, Any] | None) -
     values = {name: yaml.safe_load(text) for name, text in short.items()}
     if isinstance(data.get("sites"), dict):
         data["sites"] = {
-            pattern: {name: value for name, value in (overrides or {}).items() if name not in values}
+            pattern: {k: v for k, v in (overrides or {}).items() if k.removesuffix("_options") not in values}
             for pattern, overrides in data["sites"].items()
         }
     for name in values:  # options belong to the member they were written for
@@ -113,6 +115,7 @@ def load_model(
     name = args.model_name_or_path
     directory = Path(name) if name is not None and Path(name).is_dir() else None
     extra = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    model: Any
     has_weights = directory is None or any(f.suffix in (".safetensors", ".bin") for f in directory.iterdir())
     if directory is not None and (directory / "adapter_config.json").is_file():
         model = _load_adapter(model_class, config, directory, heads, **extra)
@@ -168,9 +171,10 @@ def _load_adapter(
 def _load_weights(
     model_class: type[PreTrainedModel], name: str, config: PreTrainedConfig, heads: Iterable[str], **extra: Any
 ) -> PreTrainedModel:
-    model, info = model_class.from_pretrained(
+    loaded: Any = model_class.from_pretrained(
         name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **extra
     )
+    model, info = loaded
     keys = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
     wrong = [key for key in keys if key.split(".")[0] not in heads]
     if wrong:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -12,9 +13,10 @@ from typing import Any, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from ..errors import HardAttentionError, unknown
+from ..errors import HardAttentionError
+from .arguments import ScriptArguments, validate
 
-Arguments = TypeVar("Arguments")
+Arguments = TypeVar("Arguments", bound=ScriptArguments)
 SECRETS = ("hub_token", "token", "use_auth_token", "hf_token", "auth_token")
 
 
@@ -49,7 +51,7 @@ def parse(arguments: type[Arguments], argv: Sequence[str] | None = None) -> Argu
         SystemExit: a value of the wrong type, as argparse reports it.
     """
     words = expand(sys.argv[1:] if argv is None else argv)
-    names = [f.name for f in fields(arguments)]  # type: ignore[arg-type]
+    names = [f.name for f in fields(arguments)]
     known = {*names, *(f"no_{name}" for name in names), "help", "config"}
     for word in words:
         name = word.partition("=")[0].removeprefix("--").replace("-", "_")
@@ -60,10 +62,17 @@ def parse(arguments: type[Arguments], argv: Sequence[str] | None = None) -> Argu
                 f"--{name} is refused on the command line and in YAML; a token there ends up in shell history, logs and cards. "
                 "Log in once with 'hf auth login', or set the environment variable HF_TOKEN."
             )
-        raise unknown("argument", name, names)
-    parser = HfArgumentParser(arguments, allow_abbrev=False)
+        near = difflib.get_close_matches(name, names, n=1)  # the names are too many to list
+        hint = f"Did you mean '{near[0]}'? " if near else ""
+        raise HardAttentionError(
+            f"unknown argument '{name}'; no flag and no YAML key is called so. {hint}--help lists all."
+        )
+    dataclass: Any = arguments
+    parser = HfArgumentParser(dataclass, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="Flags from a YAML file; the command line overrides it.")
-    return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[0]
+    args = parser.parse_args_into_dataclasses(words, look_for_args_file=False)[0]
+    validate(args)
+    return args
 
 
 def run(main: Callable[[], Any]) -> None:

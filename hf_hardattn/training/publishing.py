@@ -29,12 +29,6 @@ def save_model(accelerator: Accelerator, model: nn.Module, processor: Any, outpu
     accelerator.wait_for_everyone()
 
 
-def check_hub(args: ScriptArguments) -> None:
-    """Fail before the training, not after it."""
-    if args.push_to_hub and not args.hub_model_id:
-        raise HardAttentionError("--push_to_hub needs a repository; name it with --hub_model_id me/my-model.")
-
-
 def push(args: ScriptArguments) -> None:
     """Upload ``output_dir`` without its checkpoints; say who can see it.
 
@@ -44,7 +38,7 @@ def push(args: ScriptArguments) -> None:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    repository = api.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True).repo_id
+    repository = api.create_repo(str(args.hub_model_id), private=args.hub_private_repo, exist_ok=True).repo_id
     private = api.repo_info(repository).private
     if args.hub_private_repo and not private:
         raise HardAttentionError(

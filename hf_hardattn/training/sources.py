@@ -9,7 +9,7 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Image, load_dataset
 
 from ..errors import HardAttentionError, unknown
-from .arguments import DataArguments, ScriptArguments
+from .arguments import ScriptArguments
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 
@@ -60,7 +60,7 @@ def _existing(paths: dict[str, str | None], test: Callable[[Path], bool], what: 
     return given
 
 
-def _read_file(path: Path, args: DataArguments) -> Dataset:
+def _read_file(path: Path, args: ScriptArguments) -> Dataset:
     if path.suffix not in FORMATS:
         raise unknown("data format", path.suffix, FORMATS, str(path))
     options = {"sep": "\t"} if path.suffix == ".tsv" else {}

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import hf_hardattn
 from hf_hardattn import registry
-from hf_hardattn.architectures import Example
-from hf_hardattn.registration import architecture_of
+from hf_hardattn.architectures import Example, architecture_of
 
 HEADS = [(a, head) for a in registry.names("architectures") for head in registry.load("architectures", a).heads()]
 SCORERS, ESTIMATORS, BASELINES = map(registry.names, ("scorers", "estimators", "baselines"))

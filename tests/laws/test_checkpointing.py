@@ -1,0 +1,84 @@
+"""Law 9: under gradient checkpointing the selection is replayed, not drawn again; ranks draw different, reproducible noise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import ESTIMATORS, SCORERS, Case, cases, hard, head_places, train_loss
+
+import hf_hardattn
+
+HERE = Path(__file__).parent
+
+
+def gradients(example):
+    example.model.zero_grad()
+    loss = train_loss(example)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in example.model.named_parameters()}
+
+
+@pytest.mark.parametrize("case", cases(SCORERS, ESTIMATORS, (2, 0.5, "top_p:0.6")), ids=str)
+def test_checkpointing_changes_no_gradient(case):
+    example = hard(case, temperature=0.7, entropy_weight=0.1)
+    loss, expected = gradients(example)
+    for use_reentrant in (False, True):
+        example.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        again, found = gradients(example)
+        torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-6)
+        # of the largest gradient: that of a bias is zero for laws that ignore a shift, up to rounding
+        scale = max(1.0, *(gradient.abs().max().item() for gradient in expected.values() if gradient is not None))
+        for name, gradient in expected.items():
+            assert (found[name] is None) == (gradient is None), name
+            if gradient is not None:
+                torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("head", "place"), head_places())
+@pytest.mark.parametrize("scorer", ["linear", "random"])
+def test_training_is_reproducible_and_explores(head, place, scorer):
+    example = hard(Case(place, head, scorer, "reinforce", 2), baseline="none")
+    masks = []
+    for seed in (3, 3, 4):
+        with hf_hardattn.record(example.model) as selections:
+            train_loss(example, seed)
+        masks.append([s.mask for s in selections])
+    assert all(torch.equal(a, b) for a, b in zip(masks[0], masks[1], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(masks[0], masks[2], strict=True))
+
+
+RANK = '''
+import sys, torch
+sys.path.insert(0, {here!r})
+import torch.distributed as dist
+from cases import Case, PLACES, hard, train_loss
+import hf_hardattn
+rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+place = next(p for p in PLACES if p.architecture == "vit" and p.kind == "inputs")
+masks = {{}}
+for scorer, estimator in (("linear", "reinforce"), ("linear", "simple"), ("linear", "gumbel"), ("random", "straight_through")):
+    example = hard(Case(place, "ViTForImageClassification", scorer, estimator, 3))
+    for turn in range(2):
+        with hf_hardattn.record(example.model) as selections:
+            train_loss(example)
+        masks[scorer, estimator, turn] = selections[0].mask
+torch.save(masks, out + str(rank))
+dist.destroy_process_group()
+'''
+
+
+@pytest.mark.multiprocess
+def test_ranks_with_the_same_seed_draw_different_noise(tmp_path):
+    code = RANK.format(here=str(HERE))
+    arguments = [str(tmp_path / "store"), str(tmp_path / "masks")]
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), *arguments]) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    first, second = (torch.load(f"{tmp_path}/masks{rank}") for rank in range(2))
+    for scorer, estimator, _ in first:
+        assert torch.equal(first[scorer, estimator, 0], first[scorer, estimator, 1])  # reproducible
+        assert not torch.equal(first[scorer, estimator, 0], second[scorer, estimator, 0]), (scorer, estimator)
