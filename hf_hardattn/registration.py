@@ -70,8 +70,9 @@ def remove(model: nn.Module) -> nn.Module:
             tower.layers.__class__ = nn.ModuleList
             for name in ("tower", "restore", "source", "source_slots"):
                 tower.layers.__dict__.pop(name, None)
-        if isinstance(tower.final_norm, HardLayerNorm):
-            tower.final_norm.__class__ = nn.LayerNorm
+        norm: Any = tower.final_norm
+        if isinstance(norm, HardLayerNorm):
+            object.__setattr__(norm, "__class__", nn.LayerNorm)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             vars(module.config).pop("hard_attention", None)  # the class says None

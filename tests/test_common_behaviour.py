@@ -122,10 +122,12 @@ def test_gradient_checkpointing_changes_no_gradient(place, estimator):
         gradients.append({n: p.grad for n, p in made.model.named_parameters() if p.grad is not None})
         if made.batch.get("labels") is not None or estimator != "reinforce":
             assert all(f"{n}" in gradients[-1] for n, _ in made.model.named_parameters() if "selector" in n)
+    largest = max(gradient.norm() for gradient in gradients[0].values())
     for other in gradients[1:]:
         assert other.keys() >= gradients[0].keys()
         for name, gradient in gradients[0].items():
-            torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            # the bias of SIMPLE's scores has a gradient of 0 but for rounding, so the largest gradient sets the scale
+            assert (other[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5 * largest, name
 
 
 @place
@@ -229,10 +231,12 @@ def test_eager_equals_sdpa(place, budget):
     torch.testing.assert_close(first(eager), first(sdpa))
 
 
-COMPILED = [(PLACES[0], 3), (PLACES[1], 3), (PLACES[2], 0.5), (PLACES[4], 0.5), (PLACES[6], 3), (PLACES[7], 3)]
+COMPILED = [(PLACES[0], 3), (PLACES[4], 0.5), (PLACES[7], 3)]
 
 
-@pytest.mark.parametrize(("place", "budget"), COMPILED, ids=lambda v: "-".join(v[1:]) if isinstance(v, tuple) else str(v))
+@pytest.mark.parametrize(
+    ("place", "budget"), COMPILED, ids=lambda v: "-".join(v[1:]) if isinstance(v, tuple) else str(v)
+)
 def test_evaluation_compiles_without_graph_breaks(place, budget):
     torch._dynamo.reset()
     made = example(place, budget=budget)
@@ -242,10 +246,10 @@ def test_evaluation_compiles_without_graph_breaks(place, budget):
         torch.testing.assert_close(compiled(**made.batch, **extra)[0], made.model(**made.batch, **extra)[0])
 
 
-@pytest.mark.parametrize("place", [PLACES[0], PLACES[4]], ids=lambda p: f"{p[1]}-{p[2]}")
+@pytest.mark.parametrize("place", [PLACES[0], PLACES[7]], ids=lambda p: f"{p[1]}-{p[2]}")
 def test_evaluation_exports(place):
     made = example(place, budget=0.5)
-    inputs = {**made.batch, **({"use_cache": False} if place[0] == "t5" else {})}
+    inputs = made.batch
     with torch.no_grad():
         program = torch.export.export(made.model, (), inputs, strict=False)
         torch.testing.assert_close(program.module()(**inputs)[0], made.model(**inputs)[0])
@@ -281,7 +285,9 @@ def generate(made: Example, **kwargs: Any) -> Any:
 
 @generating
 @budget
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"do_sample": True}, {"num_beams": 2, "do_sample": True}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"do_sample": True}, {"num_beams": 2, "do_sample": True}], ids=str
+)
 def test_generate_with_a_cache_equals_generate_without(place, budget, how):
     made = example(place, budget=budget)
     assert torch.equal(generate(made, **how), generate(made, use_cache=False, **how))
@@ -311,7 +317,9 @@ def test_generate_returns_what_stock_returns(place):
     sizes = []
     for hard in (True, False):
         made = example(place, hard=hard, attn_implementation="eager", **({"budget": 1.0} if hard else {}))
-        out = generate(made, num_beams=2, return_dict_in_generate=True, output_attentions=True, output_hidden_states=True)
+        out = generate(
+            made, num_beams=2, return_dict_in_generate=True, output_attentions=True, output_hidden_states=True
+        )
         layers = out.past_key_values.self_attention_cache.layers
         cached = [(layer.keys.shape, layer.values.shape) for layer in layers if layer.is_initialized]
         steps = (*out.decoder_attentions, *out.cross_attentions, *out.decoder_hidden_states)

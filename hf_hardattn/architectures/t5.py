@@ -143,7 +143,9 @@ class HardT5Block(T5Block):
             before = stream.positions
             output, stream, selection = stream.select(self.selector, output, states, attention.projections(norm))
             made.append(selection)
-            if stream.positions is not before and position_bias is not None:  # gathered, perhaps as many rows in another order
+            if (
+                stream.positions is not before and position_bias is not None
+            ):  # gathered, perhaps as many rows in another order
                 position_bias = keep_pairs(position_bias, selection.indices[:, 0, 0].expand(output.shape[0], -1))
         return output, position_bias, cross_bias, *pack(stream, made)
 

@@ -156,7 +156,7 @@ _HEADS = (ViTForImageClassification, ViTForMaskedImageModeling, ViTModel)
 
 
 def _example(head: type, **changes: Any) -> Example:
-    config = ViTConfig(
+    sizes = dict(
         hidden_size=24,
         num_hidden_layers=3,
         num_attention_heads=3,
@@ -167,9 +167,9 @@ def _example(head: type, **changes: Any) -> Example:
         num_labels=5,
         encoder_stride=4,
         hidden_dropout_prob=0.0,
-        **changes,
     )
-    batch: dict[str, Any] = {"pixel_values": torch.randn(3, 2, 12, 12)}
+    config = ViTConfig(**{**sizes, **changes})
+    batch: dict[str, Any] = {"pixel_values": torch.randn(3, 2, config.image_size, config.image_size)}
     if head is ViTForImageClassification:
         batch["labels"] = torch.tensor([4, 0, 2])
     if head is ViTForMaskedImageModeling:

@@ -54,7 +54,9 @@ def demo(
         f"reloaded in a fresh process: {'hard' if again['hard'] else 'SOFT'}, {again['patches_kept']} patches kept, "
         f"accuracy {again['accuracy']:.1%} ({'the same' if again['same_accuracy'] else 'NOT the same'})"
     )
-    console.print(f"{results['seconds']:.0f} s in all; picture: {output / 'kept_patches.png'}; results: {output / 'results.json'}")
+    console.print(
+        f"{results['seconds']:.0f} s in all; picture: {output / 'kept_patches.png'}; results: {output / 'results.json'}"
+    )
 
 
 @app.command("list")
@@ -78,7 +80,11 @@ def env() -> None:
     import torch
 
     packages = ("hf-hardattn", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft", "huggingface_hub")
-    facts = {"python": platform.python_version(), "platform": platform.platform(), "processors": torch.get_num_threads()}
+    facts = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": torch.get_num_threads(),
+    }
     facts |= {name: importlib.metadata.version(name) for name in packages}
     facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     typer.echo(json.dumps(facts, indent=2))

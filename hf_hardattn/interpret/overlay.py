@@ -39,7 +39,9 @@ def patch_overlay(
     batch, _, height, width = pixel_values.shape
     across = width // patch_size
     kept = torch.zeros(batch, 1 + (height // patch_size) * across, dtype=torch.bool)
-    kept.scatter_(1, selection.places[:, 0, 0].expand(batch, -1).cpu(), selection.slot_mask[:, 0, 0].expand(batch, -1).cpu())
+    kept.scatter_(
+        1, selection.places[:, 0, 0].expand(batch, -1).cpu(), selection.slot_mask[:, 0, 0].expand(batch, -1).cpu()
+    )
     grid = kept[:, 1:].view(batch, height // patch_size, across)
     lit = grid.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
     images = pixel_values.detach().float().cpu()

@@ -127,7 +127,9 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: floa
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         scale = max(1.0, value.abs().max().item()) if value.is_floating_point() else 1.0
-        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], value, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def train_loss(example: Example, seed: int = 3) -> Tensor:
@@ -149,7 +151,10 @@ def has_loss(example: Example) -> bool:
 
 
 def can_generate(architecture: str, head: str) -> bool:
-    return hasattr(_stock(architecture, head, ()).model, "generate") and _stock(architecture, head, ()).model.can_generate()
+    return (
+        hasattr(_stock(architecture, head, ()).model, "generate")
+        and _stock(architecture, head, ()).model.can_generate()
+    )
 
 
 def all_sites(model: nn.Module) -> dict[str, str]:
@@ -197,7 +202,9 @@ def pairwise(factors: Sequence[Sequence[Any]], allowed: Callable[[Any, Any], boo
         row = list(min(uncovered))
         for f in range(len(factors)):
             if all(f != taken for taken, _ in row):
-                options = [(f, v) for v in range(len(factors[f])) if all(fits(*sorted(((f, v), other))) for other in row)]
+                options = [
+                    (f, v) for v in range(len(factors[f])) if all(fits(*sorted(((f, v), other))) for other in row)
+                ]
                 row.append(max(options, key=lambda o: (sum(tuple(sorted((o, r))) in uncovered for r in row), -o[1])))
         row.sort()
         uncovered -= set(itertools.combinations(row, 2))

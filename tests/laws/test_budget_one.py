@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import ESTIMATORS, SCORERS, all_sites, can_generate, cases, close, hard, harden, head_places, run, stock
-from cases import HEADS, tensors
+from cases import (
+    ESTIMATORS,
+    HEADS,
+    SCORERS,
+    all_sites,
+    can_generate,
+    cases,
+    close,
+    hard,
+    harden,
+    head_places,
+    run,
+    stock,
+    tensors,
+)
 
 import hf_hardattn
 
@@ -65,7 +78,9 @@ def test_soft_is_the_stock_model(architecture, head):
     harden(example.model, {"sites": ["*"], "budget": 1})
     with hf_hardattn.soft(example.model):
         found = run(example)
-    assert found.keys() == expected.keys() and len(all_sites(example.model)) == len(hf_hardattn.selectors(example.model))
+    assert found.keys() == expected.keys() and len(all_sites(example.model)) == len(
+        hf_hardattn.selectors(example.model)
+    )
     close(found, expected, 2e-6)  # not bit for bit: stock BLIP computes attention eagerly, Hard BLIP through SDPA
     if architecture != "blip":
         assert all(torch.equal(found[name], expected[name]) for name in expected)

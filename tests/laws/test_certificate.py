@@ -18,7 +18,11 @@ DECODER_READS_INPUT = ("T5ForQuestionAnswering", "T5ForSequenceClassification")
 
 def assert_same(found, expected):
     """Bit for bit; not the loss of masked image modelling, whose target is the image itself."""
-    assert all(torch.equal(found[name], expected[name]) for name in expected if name != "loss" or "reconstruction" not in expected)
+    assert all(
+        torch.equal(found[name], expected[name])
+        for name in expected
+        if name != "loss" or "reconstruction" not in expected
+    )
 
 
 def visible(example, case):

@@ -22,20 +22,24 @@ def gradients(example):
     return loss.detach(), {name: p.grad for name, p in example.model.named_parameters()}
 
 
-@pytest.mark.parametrize("case", cases(SCORERS, ESTIMATORS, (2, 0.5, "top_p:0.6")), ids=str)
-def test_checkpointing_changes_no_gradient(case):
+CASES = cases(SCORERS, ESTIMATORS, (2, 0.5, "top_p:0.6"))
+
+
+@pytest.mark.parametrize(("case", "use_reentrant"), [(c, bool(n % 2)) for n, c in enumerate(CASES)], ids=str)
+def test_checkpointing_changes_no_gradient(case, use_reentrant):
     example = hard(case, temperature=0.7, entropy_weight=0.1)
     loss, expected = gradients(example)
-    for use_reentrant in (False, True):
-        example.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-        again, found = gradients(example)
-        torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-6)
-        # of the largest gradient: that of a bias is zero for laws that ignore a shift, up to rounding
-        scale = max(1.0, *(gradient.abs().max().item() for gradient in expected.values() if gradient is not None))
-        for name, gradient in expected.items():
-            assert (found[name] is None) == (gradient is None), name
-            if gradient is not None:
-                torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+    example.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    again, found = gradients(example)
+    torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-6)
+    # of the largest gradient: that of a bias is zero for laws that ignore a shift, up to rounding
+    scale = max(1.0, *(gradient.abs().max().item() for gradient in expected.values() if gradient is not None))
+    for name, gradient in expected.items():
+        assert (found[name] is None) == (gradient is None), name
+        if gradient is not None:
+            torch.testing.assert_close(
+                found[name], gradient, rtol=0, atol=3e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.parametrize(("head", "place"), head_places())
@@ -51,7 +55,7 @@ def test_training_is_reproducible_and_explores(head, place, scorer):
     assert any(not torch.equal(a, b) for a, b in zip(masks[0], masks[2], strict=True))
 
 
-RANK = '''
+RANK = """
 import sys, torch
 sys.path.insert(0, {here!r})
 import torch.distributed as dist
@@ -69,7 +73,7 @@ for scorer, estimator in (("linear", "reinforce"), ("linear", "simple"), ("linea
         masks[scorer, estimator, turn] = selections[0].mask
 torch.save(masks, out + str(rank))
 dist.destroy_process_group()
-'''
+"""
 
 
 @pytest.mark.multiprocess

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import ESTIMATORS, HEADS, cases, hard, harden, head_places, run, stock, train_loss
-from cases import Case
+from cases import ESTIMATORS, HEADS, Case, cases, hard, harden, head_places, run, stock, train_loss
 from torch import nn
 
 import hf_hardattn
@@ -32,7 +31,9 @@ def oracle(selection, row, head, query, budget):
         while k < len(top) and total < float(budget.split(":")[1]) - 1e-7:
             total, k = total + math.exp(top[k] - top[0]) / mass, k + 1
     k = min(max(k, 1), len(free))
-    return sorted(sorted(free, key=lambda n: (-scores[n], n))[:k] + [n for n, kept in enumerate(always) if kept and valid[n]])
+    return sorted(
+        sorted(free, key=lambda n: (-scores[n], n))[:k] + [n for n, kept in enumerate(always) if kept and valid[n]]
+    )
 
 
 def assert_kept(selection, budget):

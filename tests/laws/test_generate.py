@@ -24,7 +24,11 @@ CONFIGS = {
     "cross, one per query": {"sites": ["{cross}"], "budget": 1, "scorer": "query_key"},
     "cross, threshold": {"sites": ["{cross}"], "budget": "threshold:0.5"},
     "everything": {"sites": ["*"], "budget": 0.6},
-    "everything, per query": {"sites": {"{self}": {}, "{cross}": {}, "{rows}": {"scorer": "first"}}, "scorer": "query_key", "budget": 3},
+    "everything, per query": {
+        "sites": {"{self}": {}, "{cross}": {}, "{rows}": {"scorer": "first"}},
+        "scorer": "query_key",
+        "budget": 3,
+    },
 }
 
 
@@ -34,7 +38,9 @@ def filled(model, config):
     first = next(iter(all_sites(model))).split(".")[0]
     names = {"{self}": f"{causal}.self.*", "{cross}": f"{causal}.cross.*", "{rows}": f"{first}.[it]*"}
     sites = config["sites"]
-    renamed = {names.get(k, k): v for k, v in sites.items()} if isinstance(sites, dict) else [names.get(k, k) for k in sites]
+    renamed = (
+        {names.get(k, k): v for k, v in sites.items()} if isinstance(sites, dict) else [names.get(k, k) for k in sites]
+    )
     return {**config, "sites": renamed}
 
 
@@ -42,8 +48,10 @@ def write(example, seed=5, **options):
     inputs = {name: x for name, x in example.batch.items() if name not in ("labels", "decoder_input_ids")}
     torch.manual_seed(seed)
     return example.model.generate(
-        **inputs, **{**dict(max_new_tokens=6, min_new_tokens=6, no_repeat_ngram_size=1), **options},
-        output_logits=True, return_dict_in_generate=True,
+        **inputs,
+        **{**dict(max_new_tokens=6, min_new_tokens=6, no_repeat_ngram_size=1), **options},
+        output_logits=True,
+        return_dict_in_generate=True,
     )
 
 
@@ -84,7 +92,10 @@ def cross_layers(example):
     return [layer for layer in cache.layers if layer.keys is not None]
 
 
-@pytest.mark.xfail(strict=True, reason="equal tokens tie at T5's first layer; the last bits of their scores differ by the shape of the product")
+@pytest.mark.xfail(
+    strict=True,
+    reason="equal tokens tie at T5's first layer; the last bits of their scores differ by the shape of the product",
+)
 def test_repeated_tokens_tie_with_and_without_a_cache():
     example = stock("t5", "T5ForConditionalGeneration")
     harden(example.model, filled(example.model, CONFIGS["self, three"]))

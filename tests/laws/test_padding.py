@@ -57,7 +57,9 @@ def has_left_padding(place):
     return place.architecture == "t5"
 
 
-@pytest.mark.parametrize("case", cases(("linear", "query_key", "first"), budgets=(2, 0.5), where=has_left_padding), ids=str)
+@pytest.mark.parametrize(
+    "case", cases(("linear", "query_key", "first"), budgets=(2, 0.5), where=has_left_padding), ids=str
+)
 def test_padding_left_or_right_is_the_same(case):
     if case.head in ("T5ForSequenceClassification", "T5ForQuestionAnswering"):
         case = replace(case, head="T5ForConditionalGeneration")  # those feed the padding to their decoder, unmasked

@@ -19,15 +19,21 @@ def test_a_scorer_is_served_or_refused_by_name(place, scorer):
     message = refusal(place, scorer)
     if message is None:
         example = hard(case)
-        assert set(hf_hardattn.selectors(example.model)) == {s for s in all_sites(example.model) if s.startswith(place.group)}
+        assert set(hf_hardattn.selectors(example.model)) == {
+            s for s in all_sites(example.model) if s.startswith(place.group)
+        }
     else:
         with pytest.raises(HardAttentionError, match=message.replace(".*", r"[.\w]*")):
             hard(case)
 
 
-@pytest.mark.parametrize("place", [p for p in PLACES if p.kind in ("tokens", "inputs")], ids=lambda p: f"{p.architecture}-{p.group}")
+@pytest.mark.parametrize(
+    "place", [p for p in PLACES if p.kind in ("tokens", "inputs")], ids=lambda p: f"{p.architecture}-{p.group}"
+)
 def test_a_choice_per_head_is_refused_where_whole_tokens_are_dropped(place):
-    with pytest.raises(HardAttentionError, match=r"per_head=True chooses per head; .* Use it at a 'self' or 'cross' site"):
+    with pytest.raises(
+        HardAttentionError, match=r"per_head=True chooses per head; .* Use it at a 'self' or 'cross' site"
+    ):
         hard(Case(place, place.heads[0]), per_head=True)
 
 
@@ -37,7 +43,9 @@ def test_gathered_training_is_refused_to_pathwise_estimators(estimator):
     if not member.pathwise or estimator == "soft":
         hard(Case(PLACES[-1], PLACES[-1].heads[0], estimator=estimator), execution="gathered")
         return
-    with pytest.raises(HardAttentionError, match=f"leaves estimator '{estimator}' without a gradient.*execution='auto'"):
+    with pytest.raises(
+        HardAttentionError, match=f"leaves estimator '{estimator}' without a gradient.*execution='auto'"
+    ):
         hard(Case(PLACES[-1], PLACES[-1].heads[0], estimator=estimator), execution="gathered")
 
 
@@ -54,7 +62,10 @@ BAD = [
     ({"estimator": "simpel"}, "unknown estimator 'simpel'; known: .* Did you mean 'simple'\\?"),
     ({"baseline": "nothing"}, "unknown baseline 'nothing'; known: 'leave_one_out'"),
     ({"budget": 0}, "budget=0 is out of range at 'the top level'; an int budget counts positions"),
-    ({"budget": 1.3}, r"budget=1.3 is out of range at 'the top level'; a float budget is the ratio to KEEP, in \(0, 1\]"),
+    (
+        {"budget": 1.3},
+        r"budget=1.3 is out of range at 'the top level'; a float budget is the ratio to KEEP, in \(0, 1\]",
+    ),
     ({"budget": -0.5}, "budget=-0.5 is out of range"),
     ({"budget": True}, "budget=True is not a budget"),
     ({"budget": None}, "budget=None is not a budget"),
@@ -63,10 +74,16 @@ BAD = [
     ({"temperature": 0}, "temperature=0 is out of range.*it must stay > 0"),
     ({"entropy_weight": -1}, "a loss weight is negative"),
     ({"execution": "fast"}, "unknown execution 'fast'.*known: 'auto', 'gathered', 'masked'"),
-    ({"scorer": "mlp", "scorer_options": {"hiden": 3}}, "unknown option of scorer 'mlp': 'hiden'.* Did you mean 'hidden'"),
+    (
+        {"scorer": "mlp", "scorer_options": {"hiden": 3}},
+        "unknown option of scorer 'mlp': 'hiden'.* Did you mean 'hidden'",
+    ),
     ({"scorer_options": 3}, "scorer_options=3 is not a dict"),
     ({"sites": []}, "sites is empty"),
-    ({"sites": {"vision.tokens.1": {"buget": 0.5}}}, "unknown site field 'buget' at 'vision.tokens.1'; .* Did you mean 'budget'"),
+    (
+        {"sites": {"vision.tokens.1": {"buget": 0.5}}},
+        "unknown site field 'buget' at 'vision.tokens.1'; .* Did you mean 'budget'",
+    ),
     ({"sites": {"vision.tokens.1": {"budget": 1.3}}}, "budget=1.3 is out of range at 'vision.tokens.1'"),
     ({"temperature": {"start": 1.0, "end": 0.1}}, "is not a schedule at 'the top level, temperature'"),
     ({"schema_version": 99}, "schema_version=99 is newer than this hf_hardattn knows"),
@@ -87,23 +104,34 @@ def test_a_bad_configuration_names_what_is_wrong(data, message):
 
 @pytest.mark.parametrize(
     ("architecture", "head", "pattern"),
-    [("vit", "ViTModel", "decoder.cross.*"), ("t5", "T5ForConditionalGeneration", "vision.*"), ("vit", "ViTModel", "vision.tokens.9")],
+    [
+        ("vit", "ViTModel", "decoder.cross.*"),
+        ("t5", "T5ForConditionalGeneration", "vision.*"),
+        ("vit", "ViTModel", "vision.tokens.9"),
+    ],
 )
 def test_a_pattern_that_matches_nothing_lists_the_sites(architecture, head, pattern):
     model = stock(architecture, head).model
     first = next(iter(all_sites(model)))
-    with pytest.raises(HardAttentionError, match=re.escape(f"no site matches '{pattern}' in {head}; it has: '{first}'")):
+    with pytest.raises(
+        HardAttentionError, match=re.escape(f"no site matches '{pattern}' in {head}; it has: '{first}'")
+    ):
         hf_hardattn.apply(model, {"sites": [pattern]})
 
 
 def test_an_unsupported_model_is_refused():
-    with pytest.raises(HardAttentionError, match="Linear is not supported by hard attention; known architectures: .*'?t5.*vit"):
+    with pytest.raises(
+        HardAttentionError, match="Linear is not supported by hard attention; known architectures: .*'?t5.*vit"
+    ):
         hf_hardattn.apply(nn.Linear(2, 2), {})
 
 
 def test_recording_and_replaying_need_sites():
     example = stock("vit", "ViTModel")
-    with pytest.raises(HardAttentionError, match="ViTModel has no hard-attention sites to record"), hf_hardattn.record(example.model):
+    with (
+        pytest.raises(HardAttentionError, match="ViTModel has no hard-attention sites to record"),
+        hf_hardattn.record(example.model),
+    ):
         pass
     hf_hardattn.apply(example.model, {"sites": ["vision.inputs"]})
     with pytest.raises(HardAttentionError, match="unknown site 'vision.self.0' at 'ViTModel'; known: 'vision.inputs'"):
@@ -111,7 +139,9 @@ def test_recording_and_replaying_need_sites():
             pass
     with hf_hardattn.record(example.model) as selections:
         example.model(**example.batch)
-    with pytest.raises(HardAttentionError, match="unknown recorded site 'vision.outputs'.* Did you mean 'vision.inputs'"):
+    with pytest.raises(
+        HardAttentionError, match="unknown recorded site 'vision.outputs'.* Did you mean 'vision.inputs'"
+    ):
         selections["vision.outputs"]
     with pytest.raises(HardAttentionError, match="the recording holds fewer selections at 'vision.inputs'"):
         with hf_hardattn.replay(example.model, selections):

@@ -51,7 +51,9 @@ def test_the_last_apply_counts(architecture, head):
     close(run(twice), run(example), 0.0)
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 @pytest.mark.parametrize(("architecture", "head"), HEADS)
 def test_copies_are_hard_and_independent(architecture, head, copier):
     example = stock(architecture, head)

@@ -83,7 +83,9 @@ def test_the_mean_gradient_is_the_exact_one(name, options, law, baseline, site):
         model(**batch).loss.backward()
         found.append(selector_gradient(model))
     samples = torch.stack(found[1:]).double()  # the first step warms a moving average up
-    error = (samples.mean(0) - exact).abs() / (samples.std(0) / STEPS**0.5 + 1e-7)
+    error = (samples.mean(0) - exact).abs() / (
+        samples.std(0) / STEPS**0.5 + 1e-5
+    )  # a bias shifts all scores: its gradient is zero, up to rounding
     assert error.max() < LIMIT and exact.abs().max() > 0.01
 
 
