@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from .stream import Pass
 
 
 class OpenPass:
-    """Forward pre-hook of a hard model: hands the towers a ``Pass`` by keyword."""
+    """Forward pre-hook of a hard model: hands the towers a ``Pass`` by keyword. A tuple that the caller asked for is made by
+    ``ClosePass``, which reads the outputs by name."""
 
     def __init__(self, shares_gates: bool):
         self.shares_gates = shares_gates
@@ -28,25 +28,30 @@ class OpenPass:
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**kwargs, PASS: Pass(shares_gates=self.shares_gates)}
+        by_name = kwargs.get("return_dict", getattr(model.config, "return_dict", True))
+        if by_name is False and model.training:
+            kwargs = {**kwargs, "return_dict": True}
+        return args, {**kwargs, PASS: Pass(shares_gates=self.shares_gates, as_tuple=by_name is False)}
 
 
 class ClosePass:
     """Forward hook of a hard model: in training mode adds the estimators' terms to ``outputs.loss``."""
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        selections = kwargs[PASS].selections
-        return _add_terms(model, args, kwargs, output, selections) if model.training and selections else output
+        record: Pass = kwargs[PASS]
+        if not model.training:
+            return output
+        if record.selections:
+            _add_terms(model, args, kwargs, output, record.selections)
+        return output.to_tuple() if record.as_tuple else output
 
 
 def _add_terms(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, selections: list[Selection]
-) -> Any:
+) -> None:
     by_site = selectors(model)
     inputs = _named(model, args, {name: value for name, value in kwargs.items() if name != PASS})
-    loss = (
-        output.get("loss") if isinstance(output, Mapping) else output[0] if inputs.get("labels") is not None else None
-    )
+    loss = output.get("loss")
     needs_reward = any(s.log_prob is not None for s in selections)
     if loss is None:
         if needs_reward:
@@ -55,19 +60,14 @@ def _add_terms(
                 "Pass labels, or add hf_hardattn.auxiliary_loss(selections, hf_hardattn.selectors(model), reward) to your loss.",
                 stacklevel=2,
             )
-        return output
+        return
     reward = _reward(model, inputs, output, loss) if needs_reward else None
     greedy = None
     if needs_reward and any(s.baseline is not None and s.baseline.needs_greedy for s in by_site.values()):
         greedy = _greedy_reward(model, inputs, args, kwargs)
     extra = auxiliary_loss(selections, by_site, reward, greedy)
-    if extra is None:
-        return output
-    total = loss + (extra * _share(model, inputs)).to(loss.dtype)
-    if isinstance(output, MutableMapping):
-        output["loss"] = total
-        return output
-    return (total, *output[1:])
+    if extra is not None:
+        output["loss"] = loss + (extra * _share(model, inputs)).to(loss.dtype)
 
 
 def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
@@ -89,7 +89,7 @@ def _reward(model: nn.Module, inputs: dict[str, Any], output: Any, loss: Tensor)
                     f"the reward function returned shape {tuple(reward.shape)}; it must give one number per example, [B]."
                 )
             return reward
-        architecture = architecture_of(model) if isinstance(output, Mapping) else None
+        architecture = architecture_of(model)
         losses = None if architecture is None else architecture.example_loss(model, inputs, output)
         return -(loss if losses is None else losses).detach().float()
 
@@ -104,8 +104,7 @@ def _greedy_reward(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ..
     finally:
         for module, training in modes:
             module.training = training
-    loss = output["loss"] if isinstance(output, Mapping) else output[0]
-    return _reward(model, inputs, output, loss)
+    return _reward(model, inputs, output, output["loss"])
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

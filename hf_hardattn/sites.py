@@ -124,7 +124,9 @@ class AttentionSite:
         if selector is None:
             return self._output(query, key, value, allowed, as_keys(gates), bias, weights)
         if selector.once:  # kept keys of an earlier step; the extra column marks the slots in use
-            dense = mask is None and not selector.data_dependent and not selector.masked
+            # a static cache has more places than slots; only the marks tell them apart
+            static = cache is not None and cache.store.is_compileable
+            dense = mask is None and not selector.data_dependent and not selector.masked and not static
             return self._output(
                 query, key, value, None if dense else features[..., 0].unsqueeze(2) > 0.5, None, None, weights
             )

@@ -21,10 +21,12 @@ class Pass:
     Attributes:
         selections: every selection made, in order.
         gates: tower name to fp32 ``[B, N]``: gates of its output rows, for a tower that reads them (masked training).
+        as_tuple: the caller asked for a tuple.
         shares_gates: a later tower reads the gates, so the rows of dropped positions stay whole in masked training.
     """
 
     shares_gates: bool = False
+    as_tuple: bool = False
     selections: list[Selection] = field(default_factory=list)
     gates: dict[str, Tensor] = field(default_factory=dict)
 

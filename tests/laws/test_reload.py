@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import HEADS, SCORERS, Example, all_sites, cases, close, harden, run, stock
+from cases import HEADS, Example, all_sites, cases, close, harden, run, stock
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSeq2SeqLM
 
 import hf_hardattn
 from hf_hardattn import HardAttentionConfig, HardAttentionError
 
-CASES = cases(SCORERS, ("simple", "reinforce"), (3, 0.5, "top_p:0.6"))
+CASES = cases(("linear", "mlp", "query_key"), ("simple", "reinforce"), (3, 0.5, "top_p:0.6"))
 
 
 @pytest.fixture(scope="module")
