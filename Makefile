@@ -9,13 +9,13 @@
 #   PIP_ARGS       handed to pip: the place for the index of another PyTorch build (CUDA, ROCm or CPU)
 #   PYTHON         the interpreter that makes .venv (python3)
 #   CONSTRAINTS    versions to install (constraints.txt); /dev/null takes the newest that pyproject.toml admits
-#   PYTEST_ARGS    handed to pytest, e.g. '-n 2' or '-m "not slow"'
+#   PYTEST_ARGS    handed to pytest, e.g. '-n 8' or '-m "not slow"' (-n 2)
 #   ARGS           handed to `hf-hardattn demo` and `hf-hardattn bench`
 
 PYTHON ?= python3
 PIP_ARGS ?=
 CONSTRAINTS ?= constraints.txt
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 ARGS ?=
 
 VENV := .venv
@@ -34,7 +34,7 @@ demo: $(DEMO_READY)  ## Run the demo: three small ViTs, one table, one picture
 	$(BIN)/hf-hardattn demo $(ARGS)
 
 test: lint  ## Run ruff, mypy and the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(TEST_READY)  ## Run ruff and mypy
 	$(BIN)/ruff check .

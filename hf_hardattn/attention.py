@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_MAX_EXPONENT = 30.0  # a dropped position may outscore the kept ones by this much before its gate's gradient saturates
+# A dropped position may outscore the kept ones by this much before its gate's gradient saturates (at e^5): T5's logits are not
+# scaled, and one dropped token that outscores the kept ones by 13 nats would otherwise decide the direction of a whole step.
+_MAX_EXPONENT = 5.0
 
 
 def keep_rows(states: Tensor, indices: Tensor) -> Tensor:

@@ -93,7 +93,12 @@ class Stream:
         if self.slots is None:
             return hidden
         if self.gates is not None:
-            return hidden if keep_gated else hidden * self.gates.unsqueeze(-1).to(hidden.dtype)
+            gates = self.gates
+            if (
+                self.slots >= length and self.valid is not None
+            ):  # nothing was dropped: padding rows stay what stock makes them
+                gates = gates.masked_fill(~self.valid, 1.0)
+            return hidden if keep_gated else hidden * gates.unsqueeze(-1).to(hidden.dtype)
         valid, positions = self.valid, self.positions
         if positions is None:  # masked execution in evaluation: same outcome as the gathered one
             if restore:

@@ -144,7 +144,8 @@ def _site(
         with replay(model, selections):
             leak = max(leak, _difference(reference, _tensors(model(**changed))))
     count = int(dropped.sum())
-    if kind == "inputs":
+    reader = architecture.other_reader(model, dict(batch))
+    if kind == "inputs" and reader is None:
         verdict = (
             "cannot influence the output (bit-identical under noise, constant and swap)"
             if leak == 0.0
@@ -153,7 +154,8 @@ def _site(
     elif leak == 0.0:
         verdict = "did not influence the output in this batch (bit-identical under noise, constant and swap)"
     else:
-        verdict = f"still changes outputs by up to {leak:.2g}, through earlier layers and the residual stream"
+        through = "earlier layers and the residual stream" if reader is None else reader
+        verdict = f"still changes outputs by up to {leak:.2g}, through {through}"
     sentence = f"{site}: keeps {kept_ratio:.1%}; what it dropped ({count} positions), given the selection, {verdict}"
     return SiteReport(site, kept_ratio, leak, leak == 0.0, sentence)
 

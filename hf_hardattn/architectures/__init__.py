@@ -100,6 +100,11 @@ class Base:
         return None
 
     @classmethod
+    def other_reader(cls, model: nn.Module, batch: dict[str, Any]) -> str | None:
+        """What else in the model reads the raw inputs past its ``inputs`` sites, in words; None when nothing does."""
+        return None
+
+    @classmethod
     def replace_inputs(
         cls, model: nn.Module, batch: dict[str, Any], dropped: dict[str, Tensor], how: str, seed: int
     ) -> dict[str, Any]:

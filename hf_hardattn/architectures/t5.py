@@ -292,6 +292,12 @@ class T5(Base):
         return token_losses(logits, labels)
 
     @classmethod
+    def other_reader(cls, model: nn.Module, batch: dict[str, Any]) -> str | None:
+        copies = isinstance(model, (T5ForQuestionAnswering, T5ForSequenceClassification))
+        given = batch.get("decoder_input_ids") is not None or batch.get("decoder_inputs_embeds") is not None
+        return "the decoder, which this head feeds with the shifted input_ids" if copies and not given else None
+
+    @classmethod
     def replace_inputs(
         cls, model: nn.Module, batch: dict[str, Any], dropped: dict[str, Tensor], how: str, seed: int
     ) -> dict[str, Any]:

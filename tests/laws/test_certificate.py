@@ -85,3 +85,11 @@ def test_the_certificate_fails_when_a_kept_one_is_replaced(case):
     with hf_hardattn.replay(example.model, selections):
         found = run(changed)
     assert any(not torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_verify_names_who_else_reads_the_input():
+    """T5's classification and question-answering heads feed the shifted input to their decoder: no certificate, and no 'bug'."""
+    example = stock("t5", "T5ForQuestionAnswering")
+    hf_hardattn.apply(example.model, {"sites": ["encoder.inputs"], "budget": 2})
+    (site,) = hf_hardattn.verify(example.model, example.batch).sites
+    assert not site.certified and "through the decoder, which this head feeds with the shifted input_ids" in site.statement

@@ -92,10 +92,6 @@ def cross_layers(example):
     return [layer for layer in cache.layers if layer.keys is not None]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="equal tokens tie at T5's first layer; the last bits of their scores differ by the shape of the product",
-)
 def test_repeated_tokens_tie_with_and_without_a_cache():
     example = stock("t5", "T5ForConditionalGeneration")
     harden(example.model, filled(example.model, CONFIGS["self, three"]))
