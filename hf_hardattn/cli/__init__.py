@@ -15,7 +15,7 @@ app = typer.Typer(help="Hard attention for Hugging Face Transformers.", no_args_
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for models, picture and results.")] = Path("outputs/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 4,
     threads: Annotated[int, typer.Option(help="PyTorch threads; 0 leaves the choice to PyTorch.")] = 0,
     quick: Annotated[bool, typer.Option(help="A few steps only: a check that everything runs, not a result.")] = False,
 ) -> None:
