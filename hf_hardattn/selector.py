@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -208,10 +207,3 @@ class Selector(nn.Module):
         return Selection(
             self.site, mask, valid, always, scores, gates, choice.log_prob, choice.entropy, slots + extra, dense
         )
-
-    def statistics(self, selection: Selection) -> dict[str, Any]:
-        """Scalars for logs: kept ratio, entropy, temperature."""
-        row = {"kept_ratio": selection.kept_ratio.mean().item(), "temperature": self.temperature(self.step or 0)}
-        if selection.entropy is not None:
-            row["entropy"] = selection.entropy.mean().item()
-        return row

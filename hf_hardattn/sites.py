@@ -147,32 +147,21 @@ class AttentionSite:
         selection = selector(features, valid, None, queries=hidden)
         if made is not None:
             made.append(selection)
-        if (
-            selection.mask.shape[2] == 1 and query.shape[2] == 1 and not selector.masked
-        ):  # decoding: one query, gather its keys
+        if query.shape[2] == 1 and not selector.masked:  # decoding: one query, gather its keys
             indices = selection.indices[:, :, 0].expand(key.shape[0], -1, -1)
             used = None if selection.dense else selection.slot_mask.expand(key.shape[0], -1, -1, -1)
-            picked = (
-                None
-                if gates is None
-                else as_keys(gates).expand(-1, indices.shape[1], 1, -1).gather(-1, indices.unsqueeze(2))
-            )
             output, probabilities = self._output(
                 query,
                 keep_heads(key, indices),
                 keep_heads(value, indices),
                 used,
-                picked,
+                _pick(gates, indices),
                 None if bias is None else keep_columns(bias, indices),
                 weights,
             )
             return output, _spread(probabilities, indices, key.shape[2])
-        total = selection.gates
-        if gates is not None:
-            total = as_keys(gates) if total is None else total * as_keys(gates)
-        return self._output(
-            query, key, value, allowed if selection.gates is not None else selection.mask, total, bias, weights
-        )
+        used = allowed if selection.gates is not None else selection.mask
+        return self._output(query, key, value, used, _product(selection.gates, gates), bias, weights)
 
     def _attend_once(
         self,
@@ -198,9 +187,7 @@ class AttentionSite:
             made.append(selection)
         if selector.masked or selection.slots >= n:
             key, value = self.project_key(source), self.project_value(source)
-            total = selection.gates
-            if gates is not None:
-                total = as_keys(gates) if total is None else total * as_keys(gates)
+            total = _product(selection.gates, gates)
             used = as_keys(valid) if selection.gates is not None else selection.mask
             if selection.gates is None and selection.dense and selection.slots >= n:
                 used = None
@@ -216,11 +203,7 @@ class AttentionSite:
                     keep_heads(self.project_value(source), indices),
                 )
             used = None if selection.dense else selection.slot_mask
-            total = (
-                None
-                if gates is None
-                else as_keys(gates).expand(-1, indices.shape[1], 1, -1).gather(-1, indices.unsqueeze(2))
-            )
+            total = _pick(gates, indices)
             bias = None if bias is None else keep_columns(bias, indices)
         if cache is not None:
             marks = (
@@ -252,6 +235,20 @@ class AttentionSite:
             query, key, value, scale=self.site_scale, allowed=allowed, bias=bias, dropout=dropout, weights=weights
         )
         return output.transpose(1, 2).flatten(2), probabilities if weights else None
+
+
+def _product(chosen: Tensor | None, upstream: Tensor | None) -> Tensor | None:
+    """Gates of this site ``[B, H, Q, N]`` times those from upstream ``[B, N]``; None stands for all ones."""
+    if chosen is None or upstream is None:
+        return as_keys(upstream) if chosen is None else chosen
+    return chosen * as_keys(upstream)
+
+
+def _pick(upstream: Tensor | None, indices: Tensor) -> Tensor | None:
+    """Upstream gates ``[B, N]`` at the kept positions ``[B, H, K]``, as ``[B, H, 1, K]``."""
+    if upstream is None:
+        return None
+    return as_keys(upstream).expand(-1, indices.shape[1], 1, -1).gather(-1, indices.unsqueeze(2))
 
 
 def _spread(probabilities: Tensor | None, indices: Tensor, n: int) -> Tensor | None:
