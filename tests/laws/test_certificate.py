@@ -92,4 +92,6 @@ def test_verify_names_who_else_reads_the_input():
     example = stock("t5", "T5ForQuestionAnswering")
     hf_hardattn.apply(example.model, {"sites": ["encoder.inputs"], "budget": 2})
     (site,) = hf_hardattn.verify(example.model, example.batch).sites
-    assert not site.certified and "through the decoder, which this head feeds with the shifted input_ids" in site.statement
+    assert (
+        not site.certified and "through the decoder, which this head feeds with the shifted input_ids" in site.statement
+    )
