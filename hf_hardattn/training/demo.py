@@ -62,6 +62,8 @@ def run(recipe: Recipe, output: Path, threads: int | None = None) -> dict[str, A
     output.mkdir(parents=True, exist_ok=True)
     if threads:
         torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()  # fresh selectors are expected here, and files are small
+    transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
     test = ClutteredDigits("test", recipe.test_images, recipe.clutter, seed=1234).columns
     _trunk(recipe).save_pretrained(output / "trunk")
