@@ -66,7 +66,7 @@ def bench(r: dict[str, Any]) -> str:
     lines += [
         "",
         f"{m['threads']} {m['device'].upper()} threads, batch {m['batch']}, {m['dtype']}, random weights, medians of interleaved rounds. A stock ViT with the library "
-        f"imported takes {g['relative_time']:.2f} × its time without (alternating fresh processes) and gives "
+        f"imported takes {g['relative_time']:.3f} × its time without (two processes in turn, {g['rounds']} rounds) and gives "
         f"{'bit-identical' if g['identical_outputs'] else 'DIFFERENT'} outputs.",
     ]
     return "\n".join(lines)

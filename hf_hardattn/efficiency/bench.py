@@ -6,8 +6,8 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..registration import apply
 from .counting import count_flops
 from .timing import interleaved_seconds, speedups
 
+# One forward of a stock model for each line read; the parent asks two such processes in turn.
 IMPORT_PROBE = """
 import sys, time, torch
 torch.set_num_threads(int(sys.argv[2]))
@@ -29,11 +30,10 @@ from transformers import ViTConfig, ViTForImageClassification
 torch.manual_seed(0)
 model = ViTForImageClassification(ViTConfig(num_hidden_layers=4)).eval()
 pixels = torch.randn(1, 3, 224, 224)
-times = []
-with torch.inference_mode():
-    for _ in range(30):
-        start = time.perf_counter(); model(pixel_values=pixels); times.append(time.perf_counter() - start)
-    print(sorted(times[5:])[len(times[5:]) // 2], model(pixel_values=pixels).logits.double().sum().item().hex())
+for _ in sys.stdin:
+    with torch.inference_mode():
+        start = time.perf_counter(); logits = model(pixel_values=pixels).logits; seconds = time.perf_counter() - start
+    print(seconds, logits.double().sum().item().hex(), flush=True)
 """
 
 
@@ -42,7 +42,7 @@ def run(*, rounds: int, threads: int) -> dict[str, Any]:
 
     Returns:
         ``rows`` (case, counted and measured speed-up, seconds), ``registered`` (stock model with the library imported, relative to
-        without, in alternating fresh processes), and the machine.
+        without), and the machine.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -106,23 +106,34 @@ def _compare(
     ]
 
 
-def _registered(threads: int, pairs: int = 5) -> dict[str, Any]:
-    """Stock ViT in fresh processes, with and without the library imported, in turn."""
-    seconds: dict[str, list[float]] = {"with": [], "without": []}
+def _registered(threads: int, rounds: int = 60, warmup: int = 5) -> dict[str, Any]:
+    """A stock ViT in two processes, with and without the library imported, one forward of each in turn."""
+    arguments = {mode: [sys.executable, "-c", IMPORT_PROBE, mode, str(threads)] for mode in ("with", "without")}
+    seconds: dict[str, list[float]] = {mode: [] for mode in arguments}
     outputs = set()
-    for _ in range(pairs):
-        for mode in seconds:
-            answer = subprocess.run(
-                [sys.executable, "-c", IMPORT_PROBE, mode, str(threads)], check=True, capture_output=True, text=True
+    with ExitStack() as stack:
+        probes = {
+            mode: stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             )
-            median, output = answer.stdout.split()
-            seconds[mode].append(float(median))
-            outputs.add(output)
-    ratio = statistics.median(a / b for a, b in zip(seconds["with"], seconds["without"], strict=True))
+            for mode, command in arguments.items()
+        }
+        for round_ in range(warmup + rounds):
+            for mode in sorted(probes, reverse=bool(round_ % 2)):  # each goes first in every other round
+                asked, answered = probes[mode].stdin, probes[mode].stdout
+                if asked is None or answered is None:
+                    raise OSError("the probe's pipes are closed")
+                print(file=asked, flush=True)
+                took, output = answered.readline().split()
+                outputs.add(output)
+                if round_ >= warmup:
+                    seconds[mode].append(float(took))
+        for probe in probes.values():
+            probe.communicate()
+    ratios = [a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
     return {
-        "relative_time": ratio,
+        "relative_time": statistics.median(ratios),
+        "quartiles": statistics.quantiles(ratios, n=4),
         "identical_outputs": len(outputs) == 1,
-        "pairs": pairs,
-        "seconds": seconds,
-        "when": time.strftime("%Y-%m-%d"),
+        "rounds": rounds,
     }
