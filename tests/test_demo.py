@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -53,9 +52,10 @@ def test_list_and_env():
     assert json.loads(CliRunner().invoke(app, ["env"]).output)["transformers"].startswith("5.")
 
 
-@pytest.mark.slow
 def test_bench(tmp_path):
-    result = CliRunner().invoke(app, ["bench", "--rounds", "1", "--output", str(tmp_path / "bench.json")])
+    result = CliRunner().invoke(
+        app, ["bench", "--rounds", "1", "--threads", "1", "--layers", "4", "--output", str(tmp_path / "bench.json")]
+    )
     assert result.exit_code == 0, result.output
     results = json.loads((tmp_path / "bench.json").read_text())
     assert results["registered"]["identical_outputs"]

@@ -37,7 +37,7 @@ for _ in sys.stdin:
 """
 
 
-def run(*, rounds: int, threads: int) -> dict[str, Any]:
+def run(*, rounds: int, threads: int, layers: int = 12) -> dict[str, Any]:
     """Measure; each speed-up is a ratio to stock SDPA in the same run, interleaved, median over rounds.
 
     Returns:
@@ -46,11 +46,11 @@ def run(*, rounds: int, threads: int) -> dict[str, Any]:
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    rows = _vit(rounds) + _t5(rounds)
+    rows = _vit(rounds, layers) + _t5(rounds, layers)
     return {
-        "command": f"hf-hardattn bench --rounds {rounds} --threads {threads}",
+        "command": f"hf-hardattn bench --rounds {rounds} --threads {threads} --layers {layers}",
         "rows": rows,
-        "registered": _registered(threads),
+        "registered": _registered(threads, 8 * rounds),
         "measured": {
             "device": "cpu",
             "processor": platform.processor() or platform.machine(),
@@ -66,15 +66,15 @@ def run(*, rounds: int, threads: int) -> dict[str, Any]:
     }
 
 
-def _vit(rounds: int) -> list[dict[str, Any]]:
-    config = ViTConfig()  # ViT-B/16 at 224 pixels
-    sites = {"vision.inputs": 0.25, "vision.tokens.0": 0.25, "vision.tokens.[369]": 0.7, "vision.self.*": 0.25}
+def _vit(rounds: int, layers: int) -> list[dict[str, Any]]:
+    config = ViTConfig(num_hidden_layers=layers)  # ViT-B/16 at 224 pixels has 12
+    sites = {"vision.inputs": 0.25, "vision.tokens.0": 0.25, "vision.tokens.[258]": 0.7, "vision.self.*": 0.25}
     batch = {"pixel_values": torch.randn(1, 3, 224, 224)}
     return _compare("ViT-B/16 224 px", lambda: ViTForImageClassification(config), sites, batch, rounds)
 
 
-def _t5(rounds: int) -> list[dict[str, Any]]:
-    config = T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)  # the encoder of T5-base
+def _t5(rounds: int, layers: int) -> list[dict[str, Any]]:
+    config = T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=layers, num_heads=12)  # T5-base has 12
     sites = {"encoder.inputs": 0.25, "encoder.tokens.0": 0.25, "encoder.self.*": 0.25}
     batch = {"input_ids": torch.randint(2, 32000, (1, 512))}
     return _compare("T5-base encoder 512 tokens", lambda: T5EncoderModel(config), sites, batch, rounds)
@@ -92,7 +92,9 @@ def _compare(
         with torch.inference_mode():
             return model(**batch)
 
-    seconds = interleaved_seconds({case: partial(call, model) for case, model in models.items()}, rounds=rounds)
+    seconds = interleaved_seconds(
+        {case: partial(call, model) for case, model in models.items()}, rounds=rounds, warmup=min(3, rounds)
+    )
     ratios = speedups(seconds, "stock SDPA")
     stock = count_flops(models["stock SDPA"], batch)
     return [
@@ -106,7 +108,7 @@ def _compare(
     ]
 
 
-def _registered(threads: int, rounds: int = 60, warmup: int = 5) -> dict[str, Any]:
+def _registered(threads: int, rounds: int, warmup: int = 3) -> dict[str, Any]:
     """A stock ViT in two processes, with and without the library imported, one forward of each in turn."""
     arguments = {mode: [sys.executable, "-c", IMPORT_PROBE, mode, str(threads)] for mode in ("with", "without")}
     seconds: dict[str, list[float]] = {mode: [] for mode in arguments}
