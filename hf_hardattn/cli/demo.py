@@ -1,0 +1,55 @@
+"""``hf-hardattn demo``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    output: Annotated[Path, typer.Option(help="Folder for models, picture and results.")] = Path("outputs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 4,
+    threads: Annotated[int, typer.Option(help="PyTorch threads; 0 leaves the choice to PyTorch.")] = 0,
+    quick: Annotated[bool, typer.Option(help="A few steps only: a check that everything runs, not a result.")] = False,
+) -> None:
+    """Train and compare three small ViTs on cluttered digits: soft, hard, and a random choice."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..training.demo import Recipe, run
+
+    recipe = Recipe(seed=seed)
+    if quick:
+        recipe = replace(recipe, trunk_steps=6, branch_steps=6, ramp=3, test_images=250)
+    results = run(recipe, output, threads or None)
+    where = results["measured"]
+    table = Table(
+        title=f"Cluttered digits, {recipe.test_images:,} test images",
+        caption=f"measured: {where['device']}, {where['threads']} threads, batch {where['batch']}, {where['dtype']}, median of {where['rounds']} rounds",
+    )
+    for column in ("model", "accuracy", "kept", "GFLOPs an image (counted)", "images/s (measured)", "x soft"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, row in results["models"].items():
+        table.add_row(
+            name,
+            f"{row['accuracy']:.1%}",
+            f"{row['kept']:.0%}",
+            f"{row['gflops']:.4f}",
+            f"{row['images_per_second']:,.0f}",
+            f"{row['speedup']:.2f}",
+        )
+    console = Console()
+    console.print(table)
+    for site in results["certificate"]["sites"]:
+        console.print(site["statement"])
+    again = results["reload"]
+    console.print(
+        f"reloaded in a fresh process: {'hard' if again['hard'] else 'SOFT'}, {again['patches_kept']} patches kept, "
+        f"accuracy {again['accuracy']:.1%} ({'the same' if again['same_accuracy'] else 'NOT the same'})"
+    )
+    console.print(
+        f"{results['seconds']:.0f} s in all; picture: {output / 'kept_patches.png'}; results: {output / 'results.json'}"
+    )
