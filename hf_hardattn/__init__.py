@@ -3,23 +3,32 @@
 Importing the package registers it; models are untouched until a config carries ``hard_attention``.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from .collapse import Collapse, find_collapse
 from .config import HardAttentionConfig, SiteConfig
+from .diagnostics import Diagnosis, diagnose
 from .errors import HardAttentionError
 from .losses import auxiliary_loss
+from .modes import execution, soft
 from .patching import register
 from .recording import Recording, record, replay, selectors
-from .registration import apply, execution, freeze_backbone, remove, set_reward, set_step, soft, status
+from .registration import apply, freeze_backbone, remove, set_reward, set_step, status
 from .selection import Selection
 from .verify import Report, verify
 
 if TYPE_CHECKING:
+    from .hub.loading import load
+    from .hub.pushing import push
+    from .hub.saving import save
     from .training.callback import HardAttentionCallback
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Collapse",
+    "Diagnosis",
     "HardAttentionCallback",
     "HardAttentionConfig",
     "HardAttentionError",
@@ -29,11 +38,16 @@ __all__ = [
     "SiteConfig",
     "apply",
     "auxiliary_loss",
+    "diagnose",
     "execution",
+    "find_collapse",
     "freeze_backbone",
+    "load",
+    "push",
     "record",
     "remove",
     "replay",
+    "save",
     "selectors",
     "set_reward",
     "set_step",
@@ -45,9 +59,16 @@ __all__ = [
 register()
 
 
-def __getattr__(name: str) -> Any:
-    if name == "HardAttentionCallback":  # importing the Trainer takes seconds, and not everybody trains
-        from .training.callback import HardAttentionCallback
+# Imported when first used: the Trainer takes seconds, and not everybody trains or publishes.
+_LAZY = {
+    "HardAttentionCallback": "training.callback",
+    "load": "hub.loading",
+    "push": "hub.pushing",
+    "save": "hub.saving",
+}
 
-        return HardAttentionCallback
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

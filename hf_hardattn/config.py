@@ -11,6 +11,7 @@ from typing import Any
 from . import registry
 from .budget import Budget
 from .errors import HardAttentionError, unknown
+from .recipes import expand
 from .schedules import Schedule
 
 SCHEMA_VERSION = 1
@@ -28,6 +29,11 @@ class SiteConfig:
         estimator, estimator_options: name in ``estimators/`` and its keyword options.
         baseline, baseline_options: name in ``baselines/``; used by score-function estimators only.
         temperature: number > 0 or schedule; of the sampling law or relaxation, in training only.
+        backward_temperature: number > 0 or schedule, of the surrogate that only the gradient sees; ``"adaptive"`` takes the
+            spread of each row's scores where that is larger than ``temperature``, so that a confident scorer keeps its
+            gradient; None: ``temperature``.
+        exploration: number in [0, 1] or schedule; probability that a row keeps positions drawn uniformly, in training.
+        soft_rate: number in [0, 1] or schedule; probability that a row looks everywhere, in (masked) training.
         entropy_weight: number >= 0 or schedule; weight of the entropy bonus (exploration) in the training loss.
         score_function_weight: number >= 0; weight of the score-function surrogate in the training loss.
         per_head: each attention head chooses for itself (``self`` and ``cross`` only).
@@ -42,6 +48,9 @@ class SiteConfig:
     baseline: str = "moving_average"
     baseline_options: dict[str, Any] = field(default_factory=dict)
     temperature: Any = 1.0
+    backward_temperature: Any = None
+    exploration: Any = 0.0
+    soft_rate: Any = 0.0
     entropy_weight: Any = 0.0
     score_function_weight: float = 1.0
     per_head: bool = False
@@ -65,11 +74,19 @@ class SiteConfig:
             for name in options:
                 if name not in known:
                     raise unknown(f"option of {kind} '{getattr(self, kind)}':", name, known, where)
-        temperature = Schedule.parse(self.temperature, f"{where}, temperature")
-        if min(temperature.start, temperature.end) <= 0:
-            raise HardAttentionError(
-                f"temperature={self.temperature!r} is out of range at '{where}'; it must stay > 0."
-            )
+        for name in ("temperature", "backward_temperature"):
+            value = getattr(self, name)
+            if name == "backward_temperature" and (value is None or value == "adaptive"):
+                continue
+            schedule = Schedule.parse(value, f"{where}, {name}")
+            if min(schedule.start, schedule.end) <= 0:
+                raise HardAttentionError(f"{name}={value!r} is out of range at '{where}'; it must stay > 0.")
+        for name in ("exploration", "soft_rate"):
+            schedule = Schedule.parse(getattr(self, name), f"{where}, {name}")
+            if min(schedule.start, schedule.end) < 0 or max(schedule.start, schedule.end) > 1:
+                raise HardAttentionError(
+                    f"{name}={getattr(self, name)!r} is out of range at '{where}'; it is a probability, in [0, 1]."
+                )
         entropy = Schedule.parse(self.entropy_weight, f"{where}, entropy_weight")
         if min(entropy.start, entropy.end, self.score_function_weight) < 0:
             raise HardAttentionError(
@@ -77,7 +94,12 @@ class SiteConfig:
             )
         if self.execution not in EXECUTIONS:
             raise unknown("execution", self.execution, EXECUTIONS, where)
-        registry.load("estimators", self.estimator)(**self.estimator_options)
+        estimator = registry.load("estimators", self.estimator)(**self.estimator_options)
+        if self.soft_rate and estimator.trains_gathered:
+            raise HardAttentionError(
+                f"soft_rate={self.soft_rate!r} at '{where}' has rows look everywhere; estimator '{self.estimator}' computes on the kept "
+                "positions only. Use 0, or an estimator that trains masked ('simple', 'straight_through' ...)."
+            )
 
 
 SITE_FIELDS = tuple(f.name for f in fields(SiteConfig))
@@ -90,6 +112,9 @@ class HardAttentionConfig(SiteConfig):
     Attributes:
         sites: glob to overrides (``{"vision.tokens.*": {"budget": 0.5}}``; later globs win), or a list of globs; ``None``
             takes the architecture's recommended sites.
+        self_distillation: number >= 0 or schedule; weight of KL(soft model's predictions || hard model's) in the training loss.
+            Costs a soft forward pass a step.
+        recipe: name in ``recipes``; it sets the fields that stand at their defaults.
         restore: give ``last_hidden_state`` its full length again, all-zero rows where nothing was computed; ``None`` decides by
             the model (T5 and masked image modelling restore).
         schema_version: of this dict.
@@ -100,6 +125,8 @@ class HardAttentionConfig(SiteConfig):
     """
 
     sites: Any = None
+    self_distillation: Any = 0.0
+    recipe: str | None = None
     restore: bool | None = None
     schema_version: int = SCHEMA_VERSION
 
@@ -119,7 +146,15 @@ class HardAttentionConfig(SiteConfig):
                 raise HardAttentionError("sites is empty; name at least one site, or None for the recommended ones.")
             sites = {str(pattern): dict(overrides or {}) for pattern, overrides in sites.items()}
         object.__setattr__(self, "sites", sites)
+        if self.recipe is not None:
+            for name, value in expand(self.recipe, {f.name: getattr(self, f.name) for f in fields(self)}).items():
+                object.__setattr__(self, name, value)
         self.validate("the top level")
+        weight = Schedule.parse(self.self_distillation, "self_distillation")
+        if min(weight.start, weight.end) < 0:
+            raise HardAttentionError(
+                f"self_distillation={self.self_distillation!r} is negative; a loss weight is >= 0."
+            )
         for pattern, overrides in (sites or {}).items():
             self._site(pattern, [overrides]).validate(pattern)
 

@@ -11,11 +11,15 @@ noise, which Adam would scale up).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .polynomials import complement, descend, outside, tree
+from .selection import topk_mask
 
 # stands for -inf: exp() of it is 0 all the same, and it has no inf - inf = NaN in a backward pass
 LOW = -1e30
@@ -65,6 +69,42 @@ class SubsetLaw:
         Returns:
             bool ``[..., N]`` with exactly ``min(k, valid)`` True per row, never an invalid one; fp32 ``[...]``.
         """
+        outcome = self.outcome(uniform)
+        return self.mask_of(outcome), self.log_prob(outcome)
+
+    def explore(self, uniform: Callable[[tuple[int, ...]], Tensor], rate: float) -> tuple[Tensor, Tensor]:
+        """Draw from the mixture ``(1 - rate) law + rate uniform law``, row by row, with the mixture's own log-probability.
+
+        So a score function stays unbiased for the mixture it samples, and its gradient stays bounded: where the law gives
+        a drawn subset less than the uniform law does, its gradient is damped.
+
+        Args:
+            uniform: draws fp32 noise in [0, 1] of a shape. rate: in [0, 1]; 0 is ``draw``.
+        """
+        shape = tuple(self.scores.shape)
+        if rate == 0:
+            return self.draw(uniform(shape))
+        explores = uniform(shape[:-1]) < rate
+        outcome = self.outcome(uniform(shape), explores)
+        mask, log_prob, flat = self.mask_of(outcome), self.log_prob(outcome), self.uniform_log_prob()
+        if rate < 1:
+            flat = torch.logaddexp(log_prob + math.log1p(-rate), flat + math.log(rate))
+        return mask, torch.where(self.free, flat, 0.0)
+
+    def outcome(self, uniform: Tensor, flat: Tensor | None = None) -> Tensor:
+        """Draw what ``log_prob`` takes: an order or a mask; by the uniform law in rows that are ``flat``."""
+        raise NotImplementedError
+
+    def mask_of(self, outcome: Tensor) -> Tensor:
+        """Return the set of an outcome: bool ``[..., N]`` with exactly ``min(k, valid)`` True per row."""
+        raise NotImplementedError
+
+    def log_prob(self, outcome: Tensor) -> Tensor:
+        """Return the log-probability of an outcome, fp32 ``[...]``."""
+        raise NotImplementedError
+
+    def uniform_log_prob(self) -> Tensor:
+        """Return the log-probability of any outcome were all scores equal, fp32 ``[...]``."""
         raise NotImplementedError
 
     def entropy(self) -> Tensor:
@@ -81,16 +121,18 @@ class PlackettLuce(SubsetLaw):
     Source: Kool, van Hoof & Welling 2019, "Stochastic Beams and Where to Find Them", arXiv:1903.06059, section 3.
     """
 
-    def order(self, uniform: Tensor) -> Tensor:
+    def outcome(self, uniform: Tensor, flat: Tensor | None = None) -> Tensor:
         """Draw an ordered sample by Gumbel-top-k: the ``k`` largest of ``scores + Gumbel noise``, largest first.
 
         Args:
-            uniform: fp32 ``[..., N]`` in [0, 1].
+            uniform: fp32 ``[..., N]`` in [0, 1]. flat: bool ``[...]`` or None; rows in which all scores count as equal.
 
         Returns:
             int64 ``[..., slots]``; only the first ``k`` places of a row count.
         """
-        noisy = (self.scores.detach() + gumbel_noise(uniform)).masked_fill(~self.active, LOW)
+        scores = self.scores.detach()
+        scores = scores if flat is None else scores.masked_fill(flat.unsqueeze(-1), 0.0)
+        noisy = (scores + gumbel_noise(uniform)).masked_fill(~self.active, LOW)
         return noisy.topk(self.slots, dim=-1).indices
 
     def mask_of(self, order: Tensor) -> Tensor:
@@ -107,10 +149,10 @@ class PlackettLuce(SubsetLaw):
         remain = torch.cat([picked, rest], -1).flip(-1).logcumsumexp(-1).flip(-1)[..., :-1]
         return torch.where(counts, picked - remain, 0.0).sum(-1)
 
-    def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw an order; return its set and the log-probability of the order."""
-        order = self.order(uniform)
-        return self.mask_of(order), self.log_prob(order)
+    def uniform_log_prob(self) -> Tensor:
+        """Return ``-log( n! / (n - k)! )``, n the valid positions."""
+        n = self.active.sum(-1)
+        return torch.lgamma((n - self.k).clamp(min=0) + 1.0) - torch.lgamma(n + 1.0)
 
     def entropy(self) -> Tensor:
         """Return the entropy of the FIRST pick, ``H(softmax(scores))``, fp32 ``[...]``, in nats.
@@ -197,10 +239,23 @@ class ConditionalBernoulli(SubsetLaw):
         """
         return (descend(self.levels, self.k_free, uniform) > 0) | self.forced
 
-    def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw a set; return it and its log-probability."""
+    def outcome(self, uniform: Tensor, flat: Tensor | None = None) -> Tensor:
+        """``sample``; any k positions alike in rows that are ``flat``, bool ``[...]``."""
         mask = self.sample(uniform)
-        return mask, self.log_prob(mask)
+        return (
+            mask
+            if flat is None
+            else mask.where(~flat.unsqueeze(-1), topk_mask(uniform, self.k, self.valid, self.slots))
+        )
+
+    def mask_of(self, outcome: Tensor) -> Tensor:
+        """An outcome is a mask."""
+        return outcome
+
+    def uniform_log_prob(self) -> Tensor:
+        """Return ``-log C(n, k)``, n the valid positions."""
+        n, k = self.active.sum(-1), self.k
+        return torch.lgamma(k + 1.0) + torch.lgamma((n - k).clamp(min=0) + 1.0) - torch.lgamma(n + 1.0)
 
     def entropy(self) -> Tensor:
         """Return the entropy ``log Z_k - sum_i m_i s_i``, exact, fp32 ``[...]``, in nats."""

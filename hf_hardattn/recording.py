@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .errors import HardAttentionError, unknown
 from .selection import Selection
 from .selector import Selector
+from .sites import HardLayers
 
 
 def selectors(model: nn.Module) -> dict[str, Selector]:
@@ -25,7 +27,15 @@ def selectors(model: nn.Module) -> dict[str, Selector]:
 
 
 class Recording(list[Selection]):
-    """Selections in the order they were made; ``recording["vision.inputs"]`` gives one site's."""
+    """Selections in the order they were made; ``recording["vision.inputs"]`` gives one site's.
+
+    Attributes:
+        reads: tower name to the tower its cross-attention reads, or None.
+    """
+
+    def __init__(self, selections: Iterable[Selection] = (), reads: Mapping[str, str | None] | None = None):
+        super().__init__(selections)
+        self.reads = dict(reads or {})
 
     def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, str):
@@ -40,6 +50,77 @@ class Recording(list[Selection]):
         """Sites in the order of their first selection."""
         return list(dict.fromkeys(selection.site for selection in self))
 
+    def tower(self, site: str) -> str:
+        """The tower whose input the candidates of ``site`` came from: for ``cross`` the one it reads."""
+        tower, kind, *_ = site.split(".")
+        return (self.reads.get(tower) if kind == "cross" else None) or tower
+
+    def kept(self, selection: Selection, *, choice: bool = False) -> Tensor:
+        """What ``selection`` kept, as places in its tower's input: bool ``[B, H, Q, P]``, whatever earlier sites dropped.
+
+        P counts the places of the input: tokens of a text, or CLS and the patches of an image. ``choice=True`` leaves out what
+        is kept always (CLS, ``</s>``).
+        """
+        chosen = selection.mask
+        if choice and selection.required is not None:
+            chosen = chosen & ~selection.required
+        return self._as_places(selection, chosen)
+
+    def candidates(self, selection: Selection) -> Tensor:
+        """What ``selection`` chose among, as places in its tower's input: bool ``[B, H, Q, P]``."""
+        return self._as_places(selection, selection.valid.expand_as(selection.mask))
+
+    def _as_places(self, selection: Selection, chosen: Tensor) -> Tensor:
+        stream = self._stream(selection)
+        length, positions = selection.mask.shape[-1], selection.positions
+        if stream:
+            length = stream[0].mask.shape[-1]
+            if positions is None and chosen.shape[-1] != length:  # cross-attention to what the stream left
+                positions = stream[-1].places[:, 0, 0]
+        if positions is None:
+            return chosen
+        batch = max(chosen.shape[0], positions.shape[0])
+        chosen = chosen.expand(batch, -1, -1, -1)
+        places = positions.repeat_interleave(batch // positions.shape[0], 0)[:, None, None].expand_as(chosen)
+        found = chosen.new_zeros(*chosen.shape[:3], length, dtype=torch.int32)
+        return found.scatter_reduce(-1, places, chosen.int(), "amax").bool()
+
+    def _stream(self, selection: Selection) -> list[Selection]:
+        """Selections that had dropped rows of the tower's stream before ``selection`` in the same pass."""
+        index = next(i for i, other in enumerate(self) if other is selection)
+        tower = self.tower(selection.site)
+        found: dict[str, Selection] = {}
+        for other in reversed(list(self)[:index]):
+            if other.site in found or other.site == selection.site and tower == selection.site.split(".")[0]:
+                break  # an earlier pass
+            if other.site.startswith((f"{tower}.inputs", f"{tower}.tokens.")):
+                found[other.site] = other
+        return list(found.values())[::-1]
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row a site: calls, mean kept ratio, and the mean entropy (nats) of its law where its estimator has one."""
+        rows = []
+        for site in self.sites:
+            made = self[site]
+            known = [s.entropy.float().mean() for s in made if s.entropy is not None]
+            rows.append(
+                {
+                    "site": site,
+                    "calls": len(made),
+                    "kept_ratio": float(torch.stack([s.kept_ratio.float().mean() for s in made]).mean()),
+                    "entropy": float(torch.stack(known).mean()) if known else None,
+                }
+            )
+        return rows
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><td>{html.escape(row['site'])}</td><td>{row['calls']}</td><td>{row['kept_ratio']:.1%}</td>"
+            f"<td>{'' if row['entropy'] is None else format(row['entropy'], '.2f')}</td></tr>"
+            for row in self.summary()
+        )
+        return f"<table><tr><th>site</th><th>calls</th><th>kept</th><th>entropy (nats)</th></tr>{cells}</table>"
+
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[Recording]:
@@ -49,7 +130,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
         >>> with record(model) as selections: model(**batch)        # doctest: +SKIP
         >>> selections["vision.inputs"][0].indices                   # doctest: +SKIP
     """
-    recording = Recording()
+    recording = Recording(reads={m.tower: m.source for m in model.modules() if isinstance(m, HardLayers)})
 
     def note(module: nn.Module, args: Any, selection: Selection) -> None:
         if torch._C._current_graph_task_id() == -1:  # a recomputation inside backward is no new choice

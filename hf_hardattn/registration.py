@@ -81,34 +81,6 @@ def remove(model: nn.Module) -> nn.Module:
     return model
 
 
-@contextmanager
-def soft(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the model soft inside the block: every site looks everywhere, the weights stay."""
-    found = [m for m in model.modules() if isinstance(m, Selector)]
-    before = [m.enabled for m in found]
-    for selector in found:
-        selector.enabled = False
-    try:
-        yield model
-    finally:
-        for selector, enabled in zip(found, before, strict=True):
-            selector.enabled = enabled
-
-
-@contextmanager
-def execution(model: nn.Module, mode: str) -> Iterator[nn.Module]:
-    """Run every site ``masked`` or ``gathered`` inside the block."""
-    found = [m for m in model.modules() if isinstance(m, Selector)]
-    before = [m.config for m in found]
-    for selector in found:
-        selector.config = SiteConfig(**{**vars(selector.config), "execution": mode})
-    try:
-        yield model
-    finally:
-        for selector, config in zip(found, before, strict=True):
-            selector.config = config
-
-
 def status(model: nn.Module) -> str:
     """A table of the model's sites: what chooses, how much it keeps, how it is trained, how it runs now."""
     found = selectors(model)
@@ -125,11 +97,15 @@ def status(model: nn.Module) -> str:
     )
 
 
-def set_step(model: nn.Module, step: int) -> None:
-    """Tell the schedules the optimizer step, counted from 0; ``HardAttentionCallback`` does it for the Trainer."""
+def set_step(model: nn.Module, step: int, steps: int | None = None) -> None:
+    """Tell the schedules the optimizer step, counted from 0; ``HardAttentionCallback`` does it for the Trainer.
+
+    Args:
+        steps: how many the whole training has; needed by schedules (and recipes) that give their length as a share of it.
+    """
     for module in model.modules():
         if isinstance(module, Selector):
-            module.step = step
+            module.step, module.steps = step, steps or module.steps
 
 
 def set_reward(model: nn.Module, reward: Callable[[dict[str, Any], Any], Tensor] | None) -> None:
@@ -179,8 +155,10 @@ def attach(model: nn.Module, config: HardAttentionConfig) -> None:
                 "attention mask. Use restore=None."
             )
     remove(model)
+    table = architecture.target_table(model)
+    target_size = 0 if table is None else table.shape[-1]
     built = {
-        site: _selector(site, site_config, towers[kinds[site][0]], kinds[site][1])
+        site: _selector(site, site_config, towers[kinds[site][0]], kinds[site][1], target_size)
         for site, site_config in resolved.items()
     }
     for name, tower in towers.items():
@@ -207,7 +185,7 @@ def attach(model: nn.Module, config: HardAttentionConfig) -> None:
     model.register_forward_hook(ClosePass(), with_kwargs=True)
 
 
-def _selector(site: str, config: SiteConfig, tower: Tower, kind: str) -> Selector:
+def _selector(site: str, config: SiteConfig, tower: Tower, kind: str, target_size: int) -> Selector:
     cross, rows = kind == "cross", kind in ("tokens", "inputs")
     scorer = registry.load("scorers", config.scorer)
     if scorer.needs_cls and (tower.always != "first" or cross or tower.causal):
@@ -232,10 +210,11 @@ def _selector(site: str, config: SiteConfig, tower: Tower, kind: str) -> Selecto
         heads=tower.heads,
         always=None if per_query else tower.source_always if cross else tower.always,
         causal=tower.causal and kind == "self",
+        target_size=target_size,
     )
     if (
         config.execution == "gathered"
-        and selector.estimator.pathwise
+        and not selector.estimator.trains_gathered
         and selector.learned
         and config.estimator != "soft"
     ):

@@ -21,13 +21,18 @@ class Schedule:
     """A value over optimizer steps: ``start`` for ``delay`` steps, then to ``end`` within ``steps``, then ``end``.
 
     A number is the constant schedule; a dict is ``{"shape": "linear", "start": 1.0, "end": 0.1, "steps": 500, "delay": 0}``.
+
+    Attributes:
+        steps, delay: int counts optimizer steps; a float in (0, 1] is the share of all training steps.
+        stages: 0 changes the value every step; n changes it n times, at equal distances.
     """
 
     start: float
     end: float
-    steps: int = 1
-    delay: int = 0
+    steps: float = 1
+    delay: float = 0
     shape: str = "linear"
+    stages: int = 0
 
     @classmethod
     def parse(cls, value: Any, where: str) -> Schedule:
@@ -44,10 +49,17 @@ class Schedule:
         schedule = cls(**value)
         if schedule.shape not in SHAPES:
             raise unknown("schedule shape", schedule.shape, SHAPES, where)
-        if schedule.steps < 1 or schedule.delay < 0:
-            raise HardAttentionError(
-                f"steps={schedule.steps}, delay={schedule.delay} at '{where}'; steps >= 1 and delay >= 0."
-            )
+        for name, count, low in (
+            ("steps", schedule.steps, 1),
+            ("delay", schedule.delay, 0),
+            ("stages", schedule.stages, 0),
+        ):
+            share = isinstance(count, float) and name != "stages" and 0.0 < count <= 1.0
+            if isinstance(count, bool) or not (share or isinstance(count, int) and count >= low):
+                raise HardAttentionError(
+                    f"{name}={count!r} of a schedule at '{where}'; an int counts optimizer steps, >= {low}; steps and delay may "
+                    "also be a float in (0, 1], the share of all training steps."
+                )
         if schedule.shape == "exponential" and min(schedule.start, schedule.end) <= 0:
             raise HardAttentionError(
                 f"an exponential schedule needs start > 0 and end > 0 at '{where}'; got {value!r}."
@@ -58,9 +70,17 @@ class Schedule:
     def constant(self) -> bool:
         return self.start == self.end
 
-    def __call__(self, step: int) -> float:
-        """Value at an optimizer step, counted from 0."""
-        x = min(max((step - self.delay) / self.steps, 0.0), 1.0)
+    @property
+    def relative(self) -> bool:
+        """Whether it needs to know how many steps the training has."""
+        return not self.constant and (isinstance(self.steps, float) or isinstance(self.delay, float))
+
+    def __call__(self, step: int, total: int = 0) -> float:
+        """Value at an optimizer step, counted from 0; ``total`` steps of training serve what is given as a share."""
+        steps, delay = (n * total if isinstance(n, float) else n for n in (self.steps, self.delay))
+        x = min(max((step - delay) / max(steps, 1), 0.0), 1.0)
+        if self.stages:
+            x = math.floor(x * self.stages) / self.stages
         if self.constant or x == 0.0:
             return self.start
         if x == 1.0:

@@ -25,6 +25,8 @@ class Selection:
         entropy: fp32 ``[B, H, Q]`` or None; entropy of that law, in nats.
         slots: K, an upper bound of kept positions per row (static where the budget allows it).
         positions: int64 ``[B, N]`` or None; place of each candidate in the tower's input, once earlier sites dropped some.
+        penalty: fp32 ``[B, H, Q]`` or None; a term of the training loss.
+        summary: fp32 ``[B, D]`` or None; mean of the candidates' states, detached, for a learned baseline.
         dense: every row is known to fill all its slots, without asking the device.
     """
 
@@ -36,6 +38,8 @@ class Selection:
     gates: Tensor | None = None
     log_prob: Tensor | None = None
     entropy: Tensor | None = None
+    penalty: Tensor | None = None
+    summary: Tensor | None = None
     slots: int = 0
     dense: bool = False
     positions: Tensor | None = None
@@ -82,7 +86,7 @@ def topk_mask(scores: Tensor, k: Tensor, valid: Tensor, slots: int | None = None
     valid = valid.expand_as(scores)
     if scores.shape[-1] == 0:
         return valid.clone()
-    slots = min(scores.shape[-1] if slots is None else slots, scores.shape[-1])
+    slots = max(1, min(scores.shape[-1] if slots is None else slots, scores.shape[-1]))
     masked = scores.masked_fill(~valid, float("-inf"))
     k = torch.minimum(k.expand(scores.shape[:-1]), valid.sum(-1))
     last = masked.topk(slots, dim=-1).values.gather(-1, (k - 1).clamp(min=0).unsqueeze(-1))

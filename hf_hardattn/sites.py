@@ -144,7 +144,8 @@ class AttentionSite:
         valid = allowed
         if gates is not None:
             valid = as_keys(gates.detach() > 0) if valid is None else valid & as_keys(gates.detach() > 0)
-        selection = selector(features, valid, None, queries=hidden)
+        context = None if filled else selector.context(source)
+        selection = selector(features, valid, None, queries=hidden, context=context)
         if made is not None:
             made.append(selection)
         if query.shape[2] == 1 and not selector.masked:  # decoding: one query, gather its keys
@@ -182,7 +183,7 @@ class AttentionSite:
             valid = present if valid is None else valid & present
         features = selector.keys(source, valid, projections=self.projections())
         required = required_rows(selector.always, (batch, n), valid, source.device)
-        selection = selector(features, as_keys(valid), as_keys(required))
+        selection = selector(features, as_keys(valid), as_keys(required), context=selector.context(source, valid))
         if made is not None:
             made.append(selection)
         if selector.masked or selection.slots >= n:

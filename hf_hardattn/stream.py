@@ -61,7 +61,8 @@ class Stream:
             valid = present if valid is None else valid & present
         features = selector.keys(hidden if states is None else states, valid, projections=projections)
         required = required_rows(selector.always, (hidden.shape[0], hidden.shape[1]), valid, hidden.device)
-        selection = selector(features, as_keys(valid), as_keys(required), most=self.slots)
+        context = selector.context(hidden if states is None else states, valid)
+        selection = selector(features, as_keys(valid), as_keys(required), most=self.slots, context=context)
         selection.positions = self.positions
         n = hidden.shape[1]
         if selection.gates is None and selection.slots >= n and not selector.data_dependent:

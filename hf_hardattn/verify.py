@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .architectures import architecture_of
 from .errors import HardAttentionError
+from .modes import execution
 from .recording import Recording, record, replay, selectors
-from .registration import execution
 
 REPLACEMENTS = ("noise", "zero", "swap")
 
@@ -113,37 +113,27 @@ def _site(
 ) -> SiteReport:
     made = selections[site][0]
     kept_ratio = float(torch.stack([s.kept_ratio.float().mean() for s in selections[site]]).mean())
-    tower, kind, *_ = site.split(".")
-    reads = architecture.towers(model)[tower].source if kind == "cross" else tower
-    leaves = [s for s in selections.sites if s.startswith((f"{reads}.inputs", f"{reads}.tokens"))]
-    lengths = dict(_input_rows(model, architecture, batch))
-    if reads not in lengths:
-        return SiteReport(
-            site,
-            kept_ratio,
-            None,
-            False,
-            f"{site}: keeps {kept_ratio:.1%}; not measured (its candidates are made by the model, not given)",
-        )
-    if made.mask.shape[-1] != lengths[reads].shape[1]:
-        earlier = ", ".join(leaves[: leaves.index(site)] if site in leaves else leaves)
-        return SiteReport(
-            site,
-            kept_ratio,
-            None,
-            False,
-            f"{site}: keeps {kept_ratio:.1%} of what {earlier} left; what those dropped is reported there",
-        )
-    read = made.mask.expand(lengths[reads].shape[0], -1, -1, -1).flatten(1, 2).any(1)
-    dropped = ~read & made.valid.expand_as(made.mask).flatten(1, 2).any(1) & lengths[reads]
+    kind, tower = site.split(".")[1], selections.tower(site)
+    lengths = dict(input_rows(model, architecture, batch))
+    if tower not in lengths:
+        sentence = f"{site}: keeps {kept_ratio:.1%}; not measured (its candidates are made by the model, not given)"
+        return SiteReport(site, kept_ratio, None, False, sentence)
+    candidates, kept = (
+        places.expand(lengths[tower].shape[0], -1, -1, -1).flatten(1, 2).any(1)
+        for places in (selections.candidates(made), selections.kept(made))
+    )
+    dropped = candidates & ~kept & lengths[tower]
+    # nothing replaced, yet written like the replacements: another memory layout alone can change a convolution's last bits
+    same = architecture.replace_inputs(model, dict(batch), {tower: torch.zeros_like(dropped)}, "zero", seed)
     with replay(model, selections):
-        reference = _tensors(model(**batch))
-    leak = 0.0
+        reference = _tensors(model(**same))
+    leak, rows = 0.0, torch.zeros(len(dropped), dtype=torch.bool)
     for how in REPLACEMENTS:
-        changed = architecture.replace_inputs(model, dict(batch), {reads: dropped}, how, seed)
+        changed = architecture.replace_inputs(model, dict(batch), {tower: dropped}, how, seed)
         with replay(model, selections):
-            leak = max(leak, _difference(reference, _tensors(model(**changed))))
-    count = int(dropped.sum())
+            output = _tensors(model(**changed))
+        leak = max(leak, _difference(reference, output))
+        rows |= _changed_rows(reference, output, len(dropped))
     reader = architecture.other_reader(model, dict(batch))
     if kind == "inputs" and reader is None:
         verdict = (
@@ -154,13 +144,30 @@ def _site(
     elif leak == 0.0:
         verdict = "did not influence the output in this batch (bit-identical under noise, constant and swap)"
     else:
-        through = "earlier layers and the residual stream" if reader is None else reader
-        verdict = f"still changes outputs by up to {leak:.2g}, through {through}"
-    sentence = f"{site}: keeps {kept_ratio:.1%}; what it dropped ({count} positions), given the selection, {verdict}"
+        through = _channel(site, kind, tower) if reader is None else reader
+        verdict = (
+            f"still changes outputs by up to {leak:.2g} in {int(rows.sum())} of {len(rows)} rows, through {through}"
+        )
+    sentence = f"{site}: keeps {kept_ratio:.1%}; what it dropped ({int(dropped.sum())} positions), given the selection, {verdict}"
     return SiteReport(site, kept_ratio, leak, leak == 0.0, sentence)
 
 
-def _input_rows(model: nn.Module, architecture: Any, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _channel(site: str, kind: str, tower: str) -> str:
+    """What carries dropped content past a site: the layers that mixed it into kept rows before, the residual stream after."""
+    layer = int(site.rsplit(".", 1)[1])
+    if kind == "tokens":
+        return f"earlier layers ({_layers(layer)} mixed it into the kept tokens)"
+    if kind == "cross":
+        return f"the {tower}'s layers (they mixed it into the kept rows) and the other layers' cross-attention"
+    mixed = "" if layer == 0 else f"earlier layers ({_layers(layer - 1)} mixed it into the kept tokens) and "
+    return f"{mixed}the residual stream (its own row goes on, and later layers read it)"
+
+
+def _layers(last: int) -> str:
+    return "layer 0" if last == 0 else f"layers 0 to {last}"
+
+
+def input_rows(model: nn.Module, architecture: Any, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Towers whose rows are given inputs, with bool ``[B, N]``: which rows are an input token or patch."""
     if batch.get("pixel_values") is not None:
         config: Any = getattr(model.config, "vision_config", model.config)
@@ -187,3 +194,14 @@ def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float
         if not torch.equal(value, other[name]):
             largest = max(largest, float((value - other[name]).abs().nan_to_num(float("inf")).max()), 1e-45)
     return largest
+
+
+def _changed_rows(one: Mapping[str, Tensor], other: Mapping[str, Tensor], batch: int) -> Tensor:
+    """Rows of the batch in which any output changed, bool ``[batch]``; all of them where an output has no row for each."""
+    found = torch.zeros(batch, dtype=torch.bool)
+    for name, value in one.items():
+        if value.shape == other[name].shape and value.dim() and len(value) == batch:
+            found |= (value != other[name]).flatten(1).any(1).cpu() if value.dim() > 1 else (value != other[name]).cpu()
+        elif value.shape != other[name].shape:
+            found |= True
+    return found

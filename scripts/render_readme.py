@@ -72,6 +72,50 @@ def bench(r: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+TASKS = {  # results file to what the README calls it
+    "cluttered_digits_recommended": "cluttered digits 64x64, 14 %",
+    "cluttered_digits_100": "cluttered digits 100x100, 12 %",
+    "cluttered_fashion": "cluttered Fashion-MNIST 84x84, 25 %",
+}
+
+
+def learning() -> str:
+    lines = [
+        '| task, patches kept | soft | hard, `recipe="robust"` | to soft | `static` | `random` | failed runs |',
+        "|---" * 7 + "|",
+    ]
+    for name, title in TASKS.items():
+        r = json.loads((ROOT / "results" / "compare" / f"{name}.json").read_text())
+        rows = r["summary"]
+
+        def show(row: dict[str, Any], metric: str = r["metric"]) -> str:
+            return f"{row['metrics'][metric]['mean']:.1%} ± {100 * row['metrics'][metric]['sd']:.1f}"
+
+        robust = rows["robust"]
+        lines.append(
+            f"| {title} | {show(rows['soft'])} | {show(robust)} | {robust['to_soft']['mean']:+.1f} ± {robust['to_soft']['sd']:.1f} | "
+            f"{show(rows['static'])} | {show(rows['random'])} | {robust['failed']} of {robust['runs']} |"
+        )
+    every = json.loads((ROOT / "results" / "compare" / "cluttered_digits.json").read_text())
+    ranked = sorted(
+        (
+            (name, row)
+            for name, row in every["summary"].items()
+            if name not in ("soft", "random", "static", "first", "cls_attention")
+        ),
+        key=lambda item: -item[1]["metrics"][every["metric"]]["mean"],
+    )
+    shown = [f"`{name}` {row['metrics'][every['metric']]['mean']:.1%}" for name, row in ranked]
+    failed = [f"`{name}` {row['failed']} of {row['runs']}" for name, row in ranked if row["failed"]]
+    lines += [
+        "",
+        f"5 seeds, mean ± standard deviation. All ways to choose on the first task, {len(every['seeds'])} seeds, same budget, steps and data, best first: "
+        f"{', '.join(shown)}; soft {every['summary']['soft']['metrics'][every['metric']]['mean']:.1%}. "
+        f"Failed (raised, diverged or within 2 points of random): {', '.join(failed) or 'none'}.",
+    ]
+    return "\n".join(lines)
+
+
 def render(text: str) -> str:
     """README text with each table between its markers made anew."""
     for table in (demo, real_weights, bench):
@@ -85,7 +129,9 @@ def render(text: str) -> str:
                 text,
                 flags=re.S,
             )
-    return text
+    return re.sub(
+        r"(<!-- learning -->\n).*?(<!-- /learning -->)", lambda m: f"{m[1]}{learning()}\n{m[2]}", text, flags=re.S
+    )
 
 
 def main() -> None:

@@ -8,26 +8,29 @@ import torch
 from hf_hardattn.errors import HardAttentionError
 
 pytest.importorskip("sklearn")
-from hf_hardattn.training.cluttered_digits import CANVAS, PATCH, ClutteredDigits, digit_bank, sample_batch
+from hf_hardattn.training.cluttered import patches_in_box
+from hf_hardattn.training.cluttered_digits import LARGE, SCENE, ClutteredDigits, digit_bank, sample_batch
 
 
-def _draw(split="train", size=32, clutter=5, seed=0):
-    return sample_batch(split, size, clutter, torch.Generator().manual_seed(seed))
+def _draw(split="train", size=32, clutter=5, seed=0, scene=SCENE):
+    return sample_batch(split, size, clutter, torch.Generator().manual_seed(seed), scene)
 
 
-def _crop(image, box):
-    top, left, bottom, right = (box * PATCH).tolist()
+def _crop(image, box, scene=SCENE):
+    top, left, bottom, right = (box * scene.patch).tolist()
     return image[top:bottom, left:right]
 
 
+@pytest.mark.parametrize("scene", [SCENE, LARGE], ids=["64", "100"])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_batch_has_the_stated_shapes_and_ranges(split):
-    batch = _draw(split)
-    assert batch["pixel_values"].shape == (32, 1, CANVAS, CANVAS) and batch["pixel_values"].dtype == torch.float32
+def test_batch_has_the_stated_shapes_and_ranges(split, scene):
+    batch = _draw(split, scene=scene)
+    canvas = scene.canvas
+    assert batch["pixel_values"].shape == (32, 1, canvas, canvas) and batch["pixel_values"].dtype == torch.float32
     assert batch["pixel_values"].min() == -1.0 and batch["pixel_values"].max() <= 1.0
     assert batch["labels"].shape == (32,) and set(batch["labels"].tolist()) <= set(range(10))
     box = batch["box"]
-    assert box.shape == (32, 4) and box.min() >= 0 and box.max() <= CANVAS // PATCH
+    assert box.shape == (32, 4) and box.min() >= 0 and box.max() <= scene.grid
     assert (box[:, 2:] - box[:, :2] == 2).all()
 
 
@@ -46,12 +49,20 @@ def test_splits_share_no_digit_and_every_class_is_in_both():
     assert train.labels.bincount(minlength=10).min() > 100 and test.labels.bincount(minlength=10).min() > 40
 
 
-def test_the_box_holds_the_labelled_digit_and_no_fragment_covers_it():
-    batch, bank = _draw("test", clutter=40), digit_bank("test")
+@pytest.mark.parametrize("scene", [SCENE, LARGE], ids=["64", "100"])
+def test_the_box_holds_the_labelled_digit_and_no_fragment_covers_it(scene):
+    batch, bank = _draw("test", clutter=40, scene=scene), digit_bank("test", scene.item)
     for image, label, box in zip(batch["pixel_values"][:, 0], batch["labels"], batch["box"], strict=True):
-        crop = (_crop(image, box) + 1) / 2
+        crop = (_crop(image, box, scene) + 1) / 2
         match = (bank.images[0] - crop).abs().amax((1, 2)) < 1e-6
         assert match.any() and (bank.labels[match] == label).all()
+
+
+def test_the_patches_of_a_box_are_those_with_the_ink():
+    batch = _draw(clutter=0)
+    inside = patches_in_box(batch["box"], SCENE.grid)
+    ink = torch.nn.functional.max_pool2d(batch["pixel_values"], SCENE.patch).flatten(1) > -1
+    assert inside.sum(1).tolist() == [4] * 32 and (ink <= inside).all() and (ink.sum(1) >= 2).all()
 
 
 def test_without_clutter_all_ink_is_the_digit_and_clutter_adds_ink_outside():

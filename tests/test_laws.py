@@ -266,6 +266,57 @@ def test_slots_shapes_and_modes_do_not_change_the_law(law: type) -> None:
     torch.testing.assert_close(one_log, log_prob[1, 2, 0])
 
 
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_exploration_draws_from_the_mixture_and_knows_it(law: type, rate: float) -> None:
+    """Against enumeration, for orders and for sets: 40 000 draws follow ``(1 - rate) p + rate uniform``, and that is the
+    log-probability they come with."""
+    torch.manual_seed(6)
+    n, k, draws = 5, 2, 40_000
+    scores = 2 * torch.randn(n)
+    sampler = law(scores.expand(draws, n), torch.tensor(k), torch.ones(n, dtype=torch.bool), k)
+    mask, log_prob = sampler.explore(torch.rand, rate)
+    masks, p = set_probabilities(scores.double(), k, law)
+    p = (1 - rate) * p + rate / len(masks)
+    code = 2 ** torch.arange(n)
+    which = (mask * code).sum(-1, keepdim=True) == (masks * code).sum(-1)
+    assert (which.sum(-1) == 1).all()
+    chi_square = ((which.sum(0) - draws * p) ** 2 / (draws * p)).sum().item()
+    freedom = len(masks) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
+    if law is ConditionalBernoulli:
+        known = p.unsqueeze(0).expand(draws, -1)[which].unsqueeze(-1)
+    else:  # a set has two orders; each row was drawn in one of them
+        orders, logs = plackett_luce_table(scores.double(), k)
+        logs = ((1 - rate) * logs.exp() + rate / len(orders)).log()
+        both = [[log for order, log in zip(orders, logs, strict=True) if subset[list(order)].all()] for subset in masks]
+        known = torch.tensor(both).exp()[which.int().argmax(-1)]
+        # E[1 / p(order)] counts the orders
+        inverse = (-log_prob.double()).exp()
+        assert abs(inverse.mean() - len(orders)) < 4.5 * inverse.std() / math.sqrt(draws) + 1e-4
+    assert ((log_prob.double().exp().unsqueeze(-1) / known).log().abs().amin(-1) < 1e-5).all()
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_exploration_without_a_choice_or_at_the_extremes(law: type) -> None:
+    """Rows without a choice have log-probability 0 and no gradient; what a sure law never draws stays finite; 0 is ``draw``."""
+    scores = torch.tensor([1e4, -1e4, 0.0, 5.0]).repeat(50, 1).requires_grad_()
+    k = torch.arange(5).repeat(10)
+    sampler = law(scores, k, torch.ones(4, dtype=torch.bool), 4)
+    for rate in (0.5, 1.0):
+        mask, log_prob = sampler.explore(torch.rand, rate)
+        assert torch.equal(mask.sum(-1), k) and log_prob.isfinite().all() and (log_prob <= 0).all()
+        assert (log_prob[(k == 0) | (k == 4)] == 0).all()
+        if rate < 1:
+            gradient = torch.autograd.grad(log_prob.sum(), scores, retain_graph=True)[0]
+            assert gradient.isfinite().all() and (gradient[(k == 0) | (k == 4)] == 0).all()
+    torch.manual_seed(0)
+    one = sampler.explore(torch.rand, 0.0)
+    torch.manual_seed(0)
+    other = sampler.draw(torch.rand(50, 4))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 13])
 def test_polynomial_tree_equals_a_loop(n: int) -> None:
     """The root's coefficient, its derivative, and the exact split, against multiplying out one factor at a time."""

@@ -89,9 +89,34 @@ class Base:
         raise NotImplementedError
 
     @classmethod
+    def labels(cls, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        """Labels in line with the logits, int64 ``[B, T]`` (T = 1 for one label an example), -100 where there is none."""
+        labels: Tensor | None = inputs.get("labels")
+        if labels is None or labels.is_floating_point():
+            return None
+        return labels.view(-1, 1) if labels.dim() == 1 else labels
+
+    @classmethod
+    def target_table(cls, model: nn.Module) -> Tensor | None:
+        """A state for each label, ``[C, D]``: what an inference network reads of the answer; None when the head has none."""
+        return None
+
+    @classmethod
+    def token_loss(cls, model: nn.Module, inputs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor] | None:
+        """Task loss of each label, fp32 ``[B, T]``, and which labels count, bool ``[B, T]``; None when the output does not tell."""
+        labels, logits = cls.labels(model, inputs), output.get("logits")
+        if labels is None or logits is None:
+            return None
+        labels = labels.to(logits.device)
+        rows = logits.float().view(labels.shape[0], labels.shape[1], -1).transpose(1, 2)
+        return nn.functional.cross_entropy(rows, labels, ignore_index=-100, reduction="none"), labels != -100
+
+    @classmethod
     def example_loss(cls, model: nn.Module, inputs: dict[str, Any], output: Any) -> Tensor | None:
-        """Task loss of each example, ``[B]`` detached; None when the output does not tell (the batch's loss then serves all)."""
-        raise NotImplementedError
+        """Task loss of each example, the mean over its labels, ``[B]``; None when the output does not tell (the batch's loss
+        then serves all)."""
+        losses = cls.token_loss(model, inputs, output)
+        return None if losses is None else losses[0].sum(-1) / losses[1].sum(-1).clamp(min=1)
 
     @classmethod
     def loss_items(cls, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:

@@ -294,20 +294,24 @@ class Blip(Base):
         return towers
 
     @classmethod
-    def example_loss(cls, model: nn.Module, inputs: dict[str, Any], output: Any) -> Tensor | None:
-        if isinstance(model, BlipModel) and output.get("logits_per_text") is not None:
-            logits = output.logits_per_text.float()
-            pairs = torch.arange(len(logits), device=logits.device)
-            return (
-                nn.functional.cross_entropy(logits, pairs, reduction="none")
-                + nn.functional.cross_entropy(logits.t(), pairs, reduction="none")
-            ) / 2
-        labels, logits = inputs.get("labels"), output.get("logits")
-        if labels is None or logits is None:
-            return None
-        logits, labels = logits[:, :-1].float(), labels[:, 1:].to(logits.device)
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-        return losses.sum(-1) / (labels != -100).sum(-1).clamp(min=1).to(losses)
+    def labels(cls, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        labels = inputs.get("labels")
+        return None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+    @classmethod
+    def target_table(cls, model: nn.Module) -> Tensor | None:
+        decoder = getattr(model, "text_decoder", None)
+        return None if decoder is None else decoder.bert.embeddings.word_embeddings.weight
+
+    @classmethod
+    def token_loss(cls, model: nn.Module, inputs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor] | None:
+        if not isinstance(model, BlipModel) or output.get("logits_per_text") is None:
+            return super().token_loss(model, inputs, output)
+        logits = output.logits_per_text.float()
+        pairs = torch.arange(len(logits), device=logits.device)
+        ways = [nn.functional.cross_entropy(x, pairs, reduction="none") for x in (logits, logits.t())]
+        loss = (ways[0] + ways[1]).unsqueeze(-1) / 2
+        return loss, torch.ones_like(loss, dtype=torch.bool)
 
     @classmethod
     def replace_inputs(

@@ -278,18 +278,22 @@ class T5(Base):
         return towers
 
     @classmethod
-    def example_loss(cls, model: nn.Module, inputs: dict[str, Any], output: Any) -> Tensor | None:
-        labels, logits = inputs.get("labels"), output.get("logits")
-        if inputs.get("start_positions") is not None and inputs.get("end_positions") is not None:
-            ends = [(output.start_logits, inputs["start_positions"]), (output.end_logits, inputs["end_positions"])]
-            losses = [
-                nn.functional.cross_entropy(x.float(), y.view(-1).clamp(0, x.shape[1] - 1), reduction="none")
-                for x, y in ends
-            ]
-            return (losses[0] + losses[1]) / 2
-        if labels is None or logits is None or labels.is_floating_point():
-            return None
-        return token_losses(logits, labels)
+    def target_table(cls, model: nn.Module) -> Tensor | None:
+        if isinstance(model, T5ForSequenceClassification):
+            return model.classification_head.out_proj.weight
+        return model.shared.weight if isinstance(model, T5ForConditionalGeneration) else None
+
+    @classmethod
+    def token_loss(cls, model: nn.Module, inputs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor] | None:
+        if inputs.get("start_positions") is None or inputs.get("end_positions") is None:
+            return super().token_loss(model, inputs, output)
+        ends = [(output.start_logits, inputs["start_positions"]), (output.end_logits, inputs["end_positions"])]
+        losses = [
+            nn.functional.cross_entropy(x.float(), y.view(-1).clamp(0, x.shape[1] - 1), reduction="none")
+            for x, y in ends
+        ]
+        loss = (losses[0] + losses[1]).unsqueeze(-1) / 2
+        return loss, torch.ones_like(loss, dtype=torch.bool)
 
     @classmethod
     def other_reader(cls, model: nn.Module, batch: dict[str, Any]) -> str | None:
@@ -306,16 +310,6 @@ class T5(Base):
     @classmethod
     def heads(cls) -> dict[str, Callable[..., Example]]:
         return {head.__name__: lambda head=head, **config: _example(head, **config) for head in _HEADS}
-
-
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of each example over its labels (-100 ignored), fp32 ``[B]``; logits ``[B, T, V]`` or ``[B, V]``."""
-    if logits.dim() == 2:
-        return nn.functional.cross_entropy(logits.float(), labels.view(-1), reduction="none")
-    losses = nn.functional.cross_entropy(
-        logits.float().transpose(1, 2), labels.to(logits.device), ignore_index=-100, reduction="none"
-    )
-    return losses.sum(-1) / (labels != -100).sum(-1).clamp(min=1).to(losses)
 
 
 def replace_tokens(ids: Tensor, dropped: Tensor, config: Any, how: str, seed: int) -> Tensor:

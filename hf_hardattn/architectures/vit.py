@@ -123,14 +123,17 @@ class Vit(Base):
         return {"vision": tower}
 
     @classmethod
-    def example_loss(cls, model: nn.Module, inputs: dict[str, Any], output: Any) -> Tensor | None:
+    def target_table(cls, model: nn.Module) -> Tensor | None:
+        return getattr(getattr(model, "classifier", None), "weight", None)
+
+    @classmethod
+    def token_loss(cls, model: nn.Module, inputs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor] | None:
         labels, logits = inputs.get("labels"), output.get("logits")
-        if labels is None or logits is None:
-            return None
-        if labels.dtype in (torch.long, torch.int):
-            return nn.functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="none")
+        if labels is None or logits is None or not labels.is_floating_point():
+            return super().token_loss(model, inputs, output)
         loss = nn.functional.mse_loss if logits.shape[-1] == 1 else nn.functional.binary_cross_entropy_with_logits
-        return loss(logits.float(), labels.view_as(logits).float(), reduction="none").mean(-1)
+        losses = loss(logits.float(), labels.view_as(logits).float(), reduction="none").mean(-1, keepdim=True)
+        return losses, torch.ones_like(losses, dtype=torch.bool)
 
     @classmethod
     def loss_items(cls, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:

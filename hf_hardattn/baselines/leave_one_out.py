@@ -17,6 +17,6 @@ class LeaveOneOut(Base):
     Mnih & Rezende 2016, arXiv:1602.06725.
     """
 
-    def forward(self, reward: Tensor, greedy: Tensor | None = None) -> Tensor:
+    def forward(self, reward: Tensor, greedy: Tensor | None = None, summary: Tensor | None = None) -> Tensor:
         """Return the others' mean reward, fp32 ``[B]``."""
         return (reward.sum() - reward) / max(reward.numel() - 1, 1)

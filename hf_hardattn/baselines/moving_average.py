@@ -43,7 +43,7 @@ class MovingAverage(Base):
         # None, not zeros: from_pretrained fills buffers that no checkpoint holds with whatever the memory held
         self.register_buffer("value", None, persistent=False)
 
-    def forward(self, reward: Tensor, greedy: Tensor | None = None) -> Tensor:
+    def forward(self, reward: Tensor, greedy: Tensor | None = None, summary: Tensor | None = None) -> Tensor:
         """Return the average before this batch, fp32 ``[B]``, the same for every example; in training, then move it."""
         before = reward.new_zeros(()) if self.value is None else self.value.to(reward)
         if self.training:

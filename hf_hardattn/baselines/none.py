@@ -13,6 +13,6 @@ class NoBaseline(Base):
     Source: Williams 1992, REINFORCE, with b = 0.
     """
 
-    def forward(self, reward: Tensor, greedy: Tensor | None = None) -> Tensor:
+    def forward(self, reward: Tensor, greedy: Tensor | None = None, summary: Tensor | None = None) -> Tensor:
         """Return zeros, fp32 ``[B]``."""
         return reward.new_zeros(reward.shape)

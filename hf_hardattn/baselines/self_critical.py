@@ -18,7 +18,7 @@ class SelfCritical(Base):
 
     needs_greedy = True
 
-    def forward(self, reward: Tensor, greedy: Tensor | None = None) -> Tensor:
+    def forward(self, reward: Tensor, greedy: Tensor | None = None, summary: Tensor | None = None) -> Tensor:
         """Return ``greedy``, detached, fp32 ``[B]``.
 
         Raises:

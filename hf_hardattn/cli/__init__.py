@@ -14,7 +14,7 @@ app = typer.Typer(help="Hard attention for Hugging Face Transformers.", no_args_
 
 for _module in pkgutil.iter_modules(__path__):
     _command = importlib.import_module(f"{__name__}.{_module.name}").command
-    app.command(_module.name.rstrip("_").replace("_", "-"))(_command)
+    app.command(_module.name.replace("_", "-"))(_command)
 
 
 def main() -> None:

@@ -14,8 +14,14 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 4,
     threads: Annotated[int, typer.Option(help="PyTorch threads; 0 leaves the choice to PyTorch.")] = 0,
     quick: Annotated[bool, typer.Option(help="A few steps only: a check that everything runs, not a result.")] = False,
+    ui: Annotated[bool, typer.Option("--ui", help="Serve a page instead: soft and hard side by side.")] = False,
+    space: Annotated[Path | None, typer.Option(help="Write that page as a Hugging Face Space to this folder.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Hard checkpoints of the page; repeatable.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the page.")] = None,
 ) -> None:
-    """Train and compare three small ViTs on cluttered digits: soft, hard, and a random choice."""
+    """Train and compare three small ViTs on cluttered digits: soft, hard, and a random choice. Or serve the result (--ui)."""
+    if ui or space:
+        return page([*(model or [str(output / "hard")])], space, port)
     from rich.console import Console
     from rich.table import Table
 
@@ -53,3 +59,15 @@ def command(
     console.print(
         f"{results['seconds']:.0f} s in all; picture: {output / 'kept_patches.png'}; results: {output / 'results.json'}"
     )
+
+
+def page(models: list[str], space: Path | None, port: int | None) -> None:
+    """Write the page as a Space, or serve it."""
+    from ..interpret.playground import launch
+    from ..interpret.space import write_space
+
+    if space:
+        typer.echo(f"{space}: {', '.join(write_space(space, models))}")
+        typer.echo(f"push it: hf upload USER/NAME {space} --repo-type space")
+        return
+    launch(models, port)

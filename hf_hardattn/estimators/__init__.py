@@ -6,9 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..selection import topk_mask
+
+# What an estimator may ask for besides the scores.
+NEEDS = {
+    "gates": "the gradient at dropped positions: trains masked",
+    "reward": "a reward of each example: minus its loss, or yours",
+    "passes": "several forward passes a step",
+    "teacher": "a soft forward pass a step, without gradient",
+    "target": "the labels, in training",
+}
 
 
 @dataclass
@@ -16,42 +25,80 @@ class Choice:
     """An estimator's answer for rows ``[..., N]``.
 
     Attributes:
-        mask: bool ``[..., N]``, the kept positions, exactly ``min(k, valid)`` per row.
+        mask: bool ``[..., N]``, the kept positions, exactly ``min(k, valid)`` per row (unless ``exact_budget`` is False).
         gates: fp32 ``[..., N]`` or None; equal to ``mask`` in the forward (a relaxation may differ), gradient to the scores.
         log_prob: fp32 ``[...]`` or None; log-probability of ``mask`` (or of the order drawn) under the sampling law.
         entropy: fp32 ``[...]`` or None; of the sampling law, in nats.
+        penalty: fp32 ``[...]`` or None; a term of the training loss, averaged over rows.
     """
 
     mask: Tensor
     gates: Tensor | None = None
     log_prob: Tensor | None = None
     entropy: Tensor | None = None
+    penalty: Tensor | None = None
 
 
-class Base:
+@dataclass(frozen=True)
+class Sampling:
+    """How a training choice is drawn.
+
+    Attributes:
+        uniform: draws fp32 noise in (0, 1) of a shape, on the device of the scores.
+        temperature: > 0; divides the scores of the sampling law or of a relaxation that the forward sees.
+        backward_temperature: > 0, a number or fp32 ``[..., 1]``; of the surrogate that only the gradient sees. None: ``temperature``.
+        exploration: in [0, 1]; probability that a row keeps positions drawn uniformly.
+        posterior: fp32 ``[..., N]`` scores of the inference network, for estimators that need ``target``.
+    """
+
+    uniform: Callable[[tuple[int, ...]], Tensor]
+    temperature: float = 1.0
+    backward_temperature: float | Tensor | None = None
+    exploration: float = 0.0
+    posterior: Tensor | None = None
+
+    @property
+    def backward(self) -> float | Tensor:
+        """The temperature of the gradient's surrogate."""
+        return self.temperature if self.backward_temperature is None else self.backward_temperature
+
+    def explores(self, rows: Tensor) -> Tensor | None:
+        """Which rows explore, bool of the shape of ``rows``; None when none can."""
+        return self.uniform(tuple(rows.shape)) < self.exploration if self.exploration > 0 else None
+
+
+class Base(nn.Module):
     """An estimator. Subclasses declare the facts below, keyword options in ``__init__``, and ``sample``.
 
     Class attributes:
         biased: whether the expected gradient differs from the exact one.
-        pathwise: gradient flows through ``gates`` (needs the masked execution in training); else through ``log_prob``
-            (score function: trains gathered, with the saving, and needs a reward).
+        needs: keys of ``NEEDS``.
+        trains_gathered: whether training computes on the kept positions only, with the saving; follows from ``needs``.
+        exact_budget: whether a training choice keeps exactly the budget (evaluation always does).
+        detaches: whether the scorer's input is detached, so that the selector's loss leaves the backbone alone.
         source: paper and equation.
     """
 
     biased: ClassVar[bool]
-    pathwise: ClassVar[bool]
+    needs: ClassVar[tuple[str, ...]] = ()
+    trains_gathered: ClassVar[bool]
+    exact_budget: ClassVar[bool] = True
+    detaches: ClassVar[bool] = False
     source: ClassVar[str]
 
+    def __init_subclass__(cls) -> None:
+        cls.trains_gathered = "gates" not in cls.needs
+
+    @property
+    def samples(self) -> int:
+        """Sampled forward passes a training step."""
+        return 1
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters, where an estimator has any."""
+
     def choose(
-        self,
-        scores: Tensor,
-        k: Tensor,
-        valid: Tensor,
-        *,
-        slots: int,
-        training: bool,
-        temperature: float = 1.0,
-        uniform: Callable[[tuple[int, ...]], Tensor],
+        self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling | None = None
     ) -> Choice:
         """Choose ``k`` of the valid positions of each row.
 
@@ -60,23 +107,21 @@ class Base:
             k: int64 ``[...]``, positions to keep; rows with fewer valid ones keep them all.
             valid: bool ``[..., N]``; False positions are never kept.
             slots: static upper bound of ``k``.
-            training: False takes the deterministic top-k, whatever the estimator.
-            temperature: > 0; divides the scores of the sampling law or of the relaxation.
-            uniform: draws fp32 noise in (0, 1) of a shape, on the device of the scores.
+            sampling: how to draw in training; None takes the deterministic top-k, whatever the estimator.
         """
-        if not training:
+        if sampling is None:
             return Choice(topk_mask(scores, k, valid, slots))
-        return self.sample(scores, k, valid, slots=slots, temperature=temperature, uniform=uniform)
+        choice = self.sample(scores, k, valid, slots=slots, sampling=sampling)
+        explores = None if choice.gates is None else sampling.explores(k.expand(scores.shape[:-1]))
+        if explores is not None and choice.gates is not None:
+            mask = topk_mask(sampling.uniform(tuple(scores.shape)), k, valid, slots)
+            choice.mask = choice.mask.where(~explores.unsqueeze(-1), mask)
+            # the values of the new choice, the gradient of the old: what exploration finds, the surrogate learns from
+            gates = choice.mask + (choice.gates - choice.gates.detach())
+            choice.gates = choice.gates.where(~explores.unsqueeze(-1), gates)
+        return choice
 
-    def sample(
-        self,
-        scores: Tensor,
-        k: Tensor,
-        valid: Tensor,
-        *,
-        slots: int,
-        temperature: float,
-        uniform: Callable[[tuple[int, ...]], Tensor],
-    ) -> Choice:
-        """Choose in training; same arguments as ``choose``."""
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
+        """Choose in training; same arguments as ``choose``. Exploration is added to gates by ``choose``; estimators with
+        log-probabilities sample it themselves."""
         raise NotImplementedError

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..laws import LOW, PlackettLuce, gumbel_noise
 from ..selection import topk_mask
-from . import Base, Choice
+from . import Base, Choice, Sampling
 
 
 class Gumbel(Base):
@@ -33,32 +31,25 @@ class Gumbel(Base):
     """
 
     biased = True
-    pathwise = True
+    needs = ("gates",)
     source = "Xie & Ermon 2019, arXiv:1901.10517; k = 1: Jang et al. 2017, arXiv:1611.01144"
 
     def __init__(self, hard: bool = True) -> None:
+        super().__init__()
         self.hard = hard
 
-    def sample(
-        self,
-        scores: Tensor,
-        k: Tensor,
-        valid: Tensor,
-        *,
-        slots: int,
-        temperature: float,
-        uniform: Callable[[tuple[int, ...]], Tensor],
-    ) -> Choice:
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
         """Draw k positions and their relaxation."""
         law = PlackettLuce(scores, k, valid, slots)
-        noisy = law.scores + gumbel_noise(uniform(tuple(scores.shape)))
+        noisy = law.scores + gumbel_noise(sampling.uniform(tuple(scores.shape)))
         mask = topk_mask(noisy.detach(), law.k, law.valid, law.slots)
+        temperature = sampling.backward if self.hard else sampling.temperature
         relaxed = _relax(noisy, torch.where(law.free, law.k, 0), law.active, temperature, law.slots)
         gates = relaxed + law.forced if not self.hard else mask + (relaxed - relaxed.detach())
         return Choice(mask, gates=gates, entropy=law.entropy())
 
 
-def _relax(noisy: Tensor, k: Tensor, active: Tensor, temperature: float, rounds: int) -> Tensor:
+def _relax(noisy: Tensor, k: Tensor, active: Tensor, temperature: float | Tensor, rounds: int) -> Tensor:
     """Return the relaxed k-hot vector, ``[..., N]``, summing to ``k`` per row; 0 where not ``active``.
 
     ``log(1 - a)`` is exact: for the largest entry, where ``1 - a`` would round to 0 at a low temperature, it is taken

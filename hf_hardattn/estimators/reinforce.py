@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from ..errors import unknown
 from ..laws import ConditionalBernoulli, PlackettLuce
-from . import Base, Choice
+from . import Base, Choice, Sampling
 
 LAWS = {"plackett_luce": PlackettLuce, "conditional_bernoulli": ConditionalBernoulli}
 
@@ -33,25 +31,17 @@ class Reinforce(Base):
     """
 
     biased = False
-    pathwise = False
+    needs = ("reward",)
     source = "Williams 1992; subsets: Kool et al. 2019, arXiv:1903.06059; Wijk et al. 2025 (SFESS)"
 
     def __init__(self, law: str = "plackett_luce") -> None:
+        super().__init__()
         if law not in LAWS:
             raise unknown("law", law, LAWS, "estimator reinforce")
         self.law = LAWS[law]
 
-    def sample(
-        self,
-        scores: Tensor,
-        k: Tensor,
-        valid: Tensor,
-        *,
-        slots: int,
-        temperature: float,
-        uniform: Callable[[tuple[int, ...]], Tensor],
-    ) -> Choice:
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
         """Draw k positions, with their log-probability and the law's entropy."""
-        law = self.law(scores / temperature, k, valid, slots)
-        mask, log_prob = law.draw(uniform(tuple(scores.shape)))
+        law = self.law(scores / sampling.temperature, k, valid, slots)
+        mask, log_prob = law.explore(sampling.uniform, sampling.exploration)
         return Choice(mask, log_prob=log_prob, entropy=law.entropy())

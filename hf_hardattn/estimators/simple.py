@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from ..laws import ConditionalBernoulli
 from ..selection import topk_mask
-from . import Base, Choice
+from . import Base, Choice, Sampling
 
 
 class Simple(Base):
@@ -28,27 +26,21 @@ class Simple(Base):
     """
 
     biased = True
-    pathwise = True
+    needs = ("gates",)
     source = "Ahmed, Zeng, Niepert & Van den Broeck 2023, arXiv:2210.01941"
 
     def __init__(self, sample: bool = True) -> None:
+        super().__init__()
         self.stochastic = sample
 
-    def sample(
-        self,
-        scores: Tensor,
-        k: Tensor,
-        valid: Tensor,
-        *,
-        slots: int,
-        temperature: float,
-        uniform: Callable[[tuple[int, ...]], Tensor],
-    ) -> Choice:
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
         """Draw k positions (or take the top k), with the marginals behind their gates."""
-        law = ConditionalBernoulli(scores / temperature, k, valid, slots)
+        law = ConditionalBernoulli(scores / sampling.temperature, k, valid, slots)
         if self.stochastic:
-            mask = law.sample(uniform(tuple(scores.shape)))
+            mask = law.sample(sampling.uniform(tuple(scores.shape)))
         else:
             mask = topk_mask(scores, k, valid, slots)
+        if sampling.backward_temperature is not None:
+            law = ConditionalBernoulli(scores / sampling.backward, k, valid, slots)
         marginals = law.marginals()
         return Choice(mask, gates=mask + (marginals - marginals.detach()), entropy=-law.log_prob(marginals))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from . import Base, Choice
+from . import Base, Choice, Sampling
 
 
 class Soft(Base):
@@ -19,19 +17,12 @@ class Soft(Base):
     """
 
     biased = False
-    pathwise = True
+    needs = ("gates",)
+    exact_budget = False
     source = "the model's own attention"
 
     def choose(
-        self,
-        scores: Tensor,
-        k: Tensor,
-        valid: Tensor,
-        *,
-        slots: int,
-        training: bool,
-        temperature: float = 1.0,
-        uniform: Callable[[tuple[int, ...]], Tensor],
+        self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling | None = None
     ) -> Choice:
         """Keep every valid position; only ``scores`` (its shape) and ``valid`` are used."""
         mask = valid.expand_as(scores).clone()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..errors import unknown
 from ..selection import topk_mask
-from . import Base, Choice
+from . import Base, Choice, Sampling
 
 SURROGATES = ("sigmoid", "softmax", "identity")
 
@@ -36,32 +34,24 @@ class StraightThrough(Base):
     """
 
     biased = True
-    pathwise = True
+    needs = ("gates",)
     source = "Bengio, Leonard & Courville 2013, arXiv:1308.3432"
 
     def __init__(self, surrogate: str = "sigmoid") -> None:
+        super().__init__()
         if surrogate not in SURROGATES:
             raise unknown("surrogate", surrogate, SURROGATES, "estimator straight_through")
         self.surrogate = surrogate
 
-    def sample(
-        self,
-        scores: Tensor,
-        k: Tensor,
-        valid: Tensor,
-        *,
-        slots: int,
-        temperature: float,
-        uniform: Callable[[tuple[int, ...]], Tensor],
-    ) -> Choice:
-        """Choose the top k; ``uniform`` is not used."""
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
+        """Choose the top k; nothing is sampled."""
         mask = topk_mask(scores, k, valid, slots)
         dropped = valid & ~mask
         active = valid & (mask.any(-1, keepdim=True) & dropped.any(-1, keepdim=True))
         if self.surrogate == "sigmoid":
-            smooth = torch.sigmoid((scores - _midpoint(scores.detach(), mask, dropped)) / temperature)
+            smooth = torch.sigmoid((scores - _midpoint(scores.detach(), mask, dropped)) / sampling.backward)
         elif self.surrogate == "softmax":
-            logits = (scores / temperature).masked_fill(~active, torch.finfo(scores.dtype).min)
+            logits = (scores / sampling.backward).masked_fill(~active, torch.finfo(scores.dtype).min)
             smooth = mask.sum(-1, keepdim=True) * logits.softmax(-1)
         else:
             smooth = scores

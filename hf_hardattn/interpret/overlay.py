@@ -1,4 +1,4 @@
-"""Images with the kept patches lit and the dropped ones dimmed."""
+"""Images with the kept patches lit and the dropped ones dimmed: a batch at one site, or one image layer by layer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import missing_extra
+from ..errors import HardAttentionError
+from ..recording import Recording
 from ..selection import Selection
+from .style import KEPT, new_figure
 
 
 def patch_overlay(
@@ -31,34 +33,85 @@ def patch_overlay(
     Returns:
         matplotlib figure; ``figure.savefig("kept.png")``.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
-    except ImportError as error:
-        raise missing_extra("matplotlib", "plots", "a picture of a selection") from error
     batch, _, height, width = pixel_values.shape
+    kept = torch.zeros(batch, 1 + (height // patch_size) * (width // patch_size), dtype=torch.int)
+    places = selection.places[:, 0, 0].expand(batch, -1).cpu()
+    kept.scatter_reduce_(1, places, selection.slot_mask[:, 0, 0].expand(batch, -1).int().cpu(), "amax")
+    return _grid(pixel_values, kept.bool(), patch_size, titles, columns, caption)
+
+
+def layer_overlay(pixel_values: Tensor, recording: Recording, patch_size: int, row: int = 0, columns: int = 4) -> Any:
+    """Draw one image as each ``vision`` site left it, in order, beside the image itself.
+
+    Args:
+        pixel_values: ``[B, C, height, width]``. recording: of one forward of this batch. row: which image.
+
+    Returns:
+        matplotlib figure; each title says the site and the share of patches kept of all.
+    """
+    sites = [site for site in recording.sites if site.startswith("vision.")]
+    if not sites:
+        raise HardAttentionError(
+            f"the recording has no vision site to draw; it has: {', '.join(recording.sites)}. Draw text with token_highlight."
+        )
+    found = [recording.kept(recording[site][0]).flatten(1, 2).any(1) for site in sites]
+    kept = torch.stack([torch.ones_like(found[0][0]), *(mask[min(row, len(mask) - 1)] for mask in found)]).cpu()
+    titles = ["image", *(f"{site}: {mask[1:].float().mean():.0%}" for site, mask in zip(sites, kept[1:], strict=True))]
+    image = pixel_values[row : row + 1].expand(len(kept), -1, -1, -1)
+    return _grid(image, kept, patch_size, titles, min(columns, len(kept)), "", frames=[False] + [True] * len(sites))
+
+
+def shown(image: Tensor) -> Tensor:
+    """An image ``[C, height, width]`` of any range as ``[height, width, 3]`` in [0, 1]."""
+    image = image.detach().float().cpu()
+    return ((image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)).expand(3, -1, -1).permute(1, 2, 0)
+
+
+def faded(image: Tensor) -> Tensor:
+    """What was dropped: towards a light grey, so that it differs from what was kept in colour and in contrast."""
+    return 0.72 + 0.16 * image
+
+
+def lit_image(image: Tensor, kept: Tensor, patch_size: int) -> Tensor:
+    """One image as ``shown`` gives it, faded where ``kept``, bool ``[1 + patches]``, is False."""
+    _, height, width = image.shape
+    down, across = height // patch_size, width // patch_size
+    lit = kept[1:].view(down, across).repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1)
+    lit = torch.nn.functional.pad(lit, (0, width - across * patch_size, 0, height - down * patch_size))
+    image = shown(image)
+    return torch.where(lit[..., None], image, faded(image))
+
+
+def frame_patches(axis: Any, kept: Tensor, patch_size: int, width: int) -> None:
+    """Draw a frame around each kept patch of an image ``width`` pixels wide."""
+    from matplotlib.patches import Rectangle
+
     across = width // patch_size
-    kept = torch.zeros(batch, 1 + (height // patch_size) * across, dtype=torch.bool)
-    kept.scatter_(
-        1, selection.places[:, 0, 0].expand(batch, -1).cpu(), selection.slot_mask[:, 0, 0].expand(batch, -1).cpu()
-    )
-    grid = kept[:, 1:].view(batch, height // patch_size, across)
-    lit = grid.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
-    images = pixel_values.detach().float().cpu()
-    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-    images = ((images - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    for place in kept[1:].nonzero().flatten().tolist():
+        corner = (place % across * patch_size - 0.5, place // across * patch_size - 0.5)
+        axis.add_patch(Rectangle(corner, patch_size, patch_size, fill=False, linewidth=0.9, edgecolor=KEPT))
+
+
+def _grid(
+    images: Tensor,
+    kept: Tensor,
+    patch_size: int,
+    titles: Sequence[str],
+    columns: int,
+    caption: str,
+    frames: Sequence[bool] = (),
+) -> Any:
+    batch = len(images)
     rows = -(-batch // columns)
-    figure = Figure(figsize=(1.55 * columns, 1.8 * rows + (0.35 if caption else 0)), layout="constrained")
+    figure = new_figure(1.55 * columns, 1.8 * rows + (0.35 if caption else 0))
     axes = figure.subplots(rows, columns, squeeze=False)
     for index, axis in enumerate(axes.flat):
         axis.set_axis_off()
         if index >= batch:
             continue
-        # dropped patches fade towards a light grey, so that they differ from kept ones in colour and in contrast
-        axis.imshow(torch.where(lit[index, :, :, None], images[index], 0.72 + 0.16 * images[index]).numpy())
-        for y, x in grid[index].nonzero().tolist():
-            corner = (x * patch_size - 0.5, y * patch_size - 0.5)
-            axis.add_patch(Rectangle(corner, patch_size, patch_size, fill=False, linewidth=0.9, edgecolor="#e69f00"))
+        axis.imshow(lit_image(images[index], kept[index], patch_size).numpy())
+        if not frames or frames[index]:
+            frame_patches(axis, kept[index], patch_size, images.shape[-1])
         if index < len(titles):
             axis.set_title(titles[index], fontsize=8)
     if caption:

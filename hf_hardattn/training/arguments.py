@@ -44,6 +44,7 @@ class HardAttentionArguments:
         None, "HardAttentionConfig: inline JSON, or a .json or .yaml file; 'none' trains a hard checkpoint soft."
     )
     sites: list[str] | None = flag(None, "Site globs, e.g. vision.tokens.3 'vision.tokens.*'.")
+    recipe: str | None = flag(None, "Settings that were measured to train well: robust.")
     budget: str | None = flag(None, "What to keep: 8, 0.25, threshold:0.5, top_p:0.9, or a schedule as JSON.")
     scorer: str | None = flag(None, "Name in hf_hardattn/scorers.")
     estimator: str | None = flag(None, "Name in hf_hardattn/estimators.")

@@ -58,7 +58,7 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
             )
         if self.driver is not None:
             self.driver.close()
-        self.driver = Driver(model, self.selector_warmup_steps)
+        self.driver = Driver(model, self.selector_warmup_steps, state.max_steps)
         if not self.driver.selectors:
             warnings.warn(
                 f"HardAttentionCallback has nothing to drive: {type(model).__name__} has no hard attention and trains soft. "

@@ -17,16 +17,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
 from ..config import HardAttentionConfig
 from ..efficiency.counting import count_flops
 from ..efficiency.timing import interleaved_seconds, speedups
 from ..interpret.overlay import patch_overlay
 from ..recording import record
-from ..registration import set_step
 from ..verify import verify
-from .cluttered_digits import PATCH, ClutteredDigits, sample_batch
+from . import tasks
+from .cluttered_digits import SCENE
+from .fitting import fit
 
 SITE = "vision.inputs"
 
@@ -65,41 +66,47 @@ def run(recipe: Recipe, output: Path, threads: int | None = None) -> dict[str, A
     transformers.utils.logging.set_verbosity_error()  # fresh selectors are expected here, and files are small
     transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
-    test = ClutteredDigits("test", recipe.test_images, recipe.clutter, seed=1234).columns
-    _trunk(recipe).save_pretrained(output / "trunk")
-    rows, models = {}, {}
+    task = _task(recipe.test_images, recipe.clutter)
+    pixels = next(task.test()).inputs["pixel_values"][:64]
+    torch.manual_seed(recipe.seed)
+    trunk = task.model_class(task.config())
+    _train(trunk, task, recipe, "trunk")
+    trunk.save_pretrained(output / "trunk")
+    rows, models, tested = {}, {}, {}
     for name, hard_attention in (("soft", None), ("hard", hard_config(recipe)), ("random", random_config(recipe))):
         torch.manual_seed(recipe.seed + 1)
         model = AutoModelForImageClassification.from_pretrained(output / "trunk", hard_attention=hard_attention)
         started = time.perf_counter()
-        _train(model, recipe, recipe.branch_steps, name, decay=True, clutter=lambda step: recipe.clutter)
-        rows[name] = {"train_seconds": time.perf_counter() - started, "accuracy": accuracy(model, test)}
+        _train(model, task, recipe, name)
+        seconds = time.perf_counter() - started
+        tested[name] = task.evaluate(model)
+        rows[name] = {"train_seconds": seconds, "accuracy": tested[name]["accuracy"]}
         model.save_pretrained(output / name)
         models[name] = model.eval()
-    seconds = _measure(models, test)
-    ratios = speedups(seconds, "soft")
+    rounds = _measure(models, pixels)
+    ratios = speedups(rounds, "soft")
     for name, model in models.items():
         rows[name] |= {
             "kept": 1.0 if name == "soft" else recipe.keep / 64,
-            "gflops": count_flops(model, {"pixel_values": test["pixel_values"][:1]}) / 1e9,
-            "images_per_second": 64 / statistics.median(seconds[name]),
+            "gflops": count_flops(model, {"pixel_values": pixels[:1]}) / 1e9,
+            "images_per_second": 64 / statistics.median(rounds[name]),
             "speedup": ratios[name],
         }
-    report = verify(models["hard"], {"pixel_values": test["pixel_values"][:32]})
+    report = verify(models["hard"], {"pixel_values": pixels[:32]})
     results = {
         "command": "hf-hardattn demo",
         "recipe": asdict(recipe),
         "models": rows,
         "certificate": report.to_dict(),
         "reload": _reload(output / "hard", recipe, rows["hard"]["accuracy"]),
-        "found": _found(models["hard"], test),
+        "found": tested["hard"]["recall"],
         "measured": {
             "device": "cpu",
             "processor": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
             "batch": 64,
             "dtype": "float32",
-            "rounds": len(seconds["soft"]),
+            "rounds": len(rounds["soft"]),
         },
         "versions": {
             "python": platform.python_version(),
@@ -109,7 +116,7 @@ def run(recipe: Recipe, output: Path, threads: int | None = None) -> dict[str, A
         "seconds": time.perf_counter() - began,
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    _draw(models["hard"], test, rows, output / "kept_patches.png")
+    _draw(models["hard"], task, rows, output / "kept_patches.png")
     return results
 
 
@@ -133,93 +140,37 @@ def _annealed(recipe: Recipe) -> dict[str, Any]:
     return {"start": 1.0, "end": recipe.keep / 64, "steps": max(1, int(recipe.anneal * recipe.branch_steps))}
 
 
-def _trunk(recipe: Recipe) -> Any:
-    torch.manual_seed(recipe.seed)
-    config = AutoConfig.for_model(
-        "vit",
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=128,
-        image_size=64,
-        patch_size=PATCH,
-        num_channels=1,
-        num_labels=10,
-        hidden_dropout_prob=0.0,
+def _task(images: int, clutter: int) -> tasks.Base:
+    return tasks.load("cluttered_digits", {"test_images": images, "clutter": clutter, "layers": 3, "heads": 4})
+
+
+def _train(model: Any, task: tasks.Base, recipe: Recipe, name: str) -> None:
+    branch = name != "trunk"
+    steps = recipe.branch_steps if branch else recipe.trunk_steps
+    numbers = tasks.Recipe(
+        trunk_steps=recipe.trunk_steps,
+        branch_steps=recipe.branch_steps,
+        batch=recipe.batch,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        ramp=recipe.ramp / recipe.trunk_steps,
     )
-    model: nn.Module = AutoModelForImageClassification.from_config(config)
-    ramp = max(1, recipe.ramp)
-    _train(
-        model,
-        recipe,
-        recipe.trunk_steps,
-        "trunk",
-        decay=False,
-        clutter=lambda step: min(recipe.clutter, recipe.clutter * step // ramp),
-    )
-    return model
+    with tqdm(total=steps, desc=f"{name:>6}", unit="step", mininterval=1.0) as bar:
+
+        def tell(step: int, loss: float) -> None:
+            bar.update()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{loss:.2f}")
+
+        fit(model, task, numbers, seed=recipe.seed + (1000 if branch else 0), branch=branch, tell=tell)
 
 
-def _train(model: nn.Module, recipe: Recipe, steps: int, name: str, *, decay: bool, clutter: Any) -> None:
-    """A plain PyTorch loop: the library asks for ``set_step`` only, since the budget has a schedule."""
-    draw = torch.Generator().manual_seed(recipe.seed + (1000 if decay else 0))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
-    )
-    warmup = 20 if decay else 50
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warmup) * (1 - step / steps if decay else 1.0)
-    )
-    model.train()
-    bar = tqdm(range(steps), desc=f"{name:>6}", unit="step", leave=True, mininterval=1.0)
-    for step in bar:
-        set_step(model, step)
-        batch = sample_batch("train", recipe.batch, clutter(step), draw)
-        loss = model(pixel_values=batch["pixel_values"], labels=batch["labels"]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.2f}")
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, test: dict[str, Tensor]) -> float:
-    """Share of the test images classified right, in evaluation mode."""
-    model.eval()
-    right = sum(
-        (model(pixel_values=pixels).logits.argmax(-1) == labels).sum().item()
-        for pixels, labels in zip(test["pixel_values"].split(250), test["labels"].split(250), strict=True)
-    )
-    return right / len(test["labels"])
-
-
-def _measure(models: dict[str, nn.Module], test: dict[str, Tensor]) -> dict[str, list[float]]:
-    batch = test["pixel_values"][:64]
-
+def _measure(models: dict[str, nn.Module], pixels: Tensor) -> dict[str, list[float]]:
     def call(model: nn.Module) -> Any:
         with torch.inference_mode():
-            return model(pixel_values=batch)
+            return model(pixel_values=pixels)
 
     return interleaved_seconds({name: partial(call, model) for name, model in models.items()}, rounds=31)
-
-
-@torch.no_grad()
-def _found(model: nn.Module, test: dict[str, Tensor]) -> float:
-    """Share of the digits' own patches that the model kept."""
-    rows = torch.arange(8)
-    found = []
-    for pixels, box in zip(test["pixel_values"].split(250), test["box"].split(250), strict=True):
-        with record(model) as selections:
-            model(pixel_values=pixels)
-        kept = selections[SITE][0].mask[:, 0, 0, 1:].view(-1, 8, 8)
-        tall = (rows >= box[:, :1]) & (rows < box[:, 2:3])
-        wide = (rows >= box[:, 1:2]) & (rows < box[:, 3:])
-        inside = tall[:, :, None] & wide[:, None, :]
-        found.append((kept & inside).sum() / inside.sum())
-    return float(torch.stack(found).mean())
 
 
 def _reload(folder: Path, recipe: Recipe, expected: float) -> dict[str, Any]:
@@ -233,19 +184,19 @@ def _reload(folder: Path, recipe: Recipe, expected: float) -> dict[str, Any]:
 def check(folder: str, images: int, clutter: int) -> None:
     """What the fresh process runs; prints JSON."""
     model = AutoModelForImageClassification.from_pretrained(folder)
-    test = ClutteredDigits("test", images, clutter, seed=1234).columns
-    score = accuracy(model, test)
+    task = _task(images, clutter)
+    score = task.evaluate(model)["accuracy"]
     with record(model) as selections, torch.no_grad():
-        model(pixel_values=test["pixel_values"][:8])
+        model(pixel_values=next(task.test()).inputs["pixel_values"][:8])
     kept = selections[SITE][0].slots - 1  # CLS is there always and is no choice
     print(json.dumps({"accuracy": score, "patches_kept": kept, "hard": model.config.hard_attention is not None}))
 
 
 @torch.no_grad()
-def _draw(model: nn.Module, test: dict[str, Tensor], rows: dict[str, Any], path: Path) -> None:
-    pixels, labels = test["pixel_values"][:18], test["labels"][:18]
+def _draw(model: nn.Module, task: tasks.Base, rows: dict[str, Any], path: Path) -> None:
+    pixels, labels = (next(task.test()).inputs[name][:18] for name in ("pixel_values", "labels"))
     with record(model) as selections:
         predicted = model(pixel_values=pixels).logits.argmax(-1)
     titles = [f"{p}" if p == y else f"{p} (is {y})" for p, y in zip(predicted.tolist(), labels.tolist(), strict=True)]
     caption = f"The model computed on the lit patches only ({rows['hard']['kept']:.0%}); above each image, what it read there."
-    patch_overlay(pixels, selections[SITE][0], PATCH, titles, columns=6, caption=caption).savefig(path, dpi=150)
+    patch_overlay(pixels, selections[SITE][0], SCENE.patch, titles, columns=6, caption=caption).savefig(path, dpi=150)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ class Driver:
         model: with or without hard attention, not wrapped by DDP.
         selector_warmup_steps: optimizer steps, >= 0, in which the selectors alone learn. The gradients of everything else
             are dropped before the optimizer sees them; ``requires_grad`` stays, as DDP and a resumed run need it to.
+        steps: optimizer steps of the whole training, for schedules that give their length as a share of it.
 
     Raises:
         HardAttentionError: a warm-up of selectors that have nothing to learn.
@@ -41,8 +42,8 @@ class Driver:
         ...     optimizer.zero_grad()
     """
 
-    def __init__(self, model: nn.Module, selector_warmup_steps: int = 0) -> None:
-        self.model, self.selectors, self.step = model, selectors(model), 0
+    def __init__(self, model: nn.Module, selector_warmup_steps: int = 0, steps: int | None = None) -> None:
+        self.model, self.selectors, self.step, self.steps = model, selectors(model), 0, steps
         self.warmup = selector_warmup_steps
         if self.warmup < 0:
             raise HardAttentionError(f"selector_warmup_steps={self.warmup} is out of range; it counts steps, >= 0.")
@@ -62,7 +63,7 @@ class Driver:
     def begin_step(self, step: int) -> None:
         """Start the optimizer step ``step``, counted from 0 over the whole run, a resumed one included."""
         self.step = step
-        set_step(self.model, step)
+        set_step(self.model, step, self.steps)
 
     def before_update(self) -> None:
         """Call when the gradients are complete, before they are clipped and the optimizer takes them."""
@@ -79,9 +80,9 @@ class Driver:
                 if latest.entropy is not None:
                     row[f"hardattn/{site}/entropy"] = latest.entropy.float().mean().item()
             schedule = selector.budget_schedule
-            row[f"hardattn/{site}/temperature"] = float(selector.temperature(self.step))
+            row[f"hardattn/{site}/temperature"] = float(selector.now(selector.temperature))
             row[f"hardattn/{site}/budget"] = float(
-                Budget.parse(selector.config.budget, site).value if schedule is None else schedule(self.step)
+                Budget.parse(selector.config.budget, site).value if schedule is None else selector.now(schedule)
             )
         for name, total in self._sums.items():
             row[f"hardattn/{name}"] = (total / self._count).item()
@@ -95,28 +96,36 @@ class Driver:
         self._handles, self._latest = [], {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the baselines, numbers and lists only: it describes the run, so no model file holds it."""
-        return {
-            site: {name: None if value is None else value.tolist() for name, value in s.baseline._buffers.items()}
-            for site, s in self.selectors.items()
-            if s.baseline is not None
-        }
+        """The state of baselines and estimators, numbers and lists only: it describes the run, so no model file holds it."""
+        found: dict[str, Any] = {}
+        for site, part in self._parts():
+            for name, value in part._buffers.items():
+                found.setdefault(site, {})[name] = None if value is None else value.tolist()
+        return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put the baselines where ``state_dict`` saw them; sites that are not there stay as they are."""
-        for site, buffers in state.items():
-            selector = self.selectors.get(site)
-            if selector is None or selector.baseline is None:
-                continue
-            for name, value in buffers.items():
-                setattr(selector.baseline, name, None if value is None else torch.tensor(value))
+        """Put them where ``state_dict`` saw them; sites that are not there stay as they are."""
+        for site, part in self._parts():
+            for name in part._buffers.keys() & state.get(site, {}).keys():
+                value = state[site][name]
+                setattr(part, name, None if value is None else torch.tensor(value))
+
+    def _parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The parts of the selectors that keep a state of the run: baselines and estimators."""
+        for site, selector in self.selectors.items():
+            yield from ((site, part) for part in (selector.baseline, selector.estimator) if part is not None)
 
     def _note_selection(self, selector: Selector, args: Any, selection: Selection) -> None:
         if _is_a_choice(selector):
             entropy = None if selection.entropy is None else selection.entropy.detach()
             # no graph is kept alive between steps
             self._latest[selector.site] = replace(
-                selection, scores=selection.mask, gates=None, log_prob=None, entropy=entropy
+                selection,
+                scores=selection.mask,
+                gates=None,
+                log_prob=None,
+                penalty=None,
+                entropy=entropy,
             )
 
     def _note_reward(self, baseline: nn.Module, args: tuple[Any, ...], value: Tensor) -> None:

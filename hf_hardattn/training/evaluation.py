@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..modes import soft
 from ..recording import record, selectors
-from ..registration import soft
 from ..selection import Selection
 
 # A batch to predictions, references, and the loss of each example.

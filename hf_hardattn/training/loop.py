@@ -102,7 +102,7 @@ def train(accelerator: Accelerator, args: ScriptArguments, task: Task, argv: lis
     steps_per_epoch = math.ceil(len(batches) / accumulation)
     steps = args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, steps)
-    driver = Driver(accelerator.unwrap_model(model), args.selector_warmup_steps)
+    driver = Driver(accelerator.unwrap_model(model), args.selector_warmup_steps, steps)
     layout = {
         "number of processes": accelerator.num_processes,
         "per_device_train_batch_size": args.per_device_train_batch_size,

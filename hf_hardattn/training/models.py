@@ -20,7 +20,7 @@ from .arguments import HardAttentionArguments, ScriptArguments
 
 logger = get_logger(__name__)
 SELECTORS = ("selector", "input_selector")  # attributes that hold selectors, for PEFT's modules_to_save
-SHORT_FLAGS = ("budget", "scorer", "estimator", "baseline", "temperature")
+SHORT_FLAGS = ("recipe", "budget", "scorer", "estimator", "baseline", "temperature")
 
 
 def load_config(args: ScriptArguments, model_class: type[PreTrainedModel], **changes: Any) -> PreTrainedConfig:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import HardAttentionError
 from .arguments import ScriptArguments
+from .results import write_json
 
 logger = get_logger(__name__)
 
@@ -30,20 +31,23 @@ def save_model(accelerator: Accelerator, model: nn.Module, processor: Any, outpu
 
 
 def push(args: ScriptArguments) -> None:
-    """Upload ``output_dir`` without its checkpoints; say who can see it.
+    """Write the card and upload ``output_dir``, without its checkpoints, in one commit; say who can see it.
 
     Raises:
-        HardAttentionError: the repository exists and is public, but a private one was asked for.
+        HardAttentionError: the repository exists and is of the other visibility; no right to write; the upload broke off. The model is
+            in ``output_dir`` all the same.
     """
-    from huggingface_hub import HfApi
+    from ..hub.card import SOURCE, write_card
+    from ..hub.pushing import push as push_folder
+    from ..hub.run_card import source_of_run
 
-    api = HfApi()
-    repository = api.create_repo(str(args.hub_model_id), private=args.hub_private_repo, exist_ok=True).repo_id
-    private = api.repo_info(repository).private
-    if args.hub_private_repo and not private:
-        raise HardAttentionError(
-            f"{repository} exists and is public; the upload was to be private. Pass --no_hub_private_repo, or another --hub_model_id. "
-            f"The model is in {args.output_dir}."
-        )
-    logger.info("uploading to %s (%s)", repository, "private" if private else "PUBLIC")
-    api.upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=["checkpoints/*"])
+    folder, repository = Path(args.output_dir), str(args.hub_model_id)
+    try:
+        if not (folder / SOURCE).is_file():  # a source that somebody filled in stays; its numbers are read anew
+            write_json(folder / SOURCE, source_of_run(folder, repository))
+        write_card(folder / SOURCE)
+    except HardAttentionError as error:  # a run without evaluation: its model is worth uploading all the same
+        logger.warning("no card: %s", error)
+    logger.info("uploading to %s (%s)", repository, "private" if args.hub_private_repo else "PUBLIC")
+    plan = push_folder(folder, repository, dry_run=False, public=not args.hub_private_repo, lenient=True)
+    logger.info("%s", plan)

@@ -38,7 +38,7 @@ def test_keeping_all_is_the_stock_model(case):
         close(run(hard(case, padded(case.place), execution=mode)), expected)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.scorer != "random"][::3], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.scorer != "random" and c.estimator != "distil"][::3], ids=str)
 def test_keeping_all_trains_like_the_stock_model(case):
     example = stock(case.place.architecture, case.head, padded(case.place))
     example.model.train()

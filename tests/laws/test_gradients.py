@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import ESTIMATORS, PLACES, SCORERS, Case, cases, hard, train_loss
+from cases import ESTIMATORS, PLACES, SCORERS, Case, cases, hard, has_loss, train_loss
 
 import hf_hardattn
 
@@ -15,6 +15,8 @@ CASES = cases(SCORERS, ESTIMATORS, (1, 0.5, "threshold:0.5", "top_p:0.6", 1.0))
 def test_every_selector_parameter_gets_a_gradient(case):
     """Distributed training waits for all of them, without ``find_unused_parameters``."""
     example = hard(case)
+    if case.estimator == "distil" and not has_loss(example):
+        return  # its lesson is added to the loss; without one it warns
     train_loss(example).backward()
     for name, parameter in example.model.named_parameters():
         if "selector" in name:
@@ -26,9 +28,12 @@ def test_every_selector_parameter_gets_a_gradient(case):
 )
 def test_the_scorer_learns(case):
     example = hard(case, baseline="none")
+    if case.estimator == "distil" and not has_loss(example):
+        return
     train_loss(example).backward()
     gradients = [p.grad.abs().max() for n, p in example.model.named_parameters() if "selector.scorer.weight" in n]
-    if case.head not in ("ViTForImageClassification", "BlipForQuestionAnswering"):
+    flat = case.estimator == "sparsemax"  # by design: scores further than the temperature from the border learn nothing
+    if case.head not in ("ViTForImageClassification", "BlipForQuestionAnswering") and not flat:
         assert max(gradients) > 0
 
 

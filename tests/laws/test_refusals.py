@@ -40,7 +40,7 @@ def test_a_choice_per_head_is_refused_where_whole_tokens_are_dropped(place):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gathered_training_is_refused_to_pathwise_estimators(estimator):
     member = registry.load("estimators", estimator)
-    if not member.pathwise or estimator == "soft":
+    if member.trains_gathered or estimator == "soft":
         hard(Case(PLACES[-1], PLACES[-1].heads[0], estimator=estimator), execution="gathered")
         return
     with pytest.raises(

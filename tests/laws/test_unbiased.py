@@ -16,13 +16,15 @@ KEPT, COPIES, STEPS, LIMIT = 2, 96, 24, 4.8  # standard errors; below 1e-3 for a
 
 
 def laws():
-    """Every unbiased estimator that chooses, with every sampling law it offers."""
+    """Every unbiased estimator that draws, with every sampling law it offers, and with every baseline where it takes one."""
     for name in ESTIMATORS:
         estimator = registry.load("estimators", name)
-        if estimator.biased or estimator.pathwise:
+        if estimator.biased or "reward" not in estimator.needs:
             continue
         known = "law" in inspect.signature(estimator).parameters
-        yield from [(name, {"law": law}, law) for law in LAWS] if known else [(name, {}, estimator.law)]
+        variants = [({"law": law}, law) for law in LAWS] if known else [({}, estimator.law)]
+        baselines = BASELINES if estimator().samples == 1 else ["none"]
+        yield from [(name, *variant, baseline) for variant in variants for baseline in baselines]
 
 
 def plackett_luce(scores, subset):
@@ -49,22 +51,17 @@ SITES = ("vision.inputs", "vision.self.1", "vision.tokens.0")
 
 def selector_gradient(model):
     selector = next(iter(hf_hardattn.selectors(model).values()))
-    return torch.cat([p.grad.flatten() for p in selector.parameters()])
+    return torch.cat([p.grad.flatten() for p in selector.scorer.parameters()])
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("baseline", BASELINES)
-@pytest.mark.parametrize(("name", "options", "law"), list(laws()))
-def test_the_mean_gradient_is_the_exact_one(name, options, law, baseline, site):
-    if baseline != BASELINES[SITES.index(site) % len(BASELINES)] and site != "vision.inputs":
-        return
+def enumerated(site, law, config):
+    """A model in training, an image, and the exact gradient of the expected loss over every choice."""
     example = stock("vit", "ViTForImageClassification", image_size=8)
     pixels = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(4))
     model = example.model
-    config = {"estimator": name, "estimator_options": options, "baseline": baseline, "budget": KEPT, "temperature": 0.8}
-    harden(model, {"sites": [site], **config})
+    harden(model, {"sites": [site], "budget": KEPT, "temperature": 0.8, **config})
     model.train()
-    parameters = list(next(iter(hf_hardattn.selectors(model).values())).parameters())
+    parameters = list(next(iter(hf_hardattn.selectors(model).values())).scorer.parameters())
     subsets = list(itertools.combinations(range(4), KEPT))
     masks = torch.tensor([[True] + [n in s for n in range(4)] for s in subsets])
     batch = {"pixel_values": pixels.expand(len(subsets), -1, -1, -1), "labels": torch.full((len(subsets),), 3)}
@@ -74,7 +71,16 @@ def test_the_mean_gradient_is_the_exact_one(name, options, law, baseline, site):
     scores = selections[0].scores[0, 0, 0, 1:] / 0.8
     expected_loss = sum(LAWS[law](scores, s) * loss for s, loss in zip(subsets, losses, strict=True))
     exact = torch.cat([g.flatten() for g in torch.autograd.grad(expected_loss, parameters)])
+    return model, pixels, exact
 
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize(("name", "options", "law", "baseline"), list(laws()))
+def test_the_mean_gradient_is_the_exact_one(name, options, law, baseline, site):
+    if baseline != BASELINES[SITES.index(site) % len(BASELINES)] and site != "vision.inputs":
+        return
+    config = {"estimator": name, "estimator_options": options, "baseline": baseline}
+    model, pixels, exact = enumerated(site, law, config)
     torch.manual_seed(0)
     batch = {"pixel_values": pixels.expand(COPIES, -1, -1, -1), "labels": torch.full((COPIES,), 3)}
     found = []
@@ -89,7 +95,16 @@ def test_the_mean_gradient_is_the_exact_one(name, options, law, baseline, site):
     assert error.max() < LIMIT and exact.abs().max() > 0.01
 
 
+@pytest.mark.parametrize("site", SITES)
+def test_marginal_is_the_exact_gradient_at_once(site):
+    config = {"estimator": "marginal", "estimator_options": {"objective": "expectation"}}
+    model, pixels, exact = enumerated(site, "conditional_bernoulli", config)
+    model(pixel_values=pixels, labels=torch.tensor([3])).loss.backward()
+    torch.testing.assert_close(selector_gradient(model), exact, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_pathwise_estimators_declare_their_bias(name):
+def test_estimators_through_gates_declare_their_bias(name):
     estimator = registry.load("estimators", name)
-    assert estimator.biased is (estimator.pathwise and name != "soft")
+    if "gates" in estimator.needs:
+        assert estimator.biased is (name != "soft")

@@ -1,0 +1,37 @@
+"""``hf-hardattn audit``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Hard checkpoint: a folder, or a name on the Hub.")],
+    data: Annotated[str, typer.Option(help="Folder of images by class, csv, json, parquet, or a saved data set.")],
+    column: Annotated[str, typer.Option(help="Column of the images or texts.")] = "image",
+    by: Annotated[list[str] | None, typer.Option(help="Column of subgroups; repeatable.")] = None,
+    site: Annotated[str | None, typer.Option(help="Site to audit; the first by default.")] = None,
+    limit: Annotated[int, typer.Option(help="Rows at most.")] = 512,
+    batch: Annotated[int, typer.Option(help="Rows at a time.")] = 32,
+    output: Annotated[Path, typer.Option(help="File for the findings.")] = Path("outputs/audit.json"),
+) -> None:
+    """Say what a hard model keeps and drops systematically: by subgroup, position, border, length, rare words."""
+    from ..interpret.audit import CAUTION
+    from ..interpret.dataset_audit import audit_rows
+    from ..interpret.sources import read_table
+    from ..interpret.subject import Subject
+
+    rows = read_table(data)
+    rows = rows.select(range(min(limit, len(rows))))
+    findings = audit_rows(Subject.load(model), rows, column, by or [], site, batch)
+    for finding in findings:
+        typer.echo(("* " if finding.notable else "  ") + finding.sentence)
+    typer.echo(CAUTION)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    report = {"command": f"hf-hardattn audit {model}", "findings": [f.to_dict() for f in findings], "caution": CAUTION}
+    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    typer.echo(f"findings: {output}")

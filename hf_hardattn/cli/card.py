@@ -1,0 +1,40 @@
+"""``hf-hardattn card``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    paths: Annotated[
+        list[Path], typer.Argument(help="Sources of cards (source.json), or with --check folders that hold a card.")
+    ],
+    check: Annotated[bool, typer.Option("--check", help="Check cards instead; exit 1 if anything is wrong.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for one card; beside its source by default.")] = None,
+) -> None:
+    """Write model cards from results JSON, or check them: hf-hardattn card model_cards/*/source.json."""
+    from ..errors import HardAttentionError
+    from ..hub.card import write_card
+    from ..hub.card_check import check_card
+
+    if not check:
+        if output is not None and len(paths) > 1:
+            raise HardAttentionError(
+                f"--output takes one card; {len(paths)} are given. Leave it out to write each beside its source."
+            )
+        for path in paths:
+            typer.echo(f"wrote {write_card(path, output)}")
+        return
+    wrong = 0
+    for path in paths:
+        folder = path.parent if path.is_file() else path
+        problems = check_card(folder)
+        wrong += bool(problems)
+        typer.echo(f"{folder}: {'ok' if not problems else f'{len(problems)} problem(s)'}")
+        for problem in problems:
+            typer.echo(f"  {problem}", err=True)
+    if wrong:
+        raise typer.Exit(1)

@@ -1,0 +1,70 @@
+"""``hf-hardattn compare``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    config: Annotated[Path, typer.Option(help="What to compare, e.g. scripts/configs/compare/cluttered_digits.yaml.")],
+    seeds: Annotated[int, typer.Option(help="How many seeds.", min=1)] = 5,
+    first_seed: Annotated[int, typer.Option(help="The first of them; tune on others than you report.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="PyTorch threads of each process.", min=1)] = 1,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON to write; results/compare/<name of the config>.json by default.")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Takes trunks and runs, to go on from; outputs/compare/<name of the config> by default."),
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run this variant only; may be given several times.")] = None,
+    retry: Annotated[bool, typer.Option(help="Do failed runs again.")] = False,
+    quick: Annotated[bool, typer.Option(help="A few steps only: a check that everything runs, not a result.")] = False,
+) -> None:
+    """Compare estimators and controls on a task: same data, budget, steps and seeds; resumable, failed runs counted."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..training.compare import compare
+    from ..training.compare_report import cells, draw, markdown, report
+    from ..training.comparison import Comparison
+    from ..training.results import write_json
+
+    comparison = Comparison.read(config).only(only)
+    output = output or Path("results/compare") / f"{config.stem}.json"
+    folder = folder or Path("outputs/compare") / (config.stem + "-quick" * quick)
+    total, done = seeds * len(comparison.variants), 0
+
+    def tell(row: dict[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        result = row.get("message") or ", ".join(f"{key} {value:.4f}" for key, value in row["metrics"].items())
+        typer.echo(f"{done:>4} of {total}  {row['variant']} seed {row['seed']}: {result}")
+
+    chosen = list(range(first_seed, first_seed + seeds))
+    rows = compare(comparison, chosen, folder, jobs=jobs, threads=threads, quick=quick, retry=retry, tell=tell)
+    results = report(
+        comparison, rows, shlex.join(["hf-hardattn", *sys.argv[1:]]), quick=quick, jobs=jobs, threads=threads
+    )
+    write_json(output, results)
+    draw(results, output.with_suffix(".png"))
+    output.with_suffix(".md").write_text(f"# {results['task']}\n\n{markdown(results)}\n", encoding="utf-8")
+    header, lines = cells(results)
+    table = Table(title=f"{results['task']}, {seeds} seed{'s' * (seeds > 1)}")
+    for name in header:
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    console.width = max(console.width, 140)  # of a pipe it is 80, which would cut the names
+    console.print(table)
+    for name, summary in results["summary"].items():
+        for message in summary["messages"]:
+            console.print(f"failed: {name}, {message}")
+    console.print(f"results: {output}; plot: {output.with_suffix('.png')}; runs: {folder}")

@@ -1,0 +1,31 @@
+"""``hf-hardattn explain``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Checkpoint: a folder, or a name on the Hub.")],
+    input: Annotated[
+        list[str], typer.Option(help="Text, image, folder of images, or a table with --column; repeatable.")
+    ],
+    column: Annotated[str | None, typer.Option(help="Column of the table that --input names.")] = None,
+    limit: Annotated[int, typer.Option(help="Inputs at most.")] = 8,
+    output: Annotated[Path, typer.Option(help="The page.")] = Path("outputs/report.html"),
+    measure: Annotated[bool, typer.Option(help="Measure faithfulness too (some hundred forwards).")] = True,
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "",
+) -> None:
+    """Write one self-contained page: what a hard model kept, what that proves, and what it does not."""
+    from ..interpret.report import explain
+    from ..interpret.sources import read_inputs
+    from ..interpret.subject import Subject
+
+    inputs = [item for given in input for item in read_inputs(given, column, limit)][:limit]
+    page = explain(Subject.load(model), inputs, measure, title)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+    typer.echo(f"{len(inputs)} inputs explained; page: {output} ({len(page.encode()) / 1000:.0f} kB)")

@@ -1,0 +1,21 @@
+"""``hf-hardattn list``."""
+
+from __future__ import annotations
+
+import typer
+
+
+def command() -> None:
+    """List what is registered: scorers, estimators (with what they need), baselines, architectures."""
+    from .. import registry
+
+    for kind in registry.KINDS:
+        typer.echo(f"{kind}:")
+        for name in registry.names(kind):
+            member = registry.load(kind, name)
+            lines = (member.__doc__ or "").strip().splitlines()
+            facts = ""
+            if kind == "estimators":
+                needs = ", ".join(member.needs) or "nothing more"
+                facts = f" [{'biased' if member.biased else 'unbiased'}; needs {needs}]"
+            typer.echo(f"  {name:<18}{lines[0] if lines else ''}{facts}")

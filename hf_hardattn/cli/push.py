@@ -1,0 +1,38 @@
+"""``hf-hardattn push``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(help="A model's folder, as hf_hardattn.save or save_pretrained wrote it.")],
+    repo_id: Annotated[str, typer.Argument(help="user/name on the Hub; made if it does not exist.")],
+    dry_run: Annotated[bool, typer.Option(help="Show what would be sent, and to whom; send nothing.")] = True,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public; private otherwise.")] = False,
+    branch: Annotated[str | None, typer.Option(help="Branch to push to; made if it does not exist.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag for the new commit.")] = None,
+    pull_request: Annotated[bool, typer.Option("--pull-request", help="Open a pull request instead.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload hard model",
+    exclude: Annotated[list[str] | None, typer.Option(help="Glob of files to leave out; may be repeated.")] = None,
+) -> None:
+    """Push a hard model to the Hub. A dry run unless --no-dry-run; log in with 'hf auth login' or HF_TOKEN, never by a flag."""
+    from ..hub.pushing import push
+
+    plan = push(
+        folder,
+        repo_id,
+        dry_run=dry_run,
+        public=public,
+        branch=branch,
+        tag=tag,
+        pull_request=pull_request,
+        message=message,
+        exclude=tuple(exclude or ()),
+    )
+    typer.echo(str(plan))
+    if dry_run:
+        typer.echo("dry run; to push: the same command with --no-dry-run")

@@ -1,0 +1,140 @@
+"""Has a selector collapsed? What a site keeps when it should choose, and the remedy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .recording import record, selectors
+from .selection import Selection
+
+# A score varies this much less between inputs than between positions: the choice does not look at the input.
+_INDEPENDENT = 1e-3
+_SAME = 0.999
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """One finding.
+
+    Attributes:
+        site: its name.
+        kind: ``keeps_all`` | ``keeps_nothing`` | ``position_constant`` | ``input_independent`` | ``dead``.
+        message: what was found, and the remedy.
+    """
+
+    site: str
+    kind: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"'{self.site}' {self.message}"
+
+
+_MESSAGES = {
+    "keeps_all": (
+        "keeps every position it may drop, so it chooses nothing. Lower its budget (a schedule may still stand at its start: call set_step), "
+        "or raise the threshold."
+    ),
+    "keeps_nothing": (
+        "keeps a single position in every row, though its budget leaves the number to the scores. Lower the threshold; a learned rate that fell to zero wants a Lagrangian target or "
+        "a schedule that starts at 1.0."
+    ),
+    "position_constant": (
+        "keeps the same positions in every row. Start from a trained soft model, let the budget fall from 1.0 (recipe='robust'), and compare "
+        "with scorer 'static': if that is as good, the input does not matter here."
+    ),
+    "input_independent": (
+        "scores positions almost alike whatever the input. Raise the learning rate of the selectors or warm them up alone "
+        "(selector_warmup_steps), add exploration, or use a scorer that sees more ('mlp', 'conv')."
+    ),
+    "dead": (
+        "gets no gradient: its scorer cannot learn. Its scores may be saturated (backward_temperature='adaptive'), its budget may keep "
+        "everything, or nothing downstream may read what it selects."
+    ),
+}
+
+
+def find_collapse(model: nn.Module, batches: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> list[Collapse]:
+    """Look at what every site keeps, and whether its scorer gets a gradient.
+
+    Args:
+        model: with hard attention; its mode, gradients and weights stay as they are.
+        batches: a batch of keyword inputs, or several; at least two rows in all tell constant choices from good ones.
+            With labels, the gradient is looked at too.
+
+    Returns:
+        findings, in the order of the sites; empty when nothing is wrong.
+    """
+    data = [batches] if isinstance(batches, Mapping) else list(batches)
+    modes = [(module, module.training) for module in model.modules()]
+    made: dict[str, list[Selection]] = {}
+    try:
+        model.eval()
+        for batch in data:
+            with torch.no_grad(), record(model) as selections:
+                model(**batch)
+            for selection in selections:
+                made.setdefault(selection.site, []).append(selection)
+    finally:
+        for module, training in modes:
+            module.training = training
+    dead = _dead(model, data[0])
+    found = []
+    for site, selector in selectors(model).items():
+        kinds = _kinds(made.get(site, []), selector.data_dependent)
+        kinds += ["dead"] if site in dead else []
+        found += [Collapse(site, kind, _MESSAGES[kind]) for kind in kinds]
+    return found
+
+
+def _kinds(selections: list[Selection], data_dependent: bool) -> list[str]:
+    if not selections:
+        return []
+    ratio = torch.cat([s.kept_ratio.flatten() for s in selections])
+    if ratio.min() > _SAME:
+        return ["keeps_all"]
+    counts = torch.cat([(s.mask if s.required is None else s.mask & ~s.required).sum(-1).flatten() for s in selections])
+    if data_dependent and counts.max() <= 1:  # one position is kept whatever the scores say
+        return ["keeps_nothing"]
+    masks = torch.cat([_rows(s.mask, s) for s in selections])
+    if (
+        len(masks) < 2
+        or len({s.mask.shape[-1] for s in selections}) > 1
+        or any(s.positions is not None for s in selections)
+    ):
+        return []  # nothing to compare, or places that mean something else in every row
+    if (masks == masks[:1]).all():
+        return ["position_constant"]
+    scores = torch.cat([_rows(s.scores, s) for s in selections])
+    scores = scores - scores.mean(-1, keepdim=True)
+    if scores.var(0).mean() < _INDEPENDENT * scores.mean(0).var():
+        return ["input_independent"]
+    return []
+
+
+def _rows(values: Tensor, selection: Selection) -> Tensor:
+    """``[B, H, Q, N]`` to the choices of one head and query each, ``[B * H * Q, N]``; what is not valid counts as nothing."""
+    return torch.where(selection.valid, values.expand(selection.mask.shape), 0).flatten(0, -2)
+
+
+def _dead(model: nn.Module, batch: Mapping[str, Any]) -> set[str]:
+    """Sites whose scorer has parameters and gets no gradient from the training loss; none when the batch has no loss."""
+    twin = copy.deepcopy(model).train()
+    output = twin(**batch)
+    loss = output.get("loss") if hasattr(output, "get") else None
+    if loss is None:
+        return set()
+    loss.backward()
+    return {
+        site
+        for site, selector in selectors(twin).items()
+        if selector.learned
+        and selector.config.estimator != "soft"
+        and all(p.grad is None or not p.grad.any() for p in selector.scorer.parameters())
+    }

@@ -1,0 +1,46 @@
+"""Distil: the selector learns where the soft model attends."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import HardAttentionError
+from ..laws import PlackettLuce
+from ..selection import topk_mask
+from . import Base, Choice, Sampling
+
+
+class Distil(Base):
+    """Keep the top k, and teach the scores the attention of the soft model: ``KL(attention || softmax(scores))``.
+
+    The attention is that of the same weights run soft: at ``self`` and ``cross`` sites this layer's own, at ``tokens`` and
+    ``inputs`` sites what each position receives in the layers that follow, a mean over heads and queries. The scorer's
+    input is detached, so the backbone hears the task loss only. Nothing is sampled: ranks follow the soft weights, not what a
+    position is worth under the budget, so distil first and let a task-loss estimator finish.
+
+    Args:
+        weight: >= 0, of the divergence in the training loss.
+
+    Raises:
+        HardAttentionError: a negative weight.
+
+    Gradient and cost: no gradient through the choice, so it trains gathered; one soft forward pass a step without gradient.
+
+    Source: DeepSeek-V3.2-Exp (2025), section 2.1, the dense warm-up of its indexer.
+    """
+
+    biased = True
+    needs = ("teacher",)
+    detaches = True
+    source = "DeepSeek-V3.2-Exp 2025, section 2.1"
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        if weight < 0:
+            raise HardAttentionError(f"weight={weight} is out of range at estimator distil; a loss weight is >= 0.")
+        self.weight = weight
+
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
+        """Choose the top k; the model's hook adds the divergence."""
+        law = PlackettLuce(scores / sampling.temperature, k, valid, slots)
+        return Choice(topk_mask(scores, k, valid, slots), entropy=law.entropy())

@@ -1,0 +1,89 @@
+"""Hard concrete: every position decides for itself, and a Lagrange multiplier sets the rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HardAttentionError
+from ..laws import LOW, SubsetLaw
+from . import Base, Choice, Sampling
+
+
+class HardConcrete(Base):
+    """Give every position a gate of its own in [0, 1], with mass at both ends, and learn how many to keep.
+
+    ``z = clip(1.2 sigmoid((s / T + L) / temper) - 0.1, 0, 1)``, L logistic noise, so that
+    ``P(z > 0) = sigmoid(s / T + temper log 11)`` in closed form. Their mean over a row is its rate; the budget is what the
+    mean rate over the batch is driven to: the penalty of a row is ``(multiplier + stiffness * gap) * (rate - k / valid)``,
+    gap the batch's mean of ``rate - k / valid``. The multiplier climbs that penalty while all else descends it: its gradient
+    is reversed, so one optimizer does both. It needs no weight decay, and settles sooner with a larger learning rate.
+
+    A row may keep any number in training (one at least); hard or easy examples may differ. Evaluation takes the budget's top
+    k; to let each row keep its own number there too, evaluate with the budget ``"threshold:0.5"``, which keeps
+    ``sigmoid(s) > 0.5``, where the median gate is above a half. (Train with a ratio: under a threshold the target would be the row's own rate.)
+
+    Args:
+        temper: > 0, of the gates; lower = more of them at 0 and 1.
+        stiffness: >= 0, how strongly the penalty pulls at once, before the multiplier has grown.
+
+    Attributes:
+        multiplier: parameter ``[1]``, starts at 0.
+
+    Gradient and cost: exact for the relaxed gates, biased for hard ones; O(N). A gate that is at 0 or 1 for nearly all noise
+    hears neither the task nor the rate, so start with small scores.
+
+    Raises:
+        HardAttentionError: temper not positive; stiffness negative.
+
+    Source: Louizos, Welling & Kingma 2018, "Learning Sparse Neural Networks through L0 Regularization", arXiv:1712.01312,
+    equations 10-12; Lagrangian to a target: Bastings, Aziz & Titov 2019, arXiv:1905.08160.
+    """
+
+    biased = True
+    needs = ("gates",)
+    exact_budget = False
+    source = "Louizos, Welling & Kingma 2018, arXiv:1712.01312; target: Bastings et al. 2019, arXiv:1905.08160"
+
+    def __init__(self, temper: float = 2 / 3, stiffness: float = 10.0) -> None:
+        super().__init__()
+        if not temper > 0:
+            raise HardAttentionError(
+                f"temper={temper} is out of range at estimator hard_concrete; a temperature is > 0."
+            )
+        if stiffness < 0:
+            raise HardAttentionError(
+                f"stiffness={stiffness} is out of range at estimator hard_concrete; a loss weight is >= 0."
+            )
+        self.temper, self.stiffness = temper, stiffness
+        self.multiplier = nn.Parameter(torch.zeros(1))
+
+    def reset_parameters(self) -> None:
+        """Set the multiplier to 0."""
+        nn.init.zeros_(self.multiplier)
+
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
+        """Draw a gate for every position, and the penalty that leads the rate to ``k / valid``."""
+        law = SubsetLaw(scores, k, valid, slots)
+        logits = law.scores / sampling.temperature
+        eps = torch.finfo(torch.float32).eps / 2
+        stretched = 1.2 * ((logits + sampling.uniform(tuple(scores.shape)).logit(eps)) / self.temper).sigmoid() - 0.1
+        gates = torch.where(law.active, stretched.clamp(0, 1), 0.0)
+        # a row that drops all keeps its likeliest: it is what evaluation would keep
+        leads = torch.zeros_like(law.active).scatter(
+            -1, logits.masked_fill(~law.active, LOW).argmax(-1, keepdim=True), True
+        )
+        lone = leads & law.active & (gates <= 0).all(-1, keepdim=True)
+        gates = torch.where(lone, 1 + (stretched - stretched.detach()), gates) + law.forced
+        on = torch.where(law.active, (logits + self.temper * math.log(11)).sigmoid(), 0.0)
+        return Choice(gates > 0, gates=gates, penalty=self._penalty(law, on.sum(-1)))
+
+    def _penalty(self, law: SubsetLaw, expected: Tensor) -> Tensor:
+        """The Lagrangian's term of each row, fp32 ``[...]``; ``expected``: number of gates that are not 0."""
+        count = law.active.sum(-1).clamp(min=1)
+        gap = torch.where(law.free, (expected - law.k) / count, 0.0)
+        mean = gap.detach().sum() / law.free.sum().clamp(min=1)
+        climbing = 2 * self.multiplier.detach() - self.multiplier  # its value, with the gradient's sign turned
+        return (climbing + self.stiffness * mean) * gap

@@ -1,0 +1,142 @@
+"""I-MLE: what the choice would have been, had the scores taken a step against the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import HardAttentionError, unknown
+from ..laws import SubsetLaw, gumbel_noise
+from ..selection import topk_mask
+from . import Base, Choice, Sampling
+
+TERMS, TRIES = 10, 4  # of a sum-of-gamma variable; of a rejection sampler that accepts 95 %
+RATE, DECAY, TARGET = 0.01, 0.9, 1.0  # of the adaptive step
+LEAST, MOST = 1e-4, 1e4  # of beta: where no step changes the choice it would grow for ever
+
+
+class Imle(Base):
+    """Keep the top k of noisy scores, and compare it with the top k after a step against the loss's gradient v.
+
+    ``z = topk(s + T e)``, ``g = (z - topk(s + T e - lambda v)) / lambda``: a finite difference of the sampler, with the same
+    noise on both sides. Positions that the step leaves in or out get no gradient.
+
+    A small lambda is noisy and mostly 0, a large one biased. It is in units of ``score / v``, and v shrinks with the size of
+    the batch and grows with a loss scale (fp16), so a fixed one has to be tuned. ``adaptive`` (AIMLE) takes
+    ``lambda = beta |s + T e| / |v|`` over the batch and moves beta until ``g`` has one nonzero entry a row on average: up by
+    1 % where there are fewer, else down. (The paper adds a constant instead; a factor keeps beta positive at any scale.
+    Scores count from their row's mean.)
+
+    Args:
+        strength: > 0; lambda where the temperature is 1, or the first beta if adaptive.
+        adaptive: find the step's size while training.
+        noise: ``gumbel``, or ``sum_of_gamma``, of which k add up to a Gumbel variable.
+
+    Attributes:
+        state: fp32 ``[2]``, beta and the running mean of nonzero entries, or None before the first backward pass. Not in the
+            state dict: it describes the run, not the model. Each rank has its own.
+
+    Gradient and cost: biased; one more top-k in the backward pass, where beta moves too (``torch.compile`` breaks the graph
+    there). The backward temperature scales a fixed lambda.
+
+    Raises:
+        HardAttentionError: strength not positive; unknown noise.
+
+    Source: Niepert, Minervini & Franceschi 2021, "Implicit MLE", arXiv:2106.01798, algorithm 1, and theorem 1 (noise);
+    Minervini, Franceschi & Niepert 2023, "Adaptive Perturbation-Based Gradient Estimation for Discrete Latent Variable
+    Models", arXiv:2209.04862.
+    """
+
+    biased = True
+    needs = ("gates",)
+    source = "Niepert et al. 2021, arXiv:2106.01798; adaptive: Minervini et al. 2023, arXiv:2209.04862"
+    state: Tensor | None
+
+    def __init__(self, strength: float = 1.0, adaptive: bool = True, noise: str = "gumbel") -> None:
+        super().__init__()
+        if not strength > 0:
+            raise HardAttentionError(
+                f"strength={strength} is out of range at estimator imle; it is the size of a step, > 0."
+            )
+        if noise not in ("gumbel", "sum_of_gamma"):
+            raise unknown("noise", noise, ("gumbel", "sum_of_gamma"), "estimator imle")
+        self.strength, self.adaptive, self.noise = strength, adaptive, noise
+        # None, not numbers: from_pretrained fills buffers that no checkpoint holds with whatever the memory held
+        self.register_buffer("state", None, persistent=False)
+
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
+        """Choose the top k of the noisy scores; the backward pass chooses again."""
+        law, shape = SubsetLaw(scores, k, valid, slots), tuple(scores.shape)
+        if self.noise == "gumbel":
+            noise = gumbel_noise(sampling.uniform(shape))
+        else:
+            noise = sum_of_gamma(law.k.clamp(min=1).unsqueeze(-1), shape, sampling)
+        noisy = law.scores + sampling.temperature * noise
+        mask = topk_mask(noisy.detach(), law.k, law.valid, law.slots)
+        return Choice(mask, gates=_Step.apply(noisy, mask, law, self, self.strength * sampling.backward))
+
+    @torch.no_grad()
+    def step(self, noisy: Tensor, v: Tensor, active: Tensor) -> Tensor:
+        """Return lambda of an adaptive step, fp32 scalar."""
+        if self.state is None:
+            self.state = noisy.new_tensor([self.strength, TARGET])
+        count = active.sum(-1, keepdim=True).clamp(min=1)
+        centred = torch.where(active, noisy - torch.where(active, noisy, 0.0).sum(-1, keepdim=True) / count, 0.0)
+        return (self.state[0] * centred.norm() / v.norm().clamp(min=1e-20)).clamp(min=1e-20)
+
+    @torch.no_grad()
+    def adapt(self, change: Tensor, free: Tensor) -> None:
+        """Move beta after a step with this change of the choice; a batch without a choice moves nothing."""
+        if self.state is not None:
+            nonzero = (change != 0).sum() / free.sum().clamp(min=1)
+            mean = DECAY * self.state[1] + (1 - DECAY) * nonzero
+            beta = self.state[0] * torch.where(mean < TARGET, 1 + RATE, 1 / (1 + RATE))
+            self.state = torch.where(free.any(), torch.stack([beta.clamp(LEAST, MOST), mean]), self.state)
+
+
+class _Step(torch.autograd.Function):
+    """The mask as a number; backward, the difference that one step makes."""
+
+    @staticmethod
+    def forward(ctx: Any, noisy: Tensor, mask: Tensor, law: SubsetLaw, owner: Imle, step: float | Tensor) -> Tensor:
+        ctx.save_for_backward(noisy, mask)
+        ctx.law, ctx.owner, ctx.step = law, owner, step
+        return mask.to(noisy.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        noisy, mask = ctx.saved_tensors
+        law, v = ctx.law, torch.where(ctx.law.active, grads[0], 0.0)
+        step = ctx.owner.step(noisy, v, law.active) if ctx.owner.adaptive else ctx.step
+        change = mask.to(v) - topk_mask(noisy - step * v, law.k, law.valid, law.slots).to(v)
+        if ctx.owner.adaptive:
+            ctx.owner.adapt(change, law.free)
+        return change / step, None, None, None, None
+
+
+def sum_of_gamma(k: Tensor, shape: tuple[int, ...], sampling: Sampling) -> Tensor:
+    """Draw ``sum_{i <= 10} Gamma(1/k) / i - log(10) / k``, fp32: k of them sum to a Gumbel variable, nearly.
+
+    Args:
+        k: int64 >= 1, broadcastable to ``shape``.
+
+    Source: Niepert et al. 2021, theorem 1. The gamma variables: Marsaglia & Tsang 2000, ``Gamma(a) = Gamma(a + 1) U^{1/a}``;
+    after 4 rejections (5 in a million) the mode stands in, so that nothing waits for the device.
+    """
+    terms = torch.arange(1, TERMS + 1, device=k.device, dtype=torch.float32).view(-1, *[1] * len(shape))
+    size, limits = (TERMS, *shape), torch.finfo(torch.float32)
+
+    def uniform() -> Tensor:
+        return sampling.uniform(size).clamp(limits.tiny, 1 - limits.eps / 2)
+
+    d = 1.0 / k + 2 / 3
+    gamma, done = d.expand(size), torch.zeros(size, dtype=torch.bool, device=k.device)
+    for _ in range(TRIES):
+        x = torch.erfinv(2 * uniform() - 1) * 2**0.5
+        cube = (1 + x / (9 * d).sqrt()) ** 3
+        fits = (cube > 0) & (uniform().log() < x * x / 2 + d * (1 - cube + cube.clamp(min=limits.tiny).log()))
+        gamma = torch.where(fits & ~done, d * cube, gamma)
+        done = done | fits
+    return (gamma * (uniform().log() * k).exp() / terms).sum(0) - torch.log(terms[-1]) / k

@@ -1,0 +1,47 @@
+"""Log gate: the choice as it stands, and a continuous gate inside the softmax of what was kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..laws import LOW, SubsetLaw
+from ..selection import topk_mask
+from . import Base, Choice, Sampling
+
+
+class LogGate(Base):
+    """Keep the top k, treat that as given, and let the scores of the kept weigh the attention among them.
+
+    ``g = k softmax(s / T over the kept)``. A gate multiplies ``exp(logit)``, so ``log g`` is added to the logits: the task
+    loss reaches the scores as it reaches the logits. Dropped positions hear nothing and cannot come back but through the
+    weights that scores share; add exploration, or warm up with ``distil``.
+
+    Args:
+        hard: True leaves the gates at 1 in the forward, with the derivative of ``log g``, so that training and evaluation see
+            the same; False gives g, which sums to k, to the model: the method as published, but evaluation has no gates.
+
+    Gradient and cost: none where a row keeps one position (g is 1 whatever its score), so k > 1. O(N).
+
+    Source: Tencent 2026, "Simple Attention Sparsification" (SAS), arXiv:2609.13141.
+    """
+
+    biased = True
+    needs = ("gates",)
+    source = "SAS 2026, arXiv:2609.13141"
+
+    def __init__(self, hard: bool = True) -> None:
+        super().__init__()
+        self.hard = hard
+
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
+        """Choose the top k, with gates that share k among the kept."""
+        law = SubsetLaw(scores, k, valid, slots)
+        mask = topk_mask(scores, k, valid, slots)
+        kept = mask & law.active
+        logits = law.scores / (sampling.backward if self.hard else sampling.temperature)
+        log_gate = logits.masked_fill(~kept, LOW).log_softmax(-1)
+        if self.hard:
+            value = torch.where(kept, log_gate, 0.0)
+            return Choice(mask, gates=mask + (value - value.detach()))
+        return Choice(mask, gates=torch.where(kept, law.k.unsqueeze(-1) * log_gate.exp(), 0.0) + law.forced)

@@ -1,0 +1,52 @@
+"""Marginal: every choice is tried, and weighed by its probability."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import HardAttentionError, unknown
+from ..laws import ConditionalBernoulli
+from ..selection import topk_mask
+from . import Base, Choice, Sampling
+
+OBJECTIVES = ("likelihood", "expectation")
+
+
+class Marginal(Base):
+    """Run the model once for each of the C(N, k) choices S, ``p(S) ~ exp(sum of scores)``, and train on all of them:
+
+    * ``likelihood``: ``- log sum_S p(S) p(y | S)``, the exact marginal likelihood of the latent choice; where queries choose
+      for themselves (the last layer's ``cross`` or ``self``, k = 1), label by label.
+    * ``expectation``: ``sum_S p(S) loss(S)``, what REINFORCE samples.
+
+    Exact: nothing is drawn, there is no variance. For k = 1, and for small N as a reference. Only one site of a model may
+    use it. The logits returned are those of the deterministic choice; the loss replaces the model's.
+
+    Args:
+        objective: ``likelihood`` or ``expectation``.
+        limit: most choices tried in a step.
+
+    Gradient and cost: C(N, k) + 1 forward passes and as much memory.
+
+    Raises:
+        HardAttentionError: unknown objective.
+
+    Source: Deng et al. 2018, "Latent Alignment and Variational Attention", arXiv:1807.03756, equation 3.
+    """
+
+    biased = False
+    needs = ("passes",)
+    source = "Deng et al. 2018, arXiv:1807.03756, equation 3"
+
+    def __init__(self, objective: str = "likelihood", limit: int = 256) -> None:
+        super().__init__()
+        if objective not in OBJECTIVES:
+            raise unknown("objective", objective, OBJECTIVES, "estimator marginal")
+        if limit < 1:
+            raise HardAttentionError(f"limit={limit} is out of range at estimator marginal; it counts choices, >= 1.")
+        self.objective, self.limit = objective, limit
+
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
+        """Take the top k: the choice behind the logits. The model's hook tries the others."""
+        entropy = ConditionalBernoulli(scores / sampling.temperature, k, valid, slots).entropy()
+        return Choice(topk_mask(scores, k, valid, slots), entropy=entropy)

@@ -1,0 +1,72 @@
+"""Perturbed: the derivative of top-k under Gaussian noise."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import HardAttentionError
+from ..laws import SubsetLaw
+from ..selection import topk_mask
+from . import Base, Choice, Sampling
+
+
+class Perturbed(Base):
+    """Keep the top k, and pass the derivative of the smoothed top-k ``y(s) = E topk(s + sigma T Z)``, Z standard normal.
+
+    ``dy_i / ds_j = E[topk(s + sigma T Z)_i Z_j] / (sigma T)`` (Stein), so the gradient of a loss with ``v = dloss/dy`` is
+    ``E[ <v, topk(s + sigma T Z)> Z ] / (sigma T)``, estimated as a sample covariance, which is centred and still unbiased:
+    ``1 / (M - 1) sum_m <v, Y_m - mean Y> Z_m / (sigma T)``.
+
+    Args:
+        draws: M >= 2, noises a step.
+        sigma: > 0, the noise's size where the temperature is 1. The paper's 0.05 is for scores scaled to [0, 1]; the default
+            is for scores such as logits. Much smaller than the gaps between scores it gives no gradient.
+        hard: True keeps the gates at 0 and 1 in the forward, the unperturbed top k; False gives the mean of the perturbed
+            ones to the model, which then sees in training what it does not see in evaluation.
+
+    Gradient and cost: unbiased for the smoothed loss where ``hard`` is False, up to the M draws; biased for the hard one.
+    M top-k of N; 8 M N bytes a row are kept for the backward pass, so mind M where queries choose for themselves.
+
+    Raises:
+        HardAttentionError: fewer than 2 draws; sigma not positive.
+
+    Source: Berthet et al. 2020, "Learning with Differentiable Perturbed Optimizers", arXiv:2002.08676, proposition 3.1;
+    top-k: Cordonnier et al. 2021, "Differentiable Patch Selection", arXiv:2104.03059.
+    """
+
+    biased = True
+    needs = ("gates",)
+    source = "Berthet et al. 2020, arXiv:2002.08676; Cordonnier et al. 2021, arXiv:2104.03059"
+
+    def __init__(self, draws: int = 100, sigma: float = 1.0, hard: bool = True) -> None:
+        super().__init__()
+        if draws < 2:
+            raise HardAttentionError(
+                f"draws={draws} is out of range at estimator perturbed; a covariance takes 2 noises or more. The paper takes 500."
+            )
+        if not sigma > 0:
+            raise HardAttentionError(
+                f"sigma={sigma} is out of range at estimator perturbed; it is the size of the noise, > 0."
+            )
+        self.draws, self.sigma, self.hard = draws, sigma, hard
+
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
+        """Choose the top k, with the smoothed top-k behind the gates."""
+        law = SubsetLaw(scores, k, valid, slots)
+        sigma = self.sigma * (sampling.backward if self.hard else sampling.temperature)
+        noise = torch.where(law.active, normal(sampling.uniform((self.draws, *scores.shape))), 0.0)
+        found = topk_mask(law.scores.detach() + sigma * noise, law.k, law.valid, law.slots).float()
+        smoothed, mask = found.mean(0), topk_mask(scores, k, valid, slots)
+        # linear in the scores, with the value 0: its derivative is the sample covariance
+        along = (noise * ((law.scores - law.scores.detach()) / sigma)).sum(-1, keepdim=True)
+        slope = ((found - smoothed) * along).sum(0) / (self.draws - 1)
+        return Choice(mask, gates=(mask if self.hard else smoothed) + slope)
+
+
+def normal(uniform: Tensor) -> Tensor:
+    """Turn uniform noise in [0, 1] into standard normal noise, fp32; at most 5.4 in size."""
+    eps = torch.finfo(torch.float32).eps / 2
+    return math.sqrt(2) * torch.erfinv(2 * uniform.float().clamp(eps, 1 - eps) - 1)

@@ -1,0 +1,51 @@
+"""RLOO: several samples a step, each with the others' mean reward for a baseline."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import HardAttentionError
+from ..laws import PlackettLuce
+from . import Base, Choice, Sampling
+
+
+class Rloo(Base):
+    """Draw ``samples`` ordered choices (Plackett-Luce) a step, one forward pass each, and score each against the others.
+
+    ``g = 1/K sum_i (R_i - mean_{j != i} R_j) grad log p(order_i)``: unbiased, without a state or a number to tune; the
+    configuration's ``baseline`` is not used. The loss is the mean over the samples, so the backbone's gradient gains too.
+
+    Args:
+        samples: K >= 2, forward passes a training step.
+
+    Gradient and cost: K forward and backward passes, each gathered.
+
+    Raises:
+        HardAttentionError: fewer than 2 samples.
+
+    Source: Kool, van Hoof & Welling 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!", ICLR workshop.
+    """
+
+    law = "plackett_luce"
+    biased = False
+    needs = ("reward", "passes")
+    source = "Kool, van Hoof & Welling 2019, Buy 4 REINFORCE Samples, Get a Baseline for Free!"
+
+    def __init__(self, samples: int = 4) -> None:
+        super().__init__()
+        if samples < 2:
+            raise HardAttentionError(
+                f"samples={samples} is out of range at estimator rloo; each sample needs another one for a baseline, so >= 2. "
+                "For one sample use 'reinforce'."
+            )
+        self.passes = samples
+
+    @property
+    def samples(self) -> int:
+        return self.passes
+
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
+        """Draw k positions, with the log-probability of their order."""
+        law = PlackettLuce(scores / sampling.temperature, k, valid, slots)
+        mask, log_prob = law.explore(sampling.uniform, sampling.exploration)
+        return Choice(mask, log_prob=log_prob, entropy=law.entropy())

@@ -1,0 +1,51 @@
+"""SFESS: a score function with the exact law of k-subsets, several samples a step."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import HardAttentionError
+from ..laws import ConditionalBernoulli
+from . import Base, Choice, Sampling
+
+
+class Sfess(Base):
+    """Draw ``samples`` subsets a step from the conditional Bernoulli law, and score each against the others.
+
+    ``g = 1/K sum_i (R_i - mean_{j != i} R_j) grad log p(S_i)`` with ``p(S) ~ exp(sum of scores)``, the law that SIMPLE
+    differentiates. Unbiased. A set has less to say than its order, so the gradient is less noisy than RLOO's at equal K.
+
+    Args:
+        samples: K >= 2, forward passes a training step.
+
+    Gradient and cost: K forward and backward passes, each gathered, and O(N k) for the law.
+
+    Raises:
+        HardAttentionError: fewer than 2 samples.
+
+    Source: Wijk et al. 2025, "SFESS: Score Function Estimators for k-Subset Sampling", ICLR.
+    """
+
+    law = "conditional_bernoulli"
+    biased = False
+    needs = ("reward", "passes")
+    source = "Wijk et al. 2025, SFESS, ICLR"
+
+    def __init__(self, samples: int = 5) -> None:
+        super().__init__()
+        if samples < 2:
+            raise HardAttentionError(
+                f"samples={samples} is out of range at estimator sfess; each sample needs another one for a baseline, so >= 2. "
+                "For one sample use 'reinforce' with law='conditional_bernoulli'."
+            )
+        self.passes = samples
+
+    @property
+    def samples(self) -> int:
+        return self.passes
+
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
+        """Draw k positions, with the log-probability of the set."""
+        law = ConditionalBernoulli(scores / sampling.temperature, k, valid, slots)
+        mask, log_prob = law.explore(sampling.uniform, sampling.exploration)
+        return Choice(mask, log_prob=log_prob, entropy=law.entropy())

@@ -1,0 +1,60 @@
+"""Sparsemax: the nearest point of the k-subset polytope."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import missing_extra
+from ..laws import LOW, SubsetLaw
+from ..selection import topk_mask
+from . import Base, Choice, Sampling
+
+
+class Sparsemax(Base):
+    """Project the scores on ``{p: 0 <= p <= 1, sum p = k}``: deterministic, and 0 or 1 for most positions.
+
+    ``p = argmin |p - s / T|^2 = clip(s / T - c, 0, 1)``, c from the sum; ``dp/ds = (diag(a) - a a^T / sum a) / T``, a = 1 where
+    0 < p < 1, else 0.
+
+    Args:
+        hard: True keeps the gates at 0 and 1 in the forward, the top k, with this gradient (straight-through); False gives p
+            to the model: no noise, no bias for its own smooth objective, but it sees in training what it does not see in
+            evaluation.
+
+    Gradient and cost: only where 0 < p < 1: scores further than T from the border learn nothing (``entmax`` reaches further),
+    so start with small scores or a high temperature. A top-k and 30 bisections over N; ``torch.compile`` breaks the graph at
+    the package's function (not in ``entmax`` with ``alpha=2``, the same map).
+
+    Raises:
+        ImportError: the package ``entmax`` is not installed.
+
+    Source: Martins & Astudillo 2016, "From Softmax to Sparsemax", arXiv:1602.02068; with a budget: Malaviya, Ferreira &
+    Martins 2018, arXiv:1805.08241 (the package's ``budget_bisect``).
+    """
+
+    biased = True
+    needs = ("gates",)
+    source = "Martins & Astudillo 2016, arXiv:1602.02068; budget: Malaviya et al. 2018, arXiv:1805.08241"
+
+    def __init__(self, hard: bool = True) -> None:
+        super().__init__()
+        try:
+            from entmax import budget_bisect
+        except ImportError as error:
+            raise missing_extra("entmax", "entmax", "estimator sparsemax") from error
+        self.project, self.hard = budget_bisect, hard
+
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
+        """Choose the top k, with the projection behind (or as) the gates."""
+        law = SubsetLaw(scores, k, valid, slots)
+        mask = topk_mask(scores, k, valid, slots)
+        logits = law.scores / (sampling.backward if self.hard else sampling.temperature)
+        masked = logits.masked_fill(~law.active, LOW)
+        last = masked.detach().topk(law.slots, dim=-1).values.gather(-1, (law.k - 1).clamp(min=0).unsqueeze(-1))
+        # from the k-th score c lies in [-1, 0]: beyond +-2 a score's size does not matter, and the bisection is exact
+        near = (masked - last).clamp(-2, 2)
+        budget = law.k.where(law.free, 1).clamp(min=1).to(near)
+        # rows in one dimension: the package's backward pass mixes rows up where a size before the last is 1
+        p = self.project(near.reshape(-1, near.shape[-1]), budget.reshape(-1, 1), n_iter=30).view(near.shape)
+        p = p.where(law.active, 0.0)
+        return Choice(mask, gates=mask + (p - p.detach()) if self.hard else p + law.forced)

@@ -1,0 +1,53 @@
+"""Variational attention: train on the choice of an inference network that has seen the answer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import HardAttentionError
+from ..laws import ConditionalBernoulli
+from . import Base, Choice, Sampling
+
+
+class Variational(Base):
+    """Draw from a posterior q(S | x, y), and pull the prior p(S | x) towards it: the evidence lower bound.
+
+    ``loss = - log p(y | S) + weight KL(q || p)``, S drawn from q. Both are conditional Bernoulli laws over k-subsets, so the
+    divergence is exact: ``sum_i m_i (q_i - p_i) - log Z_q + log Z_p``, m the marginals of q. The gradient of the first
+    term reaches q through SIMPLE's marginals. Evaluation takes the top k of the prior, as ever.
+
+    Args:
+        weight: >= 0, of the divergence.
+
+    Raises:
+        HardAttentionError: a negative weight.
+
+    Gradient and cost: biased to first order, as SIMPLE; twice its cost, and a small inference network.
+
+    Source: Deng et al. 2018, "Latent Alignment and Variational Attention", arXiv:1807.03756, section 4 (k = 1).
+    """
+
+    biased = True
+    needs = ("gates", "target")
+    source = "Deng et al. 2018, arXiv:1807.03756, section 4; k > 1: the conditional Bernoulli law"
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        if weight < 0:
+            raise HardAttentionError(
+                f"weight={weight} is out of range at estimator variational; a loss weight is >= 0."
+            )
+        self.weight = weight
+
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
+        """Draw k positions from the posterior; without a target (no labels were given) from the prior."""
+        prior = ConditionalBernoulli(scores / sampling.temperature, k, valid, slots)
+        posterior = prior
+        if sampling.posterior is not None:
+            posterior = ConditionalBernoulli(sampling.posterior / sampling.temperature, k, valid, slots)
+        mask = posterior.sample(sampling.uniform(tuple(scores.shape)))
+        marginals = posterior.marginals()
+        # log_prob is linear in the mask: its value at the marginals is its mean under the posterior
+        divergence = posterior.log_prob(marginals) - prior.log_prob(marginals)
+        gates = mask + (marginals - marginals.detach())
+        return Choice(mask, gates=gates, entropy=prior.entropy(), penalty=self.weight * divergence)

@@ -1,0 +1,151 @@
+"""PEFT adapters that hold selectors: ``adapter_config.json``, ``adapter_model.safetensors``, and the hard ``config.json`` beside them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from ..config import HardAttentionConfig
+from ..errors import HardAttentionError
+from ..recording import selectors
+from .building import build, headers, model_class, read_model_config
+from .source import Source, fetch
+from .tensors import read_header
+from .untrusted import read_config, read_json, walk
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Settings of PEFT that import other packages, copy layers, or run an initialisation on data.
+REFUSED = ("megatron_config", "layer_replication", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
+_REPEATED_GROUP = re.compile(r"\)\s*[*+{]")  # a module pattern of this form can take forever to match
+
+
+def save_adapter(model: Any, folder: Path, base_model: str | None, base_revision: str | None) -> None:
+    """Write adapter and hard configuration.
+
+    Raises:
+        HardAttentionError: learned selectors that the adapter leaves out; no name of the base model.
+    """
+    from peft import get_peft_model_state_dict
+
+    inner = model.get_base_model()
+    adapter = model.peft_config[model.active_adapter]
+    base = base_model or adapter.base_model_name_or_path
+    if not base:
+        raise HardAttentionError(
+            "the adapter names no base model; whoever loads it needs one. Pass base_model='user/name' (and base_revision)."
+        )
+    saved = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
+    for site, selector in selectors(model).items():
+        for name, parameter in selector.named_parameters():
+            if parameter.data_ptr() not in saved:
+                raise HardAttentionError(
+                    f"the adapter leaves out '{name}' of the selector at '{site}'; it would be lost. Build it with "
+                    "modules_to_save=['selector', 'input_selector']."
+                )
+    before = adapter.base_model_name_or_path, adapter.revision
+    adapter.base_model_name_or_path, adapter.revision = base, base_revision or adapter.revision
+    try:
+        model.save_pretrained(folder)
+    finally:
+        adapter.base_model_name_or_path, adapter.revision = before
+    inner.config.architectures = [type(inner).__name__]
+    inner.config.save_pretrained(folder)
+
+
+def load_adapter(
+    source: Source, hub: dict[str, Any], change: Any, given: HardAttentionConfig | None, **kwargs: Any
+) -> Any:
+    """Load the base model that an adapter names, make it hard, and put the adapter on.
+
+    Args:
+        hub: token, cache_dir, local_files_only for the base. change: configuration to configuration.
+        given: the hard configuration, for an adapter without config.json.
+
+    Raises:
+        HardAttentionError: no hard configuration anywhere; unsafe settings; tensors missing or too many; a base that does not fit.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    where, header = source.name, read_header(source.folder / WEIGHTS, source.name)
+    settings = _read_settings(source, max((max(shape, default=0) for shape in header.shapes.values()), default=0))
+    if not source.has("config.json") and given is None:
+        raise HardAttentionError(
+            f"{where} is an adapter without config.json, so nothing says where it looks; PEFT alone does not write it. Save with "
+            "hf_hardattn.save(model, folder), or pass hard_attention=HardAttentionConfig(...)."
+        )
+    base = fetch(
+        settings["base_model_name_or_path"], settings.get("revision"), **hub, remote_only=source.revision is not None
+    )
+    base_header = headers(base)
+    if source.has("config.json"):
+        # the adapter's own config.json: labels and sizes of its head, and where it looks
+        config, cls = read_model_config(source, base_header)
+        hard = given or (read_config(config.hard_attention, where) if config.hard_attention else None)
+    else:
+        config, cls = read_model_config(base, base_header)
+        hard = given
+    if hard is None:
+        raise HardAttentionError(f"config.json of {where} has no hard_attention; load this adapter with PEFT itself.")
+    config.hard_attention = change(hard).to_dict()
+    model_class(cls.__name__, where)
+    model, missing = build(base, config, cls, base_header, **kwargs)
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, str(source.folder))
+    except Exception as error:  # noqa: BLE001 - PEFT answers damaged files with many kinds of error
+        text = " ".join(str(error).split())[:400]
+        raise HardAttentionError(
+            f"the adapter {where} does not fit its base {base.name} ({type(error).__name__}: {text}); its files are damaged or the base "
+            "is another one."
+        ) from error
+    found = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    odd = sorted(found.keys() ^ header.shapes.keys())
+    if odd:
+        raise HardAttentionError(
+            f"{WEIGHTS} of {where} and its configuration disagree on {len(odd)} tensors (first: {odd[0][:150]!r}); they must match exactly."
+        )
+    bad = sorted(key for key, value in load_file(source.folder / WEIGHTS).items() if not value.isfinite().all())
+    if bad:
+        raise HardAttentionError(
+            f"{WEIGHTS} of {where}: {bad[0]!r} holds values that are not finite; the file is damaged."
+        )
+    lost = {f"base_model.model.{key}" for key in missing} - found.keys()
+    if lost:
+        raise HardAttentionError(
+            f"neither the base {base.name} nor the adapter {where} holds {len(lost)} tensors (first: {sorted(lost)[0]!r}); an adapter of a "
+            "soft base must hold its selectors (modules_to_save=['selector', 'input_selector'])."
+        )
+    return adapted.eval()
+
+
+def _read_settings(source: Source, largest: int) -> dict[str, Any]:
+    """Read and check adapter_config.json; ``largest`` is the largest dimension of any tensor of the adapter."""
+    settings, where = read_json(source.folder / CONFIG, source.name), source.name
+    for name in REFUSED:
+        if settings.get(name):
+            raise HardAttentionError(
+                f"{CONFIG} of {where} sets {name!r}, which is refused; hard attention does not need it."
+            )
+    ranks = (
+        [settings.get("r"), *(settings.get("rank_pattern") or {}).values()]
+        if isinstance(settings.get("rank_pattern") or {}, dict)
+        else [None]
+    )
+    if settings.get("peft_type") == "LORA" and not all(isinstance(r, int) and 1 <= r <= largest for r in ranks):
+        raise HardAttentionError(
+            f"{CONFIG} of {where} has rank {str(ranks)[:60]}; its tensors have no dimension above {largest}."
+        )
+    for key, value in walk(settings):
+        if isinstance(value, str) and (len(value) > 500 or _REPEATED_GROUP.search(value)):
+            raise HardAttentionError(
+                f"{CONFIG} of {where}: {key[:100]}={value[:100]!r} is no plain name or pattern; it is refused."
+            )
+        if _REPEATED_GROUP.search(key):
+            raise HardAttentionError(f"{CONFIG} of {where}: the key {key[:100]!r} is no plain name; it is refused.")
+    if not isinstance(settings.get("base_model_name_or_path"), str) or not settings["base_model_name_or_path"]:
+        raise HardAttentionError(f"{CONFIG} of {where} names no base model; it cannot be loaded.")
+    if not isinstance(settings.get("revision"), (str, type(None))):
+        raise HardAttentionError(f"{CONFIG} of {where}: revision={str(settings['revision'])[:100]!r} is no revision.")
+    return settings

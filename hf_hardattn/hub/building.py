@@ -1,0 +1,177 @@
+"""Build a model from files that somebody else wrote: nothing is executed, nothing large is allocated before it was checked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .. import registry
+from ..config import HardAttentionConfig
+from ..errors import HardAttentionError
+from .source import Source
+from .tensors import Header, read_headers
+from .untrusted import read_config, read_json, walk
+
+# Keys that would make Transformers fetch kernels or bring in other packages.
+REFUSED = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "quantization_config")
+ROOM = 2**20  # integers and parameters that a configuration may name beyond what its weights hold
+
+
+def model_class(name: Any, where: str) -> type[PreTrainedModel]:
+    """The class called ``name``, if it is one of Transformers' own models that hard attention serves."""
+    families = tuple(registry.load("architectures", each).family for each in registry.names("architectures"))
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and found.__module__.startswith(families)):
+        known = ", ".join(registry.names("architectures"))
+        raise HardAttentionError(
+            f"{where} names the class {str(name)[:100]!r}; it must be one of Transformers' models of: {known}."
+        )
+    return found
+
+
+def read_model_config(source: Source, header: Header) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """Read config.json; every number in it must be plausible beside the weights (``header``).
+
+    Raises:
+        HardAttentionError: unknown model type or class, refused keys, numbers far beyond what the weights hold.
+    """
+    data, where = read_json(source.folder / "config.json", source.name), source.name
+    refused = sorted(key for key, value in _all_keys(data) if key in REFUSED and value is not None)
+    if refused:
+        raise HardAttentionError(
+            f"config.json of {where} sets {refused[0]!r}; that would load other code, so it is refused. Pass attn_implementation to "
+            "load() yourself if you want one."
+        )
+    limit = max(header.elements, ROOM)
+    for key, value in walk({key: value for key, value in data.items() if key != "hard_attention"}):
+        if isinstance(value, (int, float)) and abs(value) > limit:
+            raise HardAttentionError(
+                f"config.json of {where} says {key}={str(value)[:40]}; its weights hold {header.elements:,} numbers in all, so that "
+                "cannot be theirs."
+            )
+        if "layers" in key and isinstance(value, int) and value > len(header.shapes):
+            raise HardAttentionError(
+                f"config.json of {where} says {key}={value}; its weights are {len(header.shapes)} tensors, too few for so many layers."
+            )
+    names = data.get("architectures")
+    cls = model_class(names[0] if isinstance(names, list) and names else None, f"config.json of {where}")
+    kind = data.get("model_type")
+    config_class: Any = cls.config_class
+    if kind != config_class.model_type:
+        raise HardAttentionError(f"config.json of {where} says model_type={str(kind)[:100]!r}; {cls.__name__} is none.")
+    if data.get("hard_attention") is not None:
+        data["hard_attention"] = read_config(data["hard_attention"], where).to_dict()
+    try:
+        config: Any = config_class.from_dict(data)
+    except Exception as error:  # noqa: BLE001 - any wrong type in somebody's JSON
+        raise _broken(where, cls, error) from error
+    config._name_or_path, config._commit_hash = source.name, source.revision
+    return config, cls
+
+
+def build(
+    source: Source, config: PreTrainedConfig, cls: type[PreTrainedModel], header: Header, **kwargs: Any
+) -> tuple[Any, set[str]]:
+    """Load the weights into a model of ``cls``.
+
+    Args:
+        config: with ``hard_attention`` as the model is to have it. kwargs: of ``from_pretrained``.
+
+    Returns:
+        The model in evaluation mode, and the names of its tensors that the weights lack.
+
+    Raises:
+        HardAttentionError: weights that the model does not have, or of another shape; a model much larger than its weights.
+    """
+    where = source.name
+    blueprint(config, cls, header, where)
+    try:
+        if config.hard_attention is not None:
+            # an object, not a dict, says: selectors that the weights lack are no error yet
+            config.hard_attention = HardAttentionConfig.parse(config.hard_attention)
+        with _quiet():  # every tensor is accounted for below
+            loaded: Any = cls.from_pretrained(
+                str(source.folder), config=config, use_safetensors=True, output_loading_info=True, **kwargs
+            )
+        model, info = loaded
+    except HardAttentionError:
+        raise
+    except Exception as error:  # noqa: BLE001 - Transformers answers damaged files with many kinds of error
+        raise _broken(where, cls, error) from error
+    for kind, remedy in (("mismatched_keys", "another shape"), ("unexpected_keys", "no place in the model")):
+        odd = sorted(str(key if isinstance(key, str) else key[0]) for key in info[kind])
+        if odd:
+            raise HardAttentionError(
+                f"{len(odd)} weights of {where} have {remedy} (first: {odd[0]!r}); weights and config.json must match exactly."
+            )
+    model.name_or_path = model.config._name_or_path = where  # not the place of the files in somebody's cache
+    model.config._commit_hash = source.revision
+    return model, set(info["missing_keys"])
+
+
+def blueprint(config: PreTrainedConfig, cls: type[PreTrainedModel], header: Header, where: str) -> nn.Module:
+    """The model on the meta device: names and shapes only, so whatever the configuration says, it costs nothing.
+
+    Raises:
+        HardAttentionError: a configuration that makes no model, or one much larger than its weights.
+    """
+    try:
+        with torch.device("meta"):
+            model = cls(copy.deepcopy(config))
+        count = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    except HardAttentionError:
+        raise
+    except Exception as error:  # noqa: BLE001 - any wrong value in somebody's JSON
+        raise _broken(where, cls, error) from error
+    if count > 2 * header.elements + ROOM:
+        raise HardAttentionError(
+            f"config.json of {where} describes {count:,} parameters; its weights hold {header.elements:,}. They do not belong together."
+        )
+    return model
+
+
+def check_complete(missing: set[str], where: str) -> None:
+    """Raise for tensors that the weights lack."""
+    if missing:
+        first = next((key for key in sorted(missing) if "selector" in key), sorted(missing)[0])
+        raise HardAttentionError(
+            f"the weights of {where} lack {len(missing)} tensors (first: {first!r}); a hard checkpoint must hold its selectors and "
+            "everything else. Ask its owner to push it again."
+        )
+
+
+def headers(source: Source) -> Header:
+    """The headers of a source's model weights."""
+    return read_headers(source.folder, source.name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Transformers' report of missing tensors, which is wrong where selectors or an adapter bring them."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _all_keys(data: Any) -> list[tuple[str, Any]]:
+    if isinstance(data, dict):
+        return [*data.items(), *(pair for value in data.values() for pair in _all_keys(value))]
+    return [pair for value in data for pair in _all_keys(value)] if isinstance(data, list) else []
+
+
+def _broken(where: str, cls: type, error: Exception) -> HardAttentionError:
+    text = " ".join(str(error).split())[:400]
+    return HardAttentionError(
+        f"{where} cannot be loaded as {cls.__name__} ({type(error).__name__}: {text}); its files are damaged or were changed by hand."
+    )

@@ -1,0 +1,89 @@
+"""Write a model card from its record: every number in it is one that a command wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from ..errors import HardAttentionError
+from . import card_sections as sections
+from .card_metadata import metadata
+from .markdown import plain
+from .record import check_record, read_record
+
+CARD, RECORD, SOURCE, PICTURES = "README.md", "card.json", "source.json", "images"
+SECTIONS = (
+    sections.behaviour,
+    sections.start,
+    sections.selection,
+    sections.quality,
+    sections.efficiency,
+    sections.faithfulness,
+    sections.subgroups,
+    sections.governance,
+    sections.energy,
+    sections.transparency,
+    sections.reproduce,
+)
+_PICTURE = re.compile(r"(.*/)?[\w.-]+\.(png|jpg|jpeg)")
+_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def render(record: dict[str, Any]) -> ModelCard:
+    """Make the card of a complete record.
+
+    Raises:
+        HardAttentionError: see ``check_record``; a name that is no name.
+    """
+    check_record(record, str(record.get("name", "the card"))[:100])
+    for name in (record["repo_id"], record["base"]["model"]):
+        if not _MODEL.fullmatch(name):
+            raise HardAttentionError(f"{name[:100]!r} is no repository's name; a name is 'user/name'.")
+    for picture in record["pictures"]:
+        if not _PICTURE.fullmatch(picture["file"]):
+            raise HardAttentionError(f"{picture['file'][:100]!r} is no picture's file; give a .png or .jpg.")
+    base = "" if record["base"]["model"] == "none" else f" Base model: {plain(record['base']['model'])}."
+    parts = [f"# {plain(record['name'])}", f"{plain(record['summary'])}{base}", sections.pictures(record)]
+    body = "\n\n".join([part for part in parts if part] + [section(record) for section in SECTIONS])
+    note = f"<!-- written by 'hf-hardattn card' from {RECORD}; do not edit -->"
+    return ModelCard(f"---\n{metadata(record).to_yaml()}\n---\n\n{note}\n\n{body}\n")
+
+
+def write_card(source: Path, folder: Path | None = None) -> Path:
+    """Write ``README.md``, the resolved record ``card.json``, and the pictures.
+
+    Args:
+        source: the record, with references to results JSON. folder: to write to; the source's own by default.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        HardAttentionError: a number is missing, was written by hand, or a picture is not there. Nothing is written then.
+    """
+    folder = folder or source.parent
+    record = read_record(source)
+    card = render(record)
+    pictures = [source.parent / picture["file"] for picture in record["pictures"]]
+    for picture in pictures:
+        if not picture.is_file():
+            raise HardAttentionError(
+                f"{picture} is not there; the card of {record['name']} shows it. Run the command that draws it."
+            )
+    write_record(record, card, folder)
+    for picture in pictures:
+        (folder / PICTURES).mkdir(exist_ok=True)
+        shutil.copyfile(picture, folder / PICTURES / picture.name)
+    return folder / CARD
+
+
+def write_record(record: dict[str, Any], card: ModelCard, folder: Path) -> None:
+    """Write the record and its card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    card.save(folder / CARD)

@@ -1,0 +1,205 @@
+"""The card's sections, each a function of the record. Words of people go through ``plain``; numbers come as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .card_metadata import run_values, shown, shown_values
+from .markdown import block, bullets, code, facts, number, plain, table
+from .record import VARIANTS, missing
+
+Record = dict[str, Any]
+
+
+def behaviour(record: Record) -> str:
+    """What the model does, loaded how: the first thing a reader must know."""
+    hard, soft = "**hard**", "**soft**: it looks everywhere, and the numbers below do not hold"
+    how = {
+        "full": [
+            ("`import hf_hardattn`, then `hf_hardattn.load` or `from_pretrained`", hard),
+            ("plain Transformers, without the import", f"{soft}; Transformers names the selectors as unexpected keys"),
+        ],
+        "selectors": [
+            ("`hf_hardattn.load`", f"{hard}: base model and selectors"),
+            ("plain Transformers", "does not load; the base model alone is soft"),
+        ],
+        "adapter": [
+            ("`hf_hardattn.load`", f"{hard}: base model, adapter and selectors"),
+            ("plain PEFT, without `hf_hardattn`", f"does not load, or {soft}"),
+        ],
+    }[record["form"]]
+    rows = [*how, ("inside `with hf_hardattn.soft(model):`", "**soft**, for comparison")]
+    selection = record["selection"]
+    return "\n".join(
+        [
+            "## Hard or soft?",
+            table(("loaded by", "it runs"), rows),
+            "",
+            f"At inference: {plain(selection['inference'])} Kept always, and no choice: {plain(selection['always_kept'])}.",
+        ]
+    )
+
+
+def start(record: Record) -> str:
+    """Code to copy."""
+    repo, auto = record["repo_id"], record["auto_class"]
+    lines = ["import hf_hardattn  # without it the model runs soft", ""]
+    lines += [f'model = hf_hardattn.load("{repo}")', "print(hf_hardattn.status(model))"]
+    if record["form"] == "full" and auto.isidentifier():
+        lines += ["", f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{repo}")  # the same']
+    return f"## Load\n{block('pip install hf-hardattn', 'bash')}\n\n{block(chr(10).join(lines), 'python')}"
+
+
+def selection(record: Record) -> str:
+    """Where it looks, how much it was to keep, and how much it kept."""
+    chosen = record["selection"]
+    rows = [
+        (code(site["site"]), number(site["target"], ".1%"), number(site["achieved"], ".1%")) for site in chosen["sites"]
+    ]
+    words = (
+        f"Scorer {code(chosen['scorer'])}, estimator {code(chosen['estimator'])}. Schedule: {plain(chosen['schedule'])}"
+    )
+    return "\n".join(
+        [
+            "## Selection",
+            table(("site", "to keep (target)", "kept (measured)"), rows),
+            "",
+            words,
+            "",
+            "Recipe:",
+            "",
+            facts(chosen["recipe"]),
+        ]
+    )
+
+
+def quality(record: Record) -> str:
+    """Every run, the failed ones too, and each variant's mean."""
+    task, unit = record["task"], record["task"]["unit"]
+    names = list(dict.fromkeys([*VARIANTS, *(run["variant"] for run in record["runs"])]))
+    rows, totals = [], []
+    for name in names:
+        runs, values = [run for run in record["runs"] if run["variant"] == name], run_values(record, name)
+        rows += [(plain(name), plain(run["seed"]), plain(run["status"]), _value(run["value"], unit)) for run in runs]
+        mean = (
+            shown_values(values, unit) if len(values) > 1 else shown(values[0], unit) if values else "no completed run"
+        )
+        totals.append((plain(name), str(mean), f"{len(values)} of {len(runs)}"))
+    examples = number(task["examples"], ",")
+    return "\n".join(
+        [
+            "## Results",
+            f"{plain(task['metric_name'])} on {plain(task['dataset_name'])}, split {code(task['split'])} ({examples} examples).",
+            "",
+            table(("variant", plain(task["metric_name"]), "completed runs"), totals),
+            "",
+            table(("variant", "seed", "run", plain(task["metric_name"])), rows),
+            "",
+            "`soft` is the same model looking everywhere; `random` keeps as much, chosen at random.",
+            "",
+            f"External validation: {plain(record['external_validation'])}",
+        ]
+    )
+
+
+def efficiency(record: Record) -> str:
+    """Counted and measured, in columns of their own."""
+    found = record["efficiency"]
+    if why := missing(found):
+        return f"## Cost\nNot measured: {plain(why)}"
+    rows = [
+        (
+            plain(r["variant"]),
+            number(r["gflops"]),
+            number(r["examples_per_second"], ",.0f"),
+            number(r["speedup"], ".2f"),
+        )
+        for r in found["rows"]
+    ]
+    header = ("variant", "GFLOPs an example (counted)", "examples/s (measured)", "× soft (measured)")
+    return "\n".join(["## Cost", table(header, rows), "", "Measured on:", "", facts(found["machine"])])
+
+
+def faithfulness(record: Record) -> str:
+    """The certificate's own sentences, and what they do not say."""
+    found = record["faithfulness"]
+    warning = "A selection is not an explanation of the whole model: behind the first layers, kept positions already carry what others held."
+    if why := missing(found):
+        return f"## Faithfulness\nNot measured: {plain(why)}\n\n{warning}"
+    return "\n".join(
+        [
+            "## Faithfulness",
+            f"`hf_hardattn.verify` (masked and gathered execution differ by {found['parity']:.2g} at most):",
+            "",
+            bullets(found["statements"]),
+            "",
+            f"Read it as: {plain(found['reads_as'])} {warning}",
+        ]
+    )
+
+
+def subgroups(record: Record) -> str:
+    """Whom or what the model serves less well."""
+    found = record["subgroups"]
+    if why := missing(found):
+        return f"## Subgroups\nNot measured: {plain(why)}"
+    rows = [
+        (plain(row["group"]), number(row["examples"], ","), _value(row["value"], record["task"]["unit"]))
+        for row in found
+    ]
+    return f"## Subgroups\n{table(('group', 'examples', plain(record['task']['metric_name'])), rows)}"
+
+
+def governance(record: Record) -> str:
+    """Data, uses, limits."""
+    header = ("data", "source", "licence", "splits", "people in it")
+    keys = ("name", "source", "licence", "splits", "people")
+    rows = [tuple(plain(row[key]) for key in keys) for row in record["data"]]
+    uses = record["uses"]
+    parts = [f"## Data\n{table(header, rows)}", f"## Intended uses\n{bullets(uses['intended'])}"]
+    parts += [f"## Out of scope\n{bullets(uses['out_of_scope'])}", f"## Limits\n{bullets(uses['limits'])}"]
+    return "\n\n".join(parts)
+
+
+def energy(record: Record) -> str:
+    """Of the training, and what was counted."""
+    found = record["energy"]
+    if why := missing(found):
+        return f"## Energy\nNot measured: {plain(why)}"
+    return (
+        f"## Energy\n{number(found['kwh'])} kWh, {number(found['co2_grams'])} g CO2eq ({plain(found['how'])} with {plain(found['software'])}; "
+        f"{plain(found['scope'])}; {plain(found['hardware'])}; {plain(found['region'])})."
+    )
+
+
+def transparency(record: Record) -> str:
+    """Facts that regulation asks providers for; whether they suffice is for others to say."""
+    found, used = record["transparency"], record["energy"]
+    rows = [
+        ("parameters", number(found["parameters"], ",")),
+        ("of them in selectors", number(found["selector_parameters"], ",")),
+        ("training compute (FLOP)", number(found["training_flop"], ".3g")),
+        ("training time (s)", number(found["training_seconds"], ",.0f")),
+        ("energy (kWh)", f"not measured ({plain(missing(used))})" if missing(used) else number(used["kwh"])),
+        ("base model", plain(record["base"]["model"])),
+        ("licence", f"{plain(record['license'])} (base model: {plain(record['base']['license'])})"),
+    ]
+    return f"## Transparency facts\nFacts, and no claim of compliance with anything.\n\n{table(('', ''), rows)}"
+
+
+def pictures(record: Record) -> str:
+    return "\n\n".join(f"![{plain(p['alt'])}](images/{p['file'].rpartition('/')[2]})" for p in record["pictures"])
+
+
+def reproduce(record: Record) -> str:
+    """Commands, versions, hashes."""
+    found = record["reproduce"]
+    parts = ["## Repeat it", block("\n".join(found["commands"]), "bash"), "", facts(record["versions"]), ""]
+    hashes = {"not measured": missing(found["hashes"])} if missing(found["hashes"]) else found["hashes"]
+    sources = {name.replace("../", ""): digest for name, digest in record["sources"].items()}
+    parts += ["Hashes (sha256):", "", facts({**hashes, **sources})]
+    return "\n".join(parts)
+
+
+def _value(value: Any, unit: str) -> str:
+    return number(value) if missing(value) else shown(value, unit)

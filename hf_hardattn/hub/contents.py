@@ -1,0 +1,151 @@
+"""What a model's folder may hold when it is pushed, and what is left behind."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..errors import HardAttentionError
+from ..recording import selectors
+from . import adapters, selector_only, tensors
+from .building import blueprint, read_model_config
+from .remote_code import STUB, stub_is_ours
+from .secrets import holds_token
+from .source import Source
+from .untrusted import check_name, read_json
+
+# Files of a model, its processor, its card. Anything else must be named to be left out: nothing goes public by accident.
+EXPECTED = re.compile(
+    r"(config|generation_config|adapter_config|hard_attention|model\.safetensors\.index|results|card)\.json"
+    r"|(model|adapter_model|selectors)\.safetensors|model-\d{5}-of-\d{5}\.safetensors"
+    r"|(preprocessor_config|processor_config|video_preprocessor_config|image_processor_config)\.json"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json|vocab\.txt|merges\.txt"
+    r"|(spiece|sentencepiece\.bpe|tokenizer)\.model|chat_template\.jinja"
+    r"|README\.md|LICENSE(\.\w+)?|NOTICE(\.\w+)?|CITATION\.cff|\.gitattributes"
+    r"|log\.jsonl|([\w-]+/)?[\w.-]+\.(png|jpg|jpeg|svg)|\.eval_results/[\w-]+\.yaml"
+)
+# What training leaves beside a model; never part of it.
+LEFT_OUT = (
+    "checkpoints/*",
+    "checkpoint-*/*",
+    "runs/*",
+    "logs/*",
+    ".git/*",
+    ".cache/*",
+    "__pycache__/*",
+    "training_args.bin",
+    "trainer_state.json",
+    ".DS_Store",
+)
+# Weights of an earlier push that the new one replaces; left in place they could be loaded instead.
+STALE = re.compile(
+    r"(model|adapter_model|selectors)\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"
+    r"|(adapter_config|hard_attention)\.json|(pytorch|adapter)_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?"
+)
+
+
+def list_files(folder: Path, exclude: tuple[str, ...] = (), lenient: bool = False) -> tuple[list[str], list[str]]:
+    """Names of the files to push, and of those left out.
+
+    Args:
+        exclude: more globs to leave out. lenient: leave unexpected and unsafe files out instead of refusing.
+
+    Raises:
+        HardAttentionError: a file that is unsafe, unexpected, a link out of the folder, or holds an access token.
+    """
+    if not folder.is_dir():
+        raise HardAttentionError(f"{folder} is no folder; save the model first: hf_hardattn.save(model, folder).")
+    kept, left = [], []
+    root = folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if any(fnmatchcase(name, pattern) for pattern in (*LEFT_OUT, *exclude)) or (
+            lenient and not EXPECTED.fullmatch(name)
+        ):
+            left.append(name)
+            continue
+        if not path.resolve().is_relative_to(root):
+            raise HardAttentionError(
+                f"{name} links out of {folder}; copy the file into it, or leave it out: --exclude {name!r}."
+            )
+        _check_file(path, name)
+        kept.append(name)
+    return kept, left
+
+
+def check_hard(folder: Path, files: list[str], soft_too: bool = False) -> str:
+    """Check that the files make a hard model that others can load.
+
+    Returns:
+        Its form: ``full``, ``selectors`` or ``adapter``; ``soft`` where ``soft_too`` lets a soft model pass.
+
+    Raises:
+        HardAttentionError: a soft model; weights missing or damaged; a base model that only this machine has.
+    """
+    source = Source(folder, str(folder))
+    if selector_only.CONFIG in files:
+        content = selector_only.read_selector_file(source)
+        tensors.read_header(folder / selector_only.WEIGHTS, source.name)
+        _check_base(content.base_model, source.name)
+        return "selectors"
+    if adapters.CONFIG in files:
+        header = tensors.read_header(folder / adapters.WEIGHTS, source.name)
+        _check_base(read_json(folder / adapters.CONFIG, source.name).get("base_model_name_or_path"), source.name)
+        form = "adapter"
+    else:
+        header, form = tensors.read_headers(folder, source.name), "full"
+    hard = read_json(folder / "config.json", source.name).get("hard_attention") if "config.json" in files else None
+    if hard is None and soft_too:
+        return "soft"
+    if hard is None:
+        raise HardAttentionError(
+            f"{folder} has no hard_attention in a config.json: others would load it soft. Save it with hf_hardattn.save(model, folder); "
+            "a soft model goes up with 'hf upload'."
+        )
+    if form == "full":
+        config, cls = read_model_config(source, header)
+        sites = selectors(blueprint(config, cls, header, source.name)).values()
+        wanted, found = (
+            sum(len(site.state_dict()) for site in sites),
+            sum("selector." in name for name in header.shapes),
+        )
+        if wanted != found:
+            raise HardAttentionError(
+                f"{folder} has {wanted} selector tensors by its config.json and {found} in its weights; others could not load it. "
+                "Save it with hf_hardattn.save(model, folder)."
+            )
+    return form
+
+
+def _check_base(base: object, where: str) -> None:
+    if not isinstance(base, str) or Path(base).is_absolute() or Path(base).is_dir() or base.count("/") > 1:
+        raise HardAttentionError(
+            f"{where} sits on the base model {str(base)!r}, which only this machine has; others need one on the Hub. "
+            "Save it again with base_model='user/name' and base_revision=<commit>."
+        )
+
+
+def _check_file(path: Path, name: str) -> None:
+    check_name(name, "the folder")
+    if name == STUB:
+        if stub_is_ours(path):
+            return
+        raise HardAttentionError(
+            f"{name} is not the file that hf_hardattn writes; a repository must carry no other code. Remove it."
+        )
+    if path.suffix in tensors.UNSAFE or path.suffix == ".py":
+        raise HardAttentionError(
+            f"{name} is unsafe: a pickle or code runs on whoever loads it; only safetensors and JSON are pushed. Remove it, or leave it "
+            f"out: --exclude {name!r}."
+        )
+    if not EXPECTED.fullmatch(name):
+        raise HardAttentionError(
+            f"{name} is no file of a model or its card; nothing unexpected is pushed. Leave it out: --exclude {name!r}."
+        )
+    if holds_token(path):
+        raise HardAttentionError(
+            f"{name} holds an access token; it must not leave this machine. Remove it there, and revoke the token."
+        )

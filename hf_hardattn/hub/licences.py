@@ -1,0 +1,26 @@
+"""Whether a model may have the licence it says, given its base model's. A first look, not legal advice."""
+
+from __future__ import annotations
+
+PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "zlib", "afl-3.0", "artistic-2.0"}
+PUBLIC_DOMAIN = {"cc0-1.0", "unlicense", "wtfpl", "pddl"}
+ATTRIBUTION = {"cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "odc-by"}
+
+
+def conflict(licence: str, base: str) -> str | None:
+    """Why ``licence`` does not go with a base model under ``base``; None when nothing speaks against it.
+
+    Both are the Hub's identifiers; ``none`` stands for a model without a base.
+    """
+    licence, base = licence.lower(), base.lower()
+    if licence in ("", "unknown", "none"):
+        return f"license={licence!r} says nothing; name one of the Hub's licence identifiers."
+    if base in ("none", licence) or base in PUBLIC_DOMAIN:
+        return None
+    if "-nd" in base:
+        return f"the base model's licence {base} forbids derived works."
+    if base in PERMISSIVE | ATTRIBUTION:
+        if licence in PUBLIC_DOMAIN:
+            return f"license={licence} drops the notice that the base model's {base} asks for."
+        return None
+    return f"license={licence} differs from the base model's {base}, which is not known to allow that; take the same licence."

@@ -1,0 +1,108 @@
+"""``load``: a hard model from a folder or the Hub, whatever form it was saved in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..config import HardAttentionConfig
+from ..errors import HardAttentionError
+from . import adapters, selector_only
+from .building import build, check_complete, headers, read_model_config
+from .source import Source, fetch
+from .untrusted import read_config
+
+# What load() decides itself, since safety or strictness hangs on it.
+DECIDED = (
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+    "config",
+    "state_dict",
+    "ignore_mismatched_sizes",
+    "subfolder",
+)
+
+
+def load(
+    repo_or_path: str | Path,
+    *,
+    budget: Any = None,
+    hard_attention: HardAttentionConfig | dict[str, Any] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    verify_base: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """Load a hard model: a full checkpoint, selectors on top of a base model, or a PEFT adapter with selectors.
+
+    Safetensors only; no code of a repository is executed; every tensor must be there and fit.
+
+    Args:
+        repo_or_path: folder or ``user/name`` on the Hub.
+        budget: at every site, instead of the saved ones; the model's config records it.
+        hard_attention: instead of the saved configuration; needed for an adapter that PEFT alone saved.
+        revision: branch, tag or commit; resolved to a commit once, before anything is downloaded.
+        token, cache_dir, local_files_only: as in huggingface_hub. The token also serves for the base model and is stored nowhere.
+        verify_base: refuse a base model whose weights are not those the selectors were trained on.
+        kwargs: of ``from_pretrained`` (dtype, device_map, attn_implementation ...).
+
+    Returns:
+        The model in evaluation mode; ``hf_hardattn.status(model)`` shows its sites. A PEFT model for an adapter.
+
+    Raises:
+        HardAttentionError: a soft, incomplete, damaged or hostile repository; the message says what and where.
+        huggingface_hub.errors.HfHubHTTPError: not there, private, gated, no such revision.
+
+    Example:
+        >>> model = hf_hardattn.load("me/vit-hard", budget=0.25, revision="v1")    # doctest: +SKIP
+    """
+    for name in DECIDED:
+        if name in kwargs:
+            raise HardAttentionError(
+                f"load() takes no {name}; it decides that itself, for safety. Use from_pretrained for more."
+            )
+    given = None if hard_attention is None else HardAttentionConfig.parse(hard_attention)
+
+    def change(saved: HardAttentionConfig) -> HardAttentionConfig:
+        return with_budget(given or saved, budget)
+
+    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    source = fetch(repo_or_path, revision, **hub)
+    if source.has(selector_only.CONFIG):
+        return selector_only.load_selectors(source, hub, change, verify_base, **kwargs)
+    if source.has(adapters.CONFIG):
+        return adapters.load_adapter(source, hub, change, given, **kwargs)
+    if source.has("config.json"):
+        return _load_full(source, change, given, **kwargs)
+    raise HardAttentionError(
+        f"{source.name} holds no model; it needs config.json, {selector_only.CONFIG} or {adapters.CONFIG}."
+    )
+
+
+def with_budget(config: HardAttentionConfig, budget: Any) -> HardAttentionConfig:
+    """The configuration with ``budget`` at every site; None leaves it as it is."""
+    if budget is None:
+        return config
+    sites = config.sites and {
+        pattern: {name: value for name, value in overrides.items() if name != "budget"}
+        for pattern, overrides in config.sites.items()
+    }
+    return read_config({**config.to_dict(), "budget": budget, "sites": sites}, "load(budget=...)")
+
+
+def _load_full(source: Source, change: Any, given: HardAttentionConfig | None, **kwargs: Any) -> Any:
+    header = headers(source)
+    config, cls = read_model_config(source, header)
+    saved = config.hard_attention
+    if saved is None and given is None:
+        raise HardAttentionError(
+            f"{source.name} has no hard_attention in its config.json: it is a soft model. Load it with from_pretrained, or make it hard "
+            "with from_pretrained(..., hard_attention=HardAttentionConfig(...))."
+        )
+    config.hard_attention = change(given or read_config(saved, source.name)).to_dict()
+    model, missing = build(source, config, cls, header, **kwargs)
+    check_complete(missing, source.name)
+    return model.eval()

@@ -1,0 +1,215 @@
+"""Push a folder to the Hub: planned and shown first, private unless asked otherwise, in one commit."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import HardAttentionError
+from .card import CARD, RECORD
+from .card_check import EDITED, check_card
+from .contents import STALE, check_hard, list_files
+from .secrets import redact
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a push would do, or did; ``print(plan)`` shows it.
+
+    Attributes:
+        repo_id: of the repository. form: ``full``, ``selectors`` or ``adapter``. exists: it is there already.
+        private: who will see the files. files: name to bytes. left_out: names. removed: stale weights there.
+        branch, tag, pull_request: where they go. parent: commit that they are put on.
+        card_problems: what ``hf-hardattn card --check`` says. commit: that was made.
+        url: of the commit or pull request, once pushed.
+    """
+
+    repo_id: str
+    form: str
+    exists: bool
+    private: bool
+    files: dict[str, int]
+    left_out: tuple[str, ...]
+    removed: tuple[str, ...]
+    branch: str | None
+    tag: str | None
+    pull_request: bool
+    parent: str | None
+    card_problems: tuple[str, ...] = ()
+    commit: str | None = None
+    url: str | None = None
+
+    def __str__(self) -> str:
+        where = "a pull request" if self.pull_request else f"branch {self.branch or 'main'}"
+        who = "private" if self.private else "PUBLIC: everybody can see and download it"
+        lines = [
+            f"{self.repo_id}: {'exists' if self.exists else 'will be created'}, {who}",
+            f"{'soft' if self.form == 'soft' else self.form + ' hard'} model to {where}{f', tag {self.tag}' if self.tag else ''}:",
+            *(f"  {size:>14,}  {name}" for name, size in self.files.items()),
+            f"  {sum(self.files.values()):>14,}  bytes in {len(self.files)} files",
+        ]
+        lines += [f"  removed there (stale weights): {', '.join(self.removed)}"] if self.removed else []
+        lines += [f"  left out here: {', '.join(self.left_out)}"] if self.left_out else []
+        lines += [] if "README.md" in self.files else ["  no README.md: write the card with 'hf-hardattn card'"]
+        lines += [f"  card: {problem}" for problem in self.card_problems]
+        return "\n".join([*lines, f"pushed: {self.url}" if self.url else "nothing was sent"])
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    dry_run: bool = True,
+    public: bool = False,
+    branch: str | None = None,
+    tag: str | None = None,
+    pull_request: bool = False,
+    message: str = "Upload hard model",
+    exclude: tuple[str, ...] = (),
+    lenient: bool = False,
+    token: str | None = None,
+) -> Plan:
+    """Push a saved hard model; by default only say what a push would do.
+
+    The upload is one commit: what breaks leaves the repository as it was, and a second call sends only the large files that are not
+    there yet. If somebody else pushed in between, nothing is overwritten.
+
+    Args:
+        folder: written by ``save``. repo_id: ``user/name``; made if it does not exist.
+        dry_run: look and plan, send nothing. public: make a new repository public; it never changes an existing one.
+        branch: made if it does not exist. tag: put on the new commit. pull_request: open one instead of committing.
+        exclude: globs of files to leave out. lenient: leave out whatever is unexpected, and take a soft model too. token: of huggingface_hub's login by default; it is stored and shown nowhere.
+
+    Raises:
+        HardAttentionError: unsafe or unexpected files, a soft model, a repository of the other visibility, no right to write, an upload
+            that broke off.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:  # its text repeats the name, which may be a token in the wrong place
+        raise HardAttentionError(f"{redact(repo_id)[:200]!r} is no repository's name; a name is 'user/name'.") from None
+    if "/" not in repo_id:
+        raise HardAttentionError(f"{redact(repo_id)!r} names no owner; a repository's name is 'user/name'.")
+    if pull_request and (branch or tag):
+        raise HardAttentionError(
+            "a pull request takes neither branch nor tag; it is opened against main. Drop one of them."
+        )
+    plan = make_plan(Path(folder), repo_id, public, branch, tag, pull_request, exclude, lenient, token)
+    return plan if dry_run else _send(plan, Path(folder), message, token)
+
+
+def make_plan(
+    folder: Path,
+    repo_id: str,
+    public: bool,
+    branch: str | None,
+    tag: str | None,
+    pull_request: bool,
+    exclude: tuple[str, ...],
+    lenient: bool,
+    token: str | None,
+) -> Plan:
+    """Look at the folder and at the repository; write nothing anywhere."""
+    names, left = list_files(folder, exclude, lenient)
+    form = check_hard(folder, names, lenient)
+    problems = check_card(folder) if {CARD, RECORD} <= set(names) else []
+    if any(problem.startswith(EDITED) for problem in problems):
+        raise HardAttentionError(f"{folder}: {problems[0]}")
+    api = HfApi(token=token)
+    exists, private, parent, there = True, True, None, []
+    try:
+        info = api.model_info(repo_id)
+        private = bool(info.private)
+        with suppress(RevisionNotFoundError):  # a branch that is to be made starts at main
+            info = api.model_info(repo_id, revision=branch) if branch else info
+        parent, there = info.sha, [sibling.rfilename for sibling in info.siblings or []]
+    except RepositoryNotFoundError:
+        exists = False
+    except Exception as error:
+        raise _failed("the Hub could not be asked about", repo_id, error) from error
+    if exists and private == public:
+        raise HardAttentionError(_other_visibility(repo_id, private))
+    if pull_request and not exists:
+        raise HardAttentionError(
+            f"{repo_id} is not there (or not to be seen with this token); a pull request needs a repository. Drop it."
+        )
+    return Plan(
+        repo_id=repo_id,
+        form=form,
+        exists=exists,
+        private=not public,
+        files={name: (folder / name).stat().st_size for name in names},
+        left_out=tuple(left),
+        removed=tuple(sorted(name for name in there if STALE.fullmatch(name) and name not in names)),
+        branch=branch,
+        tag=tag,
+        pull_request=pull_request,
+        parent=parent,
+        card_problems=tuple(problems),
+    )
+
+
+def _send(plan: Plan, folder: Path, message: str, token: str | None) -> Plan:
+    api, repo_id, parent = HfApi(token=token), plan.repo_id, plan.parent
+    try:
+        if plan.tag and plan.exists and plan.tag in {ref.name for ref in api.list_repo_refs(repo_id).tags}:
+            raise HardAttentionError(
+                f"{repo_id} has a tag {plan.tag!r} already; a tag is not moved. Take another name."
+            )
+        if not plan.exists:
+            api.create_repo(repo_id, private=plan.private)
+            info = api.model_info(repo_id)
+            parent = info.sha
+            if bool(info.private) != plan.private:
+                raise HardAttentionError(_other_visibility(repo_id, bool(info.private)))
+        if plan.branch and plan.branch != "main":
+            api.create_branch(repo_id, branch=plan.branch, exist_ok=True)
+        operations: list[Any] = [CommitOperationAdd(name, folder / name) for name in plan.files]
+        operations += [CommitOperationDelete(name) for name in plan.removed]
+        made = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=message,
+            revision=plan.branch,
+            create_pr=plan.pull_request,
+            parent_commit=parent,
+        )
+        if plan.tag:
+            api.create_tag(repo_id, tag=plan.tag, revision=made.oid)
+    except HardAttentionError:
+        raise
+    except Exception as error:  # noqa: BLE001 - network, rights, and what the client makes of them
+        raise _failed("the push failed:", repo_id, error) from error
+    return Plan(**{**vars(plan), "parent": parent, "commit": made.oid, "url": made.pr_url or made.commit_url})
+
+
+def _other_visibility(repo_id: str, private: bool) -> str:
+    if private:
+        return (
+            f"{repo_id} exists and is private; public=True makes only new repositories public. Push without it, and change the "
+            "visibility in the repository's settings."
+        )
+    return f"{repo_id} is PUBLIC; the push was to be private. Nothing was sent. Say public=True (--public), or take another name."
+
+
+def _failed(what: str, repo_id: str, error: Exception) -> HardAttentionError:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    text = redact(" ".join(str(error.__cause__ or error).split()))[:400]
+    if status == 412:
+        return HardAttentionError(
+            f"somebody else pushed to {repo_id} meanwhile; nothing was overwritten. Look at their commit, then push again."
+        )
+    if status in (401, 403):
+        return HardAttentionError(
+            f"{what} {repo_id} ({status}: {text}); the token must exist and may write there. Log in with: hf auth login"
+        )
+    return HardAttentionError(
+        f"{what} {repo_id} ({type(error).__name__}: {text}); no commit was made, so nobody sees half of it. Push again: large files that "
+        "arrived are not sent twice."
+    )

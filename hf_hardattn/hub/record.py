@@ -1,0 +1,193 @@
+"""The record behind a card: what must be in it. The card is this record in words, and nothing else.
+
+Anything measured may be ``{"not_measured": "why"}`` instead, and the card then says so; nothing may be left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import HardAttentionError
+from .references import Resolver
+from .untrusted import read_json
+
+WORDS, NUMBER, TABLE, NAMES = "words", "a number", "a table of names to values", "a list of words"
+NOT_MEASURED = "not_measured"
+FORMS = ("full", "selectors", "adapter")
+UNITS = ("share", "points", "plain")  # 0.25 is 25 %; 25 is 25 of 100; as it is
+
+
+class Measured:
+    """A field that may be ``{"not_measured": "why"}``."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+
+FIELDS: dict[str, Any] = {
+    "name": WORDS,
+    "repo_id": WORDS,
+    "summary": WORDS,
+    "form": WORDS,
+    "model_class": WORDS,
+    "auto_class": WORDS,
+    "pipeline_tag": WORDS,
+    "license": WORDS,
+    "language": NAMES,
+    "tags": NAMES,
+    "base": {"model": WORDS, "revision": WORDS, "relation": WORDS, "license": WORDS},
+    "selection": {
+        "scorer": WORDS,
+        "estimator": WORDS,
+        "inference": WORDS,
+        "always_kept": WORDS,
+        "schedule": WORDS,
+        "recipe": TABLE,
+        "sites": [{"site": WORDS, "target": Measured(NUMBER), "achieved": Measured(NUMBER)}],
+    },
+    "task": {
+        "type": WORDS,
+        "dataset_type": WORDS,
+        "dataset_name": WORDS,
+        "split": WORDS,
+        "revision": WORDS,
+        "examples": Measured(NUMBER),
+        "metric_type": WORDS,
+        "metric_name": WORDS,
+        "unit": WORDS,
+    },
+    "runs": [{"variant": WORDS, "seed": NUMBER, "status": WORDS, "value": Measured(NUMBER)}],
+    "efficiency": Measured(
+        {
+            "rows": [
+                {
+                    "variant": WORDS,
+                    "gflops": Measured(NUMBER),
+                    "examples_per_second": Measured(NUMBER),
+                    "speedup": Measured(NUMBER),
+                }
+            ],
+            "machine": TABLE,
+        }
+    ),
+    "faithfulness": Measured({"parity": NUMBER, "statements": NAMES, "reads_as": WORDS}),
+    "subgroups": Measured([{"group": WORDS, "examples": NUMBER, "value": NUMBER}]),
+    "data": [{"name": WORDS, "source": WORDS, "licence": WORDS, "splits": WORDS, "people": WORDS}],
+    "uses": {"intended": NAMES, "out_of_scope": NAMES, "limits": NAMES},
+    "external_validation": WORDS,
+    "energy": Measured(
+        {
+            "kwh": NUMBER,
+            "co2_grams": NUMBER,
+            "how": WORDS,
+            "scope": WORDS,
+            "software": WORDS,
+            "hardware": WORDS,
+            "region": WORDS,
+        }
+    ),
+    "transparency": {
+        "parameters": Measured(NUMBER),
+        "selector_parameters": Measured(NUMBER),
+        "training_flop": Measured(NUMBER),
+        "training_seconds": Measured(NUMBER),
+    },
+    "pictures": [{"file": WORDS, "alt": WORDS}],
+    "versions": TABLE,
+    "reproduce": {"commands": NAMES, "hashes": Measured(TABLE)},
+    "sources": TABLE,  # results file to sha256, written by ``read_record``
+}
+VARIANTS = ("hard", "soft", "random")  # a hard model stands beside both, or it says nothing
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a card's source, follow its references, check that nothing is missing.
+
+    Returns:
+        The record, with ``sources``: results file to sha256.
+
+    Raises:
+        HardAttentionError: see ``Resolver`` and ``check_record``.
+    """
+    resolver = Resolver(path.parent)
+    record = resolver.resolve(read_json(path, str(path.parent)))
+    record["sources"] = dict(sorted(resolver.sources.items()))
+    check_record(record, str(path))
+    return record
+
+
+def check_record(record: dict[str, Any], where: str) -> None:
+    """Raise ``HardAttentionError`` with all that is missing, unknown or of the wrong kind."""
+    problems = list(_problems(record, FIELDS, ""))
+    if not problems:
+        problems = list(_odd(record))
+    if problems:
+        raise HardAttentionError(
+            f"the record of {where} is incomplete: {'; '.join(problems[:8])}{' ...' if len(problems) > 8 else ''}. "
+            'A card is not written with anything missing; measure it, or say {"not_measured": "why"} where that is allowed.'
+        )
+
+
+def missing(value: Any) -> str | None:
+    """Why a value was not measured; None when it was."""
+    return str(value[NOT_MEASURED]) if isinstance(value, dict) and NOT_MEASURED in value else None
+
+
+def _odd(record: dict[str, Any]) -> Iterator[str]:
+    if record["form"] not in FORMS:
+        yield f"form={record['form']!r} (known: {', '.join(FORMS)})"
+    if record["task"]["unit"] not in UNITS:
+        yield f"task.unit={record['task']['unit']!r} (known: {', '.join(UNITS)})"
+    for variant in VARIANTS:
+        if not any(run["variant"] == variant for run in record["runs"]):
+            yield f"runs of '{variant}' (a failed run is a run too)"
+    if not any(run["variant"] == "hard" and missing(run["value"]) is None for run in record["runs"]):
+        yield "a value of a run of 'hard'"
+
+
+def _problems(value: Any, kind: Any, where: str) -> Iterator[str]:
+    if isinstance(kind, Measured):
+        if missing(value) is None:
+            yield from _problems(value, kind.kind, where)
+        elif len(value) != 1 or not missing(value):
+            yield f"{where}: not_measured gives a reason and stands alone"
+    elif isinstance(kind, dict):
+        if not isinstance(value, dict):
+            yield f"{where or 'the record'} is no object"
+            return
+        for key in kind:
+            if key not in value:
+                yield f"{where}.{key} is missing".lstrip(".")
+            else:
+                yield from _problems(value[key], kind[key], f"{where}.{key}".lstrip("."))
+        for key in sorted(value.keys() - kind.keys()):
+            yield f"{where}.{key} is unknown".lstrip(".")
+    elif isinstance(kind, list):
+        if not isinstance(value, list):
+            yield f"{where} is no list"
+            return
+        for index, row in enumerate(value):
+            yield from _problems(row, kind[0], f"{where}[{index}]")
+    elif not _fits(value, kind):
+        yield f"{where}={json.dumps(value, default=str)[:60]} is not {kind}"
+
+
+def _fits(value: Any, kind: str) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if kind == WORDS:
+        return isinstance(value, str) and bool(value.strip())
+    if kind == NUMBER:
+        return number
+    if kind == NAMES:
+        return isinstance(value, list) and all(isinstance(item, str) and item.strip() for item in value)
+    return isinstance(value, dict) and bool(value) and all(_plain(item) for item in value.values())
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(item, (str, bool, int)) for item in value)
+    return value is None or isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value))

@@ -1,0 +1,66 @@
+"""An optional file of code in a repository, whose only purpose is a good error where this library is not installed.
+
+Loaded with ``trust_remote_code=True`` and without ``hf_hardattn``, the model says what to install instead of running soft. With it,
+the classes are Transformers' own. ``load`` never reads the file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..errors import HardAttentionError
+from .untrusted import read_json
+
+STUB = "modeling_hf_hardattn.py"
+AUTO_CLASSES = {
+    "T5ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "BlipForConditionalGeneration": "AutoModelForImageTextToText",
+    "ForImageClassification": "AutoModelForImageClassification",
+    "ForMaskedImageModeling": "AutoModelForMaskedImageModeling",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "Model": "AutoModel",
+}
+_TEXT = '''"""This model chooses the positions it computes on; the package hf-hardattn makes it do so."""
+
+try:
+    import hf_hardattn
+except ImportError as error:
+    raise ImportError(
+        "this checkpoint has hard attention, which needs the package 'hf-hardattn'; install it with: pip install hf-hardattn"
+    ) from error
+from transformers import {name}
+'''
+
+
+def add_stub(folder: Path) -> Path:
+    """Write the file into a full checkpoint's folder and name it in config.json.
+
+    Raises:
+        HardAttentionError: a model whose class no auto class finds through remote code.
+    """
+    data = read_json(folder / "config.json", str(folder))
+    name = (data.get("architectures") or [""])[0]
+    auto = auto_class(name)
+    if auto is None:
+        raise HardAttentionError(
+            f"{name!r} has no auto class to hang the file on; leave it out (remote_code_stub=False)."
+        )
+    (folder / STUB).write_text(_TEXT.format(name=name), encoding="utf-8")
+    data["auto_map"] = {auto: f"{STUB.removesuffix('.py')}.{name}"}
+    (folder / "config.json").write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return folder / STUB
+
+
+def auto_class(name: str) -> str | None:
+    """The auto class that loads a model class, or None."""
+    return next((auto for ending, auto in AUTO_CLASSES.items() if name.endswith(ending)), None)
+
+
+def stub_is_ours(path: Path) -> bool:
+    """Whether the file is, but for the class's name, the one that ``add_stub`` writes."""
+    text = path.read_text(encoding="utf-8")
+    name = text.rpartition("import ")[2].strip()
+    return name.isidentifier() and text == _TEXT.format(name=name)

@@ -1,0 +1,171 @@
+"""The source of a card for one training run: where in its ``results.json`` each number stands, and what nobody has stated yet."""
+
+from __future__ import annotations
+
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ..errors import HardAttentionError
+from .remote_code import auto_class
+from .secrets import redact
+from .untrusted import read_json
+
+RESULTS = "results.json"
+UNSTATED = "not stated by whoever trained it"
+NOT_QUALITY = ("loss", "examples", "kept_ratio")
+RECIPE = (
+    "learning_rate",
+    "selector_learning_rate",
+    "weight_decay",
+    "num_train_epochs",
+    "max_train_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "num_warmup_steps",
+    "selector_warmup_steps",
+    "mixed_precision",
+    "seed",
+)
+
+
+def source_of_run(folder: Path, repo_id: str) -> dict[str, Any]:
+    """Build the source of a card from what a training script left in ``folder``.
+
+    Words that only people know (licence, data, uses) are marked as unstated: fill them in, in ``source.json``, before others use the
+    model; ``hf-hardattn card --check`` names them.
+
+    Raises:
+        HardAttentionError: no results, or a soft model.
+    """
+    results = read_json(folder / RESULTS, str(folder))
+    hard = results.get("hard_attention")
+    found = (results.get("metrics") or {}).get("hard") or {}
+    metric = next((name for name in found if name not in NOT_QUALITY), None)
+    if not hard or metric is None:
+        raise HardAttentionError(
+            f"{folder / RESULTS} holds no evaluation of a hard model; a card needs one. Give validation data."
+        )
+    adapter = (folder / "adapter_config.json").is_file()
+    config = read_json(folder / "config.json", str(folder))
+    name, arguments = (config.get("architectures") or ["PreTrainedModel"])[0], results.get("arguments") or {}
+    base = next(
+        (
+            word
+            for word in [results.get("model")]
+            if isinstance(word, str) and word.count("/") == 1 and word[0] not in "./~"
+        ),
+        "none",
+    )
+    return {
+        "name": repo_id.rpartition("/")[2],
+        "repo_id": repo_id,
+        "summary": f"{name} that chooses the positions it computes on, trained by hf-hardattn for {results.get('task', 'its task')}.",
+        "form": "adapter" if adapter else "full",
+        "model_class": name,
+        "auto_class": auto_class(name) or "none",
+        "pipeline_tag": str(results.get("task", "feature-extraction")).replace("_", "-"),
+        "license": "unknown",
+        "language": [],
+        "tags": [],
+        "base": {
+            "model": base,
+            "revision": str(arguments.get("model_revision") or UNSTATED),
+            "relation": "adapter" if adapter else "finetune",
+            "license": "unknown" if base != "none" else "none",
+        },
+        "selection": {
+            "scorer": str(hard["scorer"]),
+            "estimator": str(hard["estimator"]),
+            "inference": "deterministic, by the scores.",
+            "always_kept": "CLS, or the end of a T5 row, where a row shares its choice",
+            "schedule": json.dumps(hard["budget"]) if isinstance(hard["budget"], dict) else "a constant budget",
+            "recipe": {key: _ref("arguments", key) for key in RECIPE if key in arguments},
+            "sites": [_site(hard, site) for site in found.get("kept_ratio", {})],
+        },
+        "task": {
+            "type": str(results.get("task", "other")).replace("_", "-"),
+            "dataset_type": str(arguments.get("dataset_name") or "own-data"),
+            "dataset_name": str(arguments.get("dataset_name") or "own data"),
+            "split": str(arguments.get("validation_split") or "validation"),
+            "revision": UNSTATED,
+            "examples": _ref("metrics", "hard", "examples"),
+            "metric_type": metric,
+            "metric_name": metric,
+            "unit": "plain",
+        },
+        "runs": [
+            {
+                "variant": "hard",
+                "seed": _ref("arguments", "seed"),
+                "status": "completed",
+                "value": _ref("metrics", "hard", metric),
+            },
+            {
+                "variant": "soft",
+                "seed": _ref("arguments", "seed"),
+                "status": "same weights, run soft",
+                "value": _ref("metrics", "soft", metric),
+            },
+            {
+                "variant": "random",
+                "seed": _ref("arguments", "seed"),
+                "status": "not run",
+                "value": {"not_measured": "no random selection was trained beside it"},
+            },
+        ],
+        "efficiency": {"not_measured": "the training script does not time inference; hf-hardattn bench does"},
+        "faithfulness": {"not_measured": "run hf_hardattn.verify on your own batch"},
+        "subgroups": {"not_measured": "the training script knows no subgroups"},
+        "data": [
+            {
+                "name": str(arguments.get("dataset_name") or "own data"),
+                "source": UNSTATED,
+                "licence": UNSTATED,
+                "splits": UNSTATED,
+                "people": UNSTATED,
+            }
+        ],
+        "uses": {
+            "intended": [UNSTATED],
+            "out_of_scope": [UNSTATED],
+            "limits": ["one run of one seed", "the selection was not audited by subgroup"],
+        },
+        "external_validation": "none known.",
+        "energy": {"not_measured": "the run metered no energy"},
+        "transparency": {
+            "parameters": {"not_measured": "the results do not count them"},
+            "selector_parameters": {"not_measured": "the results do not count them"},
+            "training_flop": {"not_measured": "the results do not count it"},
+            "training_seconds": _ref("train", "seconds") if "train" in results else {"not_measured": "evaluated only"},
+        },
+        "pictures": [],
+        "versions": _ref("versions"),
+        "reproduce": {
+            "commands": [redact(str(results.get("command", "unknown")))],
+            "hashes": {"not_measured": "the run did not hash its data"},
+        },
+    }
+
+
+def _ref(*parts: str) -> dict[str, str]:
+    return {"$ref": f"{RESULTS}#/{'/'.join(part.replace('~', '~0').replace('/', '~1') for part in parts)}"}
+
+
+def _site(hard: dict[str, Any], site: str) -> dict[str, Any]:
+    """A site with its target, from the last pattern that sets a budget for it, and what it kept."""
+    place: tuple[str, ...] = ("hard_attention", "budget")
+    budget = hard["budget"]
+    for pattern, overrides in (hard.get("sites") or {}).items():
+        if fnmatchcase(site, pattern) and "budget" in overrides:
+            place, budget = ("hard_attention", "sites", pattern, "budget"), overrides["budget"]
+    if isinstance(budget, dict):
+        place, budget = (*place, "end"), budget["end"]
+    target = (
+        _ref(*place)
+        if isinstance(budget, float)
+        else {"not_measured": f"a budget of {budget} positions or by scores has no ratio"}
+    )
+    return {"site": site, "target": target, "achieved": _ref("metrics", "hard", "kept_ratio", site)}

@@ -1,0 +1,83 @@
+"""``save``: write a hard model so that ``load`` and the Hub find it whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+from ..errors import HardAttentionError
+from ..recording import selectors
+from . import adapters, selector_only
+from .remote_code import add_stub
+
+PREFIXES = ("_orig_mod.",)  # what torch.compile puts into names; DDP's wrapper is taken off as a whole
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    selectors_only: bool = False,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    max_shard_size: str | int = "5GB",
+    remote_code_stub: bool = False,
+) -> Path:
+    """Save a hard model in one of three forms; ``load(folder)`` reads each.
+
+    Args:
+        model: hard model, perhaps wrapped by DDP or compiled; a PEFT model is saved as its adapter, with the hard configuration.
+        folder: is made. Files of the same names are replaced.
+        selectors_only: write the selectors alone, some kB, on top of ``base_model``. Right when the backbone was not trained: the
+            file names the base's weights by their hash, and ``load`` refuses any other.
+        base_model, base_revision: what the model was loaded from, by default. Name a commit: a branch moves.
+        max_shard_size: of a full checkpoint's files.
+        remote_code_stub: add a file to a full checkpoint that, under ``trust_remote_code=True``, names the package to install.
+
+    Returns:
+        The folder.
+
+    Raises:
+        HardAttentionError: no hard attention; no name of the base; an adapter without its selectors.
+    """
+    folder, inner = Path(folder), unwrap(model)
+    if not selectors(inner):
+        raise HardAttentionError(
+            f"{type(inner).__name__} has no hard-attention sites; save() is for hard models. Call apply() first, or save_pretrained()."
+        )
+    if hasattr(inner, "peft_config"):
+        if selectors_only:
+            raise HardAttentionError(
+                "selectors_only=True of a PEFT model would leave its adapter out. Save the adapter (selectors_only=False), or "
+                "merge_and_unload() first and save the full model."
+            )
+        adapters.save_adapter(inner, folder, base_model, base_revision)
+        return folder
+    if not selectors_only:
+        state = {_stripped(name): tensor for name, tensor in inner.state_dict().items()}
+        inner.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+        if remote_code_stub:
+            add_stub(folder)
+        return folder
+    base = base_model or inner.name_or_path
+    if not base:
+        raise HardAttentionError(
+            "selectors_only=True names no base model; whoever loads the selectors needs one. Pass base_model='user/name' (and base_revision)."
+        )
+    revision = base_revision or (None if base_model else getattr(inner.config, "_commit_hash", None))
+    selector_only.write_selectors(inner, folder, str(base), revision)
+    return folder
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The model itself, out of DDP, FSDP or torch.compile."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def _stripped(name: str) -> str:
+    for prefix in PREFIXES:
+        name = name.replace(prefix, "")
+    return name

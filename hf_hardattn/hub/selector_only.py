@@ -1,0 +1,177 @@
+"""A repository with nothing but selectors: some kB on top of a named base model, as PEFT does it for adapters.
+
+``hard_attention.json`` names the base model, its revision, the model class and the configuration; ``selectors.safetensors`` holds
+one tensor a parameter, named ``<site>.<parameter>``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..config import HardAttentionConfig
+from ..errors import HardAttentionError
+from ..recording import selectors
+from .building import build, headers, model_class, read_model_config
+from .source import Source, fetch
+from .tensors import read_header
+from .untrusted import read_config, read_json
+
+CONFIG, WEIGHTS, FORMAT = "hard_attention.json", "selectors.safetensors", 1
+
+
+@dataclass(frozen=True)
+class SelectorFile:
+    """What ``hard_attention.json`` says.
+
+    Attributes:
+        base_model, base_revision: repository (or folder) and commit of the weights the selectors sit on.
+        base_sha256: of those weights, so that selectors never run on others; see ``fingerprint``.
+        model_class: of Transformers. hard_attention: configuration. dtype: of the base's weights when saved.
+    """
+
+    base_model: str
+    base_revision: str | None
+    base_sha256: str
+    dtype: str
+    model_class: str
+    hard_attention: dict[str, Any]
+    hf_hardattn_version: str = ""
+    format: int = FORMAT
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over the tensors outside the selectors, whatever their names and order."""
+    inside = {
+        id(tensor) for selector in selectors(model).values() for tensor in selector.state_dict(keep_vars=True).values()
+    }
+    digests = {
+        hashlib.sha256(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()).digest()
+        for tensor in model.state_dict(keep_vars=True).values()
+        if id(tensor) not in inside
+    }
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def write_selectors(model: Any, folder: Path, base_model: str, base_revision: str | None) -> None:
+    """Write the two files."""
+    content = SelectorFile(
+        base_model=base_model,
+        base_revision=base_revision,
+        base_sha256=fingerprint(model),
+        dtype=str(model.dtype),
+        model_class=type(model).__name__,
+        hard_attention=HardAttentionConfig.parse(model.config.hard_attention).to_dict(),
+        hf_hardattn_version=metadata.version("hf-hardattn"),
+    )
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in named_tensors(model)}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / f".{WEIGHTS}.part", metadata={"format": "pt"})
+    (folder / f".{WEIGHTS}.part").replace(folder / WEIGHTS)
+    (folder / f".{CONFIG}.part").write_text(json.dumps(asdict(content), indent=2) + "\n", encoding="utf-8")
+    (folder / f".{CONFIG}.part").replace(folder / CONFIG)  # last: without it the folder is nothing yet
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """``<site>.<parameter>`` and tensor of all selectors; prefixes of compiled modules are left out."""
+    return [
+        (f"{site}.{name.replace('_orig_mod.', '')}", tensor)
+        for site, selector in selectors(model).items()
+        for name, tensor in selector.state_dict(keep_vars=True).items()
+    ]
+
+
+def read_selector_file(source: Source) -> SelectorFile:
+    """Read and check ``hard_attention.json``.
+
+    Raises:
+        HardAttentionError: a key too few or too many, a wrong type, a newer format.
+    """
+    data, known = read_json(source.folder / CONFIG, source.name), SelectorFile.__dataclass_fields__
+    if isinstance(data.get("format"), int) and data["format"] > FORMAT:
+        raise HardAttentionError(
+            f"{CONFIG} of {source.name} has format {data['format']}; this hf_hardattn reads up to {FORMAT}. pip install -U hf-hardattn"
+        )
+    odd = sorted(data.keys() ^ known.keys())
+    if odd:
+        raise HardAttentionError(
+            f"{CONFIG} of {source.name}: key {odd[0][:100]!r} is missing or unknown; it needs exactly {', '.join(known)}."
+        )
+    for name in ("base_model", "base_sha256", "dtype", "model_class", "hf_hardattn_version"):
+        if not isinstance(data[name], str) or len(data[name]) > 500:
+            raise HardAttentionError(f"{CONFIG} of {source.name}: {name}={str(data[name])[:100]!r} is no name.")
+    if not (data["base_revision"] is None or isinstance(data["base_revision"], str)):
+        raise HardAttentionError(
+            f"{CONFIG} of {source.name}: base_revision={str(data['base_revision'])[:100]!r} is no revision."
+        )
+    read_config(data["hard_attention"], source.name)
+    return SelectorFile(**data)
+
+
+def load_selectors(source: Source, hub: dict[str, Any], change: Any, verify_base: bool, **kwargs: Any) -> Any:
+    """Load the base model that a selector repository names, and put the selectors in.
+
+    Args:
+        hub: token, cache_dir, local_files_only for the base. change: configuration to configuration (a budget override).
+
+    Raises:
+        HardAttentionError: tensors missing, too many, of another shape or not finite; a base that is not the one they were made on.
+    """
+    content = read_selector_file(source)
+    where, header = source.name, read_header(source.folder / WEIGHTS, source.name)
+    cls = model_class(content.model_class, f"{CONFIG} of {where}")
+    # a folder may only be named by a folder: a downloaded file must not choose among the reader's own
+    base = fetch(content.base_model, content.base_revision, **hub, remote_only=source.revision is not None)
+    base_header = headers(base)
+    config, _ = read_model_config(base, base_header)
+    config.hard_attention = change(read_config(content.hard_attention, where)).to_dict()
+    model, missing = build(base, config, cls, base_header, **kwargs)
+    wanted = dict(named_tensors(model))
+    inside = {id(tensor) for tensor in wanted.values()}
+    outside = [key for key in missing if id(_tensor(model, key)) not in inside]
+    if outside:
+        raise HardAttentionError(
+            f"the base model {base.name} lacks {len(outside)} tensors of {cls.__name__} (first: {sorted(outside)[0]!r}); selectors alone "
+            "need a complete base. Push the full model instead."
+        )
+    odd = sorted(wanted.keys() ^ header.shapes.keys())
+    if odd:
+        raise HardAttentionError(
+            f"{WEIGHTS} of {where} and its configuration disagree on {len(odd)} tensors (first: {odd[0][:100]!r}); they must match exactly."
+        )
+    for name, tensor in wanted.items():
+        if header.shapes[name] != tuple(tensor.shape):
+            raise HardAttentionError(
+                f"{WEIGHTS} of {where}: {name!r} has shape {header.shapes[name]}; the model needs {tuple(tensor.shape)}."
+            )
+    values = load_file(source.folder / WEIGHTS)
+    bad = sorted(name for name, value in values.items() if not value.isfinite().all())
+    if bad:
+        raise HardAttentionError(
+            f"{WEIGHTS} of {where}: {bad[0]!r} holds values that are not finite; the file is damaged."
+        )
+    if verify_base and str(model.dtype) == content.dtype and fingerprint(model) != content.base_sha256:
+        raise HardAttentionError(
+            f"the weights of {base.name} (revision {base.revision or 'of the folder'}) are not those that the selectors of {where} were "
+            "trained on; their choices would mean nothing. Ask their owner which revision it was, push the full model if the backbone was "
+            "trained too, or pass verify_base=False."
+        )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(values[name])
+    return model.eval()
+
+
+def _tensor(model: nn.Module, key: str) -> Any:
+    try:
+        return model.get_parameter(key)
+    except AttributeError:
+        return None

@@ -1,0 +1,87 @@
+"""Where a model comes from: a folder, or a repository on the Hub at one pinned commit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import HardAttentionError
+from .secrets import redact
+from .untrusted import check_name
+
+# All that loading reads. Code, pickles and everything else stay where they are.
+NEEDED = re.compile(
+    r"(config|generation_config|adapter_config|hard_attention|model\.safetensors\.index)\.json"
+    r"|(model|adapter_model|selectors)\.safetensors|model-\d{5}-of-\d{5}\.safetensors"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files to load from.
+
+    Attributes:
+        folder: where they are. name: what the user called it, for errors and configs. revision: commit, None for a folder.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None = None
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+
+def fetch(
+    name: str | Path,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    remote_only: bool = False,
+) -> Source:
+    """Find a folder, or download what loading needs of a repository.
+
+    Args:
+        name: folder or ``user/name``. revision: branch, tag or commit. token, cache_dir, local_files_only: as in huggingface_hub.
+        remote_only: never look for a folder (a base model named by somebody else's repository).
+
+    Raises:
+        HardAttentionError: neither a folder nor a repository's name; a repository with a file name that is no name.
+        huggingface_hub.errors.HfHubHTTPError: not there, private, gated, no such revision.
+    """
+    folder = Path(name)
+    if not remote_only and folder.is_dir():
+        if revision is not None:
+            raise HardAttentionError(
+                f"revision={revision!r} of the folder {name}; only repositories on the Hub have revisions. Leave it out."
+            )
+        return Source(folder, str(name))
+    try:
+        validate_repo_id(str(name))
+    except HFValidationError:  # its text repeats the name, which may be a token in the wrong place
+        raise HardAttentionError(
+            f"{redact(str(name))[:200]!r} is neither a folder nor the name of a repository; a name is 'user/name'."
+        ) from None
+    where: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        found = Path(snapshot_download(str(name), revision=revision, local_files_only=True, **where))
+        return Source(found, str(name), found.name)
+    info = HfApi(token=token).model_info(str(name), revision=revision)
+    files = [check_name(sibling.rfilename, str(name)) for sibling in info.siblings or []]
+    wanted = [file for file in files if NEEDED.fullmatch(file)]
+    if not wanted:
+        raise HardAttentionError(
+            f"{name} holds nothing to load ({len(files)} other files); a model has config.json, adapter_config.json or "
+            "hard_attention.json, and .safetensors weights."
+        )
+    # the commit that was looked at is the one that is loaded, whatever is pushed meanwhile
+    return Source(
+        Path(snapshot_download(str(name), revision=info.sha, allow_patterns=wanted, **where)), str(name), info.sha
+    )

@@ -1,0 +1,105 @@
+"""Reading what somebody else wrote: file names, JSON and configurations are checked before anything believes them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..config import HardAttentionConfig
+from ..errors import HardAttentionError
+
+MOST_BYTES = 10 * 1024 * 1024  # of a JSON file; the largest real index is about 1 MB
+MOST_DEPTH = 32
+LARGEST = 2**31 - 1
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ +=@,()-]{0,199}|\.[A-Za-z][A-Za-z0-9._-]{0,99}")
+
+
+def check_name(name: str, where: str) -> str:
+    """Return ``name`` if it is a plain relative path of a file inside its repository.
+
+    Raises:
+        HardAttentionError: an absolute path, ``..``, a backslash, a drive, a control character, a name of odd characters.
+    """
+    parts = name.split("/")
+    if len(name) > 1000 or not all(_PART.fullmatch(part) and ".." not in part for part in parts):
+        raise HardAttentionError(
+            f"{name[:200]!r} is no file name of {where}; a name is a relative path of letters, digits and ._-, inside the repository. "
+            "Nothing was read; do not use this repository."
+        )
+    return name
+
+
+def read_json(path: Path, where: str) -> dict[str, Any]:
+    """Read a JSON object: of bounded size and depth, finite numbers only.
+
+    Raises:
+        HardAttentionError: it is not there, too large, too deep, no JSON, or no object.
+    """
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise HardAttentionError(
+                f"{path.name} of {where} has {path.stat().st_size:,} bytes; {MOST_BYTES:,} at most."
+            )
+        data = json.loads(path.read_bytes())
+        if not isinstance(data, dict):
+            raise HardAttentionError(f"{path.name} of {where} holds a {type(data).__name__}; it must hold an object.")
+        for key, value in walk(data):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise HardAttentionError(f"{path.name} of {where} says {key}={value}; numbers must be finite.")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
+        if isinstance(error, HardAttentionError):
+            raise
+        raise HardAttentionError(
+            f"{path.name} of {where} cannot be read as JSON ({_line(error)}); the repository is incomplete or damaged."
+        ) from error
+    return data
+
+
+def walk(data: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield ``(dotted name, value)`` of everything in JSON that is neither object nor array.
+
+    Raises:
+        HardAttentionError: deeper than ``MOST_DEPTH``.
+    """
+    if depth > MOST_DEPTH:
+        raise HardAttentionError(
+            f"the JSON nests deeper than {MOST_DEPTH} levels at {name[:100]!r}; nothing real does."
+        )
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from walk(value, f"{name}.{key}" if name else str(key), depth + 1)
+    elif isinstance(data, list):
+        for index, value in enumerate(data):
+            yield from walk(value, f"{name}[{index}]", depth + 1)
+    else:
+        yield name, data
+
+
+def read_config(data: Any, where: str) -> HardAttentionConfig:
+    """Make a ``HardAttentionConfig`` of a dict from a file; whatever is wrong with it is a ``HardAttentionError``."""
+    if not isinstance(data, dict):
+        raise HardAttentionError(f"hard_attention of {where} is {str(data)[:100]!r}; it must be an object.")
+    for key, value in walk(data):
+        if isinstance(value, str) and len(value) > 500:
+            raise HardAttentionError(f"hard_attention of {where}: {key} has {len(value):,} characters; 500 at most.")
+        if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
+            raise HardAttentionError(
+                f"hard_attention of {where}: {key}={str(value)[:40]} is out of range; numbers stay within {LARGEST:,}."
+            )
+    try:
+        return HardAttentionConfig.from_dict(data)
+    except HardAttentionError:
+        raise
+    except Exception as error:  # a wrong type deep inside; the user needs the place, not our traceback
+        raise HardAttentionError(
+            f"hard_attention of {where} is not a configuration ({_line(error)}); names and numbers only, as HardAttentionConfig "
+            "writes them."
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

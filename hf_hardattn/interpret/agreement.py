@@ -1,0 +1,105 @@
+"""Do two models (two seeds, two checkpoints) keep the same things?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HardAttentionError
+from ..recording import Recording, record
+from .measures import chance_overlap
+
+
+def jaccard(one: Recording, other: Recording) -> dict[str, dict[str, float]]:
+    """Agreement of the first selections at each common site, mean over rows: ``jaccard``, and ``chance`` for choices of that size.
+
+    What is always kept (CLS, ``</s>``) is no choice and counts on neither side.
+    """
+    common = [site for site in one.sites if site in other.sites]
+    if not common:
+        raise HardAttentionError(
+            f"the recordings share no site ({', '.join(one.sites)} and {', '.join(other.sites)}); compare models with the same sites."
+        )
+    found = {}
+    for site in common:
+        a, b, places = _choices(one, other, site)
+        both, either = (a & b).sum(-1), (a | b).sum(-1)
+        rows = torch.where(either > 0, both / either.clamp(min=1), 1.0)
+        sizes = zip(places.tolist(), a.sum(-1).tolist(), b.sum(-1).tolist(), strict=True)
+        chance = [chance_overlap(n, k, m) for n, k, m in sizes]
+        found[site] = {"jaccard": float(rows.mean()), "chance": sum(chance) / len(chance)}
+    return found
+
+
+def seed_agreement(recordings: list[Recording]) -> dict[str, dict[str, float]]:
+    """``jaccard`` averaged over every pair of recordings of the same batch by models of different seeds."""
+    pairs = [jaccard(one, other) for one, other in combinations(recordings, 2)]
+    if not pairs:
+        raise HardAttentionError(f"{len(recordings)} recording has no pair; agreement between seeds needs 2 or more.")
+    return {
+        site: {name: sum(pair[site][name] for pair in pairs) / len(pairs) for name in ("jaccard", "chance")}
+        for site in pairs[0]
+    }
+
+
+@dataclass
+class Difference:
+    """What two models keep differently at one site on one batch.
+
+    Attributes:
+        site: its name. jaccard, chance: see ``jaccard``.
+        first_only, second_only, both: bool ``[B, P]``. order: rows from the most to the least changed.
+    """
+
+    site: str
+    jaccard: float
+    chance: float
+    first_only: Tensor
+    second_only: Tensor
+    both: Tensor
+    order: list[int]
+
+    def __str__(self) -> str:
+        gone, new = int(self.first_only.sum()), int(self.second_only.sum())
+        return (
+            f"{self.site}: both keep {int(self.both.sum())} places, the first alone {gone}, the second alone {new}; "
+            f"Jaccard {self.jaccard:.2f}, by chance {self.chance:.2f}"
+        )
+
+
+@torch.no_grad()
+def selection_diff(first: nn.Module, second: nn.Module, batch: Mapping[str, Any]) -> list[Difference]:
+    """What two checkpoints keep differently on the same batch, site by site; ``overlay.difference_overlay`` draws it."""
+    recordings = []
+    for model in (first, second):
+        model.eval()
+        with record(model) as recording:
+            model(**batch)
+        recordings.append(recording)
+    one, other = recordings
+    found = []
+    for site, values in jaccard(one, other).items():
+        a, b, _ = _choices(one, other, site)
+        order = (a ^ b).sum(-1).argsort(descending=True, stable=True).tolist()
+        found.append(Difference(site, values["jaccard"], values["chance"], a & ~b, b & ~a, a & b, order))
+    return found
+
+
+def _choices(one: Recording, other: Recording, site: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Both choices as bool ``[rows, P]``, one row a sample, head and query, without what is always kept; places a row."""
+    first, second = one[site][0], other[site][0]
+    kept = [one.kept(first, choice=True), other.kept(second, choice=True)]
+    if kept[0].shape[-1] != kept[1].shape[-1]:
+        raise HardAttentionError(
+            f"'{site}' has {kept[0].shape[-1]} places in one recording and {kept[1].shape[-1]} in the other; record the same batch."
+        )
+    shape = torch.broadcast_shapes(kept[0].shape, kept[1].shape)
+    entry = next(made for made in one if one.tower(made.site) == one.tower(site))  # before anything was dropped
+    free = entry.valid if entry.required is None else entry.valid & ~entry.required
+    places = free.flatten(1, 2).any(1).sum(-1)[:, None, None].expand(shape[:-1]).flatten()
+    return kept[0].expand(shape).flatten(0, 2), kept[1].expand(shape).flatten(0, 2), places

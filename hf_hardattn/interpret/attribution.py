@@ -1,0 +1,123 @@
+"""Scores of every place, by several explanations of the same answer: what the selector says, and what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import HardAttentionError, missing_extra
+from ..modes import soft
+from ..recording import record
+from .probe import Probe
+
+
+def selection(probe: Probe, site: str | None = None) -> Tensor:
+    """The selector's own scores, mean over heads and queries, fp32 ``[B, P]``; what an earlier site dropped ranks last."""
+    with torch.no_grad(), record(probe.model) as recording:
+        probe.model(**probe.batch)
+    made = recording[site or next((s for s in recording.sites if recording.tower(s) == probe.tower), probe.site)][0]
+    kept = recording.kept(made).flatten(1, 2).float().mean(1)
+    if made.scores.shape[-1] != probe.places.shape[1]:
+        return kept.expand(probe.places.shape)
+    scores = made.scores.float().flatten(1, 2).mean(1)
+    scale = (scores.amax(-1, keepdim=True) - scores.amin(-1, keepdim=True)).clamp(min=1e-9)
+    return (kept + (scores - scores.amin(-1, keepdim=True)) / (2 * scale)).expand(probe.places.shape)
+
+
+def random(probe: Probe, seed: int = 0) -> Tensor:
+    """Noise: the floor that every explanation must beat."""
+    return torch.rand(probe.places.shape, generator=torch.Generator().manual_seed(seed)).to(probe.full)
+
+
+def soft_attention(probe: Probe) -> Tensor:
+    """Attention of the same weights run soft: of the decoder to the input where there is one (mean over layers, heads and steps),
+    else of CLS, or of all tokens, in the last layer (mean over heads)."""
+    model = probe.model
+    before = model.config._attn_implementation  # fused attention returns no weights; BLIP's gives them as it is
+    switch = before != "eager" and model._supports_sdpa
+    if switch:
+        model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad(), soft(model):
+            output = model(**probe.batch, output_attentions=True)
+    finally:
+        if switch:
+            model.set_attn_implementation(before)
+    cross = [layer for layer in output.get("cross_attentions") or () if layer is not None]
+    if cross:
+        return torch.stack(cross).mean((0, 2, 3))
+    layers = output.get("encoder_attentions") or output.get("attentions")
+    if not layers:
+        raise HardAttentionError(f"{type(model).__name__} returned no attention weights to compare with.")
+    last = layers[-1].mean(1)
+    return last[:, 0] if probe.tower == "vision" else last.mean(1)
+
+
+def leave_one_out(probe: Probe) -> Tensor:
+    """``p(y^) - p(y^ without place i)``, fp32 ``[B, P]``: one forward a place. With removal ``select`` it starts from what the model
+    kept; a place it dropped has no effect, exactly."""
+    base = probe.own() if probe.removal == "select" else probe.places
+    scores = torch.zeros_like(base, dtype=torch.float32)
+    whole = probe(base)
+    for place in base.any(0).nonzero().flatten().tolist():
+        keep = base.clone()
+        keep[:, place] = False
+        scores[:, place] = whole - probe(keep)
+    return scores
+
+
+def integrated_gradients(probe: Probe, steps: int = 20) -> Tensor:
+    """Captum's integrated gradients of ``p(y^)``, from a grey image or padding embeddings, summed over each patch or token.
+
+    Source: Sundararajan, Taly & Yan 2017, arXiv:1703.01365.
+
+    Raises:
+        ImportError: captum is not installed.
+    """
+    try:
+        from captum.attr import IntegratedGradients
+    except ImportError as error:
+        raise missing_extra("captum", "interpret", "a comparison with integrated gradients") from error
+    inputs: Tensor
+    if probe.tower == "vision":
+        inputs, baseline, name = (
+            probe.batch["pixel_values"],
+            torch.zeros_like(probe.batch["pixel_values"]),
+            "pixel_values",
+        )
+    else:
+        embed, ids = probe.model.get_input_embeddings(), probe.batch["input_ids"]
+        inputs, name = embed(ids).detach(), "inputs_embeds"
+        baseline = embed(torch.full_like(ids, probe.model.config.pad_token_id or 0)).detach()
+    others = {
+        key: value
+        for key, value in probe.batch.items()
+        if key not in ("pixel_values", "input_ids") or probe.tower == "vision"
+    }
+
+    def answer(given: Tensor) -> Tensor:
+        return probe.probability({**others, name: given})
+
+    method = IntegratedGradients(answer)
+    try:
+        found = method.attribute(inputs, baselines=baseline, n_steps=steps, internal_batch_size=len(inputs))
+    except NotImplementedError as error:  # T5's sequence classifier
+        raise HardAttentionError(
+            f"{type(probe.model).__name__} takes no embeddings; integrated gradients of a text need them. Leave them out."
+        ) from error
+    if probe.tower == "encoder":
+        return found.sum(-1).float()
+    patch = getattr(probe.model.config, "vision_config", probe.model.config).patch_size
+    tiles = torch.nn.functional.avg_pool2d(found.sum(1, keepdim=True), patch, divisor_override=1).flatten(1)
+    return torch.nn.functional.pad(tiles, (1, 0)).float()
+
+
+EXPLANATIONS: dict[str, Callable[[Probe], Any]] = {
+    "selection": selection,
+    "soft attention": soft_attention,
+    "integrated gradients": integrated_gradients,
+    "random": random,
+}

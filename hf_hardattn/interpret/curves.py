@@ -1,0 +1,71 @@
+"""Curves: faithfulness as places go or come, and accuracy against cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .style import MARKERS, SERIES, new_figure, plain
+
+
+def faithfulness_curves(measured: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Draw deletion and insertion curves of several explanations side by side.
+
+    Args:
+        measured: name of the explanation to what ``faithfulness`` returned.
+
+    Returns:
+        matplotlib figure; colour and marker both tell the explanations apart.
+    """
+    figure = new_figure(8.4, 3.4)
+    for axis, kind, better in zip(
+        figure.subplots(1, 2, sharey=True), ("deletion", "insertion"), ("lower", "higher"), strict=True
+    ):
+        for index, (name, result) in enumerate(measured.items()):
+            curve = result["curves"][kind]
+            share = [step / (len(curve) - 1) for step in range(len(curve))]
+            style = {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
+            axis.plot(share, curve, markersize=4, linewidth=1.6, label=f"{name} ({result[kind]:.2f})", **style)
+        plain(axis)
+        axis.set_title(f"{kind}: {better} is better", fontsize=10)
+        axis.set_xlabel(f"share of places {'removed' if kind == 'deletion' else 'given'}, best first", fontsize=9)
+        axis.legend(fontsize=8, frameon=False)
+    figure.axes[0].set_ylabel("p(answer), whole input = 1", fontsize=9)
+    return figure
+
+
+def tradeoff(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    cost: str,
+    quality: str,
+    spread: Mapping[str, Sequence[float]] = {},
+) -> Any:
+    """Draw quality against cost, one line a family of models (soft, hard at several budgets, random).
+
+    Args:
+        points: family to its (cost, quality) pairs. cost, quality: labels of the axes with their units; a cost is counted or
+            measured, never both in one picture. spread: family to one error bar a point.
+
+    Returns:
+        matplotlib figure; up and to the left is better.
+    """
+    figure = new_figure(5.2, 3.6)
+    axis = figure.subplots()
+    for index, (name, pairs) in enumerate(points.items()):
+        order = sorted(range(len(pairs)), key=lambda i: pairs[i][0])
+        bars = [spread[name][i] for i in order] if name in spread else None
+        axis.errorbar(
+            [pairs[i][0] for i in order],
+            [pairs[i][1] for i in order],
+            yerr=bars,
+            color=SERIES[index % len(SERIES)],
+            marker=MARKERS[index % len(MARKERS)],
+            capsize=3,
+            linewidth=1.6,
+            label=name,
+        )
+    plain(axis)
+    axis.set_xlabel(cost, fontsize=9)
+    axis.set_ylabel(quality, fontsize=9)
+    axis.legend(fontsize=8, frameon=False)
+    return figure

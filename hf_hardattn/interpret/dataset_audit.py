@@ -1,0 +1,62 @@
+"""Run a model over a data set and audit what it kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import HardAttentionError
+from ..recording import record
+from .audit import Finding, audit, border_groups, length_groups, position_groups, rarity_groups
+from .probe import choosable
+from .subject import Subject
+
+
+@torch.no_grad()
+def audit_rows(
+    subject: Subject, rows: Any, column: str, by: Sequence[str] = (), site: str | None = None, batch: int = 32
+) -> list[Finding]:
+    """Audit ``subject`` on ``rows``.
+
+    Args:
+        rows: a ``datasets.Dataset``. column: of its images or texts. by: columns of subgroups. site: to audit; the model's first
+            site whose candidates are the input by default. batch: rows at a time.
+
+    Raises:
+        HardAttentionError: a soft model, or a column that does not exist.
+    """
+    if not subject.hard:
+        raise HardAttentionError(f"{subject.name} has no hard-attention sites to audit; load a hard checkpoint.")
+    for name in (column, *by):
+        if name not in rows.column_names:
+            raise HardAttentionError(f"no column {name!r} in the data; it has: {', '.join(rows.column_names)}.")
+    kept, places, ids = [], [], []
+    for start in range(0, len(rows), batch):
+        encoded = subject.encode(rows[start : start + batch][column])
+        asked = dict(encoded)
+        if subject.model.can_generate():  # one decoder step is enough to reach every site of the input
+            with record(subject.model) as recording:
+                subject.model.generate(**asked, max_new_tokens=1, num_beams=1, do_sample=False)
+        else:
+            with record(subject.model) as recording:
+                subject.model(**asked)
+        tower, free, _ = choosable(subject.model, encoded)
+        name = site or next((s for s in recording.sites if recording.tower(s) == tower), recording.sites[0])
+        kept.append(recording.kept(recording[name][0]).flatten(1, 2).any(1).expand_as(free) & free)
+        places.append(free)
+        ids.append(encoded.get("input_ids"))
+    longest = max(free.shape[1] for free in places)
+
+    def join(parts: list[Any]) -> torch.Tensor:
+        return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1])) for part in parts]).cpu()
+
+    found, free = join(kept), join(places)
+    groups: dict[str, Any] = {name: rows[name] for name in by} | {"position": position_groups(free)}
+    if subject.sees:
+        config = getattr(subject.model.config, "vision_config", subject.model.config)
+        groups["region"] = border_groups(free, config.image_size // config.patch_size)
+    else:
+        groups |= {"frequency": rarity_groups(join(ids), free), "length": length_groups(free)}
+    return audit(found, free, groups)

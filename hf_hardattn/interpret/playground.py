@@ -1,0 +1,154 @@
+"""A page to play with: choose a model, give an image or a text, move the budget, and see soft and hard side by side."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..efficiency.counting import count_flops
+from ..errors import HardAttentionError, missing_extra
+from ..modes import soft
+from .html import paragraph
+from .probe import Probe
+from .report import pictures, said
+from .subject import Subject
+
+# The browser itself then refuses every request to another host, whatever a library's page asks for.
+POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "connect-src 'self'; object-src 'none'; base-uri 'self'"
+)
+_turn = threading.Lock()  # a model runs soft, then hard, then at a budget: one visitor at a time
+
+
+class SameOrigin:
+    """ASGI middleware that sends ``POLICY`` with every answer."""
+
+    def __init__(self, app: Callable[..., Any]):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def answer(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, answer)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(path: str) -> Subject:
+    return Subject.load(path)
+
+
+def look(path: str, image: Any, text: str, ratio: float) -> tuple[str, str]:
+    """What the page shows: HTML of the model run soft, and of the same weights keeping ``ratio`` of the places at every site."""
+    subject = _load(path)
+    given = image if subject.sees else text
+    if given is None or given == "":
+        return "", paragraph("Give it an image." if subject.sees else "Give it a text.")
+    with _turn:
+        batch = subject.encode([given])
+        with soft(subject.model):
+            loose = subject.answer(batch)
+            whole = count_flops(subject.model, Probe(subject.model, batch).batch)
+        with subject.at_budget(ratio):
+            hard = subject.answer(batch)
+            cost = count_flops(subject.model, Probe(subject.model, batch).batch)
+            shown = "\n".join(pictures(subject, given, batch, hard))
+    kept = "; ".join(f"{row['site']} keeps {row['kept_ratio']:.0%}" for row in hard.recording.summary())
+    return (
+        paragraph(f"{said(loose)}, looking everywhere: {whole / 1e9:.4g} GFLOPs (counted)."),
+        paragraph(f"{said(hard)}, {cost / 1e9:.4g} GFLOPs (counted), {cost / whole:.0%} of soft. {kept}.") + shown,
+    )
+
+
+def build(models: Sequence[str]) -> Any:
+    """Build the page over the checkpoints ``models``; visitors choose among these, and no others.
+
+    Raises:
+        ImportError: gradio is not installed. HardAttentionError: no model, or a soft one.
+    """
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise missing_extra("gradio", "demo", "the page") from error
+    if not models:
+        raise HardAttentionError(
+            "no model is named; the page shows one or more hard checkpoints. Name one with --model."
+        )
+    for path in models:
+        if not _load(path).hard:
+            raise HardAttentionError(
+                f"{path} has no hard-attention sites; the page compares soft and hard. Name a hard checkpoint."
+            )
+    first = _load(models[0])
+    with gr.Blocks(title="Where does it look?", analytics_enabled=False) as page:
+        gr.Markdown(
+            "# Where does it look?\nThe same weights twice: looking everywhere, and computing only on what their selectors keep. "
+            "Lit and framed, or marked: kept. Faded, or struck through: dropped."
+        )
+        model = gr.Dropdown(list(models), value=models[0], label="model", visible=len(models) > 1)
+        with gr.Row():
+            with gr.Column():
+                image = gr.Image(
+                    type="pil", sources=["upload", "clipboard"], label="image", visible=first.sees, height=280
+                )
+                text = gr.Textbox(lines=5, label="text", visible=not first.sees)
+                ratio = gr.Slider(
+                    0.02, 1.0, value=_own_ratio(first), step=0.02, label="budget: share kept at every site"
+                )
+            with gr.Column():
+                gr.Markdown("## Hard")
+                hard = gr.HTML(elem_id="hard")
+            with gr.Column():
+                gr.Markdown("## Soft")
+                loose = gr.HTML(elem_id="soft")
+
+        def choose(path: str) -> tuple[Any, Any, float]:
+            subject = _load(path)
+            return (
+                gr.update(visible=subject.sees, value=None),
+                gr.update(visible=not subject.sees, value=""),
+                _own_ratio(subject),
+            )
+
+        model.change(choose, model, [image, text, ratio], show_progress="hidden")
+        for change in (image.change, text.submit, text.blur, ratio.release):
+            change(look, [model, image, text, ratio], [loose, hard], show_progress="minimal")
+    return page
+
+
+def launch(models: Sequence[str], port: int | None = None, host: str | None = None, block: bool = True) -> str:
+    """Serve the page; returns its address (at once, when ``block`` is False).
+
+    Args:
+        models: checkpoints. port, host: where; Gradio's own choice by default, which a Space sets.
+    """
+    page = build(models)
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    _, address, _ = page.launch(
+        server_port=port,
+        server_name=host,
+        share=False,
+        prevent_thread_lock=not block,
+        quiet=not block,
+        ssr_mode=False,
+        footer_links=[],
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        app_kwargs={"middleware": [Middleware(SameOrigin)]},
+    )
+    return str(address)
+
+
+def _own_ratio(subject: Subject) -> float:
+    """The share that the model's own budget keeps, where it is a ratio, else a half."""
+    from ..recording import selectors
+
+    budget = next(iter(selectors(subject.model).values())).config.budget
+    budget = budget.get("end") if isinstance(budget, dict) else budget
+    return round(float(budget), 2) if isinstance(budget, float) else 0.5

@@ -1,0 +1,103 @@
+"""Kept places as things a person knows: characters of a text, boxes of pixels, seconds of a video."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import HardAttentionError
+from ..recording import Recording
+from ..selection import Selection
+
+
+def kept_places(recording: Recording, site: str) -> Tensor:
+    """Places that the first call at ``site`` kept for any head or query, bool ``[B, P]`` over the tower's input.
+
+    Raises:
+        HardAttentionError: the recording has no such site; the message lists those it has.
+    """
+    return recording.kept(recording[site][0]).flatten(1, 2).any(1)
+
+
+def kept_per_token(recording: Recording, site: str, beam_indices: Tensor | None = None) -> Tensor:
+    """Places that ``site`` kept for each generated token (any head): the choice made at the query that predicted it.
+
+    Args:
+        recording: of one ``generate()`` call.
+        beam_indices: int64 ``[B, T]`` of ``generate(..., return_dict_in_generate=True)`` with beams: which row of each step
+            the returned sequence came from; -1 behind its end.
+
+    Returns:
+        bool ``[B, T, P]``; all False behind a sequence's end when ``beam_indices`` says where it ends.
+    """
+    made: list[Selection] = recording[site]
+    once = made[0].mask.shape[2] == 1 and len(made) == 1  # one choice serves every step: its keys are cached
+    steps = [recording.kept(selection)[:, :, -1].any(1) for selection in made]
+    if beam_indices is None:
+        return torch.stack(steps, 1)
+    rows, count = beam_indices.long().cpu(), beam_indices.shape[1]
+    if not once and len(steps) < int((rows >= 0).sum(-1).max()):
+        raise HardAttentionError(
+            f"the recording holds {len(steps)} selections at '{site}' and the sequences have "
+            f"{int((rows >= 0).sum(-1).max())} tokens; record exactly the generate() call that gave beam_indices."
+        )
+    kept = [
+        steps[0 if once else t].cpu()[rows[:, t].clamp(min=0)] for t in range(min(count, count if once else len(steps)))
+    ]
+    found = torch.stack(kept, 1)
+    return found & (rows[:, : found.shape[1], None] >= 0)
+
+
+def character_spans(kept: Tensor, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Characters of a text that the kept tokens cover, touching spans merged.
+
+    Args:
+        kept: bool ``[P]``, one row of ``kept_places``.
+        offsets: (start, end) of each token, as a fast tokenizer gives with ``return_offsets_mapping=True``; special tokens have
+            start = end and cover nothing.
+    """
+    if len(offsets) > len(kept):
+        raise HardAttentionError(
+            f"{len(offsets)} offsets for {len(kept)} places; each token has one. Take both from the same tokenizer call."
+        )
+    spans: list[tuple[int, int]] = []
+    for keep, (start, end) in zip(kept.tolist(), offsets, strict=False):
+        if not keep or start == end:
+            continue
+        if spans and start <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
+        else:
+            spans.append((start, end))
+    return spans
+
+
+def pixel_boxes(
+    kept: Tensor, patch_size: int, model_size: tuple[int, int], image_size: tuple[int, int] | None = None
+) -> list[tuple[float, float, float, float]]:
+    """Boxes (left, top, right, bottom) in pixels of the kept patches, row by row.
+
+    Args:
+        kept: bool ``[1 + patches]``, CLS first.
+        model_size: (height, width) of what the model reads. image_size: of the original image that was resized to it, whose
+            pixels the boxes then count; ``model_size`` by default.
+    """
+    height, width = model_size
+    across, down = width // patch_size, height // patch_size
+    if len(kept) != 1 + across * down:
+        raise HardAttentionError(
+            f"{len(kept)} places do not fit {down} x {across} patches of {patch_size} pixels and CLS; check patch_size and model_size."
+        )
+    tall, wide = image_size or model_size
+    y, x = patch_size * tall / height, patch_size * wide / width
+    places = kept[1:].nonzero().flatten().tolist()
+    return [(p % across * x, p // across * y, (p % across + 1) * x, (p // across + 1) * y) for p in places]
+
+
+def frame_times(kept: Tensor, timestamps: Sequence[float]) -> list[float]:
+    """Seconds of the kept frames: ``timestamps`` of the places that ``kept``, bool ``[P]``, names; a place behind the last
+    timestamp (``</s>``) is no frame."""
+    if len(timestamps) > len(kept):
+        raise HardAttentionError(f"{len(timestamps)} timestamps for {len(kept)} places; each frame is one place.")
+    return [time for keep, time in zip(kept.tolist(), timestamps, strict=False) if keep]

@@ -1,0 +1,175 @@
+"""One self-contained page about what a model kept, what that proves, and what it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..efficiency.counting import count_flops
+from ..errors import HardAttentionError
+from ..modes import soft
+from ..recording import record
+from ..verify import Report, verify
+from . import attribution
+from .alignment import selection_matrix
+from .captions import caption_grid
+from .curves import faithfulness_curves
+from .faithfulness import compare, own_sufficiency
+from .heatmap import heat_map
+from .html import Html, cards, page, paragraph, picture, section, table
+from .overlay import layer_overlay
+from .probe import Probe
+from .sanity import randomised_weights
+from .subject import Answer, Subject
+from .tokens import token_highlight
+
+LIT = "Lit and framed: the patches kept at a site, and their share. Faded: dropped."
+MARKED = "Marked: the tokens kept at a site. Struck through: dropped."
+LIMITS = (
+    "What was kept is what the model computed on from that site on. That is a fact about the computation, not a reason in a person's "
+    "sense: it does not say which of the kept places mattered, nor that another model would need them."
+)
+
+
+def explain(subject: Subject, inputs: Sequence[Any], measure: bool = True, title: str = "") -> Html:
+    """Write the page.
+
+    Args:
+        subject: a hard model. inputs: PIL images or texts. measure: also faithfulness and the sanity check (some hundred forwards).
+        title: of the page.
+
+    Returns:
+        the page's source, without scripts and without a request; ``Path("report.html").write_text(page)``.
+
+    Raises:
+        HardAttentionError: a soft model, or no inputs.
+    """
+    if not subject.hard:
+        raise HardAttentionError(
+            f"{subject.name} has no hard-attention sites to explain; load a hard checkpoint, or call apply()."
+        )
+    if not inputs:
+        raise HardAttentionError("there is nothing to explain; give one input or more.")
+    shown = [_one(subject, given) for given in inputs]
+    wide = not subject.sees or subject.model.can_generate()  # a text or a grid of words takes the whole width
+    key = paragraph(LIT if subject.sees else MARKED, "note")
+    parts = [section("What it kept", key, "\n".join(shown) if wide else cards(shown))]
+    probe = Probe(subject.model, subject.encode(inputs))
+    certificate = verify(subject.model, probe.batch)
+    parts.append(_certificate(certificate))
+    if measure:
+        parts += [_measured(probe), _sanity(subject, probe)]
+    with record(subject.model) as recording:
+        subject.model(**probe.batch)
+    if len(inputs) > 1:
+        figure = picture(
+            heat_map(recording),
+            "How often each place was kept, over these inputs. A place kept in all of them is position bias.",
+        )
+        parts.append(section("Where it looks in general", figure))
+    return page(title or f"What {subject.name} kept", *parts)
+
+
+def _one(subject: Subject, given: Any) -> str:
+    batch = subject.encode([given])
+    hard = subject.answer(batch)
+    with soft(subject.model):
+        loose = subject.answer(batch)
+    scored = Probe(subject.model, batch).batch
+    cost = count_flops(subject.model, scored)
+    with soft(subject.model):
+        whole = count_flops(subject.model, scored)
+    made = hard.recording[hard.recording.sites[0]][0]
+    candidates = made.valid if made.required is None else made.valid & ~made.required  # CLS and </s> are no choice
+    kept, known = (int(m.flatten(0, 2).any(0).sum()) for m in (hard.recording.kept(made, choice=True), candidates))
+    line = (
+        f"Answer: {said(hard)}. The same weights looking everywhere: {said(loose)}. It kept {kept} of {known} "
+        f"{'patches' if subject.sees else 'tokens'} at {made.site}; counted cost {cost / whole:.0%} of looking everywhere."
+    )
+    return paragraph(line) + "\n".join(pictures(subject, given, batch, hard))
+
+
+def pictures(subject: Subject, given: Any, batch: dict[str, Any], answer: Answer) -> list[str]:
+    """Everything there is to see of one answer, as pieces of HTML."""
+    recording, found = answer.recording, []
+    sites = recording.sites
+    cross = next((site for site in sites if ".cross." in site), None)
+    if subject.sees:
+        pixels = batch["pixel_values"]
+        if any(site.startswith("vision.") for site in sites):
+            found.append(picture(layer_overlay(pixels, recording, subject.patch_size), LIT, caption=False))
+        if answer.tokens and (cross or any(site.startswith("vision.") for site in sites)):
+            words = subject.words(answer.tokens)
+            figure = caption_grid(pixels, recording, words, subject.patch_size, cross)
+            found.append(picture(figure, "For each word, the patches that the step producing it could read."))
+        return found
+    row = subject.tokenizer(given, truncation=True, return_offsets_mapping=True)
+    offsets = [(int(start), int(end)) for start, end in row["offset_mapping"]]
+    for site in sites:
+        if site.startswith(("encoder.inputs", "encoder.tokens")):
+            found.append(paragraph(f"{site}:", "note"))
+            found.append(token_highlight(recording, given, offsets, site))
+    if cross:
+        figure = selection_matrix(recording, subject.words(row["input_ids"]), subject.words(answer.tokens), cross)
+        found.append(picture(figure, "Which source tokens each generated token could read."))
+    return found
+
+
+def said(answer: Answer) -> str:
+    """The answer in quotes, and how sure it is."""
+    return f"“{answer.text}”" + ("" if answer.probability is None else f" (p = {answer.probability:.2f})")
+
+
+def _certificate(report: Report) -> str:
+    verdict = "agree" if report.parity_ok else "DISAGREE"
+    lines = [paragraph(site.statement + ".") for site in report.sites]
+    note = f"Every dropped place was replaced by noise, a constant and its neighbour. Masked and gathered execution {verdict}."
+    return section("What the dropped places can still do", *lines, paragraph(note, "note"))
+
+
+def _measured(probe: Probe) -> str:
+    scores = {}
+    for name, make in attribution.EXPLANATIONS.items():
+        try:
+            scores[name] = make(probe)
+        except (HardAttentionError, ImportError):  # an optional comparison: no captum, no attention weights
+            continue
+    left_out = attribution.leave_one_out(probe) if probe.places.shape[1] <= 300 else None
+    measured = compare(probe, scores, leave_one_out=left_out)
+    names = ["sufficiency", "comprehensiveness", "deletion", "insertion", "rank_correlation"]
+    header = [
+        "explanation",
+        "sufficiency ↓",
+        "comprehensiveness ↑",
+        "deletion ↓",
+        "insertion ↑",
+        "tau with leave-one-out ↑",
+    ]
+    rows = [[name, *(result.get(key, "") for key in names)] for name, result in measured.items()]
+    parts = [
+        table(header, rows),
+        picture(faithfulness_curves(measured), "The answer's probability as the best places go, or come."),
+    ]
+    how = "left out of the computation" if probe.removal == "select" else "masked or greyed"
+    note = (
+        f"Means over {len(probe.full)} inputs; places are {how}. Sufficiency and comprehensiveness are averaged over rationales of 1, 5, 10, "
+        "20 and 50 % of the places (ERASER's AOPC)."
+    )
+    parts.append(paragraph(note, "note"))
+    if probe.removal == "select":
+        own = own_sufficiency(probe).abs().max().item()
+        text = f"On exactly what it kept, its answer's probability changes by {own:g}"
+        parts.append(paragraph(text + (": sufficiency is 0 by construction." if own == 0.0 else ", which is a bug.")))
+    return section("How faithful that is, measured", *parts)
+
+
+def _sanity(subject: Subject, probe: Probe) -> str:
+    found = randomised_weights(subject.model, probe.batch, seeds=2)
+    rows = [[site, value["jaccard"], value["chance"]] for site, value in found.items()]
+    text = "Agreement far above chance would mean that the selection does not need what the model learned."
+    return section(
+        "With its weights shuffled",
+        table(["site", "agreement with the shuffled model (Jaccard)", "of random choices"], rows),
+        paragraph(text, "note"),
+        paragraph(LIMITS, "note"),
+    )

@@ -1,0 +1,89 @@
+"""The page as a folder that is a Hugging Face Space."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import HardAttentionError
+
+APP = '''"""Soft and hard attention side by side."""
+
+from hf_hardattn.interpret.playground import launch
+
+launch({models!r}, host="0.0.0.0")
+'''
+CARD = """---
+title: Where does it look?
+colorFrom: yellow
+colorTo: blue
+sdk: gradio
+sdk_version: {gradio}
+python_version: "3.11"
+app_file: app.py
+license: apache-2.0
+tags:
+- hard-attention
+- interpretability
+---
+
+# Where does it look?
+
+The same weights twice: looking everywhere, and computing only on what their selectors keep. Made with hf_hardattn by
+`hf-hardattn demo --space`; `app.py` runs it, here or at home: `pip install -r requirements.txt gradio && python app.py`.
+"""
+EXTRAS = ("interpret", "plots", "vision", "text")
+
+
+def write_space(folder: Path, models: Sequence[str]) -> list[str]:
+    """Write a Space: ``app.py``, ``requirements.txt``, ``README.md`` with its front matter, the library, and local checkpoints.
+
+    The library travels as source, so that the Space needs nothing but packages from the index and, for models named by their
+    place on the Hub, the Hub. Push it with ``hf upload USER/NAME FOLDER --repo-type space``.
+
+    Args:
+        folder: new or empty. models: local folders, copied into ``models/``, or names on the Hub.
+
+    Returns:
+        the files at its top.
+
+    Raises:
+        HardAttentionError: no model, or a folder that is not empty.
+    """
+    if not models:
+        raise HardAttentionError(
+            "no model is named; a Space shows one or more hard checkpoints. Name one with --model."
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise HardAttentionError(f"{folder} is not empty; a Space is written whole. Name a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    source = Path(__file__).parents[1]
+    shutil.copytree(source, folder / "hf_hardattn", ignore=shutil.ignore_patterns("__pycache__", "_scripts"))
+    names = []
+    for model in models:
+        path = Path(model)
+        if path.is_dir():
+            shutil.copytree(path, folder / "models" / path.name, ignore=shutil.ignore_patterns("checkpoint*", "log*"))
+            names.append(f"models/{path.name}")
+        else:
+            names.append(model)
+    (folder / "app.py").write_text(APP.format(models=names), encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join(requirements()) + "\n", encoding="utf-8")
+    card = CARD.format(gradio=importlib.metadata.version("gradio"))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return sorted(file.name for file in folder.iterdir())
+
+
+def requirements() -> list[str]:
+    """The library's dependencies with the extras that the page needs, without Gradio, which a Space brings."""
+    from packaging.requirements import Requirement
+
+    found = set()
+    for line in importlib.metadata.requires("hf-hardattn") or []:
+        need = Requirement(line)
+        wanted = need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in EXTRAS)
+        if wanted and need.name not in ("gradio", "hf-hardattn"):
+            found.add(f"{need.name}{need.specifier}")
+    return sorted(found)

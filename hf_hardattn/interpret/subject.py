@@ -1,0 +1,148 @@
+"""The model under the lens, with what turns images and texts into its inputs and its outputs into words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from ..architectures import architecture_of
+from ..config import SiteConfig
+from ..errors import HardAttentionError
+from ..recording import Recording, record, selectors
+from ..selector import Selector
+
+
+@dataclass
+class Answer:
+    """What a model said to one input.
+
+    Attributes:
+        text: the class's name or the generated text. probability: of the class; None for a text.
+        recording: of that forward or ``generate()``. tokens: ids of a generated text without its prompt, else empty.
+    """
+
+    text: str
+    probability: float | None
+    recording: Recording
+    tokens: list[int]
+
+
+@dataclass
+class Subject:
+    """A model in evaluation mode and its processor.
+
+    Attributes:
+        model: T5, ViT or BLIP. processor: tokenizer, image processor or both; None scales pixels to [-1, 1] at the model's size.
+        name: shown in titles.
+    """
+
+    model: Any
+    processor: Any
+    name: str
+
+    @classmethod
+    def load(cls, path: str) -> Subject:
+        """Load a checkpoint, hard as its config says, with the head it was saved with.
+
+        Raises:
+            HardAttentionError: the checkpoint names no head, or an unsupported one.
+        """
+        config = transformers.AutoConfig.from_pretrained(path)
+        heads = config.architectures or []
+        head = getattr(transformers, heads[0], None) if heads else None
+        if head is None:
+            raise HardAttentionError(
+                f"the config of {path} names no head (architectures: {heads}); a checkpoint made by save_pretrained does."
+            )
+        model = head.from_pretrained(path).eval()
+        if architecture_of(model) is None:
+            raise HardAttentionError(f"{heads[0]} is not supported by hard attention; T5, ViT and BLIP are.")
+        processor = None
+        if not Path(path).is_dir() or any(Path(path).glob("*token*.json")) or any(Path(path).glob("*processor*.json")):
+            processor = transformers.AutoProcessor.from_pretrained(path)
+        return cls(model, processor, Path(path).name if Path(path).exists() else path)
+
+    @property
+    def sees(self) -> bool:
+        """Whether it takes images."""
+        return hasattr(self.model.config, "vision_config") or hasattr(self.model.config, "patch_size")
+
+    @property
+    def hard(self) -> bool:
+        """Whether it has sites."""
+        return bool(selectors(self.model))
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels."""
+        return getattr(self.model.config, "vision_config", self.model.config).patch_size
+
+    def encode(self, inputs: Sequence[Any]) -> dict[str, Any]:
+        """Images (PIL) or texts as a batch of the model's inputs."""
+        if not self.sees:
+            if self.processor is None:
+                raise HardAttentionError(f"{self.name} holds no tokenizer; save it beside the model to explain a text.")
+            rows = self.processor(list(inputs), padding=True, truncation=True, return_tensors="pt")
+            return {name: rows[name] for name in ("input_ids", "attention_mask")}
+        if self.processor is not None:
+            return {"pixel_values": self.processor(images=list(inputs), return_tensors="pt")["pixel_values"]}
+        config = getattr(self.model.config, "vision_config", self.model.config)
+        side, mode = config.image_size, "L" if config.num_channels == 1 else "RGB"
+        pixels = [
+            torch.frombuffer(bytearray(image.convert(mode).resize((side, side)).tobytes()), dtype=torch.uint8)
+            for image in inputs
+        ]
+        stacked = torch.stack(pixels).view(len(inputs), side, side, config.num_channels)
+        return {"pixel_values": stacked.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1}
+
+    @torch.no_grad()
+    def answer(self, batch: dict[str, Any], max_new_tokens: int = 40) -> Answer:
+        """Ask about one input, a batch of one row, and record every selection."""
+        recording = Recording()
+        if self.hard and any(selector.enabled for selector in selectors(self.model).values()):
+            with record(self.model) as recording:
+                output = self._run(batch, max_new_tokens)
+        else:
+            output = self._run(batch, max_new_tokens)
+        if isinstance(output, Tensor):
+            text = self.tokenizer.decode(output[0], skip_special_tokens=True)
+            return Answer(text, None, recording, output[0, 1:].tolist())
+        probabilities = output.logits[0].float().softmax(-1)
+        best = int(probabilities.argmax())
+        return Answer(str(self.model.config.id2label[best]), float(probabilities[best]), recording, [])
+
+    def _run(self, batch: dict[str, Any], max_new_tokens: int) -> Any:
+        if self.model.can_generate():
+            return self.model.generate(**batch, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False)
+        return self.model(**batch)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer alone."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def words(self, ids: Sequence[int]) -> list[str]:
+        """Tokens as a reader sees them."""
+        return [self.tokenizer.decode([token]).strip() or "␣" for token in ids]
+
+    @contextmanager
+    def at_budget(self, budget: float | int | None) -> Iterator[Subject]:
+        """Keep ``budget`` at every site inside the block; None leaves the model's own."""
+        found = [] if budget is None else [m for m in self.model.modules() if isinstance(m, Selector)]
+        before = [(s.config, s.budget_schedule) for s in found]
+        for selector in found:
+            selector.config = SiteConfig(**{**vars(selector.config), "budget": budget})
+            selector.config.validate(selector.site)
+            selector.budget_schedule = None
+        try:
+            yield self
+        finally:
+            for selector, (config, schedule) in zip(found, before, strict=True):
+                selector.config, selector.budget_schedule = config, schedule

@@ -1,0 +1,36 @@
+"""``comprehensiveness``: the answer's probability lost when the rationale is taken away; higher is better."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import torch
+
+from hf_hardattn.interpret.measures import comprehensiveness
+
+_CITATION = """DeYoung et al. 2020, ERASER: A Benchmark to Evaluate Rationalized NLP Models"""
+
+
+class Comprehensiveness(evaluate.Metric):
+    """Mean of p(y|x) - p(y|x without r); with several rationales of growing size a row, their mean too, the AOPC."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation=_CITATION,
+            inputs_description="predictions: p(y|x without r), a number a row or one a threshold; references: p(y|x).",
+            features=[
+                datasets.Features(
+                    {
+                        "predictions": datasets.Sequence(datasets.Value("float32")),
+                        "references": datasets.Value("float32"),
+                    }
+                ),
+                datasets.Features({"predictions": datasets.Value("float32"), "references": datasets.Value("float32")}),
+            ],
+        )
+
+    def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        drop = comprehensiveness(torch.tensor(references), torch.tensor(predictions))
+        return {"comprehensiveness": float(drop.mean())}

@@ -1,0 +1,33 @@
+"""``rank_correlation``: Kendall's tau between two rankings of the places, such as scores and leave-one-out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+
+from hf_hardattn.interpret.measures import rank_correlation
+
+_CITATION = """Jain and Wallace 2019, Attention is not Explanation"""
+
+
+class RankCorrelation(evaluate.Metric):
+    """Mean over the rows in which neither ranking is constant."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation=_CITATION,
+            inputs_description="predictions and references: a score a place.",
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float32")),
+                    "references": datasets.Sequence(datasets.Value("float32")),
+                }
+            ),
+        )
+
+    def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        rows = [rank_correlation(one, other) for one, other in zip(predictions, references, strict=True)]
+        known = [row for row in rows if row == row]
+        return {"rank_correlation": sum(known) / len(known) if known else float("nan")}

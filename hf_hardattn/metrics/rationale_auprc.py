@@ -1,0 +1,33 @@
+"""``rationale_auprc``: area under the precision-recall curve of scores against a person's rationale."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+
+from hf_hardattn.interpret.measures import average_precision
+
+_CITATION = """DeYoung et al. 2020, ERASER: A Benchmark to Evaluate Rationalized NLP Models"""
+
+
+class RationaleAuprc(evaluate.Metric):
+    """Mean over the rows whose rationale is not empty."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation=_CITATION,
+            inputs_description="predictions: a score a place; references: 0 or 1 a place.",
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float32")),
+                    "references": datasets.Sequence(datasets.Value("int8")),
+                }
+            ),
+        )
+
+    def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        pairs = [(scores, human) for scores, human in zip(predictions, references, strict=True) if any(human)]
+        rows = [average_precision(scores, human) for scores, human in pairs]
+        return {"rationale_auprc": sum(rows) / len(rows) if rows else float("nan")}

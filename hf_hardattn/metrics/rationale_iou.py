@@ -1,0 +1,32 @@
+"""``rationale_iou``: intersection over union of kept places and a person's rationale."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+
+from hf_hardattn.interpret.measures import overlap
+
+_CITATION = """DeYoung et al. 2020, ERASER: A Benchmark to Evaluate Rationalized NLP Models"""
+
+
+class RationaleIou(evaluate.Metric):
+    """Mean over rows of |A and B| / |A or B|."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation=_CITATION,
+            inputs_description="predictions and references: 0 or 1 a place.",
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("int8")),
+                    "references": datasets.Sequence(datasets.Value("int8")),
+                }
+            ),
+        )
+
+    def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        rows = [overlap(found, human) for found, human in zip(predictions, references, strict=True)]
+        return {"rationale_iou": sum(rows) / len(rows)}

@@ -1,0 +1,36 @@
+"""``sufficiency``: the answer's probability lost when only the rationale is left; lower is better."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import torch
+
+from hf_hardattn.interpret.measures import sufficiency
+
+_CITATION = """DeYoung et al. 2020, ERASER: A Benchmark to Evaluate Rationalized NLP Models"""
+
+
+class Sufficiency(evaluate.Metric):
+    """Mean of p(y|x) - p(y|r); with several rationales of growing size a row, their mean too, the AOPC."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation=_CITATION,
+            inputs_description="predictions: p(y|r), a number a row or one a threshold; references: p(y|x).",
+            features=[
+                datasets.Features(
+                    {
+                        "predictions": datasets.Sequence(datasets.Value("float32")),
+                        "references": datasets.Value("float32"),
+                    }
+                ),
+                datasets.Features({"predictions": datasets.Value("float32"), "references": datasets.Value("float32")}),
+            ],
+        )
+
+    def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        drop = sufficiency(torch.tensor(references), torch.tensor(predictions))
+        return {"sufficiency": float(drop.mean())}

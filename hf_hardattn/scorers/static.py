@@ -1,0 +1,31 @@
+"""The same places in every row: a control."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import Base, Projections
+
+
+class Static(Base):
+    """Score each position by its place alone: ``s_n = t_n``, one learned number per place and head. Control: what a choice that never looks
+    at the input can reach.
+
+    Args:
+        positions: places with a score of their own; those behind share the last one's.
+
+    Source: DynamicViT (Rao et al., 2021), Table 4, "static".
+    """
+
+    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, positions: int = 1024):
+        super().__init__(hidden_size, query_size, heads)
+        self.table = nn.Parameter(torch.empty(heads, positions))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.table, std=0.02)
+
+    def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
+        place = positions.clamp(max=self.table.shape[1] - 1)
+        return self.table.float()[:, place].transpose(0, 1).unsqueeze(-1)

@@ -1,0 +1,96 @@
+"""Cluttered scenes: one labelled item among fragments of others, a task whose signal is sparse.
+
+The item lies on the patch grid, so that it fills whole patches; the fragments, crops of other items of the same split, lie at
+arbitrary pixels, under the item's box where they meet it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import HardAttentionError
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Sizes in pixels, all of squares: ``item`` and ``canvas`` are multiples of ``patch``; ``fragment`` is at most ``item``."""
+
+    canvas: int
+    patch: int
+    item: int
+    fragment: int
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.canvas // self.patch
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The items of one split: ``images`` ``[C, D, item, item]`` in [0, ``white``] (C versions of D items), ``labels`` int64 ``[D]``."""
+
+    images: Tensor
+    labels: Tensor
+    white: float = 1.0
+
+
+def draw_scenes(bank: Bank, scene: Scene, size: int, clutter: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw ``size`` scenes with ``clutter`` fragments each.
+
+    Args:
+        bank: where items and fragments come from. scene: the sizes.
+        size: images B, >= 1. clutter: fragments an image, >= 0; a training loop may ramp it up from call to call.
+        generator: CPU generator; equal states give equal batches.
+
+    Returns:
+        ``pixel_values`` float32 ``[B, 1, canvas, canvas]`` in [-1, 1], ``labels`` int64 ``[B]``, and ``box`` int64 ``[B, 4]``: the
+        item's (top, left, bottom, right) in patches, bottom and right exclusive.
+
+    Raises:
+        HardAttentionError: a size out of range.
+    """
+    if size < 1 or clutter < 0:
+        raise HardAttentionError(f"size={size}, clutter={clutter} is out of range; size is >= 1 and clutter >= 0.")
+    canvas, patch, side, fragment = scene.canvas, scene.patch, scene.item, scene.fragment
+    copies, count = bank.images.shape[:2]
+    span = side // patch
+
+    def draw(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator)
+
+    item, top, left = draw(count, size), draw(scene.grid - span + 1, size), draw(scene.grid - span + 1, size)
+    image = torch.zeros(size, canvas * canvas)
+    if clutter:
+        other = (item[:, None] + 1 + draw(count - 1, size, clutter)) % count  # never the item itself
+        source = draw(copies, size, clutter) * count + other
+        free = side - fragment + 1
+        corner = _flat(draw(free, size, clutter), draw(free, size, clutter), fragment, side)
+        pixels = bank.images.view(-1)[source[..., None] * side * side + corner] / bank.white
+        free = canvas - fragment + 1
+        where = _flat(draw(free, size, clutter), draw(free, size, clutter), fragment, canvas)
+        image.scatter_reduce_(1, where.view(size, -1), pixels.view(size, -1), "amax")
+    pixels = bank.images[draw(copies, size), item] / bank.white
+    image.scatter_(1, _flat(top * patch, left * patch, side, canvas), pixels.view(size, -1))
+    return {
+        "pixel_values": image.view(size, 1, canvas, canvas) * 2 - 1,
+        "labels": bank.labels[item],
+        "box": torch.stack([top, left, top + span, left + span], 1),
+    }
+
+
+def patches_in_box(box: Tensor, grid: int) -> Tensor:
+    """Which patches of a ``grid`` x ``grid`` canvas lie in ``box`` int64 ``[B, 4]``: bool ``[B, grid * grid]``, row by row."""
+    places = torch.arange(grid)
+    tall = (places >= box[:, :1]) & (places < box[:, 2:3])
+    wide = (places >= box[:, 1:2]) & (places < box[:, 3:])
+    return (tall[:, :, None] & wide[:, None, :]).flatten(1)
+
+
+def _flat(top: Tensor, left: Tensor, side: int, width: int) -> Tensor:
+    """Flat pixel indices ``[..., side * side]`` of squares at ``top``, ``left`` in an image ``width`` pixels wide."""
+    inside = (torch.arange(side)[:, None] * width + torch.arange(side)).view(-1)
+    return (top * width + left)[..., None] + inside

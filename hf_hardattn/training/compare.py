@@ -1,0 +1,181 @@
+"""The shoot-out: the same data, budget, steps and seeds for every way to choose, and for not choosing at all.
+
+For each seed a soft trunk is trained once; every variant starts from it and trains equally long. Each run that ends is a file, so
+that an interrupted comparison goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+import transformers
+
+from ..efficiency.counting import count_flops
+from . import tasks
+from .comparison import Comparison
+from .fitting import fit
+from .results import write_json
+
+TRUNK_FIELDS = ("trunk_steps", "batch", "learning_rate", "weight_decay", "trunk_warmup", "ramp")
+
+
+def compare(
+    comparison: Comparison,
+    seeds: list[int],
+    folder: Path,
+    *,
+    jobs: int = 1,
+    threads: int = 1,
+    quick: bool = False,
+    retry: bool = False,
+    tell: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """Train what is not trained yet, and return a row for every variant and seed.
+
+    Args:
+        folder: takes trunks and runs; what it holds of the same comparison is not done again.
+        jobs: processes. threads: of PyTorch, in each.
+        quick: a few steps and one test batch only.
+        retry: do failed runs again.
+        tell: called with each row as soon as it is there.
+
+    Returns:
+        Rows with ``variant``, ``seed``, ``status`` (``finished`` or ``failed``) and, by that, ``metrics``, ``gflops``, ``seconds`` and
+        ``losses``, or ``message``; in the order of variants and seeds.
+
+    Raises:
+        HardAttentionError: the comparison names something that does not exist.
+    """
+    _, recipe, variants = comparison.settle(quick)
+    common = {"task": comparison.task, "task_options": comparison.task_options, "quick": quick}
+    trunk = {name: value for name, value in asdict(recipe).items() if name in TRUNK_FIELDS}
+    trunks = [{**common, "recipe": trunk, "seed": seed} for seed in seeds]
+    runs = [
+        {**common, "recipe": asdict(recipe), "seed": seed, "variant": name, "hard_attention": fields}
+        for seed in seeds
+        for name, fields in variants.items()
+    ]
+    if retry:
+        for spec in runs:
+            path = run_path(spec, folder)
+            if _read(path).get("status") == "failed":
+                path.unlink()
+    for _ in _each(train_trunk, trunks, folder, jobs, threads):
+        pass
+    rows = {}
+    for row in _each(train_branch, runs, folder, jobs, threads):
+        rows[row["variant"], row["seed"]] = row
+        tell(row)
+    return [rows[name, seed] for name in variants for seed in seeds]
+
+
+def train_trunk(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train and save the soft model of a seed, unless it is there."""
+    place = trunk_folder(spec, folder)
+    row = _read(place / "trunk.json")
+    if row.get("spec") == spec:
+        return row
+    (place / "trunk.json").unlink(missing_ok=True)
+    task, recipe = tasks.load(spec["task"], spec["task_options"]), _recipe(spec)
+    started, processor = time.perf_counter(), time.process_time()
+    torch.manual_seed(spec["seed"])
+    model = task.model_class(task.config())
+    losses = fit(model, task, recipe, seed=spec["seed"], branch=False)
+    model.save_pretrained(place)
+    seconds = {"train": time.perf_counter() - started, "processor": time.process_time() - processor}
+    row = {"spec": spec, "seconds": seconds, "losses": _thin(losses)}
+    write_json(place / "trunk.json", row)  # last: it says that the rest is complete
+    return row
+
+
+def train_branch(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train a variant from its seed's trunk and test it, unless that was done; a run that raises is a row that says so."""
+    path = run_path(spec, folder)
+    row = _read(path)
+    if row.get("spec") == spec:
+        return row
+    row = {"variant": spec["variant"], "seed": spec["seed"], "spec": spec}
+    try:
+        row |= {"status": "finished", **_measure(spec, folder)}
+    except Exception as error:
+        row |= {"status": "failed", "message": f"{type(error).__name__}: {error}"}
+    write_json(path, row)
+    return row
+
+
+def _measure(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    task, recipe = tasks.load(spec["task"], spec["task_options"]), _recipe(spec)
+    torch.manual_seed(spec["seed"] + 1)
+    model = task.model_class.from_pretrained(trunk_folder(spec, folder), hard_attention=spec["hard_attention"])
+    started, processor = time.perf_counter(), time.process_time()
+    losses = fit(model, task, recipe, seed=spec["seed"] + 1000, branch=True)
+    trained, processor = time.perf_counter(), time.process_time() - processor
+    metrics = task.evaluate(model, batches=1 if spec["quick"] else None)
+    inputs = {name: column[:32] for name, column in next(task.test()).inputs.items()}
+    return {
+        "metrics": metrics,
+        "gflops": count_flops(model, inputs) / 1e9 / len(next(iter(inputs.values()))),
+        "seconds": {"train": trained - started, "processor": processor, "test": time.perf_counter() - trained},
+        "losses": _thin(losses),
+    }
+
+
+def trunk_folder(spec: dict[str, Any], folder: Path) -> Path:
+    """Where the soft model of a seed is saved."""
+    return folder / "trunks" / f"seed-{spec['seed']}"
+
+
+def run_path(spec: dict[str, Any], folder: Path) -> Path:
+    """The file of a run."""
+    return folder / "runs" / f"{quote(spec['variant'], safe=' ,=%')}-{spec['seed']}.json"
+
+
+def _recipe(spec: dict[str, Any]) -> tasks.Recipe:
+    return tasks.Recipe(**{"trunk_steps": 0, "branch_steps": 0, **spec["recipe"]})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _thin(losses: list[float], points: int = 20) -> list[float]:
+    """Means over ``points`` stretches of a training."""
+    size = max(1, -(-len(losses) // points))
+    return [round(sum(losses[i : i + size]) / len(losses[i : i + size]), 4) for i in range(0, len(losses), size)]
+
+
+def _each(
+    function: Callable[[dict[str, Any], Path], dict[str, Any]],
+    specs: list[dict[str, Any]],
+    folder: Path,
+    jobs: int,
+    threads: int,
+) -> Iterator[dict[str, Any]]:
+    """Call ``function`` on every spec, in this process or in ``jobs`` others, and yield what it returns as it comes."""
+    specs = json.loads(json.dumps(specs))  # as they are read back
+    if jobs == 1:
+        _prepare(threads)
+        for spec in specs:
+            yield function(spec, folder)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _prepare, (threads,)) as pool:
+        try:
+            for future in as_completed([pool.submit(function, spec, folder) for spec in specs]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _prepare(threads: int) -> None:
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()  # fresh selectors are expected here, and files are small
+    transformers.utils.logging.disable_progress_bar()

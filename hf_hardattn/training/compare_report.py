@@ -1,0 +1,208 @@
+"""What a shoot-out shows: a summary of its rows, a table, a plot of the metric against counted FLOPs."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import missing_extra
+from .comparison import CONTROLS, Comparison
+from .results import describe_run
+
+COLLAPSED = 2.0  # points: a learned choice no further from a random one has learned nothing
+
+
+def report(
+    comparison: Comparison, rows: list[dict[str, Any]], command: str, *, quick: bool, jobs: int, threads: int
+) -> dict[str, Any]:
+    """All that is to be kept of a shoot-out, as JSON: what was compared, every run, the summary, and how it was made."""
+    task, recipe, variants = comparison.settle(quick)
+    run = describe_run(None)
+    return {
+        "command": command,
+        "task": comparison.task,
+        "task_options": comparison.task_options,
+        "recipe": asdict(recipe),
+        "variants": variants,
+        "metric": task.metric,
+        "points": task.points,
+        "seeds": sorted({row["seed"] for row in rows}),
+        "summary": summarise(rows, task.metric, task.points),
+        "runs": rows,
+        "measured": {"device": "cpu", "processor": platform.machine(), "threads": threads, "jobs": jobs},
+        "versions": run["versions"],
+        "platform": run["platform"],
+    }
+
+
+def summarise(rows: list[dict[str, Any]], metric: str, points: float) -> dict[str, dict[str, Any]]:
+    """Reduce the rows of ``compare.compare`` to one entry a variant, in their order.
+
+    Args:
+        metric: the main one. points: what turns it into points of a hundred.
+
+    Returns:
+        variant to ``runs``; ``failed``, how many raised or collapsed, with ``messages``; ``metrics``, each with ``mean`` and ``sd`` over the
+        runs that ended, collapsed ones among them (``sd`` None below two); ``gflops``; ``seconds`` of training; and, in points of
+        the main metric over the same seeds, ``to_soft`` and ``to_random`` (the random choice of as much at the same sites).
+    """
+    random = {(_place(row), row["seed"]): row for row in rows if _is_random(row) and row["status"] == "finished"}
+    soft = {(None, row["seed"]): row for row in rows if not _fields(row) and row["status"] == "finished"}
+    summary = {}
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == name]
+        ended = [row for row in mine if row["status"] == "finished"]
+        over_random = _differences(ended, random, metric, points, _place)
+        judged = bool(_fields(mine[0])) and name not in CONTROLS and not _is_random(mine[0])
+        collapsed = [seed for seed, value in over_random.items() if judged and value < COLLAPSED]
+        messages = [f"seed {row['seed']}: {row['message']}" for row in mine if row["status"] == "failed"]
+        messages += [f"seed {seed}: collapsed, {over_random[seed]:+.1f} points to random" for seed in collapsed]
+        names = dict.fromkeys(key for row in ended for key in row["metrics"])
+        summary[name] = {
+            "runs": len(mine),
+            "failed": len(messages),
+            "messages": messages,
+            "metrics": {key: _spread([row["metrics"][key] for row in ended]) for key in names},
+            "to_soft": _spread(_differences(ended, soft, metric, points, lambda row: None).values()),
+            "to_random": _spread(over_random.values()),
+            "gflops": _spread([row["gflops"] for row in ended])["mean"],
+            "seconds": _spread([row["seconds"]["train"] for row in ended])["mean"],
+        }
+    return summary
+
+
+def _fields(row: dict[str, Any]) -> dict[str, Any]:
+    return row["spec"]["hard_attention"] or {}
+
+
+def _is_random(row: dict[str, Any]) -> bool:
+    return _fields(row).get("scorer") == "random"
+
+
+def _place(row: dict[str, Any]) -> str:
+    """Sites and final budget: what a choice and its random control have in common."""
+    fields = _fields(row)
+    budget = fields.get("budget")
+    return json.dumps([fields.get("sites"), budget["end"] if isinstance(budget, dict) else budget], sort_keys=True)
+
+
+def _differences(
+    rows: list[dict[str, Any]], others: dict[Any, dict[str, Any]], metric: str, points: float, key: Any
+) -> dict[int, float]:
+    """By seed, how many points a run is above the other of its seed."""
+    pairs = {row["seed"]: (row, others.get((key(row), row["seed"]))) for row in rows}
+    return {
+        seed: (row["metrics"][metric] - other["metrics"][metric]) * points
+        for seed, (row, other) in pairs.items()
+        if other is not None
+    }
+
+
+def _spread(values: Iterable[float]) -> dict[str, float | None]:
+    values = list(values)
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The table of a results JSON: its header and its rows, as text."""
+    metric, points = results["metric"], results["points"]
+    extra = [name for row in results["summary"].values() for name in row["metrics"] if name not in (metric, "kept")]
+    extra = list(dict.fromkeys(extra))
+    header = ["variant", metric, "to soft", "to random", *extra, "kept", "failed", "GFLOPs (counted)", "train s"]
+    rows = []
+    for name, row in results["summary"].items():
+        found = row["metrics"]
+        # precision and recall are ratios; the task's own metrics share the scale of the main one
+        scales = {metric: points, **dict.fromkeys(extra, points), "precision": 100.0, "recall": 100.0}
+        rows.append(
+            [
+                name,
+                _show(found.get(metric), scales[metric]),
+                _show(row["to_soft"], 1.0, sign=True) if name != "soft" else "",
+                _show(row["to_random"], 1.0, sign=True) if name != "random" else "",
+                *(_show(found.get(key), scales[key]) for key in extra),
+                "100%" if "kept" not in found else f"{found['kept']['mean']:.0%}",
+                f"{row['failed']} of {row['runs']}",
+                "" if row["gflops"] is None else f"{row['gflops']:.4f}",
+                "" if row["seconds"] is None else f"{row['seconds']:.0f}",
+            ]
+        )
+    return header, rows
+
+
+def _show(spread: dict[str, float | None] | None, scale: float, sign: bool = False) -> str:
+    if spread is None or spread["mean"] is None:
+        return ""
+    text = f"{spread['mean'] * scale:{'+' if sign else ''}.1f}"
+    return text if spread["sd"] is None else f"{text} ± {spread['sd'] * scale:.1f}"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table in Markdown, with a line that says where it comes from and the failures' messages."""
+    header, rows = cells(results)
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    seeds, recipe, measured = results["seeds"], results["recipe"], results["measured"]
+    lines += [
+        "",
+        f"`{results['command']}`: {len(seeds)} seed{'s' * (len(seeds) > 1)}, mean ± standard deviation; {recipe['trunk_steps']:,} steps of soft "
+        f"trunk, then {recipe['branch_steps']:,} steps each, batch {recipe['batch']}; seconds on {measured['threads']} CPU thread"
+        f"{'s' * (measured['threads'] > 1)}. Failed: raised, diverged, or within {COLLAPSED:.0f} points of the random choice.",
+    ]
+    lines += [f"- `{name}`, {message}" for name, row in results["summary"].items() for message in row["messages"]]
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Save a plot: each variant's main metric with its runs, and the metric against counted FLOPs."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("matplotlib", "plots", "the plot of a comparison") from error
+    metric, points = results["metric"], results["points"]
+    shown = [(name, row) for name, row in results["summary"].items() if row["gflops"] is not None]
+    figure = Figure(figsize=(10, 1.6 + 0.24 * max(len(shown), 8)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for place, (name, row) in enumerate(shown):
+        mean, sd = (row["metrics"][metric][key] or 0.0 for key in ("mean", "sd"))
+        colour = "0.45" if name in CONTROLS else "C3" if row["failed"] else "C0"
+        mark = "s" if name in CONTROLS else "o"
+        runs = [r["metrics"][metric] * points for r in results["runs"] if r["variant"] == name and "metrics" in r]
+        left.plot(runs, [place] * len(runs), "|", color=colour, alpha=0.6, markersize=7)
+        left.errorbar(mean * points, place, xerr=sd * points, fmt=mark, color=colour, markersize=5, capsize=2)
+        right.errorbar(row["gflops"], mean * points, yerr=sd * points, fmt=mark, color=colour, markersize=5, capsize=2)
+    names = [name + f"  ({row['failed']} of {row['runs']} failed)" * bool(row["failed"]) for name, row in shown]
+    left.set_yticks(range(len(shown)), names, fontsize=8)
+    left.invert_yaxis()
+    left.set_xlabel(f"{metric} (points)")
+    right.set_ylabel(f"{metric} (points)")
+    right.set_xlabel("GFLOPs an example, forward (counted)")
+    right.set_xlim(left=0)
+    told = [item for item in shown if item[0] in ("soft", "random")]
+    learned = [item for item in shown if item[0] not in CONTROLS]
+    if learned:
+        told.append(max(learned, key=lambda item: _mean(item[1], metric)))
+    for name, row in told:
+        where = (row["gflops"], _mean(row, metric) * points)
+        side = "right" if row["gflops"] > right.get_xlim()[1] / 2 else "left"
+        right.annotate(
+            name, where, xytext=(-6 if side == "right" else 6, -3), textcoords="offset points", fontsize=8, ha=side
+        )
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+    count = len(results["seeds"])
+    note = "grey: controls; red: a run failed" if any(row["failed"] for _, row in shown) else "grey: controls"
+    figure.suptitle(f"{results['task']}, {count} seed{'s' * (count > 1)}: mean ± sd, a tick a run; {note}", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _mean(row: dict[str, Any], metric: str) -> float:
+    return row["metrics"][metric]["mean"]

@@ -1,0 +1,97 @@
+"""What a shoot-out compares: a task, its recipe, and named ways to choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .. import registry
+from ..config import HardAttentionConfig
+from ..errors import HardAttentionError, unknown
+from . import tasks
+
+# What every comparison should carry. A value of None is the soft model.
+CONTROLS: dict[str, dict[str, Any] | None] = {
+    "soft": None,
+    "random": {"scorer": "random", "estimator": "straight_through"},
+    "first": {"scorer": "first", "estimator": "straight_through"},
+    "static": {"scorer": "static", "estimator": "simple", "estimator_options": {"sample": False}},
+    "cls_attention": {"scorer": "cls_attention", "estimator": "straight_through"},
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: the content of a file in ``scripts/configs/compare/``.
+
+    Attributes:
+        task: its name. task_options: its keyword options.
+        recipe: changes to the task's recipe.
+        variants: name to the fields of a ``HardAttentionConfig`` that differ from the task's recommendation. Without fields a
+            name stands for the control or the estimator of that name. A float ``budget``, the task's own too, is annealed.
+    """
+
+    task: str
+    variants: dict[str, dict[str, Any] | None]
+    task_options: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Comparison:
+        """Read a YAML file.
+
+        Raises:
+            HardAttentionError: no such file, or a key, task or variant that does not exist.
+        """
+        if not path.is_file():
+            raise HardAttentionError(
+                f"--config {str(path)!r} is no file; give one like scripts/configs/compare/*.yaml."
+            )
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        for name in data:
+            if name not in cls.__dataclass_fields__:
+                raise unknown("key", name, cls.__dataclass_fields__, str(path))
+        for name in ("task", "variants"):
+            if not data.get(name):
+                raise HardAttentionError(f"{path} names no {name}; a comparison needs a task and variants.")
+        return cls(**data)
+
+    def only(self, names: list[str] | None) -> Comparison:
+        """The same with the variants ``names`` only; all of them when None."""
+        for name in names or ():
+            if name not in self.variants:
+                raise unknown("variant", name, self.variants)
+        return replace(self, variants={n: v for n, v in self.variants.items() if n in names}) if names else self
+
+    def settle(self, quick: bool = False) -> tuple[tasks.Base, tasks.Recipe, dict[str, dict[str, Any] | None]]:
+        """Make the task, its recipe, and the fields of each variant's configuration (None: soft); all are checked before anything runs."""
+        task = tasks.load(self.task, self.task_options)
+        for name in self.recipe:
+            if name not in tasks.Recipe.__dataclass_fields__:
+                raise unknown("key of recipe:", name, tasks.Recipe.__dataclass_fields__, self.task)
+        recipe = replace(task.recipe, **self.recipe)
+        if quick:
+            recipe = replace(recipe, trunk_steps=3, branch_steps=3)
+        return task, recipe, {name: _hard(name, given, task, recipe) for name, given in self.variants.items()}
+
+
+def _hard(name: str, given: dict[str, Any] | None, task: tasks.Base, recipe: tasks.Recipe) -> dict[str, Any] | None:
+    if given is None and name in CONTROLS:
+        given = CONTROLS[name]
+        if given is None:
+            return None
+    elif given is None:
+        if name not in registry.names("estimators"):
+            raise unknown("variant without fields:", name, {*CONTROLS, *registry.names("estimators")}, task.site)
+        given = {"estimator": name}
+    base: dict[str, Any] = {"sites": [task.site], "budget": task.budget, "scorer": task.scorer}
+    if given.get("scorer", task.scorer) == task.scorer:
+        base["scorer_options"] = task.scorer_options
+    fields = {**base, **given}
+    if isinstance(fields["budget"], float) and "recipe" not in given and recipe.anneal:
+        fields["budget"] = {"start": 1.0, "end": fields["budget"], "steps": recipe.anneal}
+    HardAttentionConfig.from_dict(fields)  # raises now, not after the first trunk
+    return fields

@@ -1,0 +1,67 @@
+"""What the three cluttered tasks share: a small ViT that selects patches before its first layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import AutoConfig, PreTrainedConfig, ViTForImageClassification
+
+from ..cluttered import Bank, Scene, draw_scenes, patches_in_box
+from . import Base, Batch
+
+
+class Cluttered(Base):
+    """Name the class of the one whole item of a scene. Gold: the patches that the item fills.
+
+    Args:
+        test_images: of the fixed test set, drawn from items that training never sees.
+        clutter: fragments an image, reached over the ``ramp`` of the trunk.
+        layers, heads: of the ViT, which is 64 wide.
+    """
+
+    model_class = ViTForImageClassification
+    site = "vision.inputs"
+    scorer = "conv"  # a patch alone cannot tell a part of the item from a fragment; its neighbours can
+    scene: ClassVar[Scene]
+
+    def __init__(self, test_images: int = 2000, clutter: int = 12, layers: int = 2, heads: int = 2) -> None:
+        self.test_images, self.clutter, self.layers, self.heads = test_images, clutter, layers, heads
+
+    def bank(self, split: str) -> Bank:
+        """The items of ``split``, ``"train"`` or ``"test"``."""
+        raise NotImplementedError
+
+    def config(self) -> PreTrainedConfig:
+        return AutoConfig.for_model(
+            "vit",
+            hidden_size=64,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=128,
+            image_size=self.scene.canvas,
+            patch_size=self.scene.patch,
+            num_channels=1,
+            num_labels=10,
+            hidden_dropout_prob=0.0,
+        )
+
+    def draw(self, size: int, generator: torch.Generator, difficulty: float = 1.0) -> dict[str, Tensor]:
+        columns = draw_scenes(self.bank("train"), self.scene, size, int(self.clutter * difficulty), generator)
+        return {name: columns[name] for name in ("pixel_values", "labels")}
+
+    def columns(self) -> dict[str, Tensor]:
+        """The test set in one piece, with ``box``."""
+        draw = torch.Generator().manual_seed(1234)
+        return draw_scenes(self.bank("test"), self.scene, self.test_images, self.clutter, draw)
+
+    def test(self) -> Iterator[Batch]:
+        columns = self.columns()
+        gold = pad(patches_in_box(columns["box"], self.scene.grid), (1, 0))[:, None]  # CLS is first, and no choice
+        for pixels, labels, inside in zip(
+            *(part.split(250) for part in (columns["pixel_values"], columns["labels"], gold)), strict=True
+        ):
+            yield Batch({"pixel_values": pixels, "labels": labels}, inside)

@@ -1,0 +1,125 @@
+"""Debian's package descriptions, from English."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, T5ForConditionalGeneration
+
+from ...errors import HardAttentionError
+from ..metrics import bleu
+from . import Base, Batch, Recipe
+
+FOLDER = "outputs/data/translation-it"  # what scripts/prepare_translation.py writes
+VARIABLE = "TRANSLATION_DATA"
+PAD = 0
+
+
+class Translation(Base):
+    """Translate sentences by greedy ``generate()``; BLEU and chrF in [0, 100]. Nobody knows the gold positions.
+
+    Args:
+        folder: ``train.jsonl``, ``test.jsonl``, ``validation.jsonl`` and ``tokenizer.json`` of ``scripts/prepare_translation.py``; the
+            environment variable ``TRANSLATION_DATA``, or ``outputs/data/translation-it``, by default.
+        split: to test on. Tune on ``validation``.
+    """
+
+    model_class = T5ForConditionalGeneration
+    site = "decoder.cross.*"
+    scorer = "query_key"
+    budget = 0.25
+    metric = "bleu"
+    points = 1.0
+    recipe = Recipe(trunk_steps=2400, branch_steps=500, batch=32, weight_decay=0.01, trunk_warmup=200)
+
+    def __init__(self, folder: str | None = None, split: str = "test") -> None:
+        self.folder, self.split = folder or os.environ.get(VARIABLE) or FOLDER, split
+
+    def config(self) -> PreTrainedConfig:
+        return AutoConfig.for_model(
+            "t5",
+            vocab_size=read_tokenizer(self.folder).get_vocab_size(),
+            d_model=128,
+            d_kv=32,
+            d_ff=256,
+            num_layers=3,
+            num_decoder_layers=1,  # one cross-attention: what it does not read, no other layer makes good
+            num_heads=4,
+            dropout_rate=0.1,
+            decoder_start_token_id=PAD,
+        )
+
+    def draw(self, size: int, generator: torch.Generator, difficulty: float = 1.0) -> dict[str, Tensor]:
+        pairs = read_pairs(self.folder, "train")
+        # sentences of like length, so that little of the batch is padding: a random stretch of a sorted random sample
+        sample = torch.randint(len(pairs), (8 * size,), generator=generator).tolist()
+        sample.sort(key=lambda index: len(pairs[index].source) + len(pairs[index].target))
+        start = size * int(torch.randint(8, (), generator=generator))
+        return _collate([pairs[index] for index in sample[start : start + size]])
+
+    def test(self) -> Iterator[Batch]:
+        pairs = sorted(read_pairs(self.folder, self.split), key=lambda pair: len(pair.source))
+        for start in range(0, len(pairs), 50):
+            yield Batch(_collate(pairs[start : start + 50]))
+
+    def predict(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[str]:
+        sources: Any = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return self._texts(model.generate(**sources, do_sample=False, num_beams=1, max_new_tokens=64))  # type: ignore[operator]
+
+    def references(self, inputs: dict[str, Tensor]) -> list[str]:
+        return self._texts(inputs["labels"].clamp(min=PAD))
+
+    def score(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        return bleu(predictions, references)
+
+    def _texts(self, ids: Tensor) -> list[str]:
+        return read_tokenizer(self.folder).decode_batch(ids.tolist(), skip_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The token ids of a sentence and its translation, each with ``</s>``."""
+
+    source: list[int]
+    target: list[int]
+
+
+@cache
+def read_tokenizer(folder: str) -> Tokenizer:
+    """Read ``tokenizer.json`` of ``folder``."""
+    return Tokenizer.from_file(str(_existing(folder, "tokenizer.json")))
+
+
+@cache
+def read_pairs(folder: str, split: str) -> list[Pair]:
+    """Read and tokenize a split of ``folder``."""
+    rows = [json.loads(line) for line in _existing(folder, f"{split}.jsonl").read_text("utf-8").splitlines()]
+    sides = ([row[side] for row in rows] for side in ("source", "target"))
+    sources, targets = (read_tokenizer(folder).encode_batch(texts) for texts in sides)
+    return [Pair(source.ids, target.ids) for source, target in zip(sources, targets, strict=True)]
+
+
+def _existing(folder: str, name: str) -> Path:
+    path = Path(folder) / name
+    if not path.is_file():
+        raise HardAttentionError(
+            f"{path} is not there; the task 'translation' reads what a script fetches. Make it with: "
+            f"python scripts/prepare_translation.py --language it --output {folder}; or name its folder in ${VARIABLE}."
+        )
+    return path
+
+
+def _collate(pairs: list[Pair]) -> dict[str, Tensor]:
+    sources = pad_sequence([torch.tensor(pair.source) for pair in pairs], batch_first=True, padding_value=PAD)
+    targets = pad_sequence([torch.tensor(pair.target) for pair in pairs], batch_first=True, padding_value=-100)
+    return {"input_ids": sources, "attention_mask": (sources != PAD).long(), "labels": targets}

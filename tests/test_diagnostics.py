@@ -1,0 +1,144 @@
+"""Diagnostics: gradients of estimators against the exact one, and detectors of collapsed selectors."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_hardattn
+from hf_hardattn import HardAttentionError
+
+sys.path.insert(0, str(Path(__file__).parent / "laws"))
+from cases import harden, stock, tensors  # noqa: E402
+
+
+def vit(**config):
+    example = stock("vit", "ViTForImageClassification", image_size=8)
+    example.batch = {
+        "pixel_values": torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(3)),
+        **{"labels": torch.tensor([4, 0, 2])},
+    }
+    harden(example.model, {"sites": ["vision.inputs"], "budget": 2, **config})
+    return example
+
+
+@pytest.fixture(scope="module")
+def diagnosis():
+    example = vit()
+    names = ["simple", "reinforce", "rloo", "straight_through", "distil", {"estimator": "simple", "temperature": 2.0}]
+    before = {name: value.clone() for name, value in example.model.state_dict().items()}
+    found = hf_hardattn.diagnose(example.model, example.batch, names, draws=24)
+    assert all(torch.equal(value, before[name]) for name, value in example.model.state_dict().items())
+    return found
+
+
+def test_diagnosis_knows_the_exact_gradient(diagnosis):
+    rows = {row.estimator: row for row in diagnosis.rows}
+    assert list(rows) == ["simple", "reinforce", "rloo", "straight_through", "distil", "simple, temperature=2.0"]
+    assert all(row.failed is None and row.bias is not None and row.error >= -1e-6 for row in diagnosis.rows)
+    assert rows["rloo"].relative_sd < rows["reinforce"].relative_sd
+    assert rows["simple"].error < rows["reinforce"].error
+    assert rows["straight_through"].relative_sd < 1e-6 and rows["straight_through"].distinct == 1
+    assert rows["reinforce"].distinct > 1 and not rows["reinforce"].biased
+    assert rows["rloo"].cosine_to_rloo > 0.8
+    assert set(diagnosis.to_dict()) == {"draws", "rows", "collapses"} and "relative_sd" in str(diagnosis)
+
+
+def test_more_samples_come_closer_to_the_exact_gradient():
+    example = vit()
+    few, many = (hf_hardattn.diagnose(example.model, example.batch, ["rloo"], draws=d).rows[0].bias for d in (2, 64))
+    assert many < few and many < 0.1
+
+
+def test_without_enumeration_rloo_is_the_reference():
+    example = vit()
+    row = hf_hardattn.diagnose(example.model, example.batch, ["simple"], draws=4, limit=3).rows[0]
+    assert row.bias is None and row.error is not None and row.cosine_to_rloo is not None
+
+
+def test_an_estimator_that_cannot_run_is_reported_not_hidden():
+    example = vit()
+    found = hf_hardattn.diagnose(
+        example.model, example.batch, [{"estimator": "marginal", "estimator_options": {"limit": 2}}], draws=2
+    )
+    assert "choices of 2 among 4 positions" in found.rows[0].failed and "failed: vision.inputs" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, b: ((m, b), {"draws": 1}), "draws=1 is out of range"),
+        (lambda m, b: ((hf_hardattn.remove(m), b), {}), "no site with a learned scorer"),
+        (lambda m, b: ((m, {"pixel_values": b["pixel_values"]}), {"estimators": ["simple"]}), "returned no loss"),
+    ],
+)
+def test_what_diagnose_refuses(change, message):
+    example = vit()
+    args, options = change(example.model, example.batch)
+    with pytest.raises(HardAttentionError, match=message):
+        hf_hardattn.diagnose(*args, **options)
+
+
+# ---------------------------------------------------------------- collapse
+
+
+def kinds(example):
+    return {finding.kind for finding in hf_hardattn.find_collapse(example.model, example.batch)}
+
+
+def test_a_healthy_selector_raises_nothing():
+    example = vit()
+    before = tensors(example.model.eval()(**example.batch))
+    assert kinds(example) == set()
+    assert all(torch.equal(value, before[name]) for name, value in tensors(example.model(**example.batch)).items())
+
+
+def test_all_kept_and_nothing_kept():
+    assert kinds(vit(budget=1.0)) >= {"keeps_all"}
+    example = vit(budget="threshold:0.5")
+    (selector,) = hf_hardattn.selectors(example.model).values()
+    with torch.no_grad():
+        selector.scorer.bias.fill_(100.0)
+    assert "keeps_all" in kinds(example)
+    with torch.no_grad():
+        selector.scorer.bias.fill_(-100.0)
+    assert "keeps_nothing" in kinds(example)
+
+
+def test_position_constant():
+    assert kinds(vit(scorer="first")) == {"position_constant"}
+    example = vit(scorer="linear")
+    (selector,) = hf_hardattn.selectors(example.model).values()
+    with torch.no_grad():  # all scores equal: ties go to the lower index
+        selector.scorer.weight.zero_()
+    assert kinds(example) == {"position_constant"}
+
+
+def test_input_independent():
+    """Scores that hardly depend on the input, though single choices still differ."""
+    example = vit(scorer="first")
+    (selector,) = hf_hardattn.selectors(example.model).values()
+    made = selector.scorer.keys
+    noise = 0.01 * torch.randn(3, 1, 5, 1, generator=torch.Generator().manual_seed(0))
+    levels = torch.tensor([9.0, 3.0, 1.0, 0.999, 0.998])[None, None, :, None]
+    selector.scorer.keys = lambda *args: 0 * made(*args) + levels + noise
+    assert kinds(example) == {"input_independent"}
+
+
+def test_dead_site():
+    example = vit(estimator="straight_through")
+    (selector,) = hf_hardattn.selectors(example.model).values()
+    with torch.no_grad():
+        selector.scorer.weight.mul_(1e9)
+    assert "dead" in kinds(example)
+    selector.config = hf_hardattn.SiteConfig(**{**vars(selector.config), "backward_temperature": "adaptive"})
+    assert "dead" not in kinds(example)
+
+
+def test_diagnose_warns_with_the_remedy():
+    example = vit(scorer="linear", budget=1.0)
+    with pytest.warns(UserWarning, match="keeps every position it may drop.*Lower its budget"):
+        hf_hardattn.diagnose(example.model, example.batch, ["simple"], draws=2)

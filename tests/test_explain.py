@@ -1,0 +1,211 @@
+"""``hf-hardattn explain`` and the page as a Space, on tiny models of every kind."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.blip.processing_blip import BlipProcessor
+from typer.testing import CliRunner
+
+import hf_hardattn
+from hf_hardattn import HardAttentionError
+from hf_hardattn.cli import app
+from hf_hardattn.interpret.playground import build
+from hf_hardattn.interpret.report import explain
+from hf_hardattn.interpret.sources import read_inputs
+from hf_hardattn.interpret.space import requirements, write_space
+from hf_hardattn.interpret.subject import Subject
+
+WORDS = "a red green dog cat on grass sleeps <script>".split()
+
+
+def tokenizer(first: str, last: str) -> PreTrainedTokenizerFast:
+    """Words, between ``first`` (none for T5) and ``last``."""
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", last, "[UNK]", first, *WORDS])}
+    made = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(single=f"$A {last}", special_tokens=[(last, 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", eos_token=last, unk_token="[UNK]", bos_token=first, sep_token=last
+    )
+
+
+def vit(folder: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16)
+    labels = {"id2label": {0: "<b>cat</b>", 1: "dog"}}
+    model = ViTForImageClassification(ViTConfig(patch_size=4, num_channels=1, **sizes, **labels)).eval()
+    hf_hardattn.apply(model, {"sites": {"vision.inputs": {"budget": 0.5}, "vision.tokens.0": {"budget": 0.5}}})
+    model.save_pretrained(folder)
+    return folder
+
+
+def t5(folder: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=13, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(T5Config(**sizes)).eval()
+    sites = {"encoder.inputs": {"budget": 0.5}, "decoder.cross.*": {"budget": 1, "scorer": "query_key"}}
+    hf_hardattn.apply(model, {"sites": sites})
+    model.save_pretrained(folder)
+    tokenizer("[BOS]", "</s>").save_pretrained(folder)
+    return folder
+
+
+def blip(folder: Path) -> Path:
+    torch.manual_seed(0)
+    text = dict(vocab_size=13, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text |= dict(bos_token_id=3, eos_token_id=1, sep_token_id=1, pad_token_id=0, encoder_hidden_size=16)
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16)
+    config = BlipConfig(text_config=text, vision_config={**vision, "patch_size": 4}, projection_dim=16)
+    model = BlipForConditionalGeneration(config).eval()
+    sites = {"vision.inputs": {"budget": 0.5}, "text.cross.*": {"budget": 2, "scorer": "query_key"}}
+    hf_hardattn.apply(model, {"sites": sites})
+    model.save_pretrained(folder)
+    images = BlipImageProcessorPil(size={"height": 16, "width": 16})
+    BlipProcessor(images, tokenizer("[BOS]", "[SEP]")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(3):
+        pixels = torch.randint(0, 255, (20, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
+        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    return folder
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.slow
+def test_explain_a_folder_of_images(tmp_path: Path, photos: Path) -> None:
+    """Everything the page promises, measured too."""
+    result = run("explain", vit(tmp_path / "vit"), "--input", photos, "--output", tmp_path / "r.html")
+    assert result.exit_code == 0, result.output
+    made = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert made.count("<img") == 3 + 2 and "&lt;b&gt;cat" in made + "&lt;b&gt;cat" and "<b>" not in made
+    for expected in (
+        "vision.inputs: keeps 50.0%; what it dropped (24 positions), given the selection, cannot influence the output",
+        "vision.tokens.0: keeps 50.0%",
+        "through earlier layers (layer 0 mixed it into the kept tokens)",
+        "sufficiency is 0 by construction",
+        "integrated gradients",
+        "of random choices",
+    ):
+        assert expected in made, expected
+    assert len(made) < 300_000 and "<script" not in made and "3 inputs explained" in result.output
+
+
+def test_explain_a_text_and_a_column(tmp_path: Path) -> None:
+    folder = t5(tmp_path / "t5")
+    evil = "a red <script> dog on grass"
+    result = run("explain", folder, "--input", evil, "--no-measure", "--output", tmp_path / "r.html")
+    assert result.exit_code == 0, result.output
+    made = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<script" not in made and "&lt;script&gt;" in made and "<mark>" in made and "<s>" in made
+    assert made.count("<img") == 1  # source x target
+    table = tmp_path / "texts.csv"
+    table.write_text("text,other\na red dog,1\na green cat sleeps,2\n")
+    arguments = ["--input", table, "--column", "text", "--no-measure", "--output", tmp_path / "c.html"]
+    result = run("explain", folder, *arguments)
+    assert result.exit_code == 0 and "2 inputs explained" in result.output, result.output
+
+
+def test_explain_a_caption(tmp_path: Path, photos: Path) -> None:
+    subject = Subject.load(str(blip(tmp_path / "blip")))
+    made = explain(subject, read_inputs(str(photos / "0.png")), measure=False)
+    assert made.count("<img") == 2 and "For each word, the patches" in made
+    assert "text.cross.0: keeps 2" in made.replace("text.cross.0: keeps 1", "text.cross.0: keeps 2")
+
+
+def test_what_cannot_be_explained(tmp_path: Path, photos: Path) -> None:
+    folder = vit(tmp_path / "vit")
+    model = ViTForImageClassification.from_pretrained(folder)
+    soft = Subject(hf_hardattn.remove(model), None, "soft one")
+    with pytest.raises(HardAttentionError, match="soft one has no hard-attention sites to explain"):
+        explain(soft, [None])
+    with pytest.raises(HardAttentionError, match="nothing to explain"):
+        explain(Subject.load(str(folder)), [])
+    with pytest.raises(HardAttentionError, match="t5 holds no tokenizer"):
+        Subject(T5ForConditionalGeneration(T5Config(num_layers=1, d_model=8, d_ff=8)), None, "t5").encode(["a"])
+    (tmp_path / "empty").mkdir()
+    for given, column, message in (
+        (tmp_path / "empty", None, "holds no image"),
+        (folder / "config.json", None, "needs --column"),
+        (folder / "model.safetensors", "text", "is no data set"),
+    ):
+        with pytest.raises(HardAttentionError, match=message):
+            read_inputs(str(given), column)
+    (tmp_path / "t.csv").write_text("text\nhello\n")
+    with pytest.raises(HardAttentionError, match="no column 'txt' in .*; it has: text"):
+        read_inputs(str(tmp_path / "t.csv"), "txt")
+    assert read_inputs("no such file, so a text") == ["no such file, so a text"]
+    assert len(read_inputs(str(photos), limit=2)) == 2
+
+
+def test_budget_moves_and_comes_back(tmp_path: Path, photos: Path) -> None:
+    subject = Subject.load(str(vit(tmp_path / "vit")))
+    batch = subject.encode(read_inputs(str(photos / "0.png")))
+    before = subject.answer(batch).recording.summary()
+    with subject.at_budget(0.25):
+        inside = subject.answer(batch).recording.summary()
+    assert inside[0]["kept_ratio"] == pytest.approx(0.25) and subject.answer(batch).recording.summary() == before
+    with pytest.raises(HardAttentionError, match="budget=2.5 is out of range"), subject.at_budget(2.5):
+        pass
+
+
+def test_space_is_ready_to_push(tmp_path: Path) -> None:
+    """``app.py`` runs on what the folder holds, the front matter is a Space's, and requirements name no local thing."""
+    model = vit(tmp_path / "tiny")
+    result = run("demo", "--space", tmp_path / "space", "--model", model)
+    assert result.exit_code == 0, result.output
+    space = tmp_path / "space"
+    assert sorted(file.name for file in space.iterdir()) == [
+        "README.md",
+        "app.py",
+        "hf_hardattn",
+        "models",
+        "requirements.txt",
+    ]
+    ast.parse((space / "app.py").read_text())
+    assert "['models/tiny']" in (space / "app.py").read_text() and (space / "models/tiny/config.json").is_file()
+    card = yaml.safe_load((space / "README.md").read_text().split("---")[1])
+    assert card["sdk"] == "gradio" and card["app_file"] == "app.py" and card["sdk_version"].startswith("6.")
+    needs = requirements()
+    assert any(need.startswith("transformers") for need in needs) and any(
+        need.startswith("matplotlib") for need in needs
+    )
+    assert not any("file:" in need or need.startswith(("gradio", "pytest")) for need in needs)
+    with pytest.raises(HardAttentionError, match="space is not empty"):
+        write_space(space, [str(model)])
+    with pytest.raises(HardAttentionError, match="no model is named"):
+        write_space(tmp_path / "other", [])
+
+
+def test_the_page_wants_hard_models(tmp_path: Path) -> None:
+    with pytest.raises(HardAttentionError, match="no model is named; the page shows"):
+        build([])
+    model = ViTForImageClassification.from_pretrained(vit(tmp_path / "vit"))
+    hf_hardattn.remove(model).save_pretrained(tmp_path / "soft")
+    with pytest.raises(HardAttentionError, match="soft has no hard-attention sites; the page compares"):
+        build([str(tmp_path / "soft")])

@@ -1,0 +1,296 @@
+"""Faithfulness: the definitions, the modules of ``evaluate``, the certificate, planted rationales, and broken selections caught."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import evaluate
+import pytest
+import torch
+from torch import Tensor
+from transformers import ViTConfig, ViTForImageClassification
+
+import hf_hardattn
+from hf_hardattn import HardAttentionError, metrics, stream
+from hf_hardattn.architectures.blip import Blip
+from hf_hardattn.architectures.t5 import T5
+from hf_hardattn.architectures.vit import Vit
+from hf_hardattn.interpret import attribution, measures
+from hf_hardattn.interpret.faithfulness import compare, faithfulness, own_sufficiency, plausibility, top
+from hf_hardattn.interpret.probe import Probe
+from hf_hardattn.interpret.sanity import randomised_weights, shuffled
+
+HEADS = [
+    (T5, "T5ForConditionalGeneration", "encoder.inputs"),
+    (Vit, "ViTForImageClassification", "vision.inputs"),
+    (Blip, "BlipForConditionalGeneration", "vision.inputs"),
+]
+
+
+def example(architecture: Any, head: str, sites: Any, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    made = architecture.heads()[head]()
+    hf_hardattn.apply(made.model.eval(), {"sites": sites, **changes})
+    return made.model, made.batch
+
+
+# -- definitions -------------------------------------------------------------------------------------------------------------------
+
+
+def test_eraser_definitions() -> None:
+    full, part = torch.tensor([0.9, 0.5]), torch.tensor([[0.8, 0.9], [0.1, 0.5]])
+    expected = [[0.9 - 0.8, 0.9 - 0.9], [0.5 - 0.1, 0.5 - 0.5]]
+    for measure in (measures.sufficiency, measures.comprehensiveness):
+        assert torch.allclose(measure(full, part), torch.tensor(expected))
+        assert torch.allclose(measure(full, part[:, 0]), torch.tensor(expected)[:, 0])
+    assert measures.area(torch.tensor([1.0, 0.5, 0.0])) == pytest.approx((0.75 + 0.25) / 2)
+    with pytest.raises(HardAttentionError, match="a curve of 1 points has no area"):
+        measures.area(torch.tensor([1.0]))
+
+
+def test_agreement_with_a_person() -> None:
+    found, human = [1, 1, 1, 0, 0], [0, 1, 1, 1, 0]
+    assert measures.token_f1(found, human) == pytest.approx({"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3})
+    assert measures.token_f1([0, 0], [1, 0])["f1"] == 0.0
+    assert measures.overlap(found, human) == pytest.approx(2 / 4) and measures.overlap([0], [0]) == 1.0
+    assert measures.average_precision([0.9, 0.8, 0.1], [1, 0, 1]) == pytest.approx((1 + 2 / 3) / 2)
+    assert measures.average_precision([0.9], [0]) != measures.average_precision([0.9], [0])  # NaN
+    assert measures.rank_correlation([1, 2, 3], [10, 30, 20]) == pytest.approx(1 / 3)
+
+
+def test_modules_load_combine_and_agree_with_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    loaded = {name: evaluate.load(metrics.path(name)) for name in metrics.names()}
+    assert len(loaded) == 8
+    full, part = [0.9, 0.5], [[0.8, 0.9], [0.1, 0.5]]
+    for name in ("sufficiency", "comprehensiveness"):
+        assert loaded[name].compute(predictions=part, references=full)[name] == pytest.approx(0.125)
+        assert loaded[name].compute(predictions=[0.8, 0.1], references=full)[name] == pytest.approx(0.25)
+    masks = {"predictions": [[1, 1, 0], [1, 0, 0]], "references": [[1, 0, 0], [0, 0, 1]]}
+    both = evaluate.combine([loaded["rationale_f1"], loaded["rationale_iou"], loaded["selection_jaccard"]]).compute(
+        **masks
+    )
+    assert both["rationale_f1"] == pytest.approx((2 / 3 + 0) / 2)
+    assert both["rationale_iou"] == both["selection_jaccard"] == pytest.approx(0.25)
+    scores = {"predictions": [[0.9, 0.2, 0.1], [0.1, 0.2, 0.3]], "references": [[1, 0, 0], [0, 0, 0]]}
+    assert loaded["rationale_auprc"].compute(**scores) == {"rationale_auprc": 1.0}  # the empty rationale tells nothing
+    ranks = {"predictions": [[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]], "references": [[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]]}
+    assert loaded["rank_correlation"].compute(**ranks)["rank_correlation"] == pytest.approx(-1.0)
+    curve = {"predictions": [[0.8, 0.4, 0.0]], "references": [0.8]}
+    assert loaded["perturbation_auc"].compute(**curve)["perturbation_auc"] == pytest.approx(0.5)
+    with pytest.raises(HardAttentionError, match="unknown metric 'suficiency'.*Did you mean 'sufficiency'"):
+        metrics.path("suficiency")
+
+
+def test_top_takes_a_share_rounded_up_ties_to_the_left() -> None:
+    places = torch.tensor([[0, 1, 1, 1, 1, 0]], dtype=torch.bool)
+    scores = torch.tensor([[9.0, 1.0, 3.0, 3.0, 2.0, 9.0]])
+    kept = [top(scores, places, ratio)[0].nonzero().flatten().tolist() for ratio in (0.0, 0.01, 0.25, 0.26, 1.0)]
+    assert kept == [[], [2], [2], [2, 3], [1, 2, 3, 4]]
+
+
+# -- by construction ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("architecture", "head", "site"), HEADS, ids=lambda value: getattr(value, "__name__", value))
+def test_inputs_site_is_faithful_by_construction(architecture: Any, head: str, site: str) -> None:
+    """Sufficiency of what the model kept is exactly 0, what it dropped counts for exactly nothing, and the certificate holds."""
+    model, batch = example(architecture, head, {site: {"budget": 0.4}, "*.self.0": {}})
+    report = {found.site: found for found in hf_hardattn.verify(model, batch).sites}
+    assert report[site].certified and report[site].leak == 0.0
+    assert "cannot influence the output (bit-identical" in report[site].statement
+    probe = Probe(model, batch, answer_tokens=5)
+    assert probe.removal == "select" and torch.equal(own_sufficiency(probe), torch.zeros(3))
+    left_out = attribution.leave_one_out(probe)
+    assert (left_out[~probe.own()] == 0).all() and (left_out != 0).any()
+
+
+@pytest.mark.parametrize("lay", ["contiguous", "channels_last", "permuted"])
+def test_certificate_does_not_depend_on_memory_layout(lay: str) -> None:
+    """A processor may hand over transposed pixels, whose convolution differs in the last bits: that is no leak."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=64)
+    model = ViTForImageClassification(ViTConfig(patch_size=8, num_channels=1, **sizes)).eval()
+    hf_hardattn.apply(model, {"sites": ["vision.inputs"], "budget": 9})
+    pixels = torch.randn(6, 64, 64, 1).permute(0, 3, 1, 2)
+    if lay != "permuted":
+        pixels = pixels.clone(memory_format=getattr(torch, f"{lay}_format" if lay == "contiguous" else lay))
+    assert hf_hardattn.verify(model, {"pixel_values": pixels}).sites[0].certified
+
+
+def test_the_leak_names_its_channel() -> None:
+    sites = {"vision.tokens.1": {"budget": 0.5}, "vision.self.0": {"budget": 3}, "vision.self.2": {"budget": 2}}
+    model, batch = example(Vit, "ViTForImageClassification", sites)
+    report = {found.site: found for found in hf_hardattn.verify(model, batch).sites}
+    assert "through earlier layers (layers 0 to 1 mixed it into the kept tokens)" in report["vision.tokens.1"].statement
+    assert "through the residual stream (its own row goes on" in report["vision.self.0"].statement
+    assert "in 3 of 3 rows" in report["vision.self.0"].statement
+    later = report["vision.self.2"]
+    assert (
+        later.leak and later.leak > 0 and "layers 0 to 1" in later.statement
+    )  # measured, though rows were dropped before
+
+
+# -- broken on purpose -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("architecture", "head", "site"), HEADS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_planted_leak_is_caught(architecture: Any, head: str, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A double that lets every kept row have a thousandth of the mean of all rows: the certificate says so."""
+    model, batch = example(architecture, head, [site], budget=0.4)
+    assert hf_hardattn.verify(model, batch).sites[0].certified
+    honest = stream.keep_rows
+
+    def leaky(hidden: Tensor, indices: Tensor) -> Tensor:
+        return honest(hidden, indices) + 1e-3 * hidden.mean(1, keepdim=True)
+
+    monkeypatch.setattr(stream, "keep_rows", leaky)
+    (found,) = hf_hardattn.verify(model, batch).sites
+    assert not found.certified and "LEAKS" in found.statement and found.leak is not None and found.leak > 0
+
+
+def test_a_constant_selection_is_caught() -> None:
+    """It agrees with a model whose weights are shuffled, far above chance; a learned one must not."""
+    model, batch = example(Vit, "ViTForImageClassification", ["vision.inputs"], budget=3, scorer="first")
+    found = randomised_weights(model, batch, seeds=2)["vision.inputs"]
+    assert found["jaccard"] == pytest.approx(1.0) and found["chance"] < 0.3
+
+
+def test_shuffling_keeps_the_numbers_and_leaves_the_model() -> None:
+    model, batch = example(Vit, "ViTForImageClassification", ["vision.inputs"], budget=3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    other = shuffled(model, seed=1)
+    for name, value in other.state_dict().items():
+        assert torch.equal(value.flatten().sort().values, before[name].flatten().sort().values)
+        assert torch.equal(model.state_dict()[name], before[name])
+    assert not torch.equal(other(**batch).logits, model(**batch).logits)
+
+
+# -- the probe ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_probe_of_a_generated_text_scores_what_generate_said() -> None:
+    model, batch = example(T5, "T5ForConditionalGeneration", {"encoder.tokens.0": {"budget": 0.5}})
+    probe = Probe(model, batch, answer_tokens=4)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    texts = model.generate(**inputs, max_new_tokens=4, num_beams=1, do_sample=False)
+    with torch.no_grad():
+        logs = model(**inputs, decoder_input_ids=texts[:, :-1]).logits.log_softmax(-1)
+    for row in range(3):
+        total, count = 0.0, 0
+        for step, token in enumerate(texts[row, 1:].tolist()):
+            total, count = total + float(logs[row, step, token]), count + 1
+            if token == model.config.eos_token_id:
+                break
+        assert float(probe.full[row]) == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-5)
+    assert probe.removal == "replace" and torch.allclose(probe(probe.places), probe.full)
+    assert torch.equal(probe.places.sum(-1), batch["attention_mask"].sum(-1) - 1)  # all but </s> and padding
+
+
+def test_probe_refuses() -> None:
+    model, batch = example(Vit, "ViTForImageClassification", ["vision.tokens.0"])
+    with pytest.raises(HardAttentionError, match="removal='select' is not possible.*'vision.inputs' in force"):
+        Probe(model, batch, removal="select")
+    with pytest.raises(HardAttentionError, match="neither pixel_values nor a text"):
+        Probe(model, {"labels": batch["labels"]})
+    headless, batch = example(Vit, "ViTModel", ["vision.tokens.0"])
+    with pytest.raises(HardAttentionError, match="ViTModel gives no answer"):
+        Probe(headless, batch)
+    with pytest.raises(HardAttentionError, match="Identity is not supported"):
+        Probe(torch.nn.Identity(), batch)
+    tokens, batch = example(T5, "T5ForTokenClassification", ["encoder.inputs"])
+    with pytest.raises(HardAttentionError, match=r"logits of shape \(3, 11, 5\)"):
+        Probe(tokens, batch)
+
+
+@pytest.mark.parametrize(("architecture", "head", "site"), HEADS, ids=lambda value: getattr(value, "__name__", value))
+def test_every_explanation_scores_every_place(architecture: Any, head: str, site: str) -> None:
+    model, batch = example(architecture, head, [site], budget=0.4)
+    probe = Probe(model, batch, answer_tokens=3)
+    for name, make in attribution.EXPLANATIONS.items():
+        scores = make(probe)
+        assert scores.shape == probe.places.shape and torch.isfinite(scores).all(), name
+    best = top(attribution.selection(probe), probe.places, 0.4)
+    assert torch.equal(best, probe.own())  # the selector's own ranking begins with what it keeps
+
+
+# -- planted rationales ------------------------------------------------------------------------------------------------------------
+
+SIDE, PATCH, CLASSES = 6, 4, 4
+
+
+def planted_rows(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Images of noise with the texture of their class in two patches, and in five others textures that mean nothing."""
+    textures = torch.randn(8, PATCH, PATCH, generator=torch.Generator().manual_seed(7)).sign()
+    labels = torch.randint(CLASSES, (rows,), generator=generator)
+    patches = 0.6 * torch.randn(rows, SIDE * SIDE, PATCH, PATCH, generator=generator)
+    places = torch.rand(rows, SIDE * SIDE, generator=generator).argsort(-1)[:, :7]
+    meaningless = textures[CLASSES + torch.randint(4, (rows, 5), generator=generator)]
+    there = torch.cat((textures[labels][:, None].expand(-1, 2, -1, -1), meaningless), 1)
+    patches.scatter_add_(1, places[:, :, None, None].expand_as(there), there)
+    pixels = patches.view(rows, 1, SIDE, SIDE, PATCH, PATCH).permute(0, 1, 2, 4, 3, 5).reshape(rows, 1, 24, 24)
+    gold = torch.zeros(rows, 1 + SIDE * SIDE, dtype=torch.bool).scatter(1, places[:, :2] + 1, True)
+    return pixels, labels, gold
+
+
+def planted_model(steps: int = 260) -> ViTForImageClassification:
+    """A hard ViT trained on planted rows: soft for the first half, then with a budget that falls to 4 of 36."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=24)
+    model = ViTForImageClassification(ViTConfig(patch_size=PATCH, num_channels=1, num_labels=CLASSES, **sizes)).train()
+    budget = {"start": 1.0, "end": 4 / 36, "steps": steps // 3}
+    options = {"scorer": "mlp", "estimator": "simple", "estimator_options": {"sample": False}, "budget": budget}
+    hf_hardattn.apply(model, {"sites": ["vision.inputs"], **options})
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        hf_hardattn.set_step(model, max(0, step - steps // 2))
+        pixels, labels, _ = planted_rows(64, generator)
+        loss = model(pixel_values=pixels, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.slow
+def test_planted_rationales_order_the_explanations() -> None:
+    """Oracle > hard > soft attention > random, in every metric; and integrated gradients beat random."""
+    model = planted_model()
+    pixels, labels, gold = planted_rows(256, torch.Generator().manual_seed(2))
+    probe = Probe(model, {"pixel_values": pixels})
+    assert (probe.answer == labels).float().mean() > 0.9
+    scores = {name: make(probe) for name, make in attribution.EXPLANATIONS.items()}
+    scores["oracle"] = gold + 0.5 * attribution.random(probe, seed=1)
+    found = compare(probe, scores, human=gold, steps=18)  # two places a step: the size of a planted rationale
+    signs = {"sufficiency": -1, "comprehensiveness": 1, "deletion": -1, "insertion": 1, "f1": 1, "iou": 1, "auprc": 1}
+    signs |= {"sufficiency_of_size": -1, "comprehensiveness_of_size": 1}
+    for metric, sign in signs.items():
+        oracle, hard, attention, noise = (
+            sign * found[name][metric] for name in ("oracle", "selection", "soft attention", "random")
+        )
+        # a selector that found everything equals the oracle: the answer's own law then breaks the tie, by a hair
+        assert oracle > hard - 0.005 and hard > attention + 0.05 and attention > noise + 0.05, (metric, found)
+    for metric in ("f1", "iou", "auprc"):
+        assert found["oracle"][metric] == 1.0 > found["selection"][metric]
+    assert found["integrated gradients"]["comprehensiveness"] > found["random"]["comprehensiveness"]
+    assert torch.equal(own_sufficiency(probe), torch.zeros(256))
+    sane = randomised_weights(model, {"pixel_values": pixels[:64]})["vision.inputs"]
+    assert sane["jaccard"] < 0.35  # the choice needs what was learned
+
+
+def test_numbers_are_those_of_the_modules() -> None:
+    """``faithfulness`` and the ``evaluate`` modules, fed the same probabilities, say the same."""
+    model, batch = example(Vit, "ViTForImageClassification", ["vision.inputs"], budget=4)
+    probe = Probe(model, batch)
+    scores, human = attribution.selection(probe), probe.places & (torch.arange(10) < 4)
+    found = faithfulness(probe, scores, human=human, leave_one_out=attribution.leave_one_out(probe))
+    kept = [top(scores, probe.places, ratio) for ratio in measures.THRESHOLDS]
+    only = torch.stack([probe(mask) for mask in kept], 1).tolist()
+    rest = torch.stack([probe(probe.places & ~mask) for mask in kept], 1).tolist()
+    for name, values in (("sufficiency", only), ("comprehensiveness", rest)):
+        module = evaluate.load(metrics.path(name))
+        made = module.compute(predictions=values, references=probe.full.tolist())
+        assert made is not None and made[name] == pytest.approx(found[name], abs=1e-6)
+    assert found["auprc"] == pytest.approx(plausibility(scores, human, probe.places)["auprc"])
+    assert -1 <= found["rank_correlation"] <= 1

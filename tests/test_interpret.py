@@ -1,0 +1,286 @@
+"""Kept places as characters, boxes, seconds; per generated token; and every picture of them."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+import torch
+from transformers import T5Config, T5EncoderModel
+
+import hf_hardattn
+from hf_hardattn import HardAttentionError, Selection
+from hf_hardattn.architectures.blip import Blip
+from hf_hardattn.architectures.t5 import T5
+from hf_hardattn.architectures.vit import Vit
+from hf_hardattn.interpret.agreement import jaccard, seed_agreement, selection_diff
+from hf_hardattn.interpret.alignment import selection_matrix
+from hf_hardattn.interpret.captions import caption_grid
+from hf_hardattn.interpret.curves import faithfulness_curves, tradeoff
+from hf_hardattn.interpret.frames import frame_strip
+from hf_hardattn.interpret.heatmap import heat_map
+from hf_hardattn.interpret.html import Html, page, paragraph, table
+from hf_hardattn.interpret.overlay import layer_overlay
+from hf_hardattn.interpret.rationale import character_spans, frame_times, kept_per_token, kept_places, pixel_boxes
+from hf_hardattn.interpret.tokens import mark_spans, token_highlight
+from hf_hardattn.recording import Recording
+
+EVIL = "<script>alert('x')</script> & \"quotes\""
+
+
+def example(architecture: Any, head: str, sites: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    made = architecture.heads()[head]()
+    hf_hardattn.apply(made.model.eval(), {"sites": sites})
+    return made.model, made.batch
+
+
+@torch.no_grad()
+def recorded(model: Any, batch: dict[str, Any]) -> Recording:
+    with hf_hardattn.record(model) as recording:
+        model(**batch)
+    return recording
+
+
+def selection_of(mask: list[list[int]], site: str = "vision.inputs") -> Selection:
+    kept = torch.tensor(mask, dtype=torch.bool)[:, None, None]
+    return Selection(site, kept, torch.ones_like(kept), None, kept.float(), slots=int(kept.sum(-1).max()))
+
+
+class Opened(HTMLParser):
+    """Tags and text of a page."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+# -- back to places ----------------------------------------------------------------------------------------------------------------
+
+
+def test_places_follow_the_stream() -> None:
+    """What the second ``tokens`` site and a cross site behind it kept, as places of the image: by a loop over the selections."""
+    sites = {"vision.tokens.0": {"budget": 0.7}, "vision.tokens.1": {"budget": 0.5}, "text.cross.*": {"budget": 2}}
+    model, batch = example(Blip, "BlipForConditionalGeneration", sites)
+    recording = recorded(model, batch)
+    first, second = recording["vision.tokens.0"][0], recording["vision.tokens.1"][0]
+    cross = recording["text.cross.1"][0]
+    for row in range(len(batch["pixel_values"])):
+        left = [place for place in range(10) if first.mask[row, 0, 0, place]]
+        again = [left[i] for i in range(len(left)) if second.mask[row, 0, 0, i]]
+        read = [again[i] for i in range(len(again)) if cross.mask[row, 0, 0, i]]
+        for site, expected in (("vision.tokens.0", left), ("vision.tokens.1", again), ("text.cross.1", read)):
+            found = kept_places(recording, site)[row]
+            assert len(found) == 10 and found.nonzero().flatten().tolist() == expected, site
+
+
+def test_masked_and_gathered_tell_the_same_places() -> None:
+    sites = {"vision.tokens.0": {"budget": 0.7}, "vision.tokens.1": {"budget": 0.5}, "text.cross.*": {"budget": 2}}
+    model, batch = example(Blip, "BlipForConditionalGeneration", sites)
+    found = []
+    for mode in ("masked", "gathered"):
+        with hf_hardattn.execution(model, mode):
+            recording = recorded(model, batch)
+        found.append([kept_places(recording, site) for site in recording.sites])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_says_what_each_token_read(beams: int) -> None:
+    """Teacher-forcing the generated text makes the same choices: the recording of generate(), beam by beam, is the truth."""
+    sites = {"decoder.cross.*": {"budget": 3, "scorer": "query_key"}}
+    model, batch = example(T5, "T5ForConditionalGeneration", sites)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    options: dict[str, Any] = dict(max_new_tokens=5, min_new_tokens=5, num_beams=beams, return_dict_in_generate=True)
+    with hf_hardattn.record(model) as recording:
+        made = model.generate(**inputs, **options)
+    forced = recorded(model, {**inputs, "decoder_input_ids": made.sequences[:, :-1]})
+    for site in ("decoder.cross.0", "decoder.cross.1"):
+        found = kept_per_token(recording, site, made.beam_indices if beams > 1 else None)
+        expected = forced.kept(forced[site][0]).any(1)
+        assert torch.equal(found, expected[:, : found.shape[1]]), site
+        assert found.shape == (3, 5, 11)
+
+
+def test_a_shared_choice_serves_every_token() -> None:
+    model, batch = example(Blip, "BlipForConditionalGeneration", {"text.cross.*": {"budget": 2}})
+    with hf_hardattn.record(model) as recording:
+        made = model.generate(
+            pixel_values=batch["pixel_values"], max_new_tokens=4, num_beams=2, return_dict_in_generate=True
+        )
+    found = kept_per_token(recording, "text.cross.0", made.beam_indices)
+    assert len(recording["text.cross.0"]) == 1 and found.shape[0] == 3
+    assert (found[:, 0] == found[:, 1]).all() and (found[:, 0].sum(-1) == 3).all()  # CLS is kept besides
+
+
+def test_wrong_recording_for_the_beams() -> None:
+    recording = Recording([selection_of([[1, 0]], "decoder.cross.0")] * 2, {"decoder": "encoder"})
+    recording[1].mask = recording[1].mask.expand(1, 1, 2, -1)
+    with pytest.raises(
+        HardAttentionError, match="holds 2 selections at 'decoder.cross.0' and the sequences have 5 tokens"
+    ):
+        kept_per_token(recording, "decoder.cross.0", torch.zeros(1, 5, dtype=torch.long))
+
+
+def test_recording_runs_no_tensor_operation() -> None:
+    """Its cost is a hook's: not one operation more than without."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    model, batch = example(Vit, "ViTForImageClassification", {"vision.inputs": {}, "vision.self.*": {}})
+    counts = []
+    for block in (lambda: hf_hardattn.soft(torch.nn.Identity()), lambda: hf_hardattn.record(model)):
+        with torch.no_grad(), block(), Count() as count:
+            model(**batch)
+        counts.append(count.calls)
+    assert counts[0] == counts[1]
+
+
+def test_characters_boxes_seconds() -> None:
+    offsets = [(0, 3), (3, 7), (8, 11), (0, 0)]  # "hello world": "hel" "lo w"...; then </s>
+    assert character_spans(torch.tensor([1, 1, 0, 1], dtype=torch.bool), offsets) == [(0, 7)]
+    assert character_spans(torch.tensor([1, 0, 1, 1], dtype=torch.bool), offsets) == [(0, 3), (8, 11)]
+    with pytest.raises(HardAttentionError, match="4 offsets for 2 places"):
+        character_spans(torch.ones(2, dtype=torch.bool), offsets)
+    kept = torch.tensor([1, 0, 1, 0, 0, 0, 1], dtype=torch.bool)  # CLS, then 2 x 3 patches of 4 pixels
+    assert pixel_boxes(kept, 4, (8, 12)) == [(4, 0, 8, 4), (8, 4, 12, 8)]
+    assert pixel_boxes(kept, 4, (8, 12), (80, 60)) == [(20, 0, 40, 40), (40, 40, 60, 80)]
+    with pytest.raises(HardAttentionError, match="7 places do not fit 3 x 3 patches"):
+        pixel_boxes(kept, 4, (12, 12))
+    assert frame_times(torch.tensor([1, 0, 1, 1], dtype=torch.bool), [0.0, 0.5, 1.0]) == [0.0, 1.0]
+    with pytest.raises(HardAttentionError, match="3 timestamps for 2 places"):
+        frame_times(torch.ones(2, dtype=torch.bool), [0.0, 0.5, 1.0])
+
+
+def test_recording_as_a_notebook_shows_it() -> None:
+    model, batch = example(Vit, "ViTForImageClassification", {"vision.inputs": {"budget": 3}})
+    recording = recorded(model, batch)
+    (row,) = recording.summary()
+    assert row["site"] == "vision.inputs" and row["calls"] == 1 and row["kept_ratio"] == pytest.approx(3 / 9)
+    assert Opened(recording._repr_html_()).tags[0] == "table" and "33.3%" in recording._repr_html_()
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------------------
+
+
+def drawn(figure: Any) -> int:
+    """Bytes of the figure's PNG: it draws."""
+    import io
+
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return len(file.getvalue())
+
+
+def test_layer_overlay_shows_every_site() -> None:
+    sites = {"vision.inputs": {"budget": 6}, "vision.tokens.0": {"budget": 0.5}}
+    model, batch = example(Vit, "ViTForImageClassification", sites)
+    figure = layer_overlay(batch["pixel_values"][:, :1], recorded(model, batch), 4, row=1)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["image", "vision.inputs: 67%", "vision.tokens.0: 33%"] and drawn(figure) > 2000
+    assert [len(axis.patches) for axis in figure.axes] == [0, 6, 3]
+    with pytest.raises(HardAttentionError, match="no vision site to draw; it has: encoder.inputs"):
+        layer_overlay(batch["pixel_values"], Recording([selection_of([[1, 0]], "encoder.inputs")]), 4)
+
+
+def test_highlight_is_escaped_and_loses_no_character() -> None:
+    offsets = [(i, i + 1) for i in range(len(EVIL))]
+    recording = Recording([selection_of([[i % 3 == 0 for i in range(len(EVIL))]], "encoder.inputs")])
+    made = token_highlight(recording, EVIL, offsets)
+    opened = Opened(made.split("</style>")[1])
+    assert opened.text == EVIL and set(opened.tags) == {"p", "mark", "s"}
+    assert isinstance(made, Html) and made._repr_html_() == made
+    assert Opened(mark_spans("ab cd", [(0, 2)])).text == "ab cd"
+
+
+def test_page_escapes_everything() -> None:
+    opened = Opened(page(EVIL, paragraph(EVIL, EVIL), table([EVIL], [[EVIL, 3, 0.5]])))
+    assert opened.tags.count("script") == 0 and opened.text.count(EVIL) == 5  # title, heading, paragraph, two cells
+
+
+def test_matrix_marks_what_was_kept() -> None:
+    model, batch = example(T5, "T5ForConditionalGeneration", {"decoder.cross.1": {"budget": 3, "scorer": "query_key"}})
+    recording = recorded(model, batch)
+    figure = selection_matrix(recording, [f"$s{i}" for i in range(11)], [f"t{i}" for i in range(7)])
+    cells = torch.as_tensor(figure.axes[0].collections[0].get_array().data).view(7, 11)
+    assert torch.equal(cells.bool(), recording["decoder.cross.1"][0].mask[0, 0]) and drawn(figure) > 2000
+
+
+def test_caption_grid_has_a_picture_a_word() -> None:
+    model, batch = example(Blip, "BlipForConditionalGeneration", {"text.cross.*": {"budget": 2, "scorer": "query_key"}})
+    with hf_hardattn.record(model) as recording:
+        made = model.generate(pixel_values=batch["pixel_values"], max_new_tokens=4, min_new_tokens=4)
+    words = [str(token) for token in made[1, 1:].tolist()]
+    figure = caption_grid(batch["pixel_values"], recording, words, 4, row=1)
+    assert [axis.get_title() for axis in figure.axes if axis.get_title()] == words
+    expected = [int(kept[1:].sum()) for kept in kept_per_token(recording, "text.cross.0")[1]]
+    assert [len(axis.patches) for axis in figure.axes][: len(words)] == expected[: len(words)] and drawn(figure) > 2000
+
+
+def test_frame_strip_of_a_video_read_as_embeddings() -> None:
+    """A T5 encoder reads one embedding a frame; the strip frames what it kept, and the seconds are those of the frames."""
+    torch.manual_seed(0)
+    model = T5EncoderModel(T5Config(vocab_size=20, d_model=16, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).eval()
+    hf_hardattn.apply(model, {"sites": {"encoder.inputs": {"budget": 3}}})
+    frames, times = torch.rand(8, 3, 6, 9), [0.25 * i for i in range(8)]
+    recording = recorded(model, {"inputs_embeds": torch.randn(1, 9, 16)})  # the last place is the row's end
+    figure = frame_strip(frames, recording, times)
+    titles = [axis.get_title() for axis in figure.axes]
+    seconds = frame_times(kept_places(recording, "encoder.inputs")[0], times)
+    assert [t for t in titles if "kept" in t] == [f"{s:.2f} s (kept)" for s in seconds] and len(seconds) == 3
+    assert drawn(figure) > 2000
+
+
+def test_heat_map_and_curves() -> None:
+    model, batch = example(Vit, "ViTForImageClassification", {"vision.inputs": {"budget": 3}, "vision.tokens.1": {}})
+    recording = recorded(model, batch)
+    figure = heat_map(recording)
+    rates = torch.as_tensor(figure.axes[0].images[0].get_array().data)
+    assert rates.shape == (2, 10) and torch.allclose(rates[0], kept_places(recording, "vision.inputs").float().mean(0))
+    row = {"deletion": 0.2, "insertion": 0.8, "curves": {"deletion": [1, 0.4, 0.1], "insertion": [0.1, 0.7, 1]}}
+    assert drawn(faithfulness_curves({"selection": row, "random": row})) > 2000
+    points = {"soft": [(1.0, 0.9)], "hard": [(0.4, 0.85), (0.2, 0.8)]}
+    assert drawn(tradeoff(points, "GFLOPs (counted)", "accuracy", {"hard": [0.01, 0.02]})) > 2000
+
+
+# -- agreement ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_agreement_and_its_chance_level() -> None:
+    one = Recording([selection_of([[1, 1, 0, 0], [1, 0, 1, 0]])])
+    other = Recording([selection_of([[1, 0, 1, 0], [1, 0, 1, 0]])])
+    found = jaccard(one, other)["vision.inputs"]
+    assert found["jaccard"] == pytest.approx((1 / 3 + 1) / 2)
+    assert found["chance"] == pytest.approx(
+        (4 * (1 / 3) + 1) / 6
+    )  # two of four: 1 of 6 pairs equal, 4 share one, 1 none
+    assert seed_agreement([one, other, one])["vision.inputs"]["jaccard"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    with pytest.raises(HardAttentionError, match="1 recording has no pair"):
+        seed_agreement([one])
+    with pytest.raises(HardAttentionError, match="share no site"):
+        jaccard(one, Recording([selection_of([[1, 0]], "encoder.inputs")]))
+
+
+def test_diff_between_two_checkpoints() -> None:
+    first, batch = example(Vit, "ViTForImageClassification", {"vision.inputs": {"budget": 3}})
+    second, _ = example(Vit, "ViTForImageClassification", {"vision.inputs": {"budget": 5}})
+    (same,) = selection_diff(first, first, batch)
+    assert same.jaccard == 1.0 and not same.first_only.any() and not same.second_only.any()
+    (found,) = selection_diff(first, second, batch)  # the same weights: the second keeps two more
+    assert not found.first_only.any() and (found.second_only.sum(-1) == 2).all() and (found.both.sum(-1) == 3).all()
+    assert "the second alone 6; Jaccard 0.60" in str(found)

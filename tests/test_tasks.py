@@ -1,0 +1,178 @@
+"""Every task of the shoot-out: deterministic batches its model takes, gold positions that hold the answer, errors that name the remedy."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_hardattn import HardAttentionConfig, apply, replay
+from hf_hardattn.errors import HardAttentionError
+from hf_hardattn.selection import Selection
+from hf_hardattn.training import tasks
+from hf_hardattn.training.fashion_mnist import fashion_bank
+from hf_hardattn.training.fitting import Diverged, fit
+from hf_hardattn.training.tasks._found import Found
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Folders of made-up Fashion-MNIST and translations, so that no test needs the real ones."""
+    fashion, pairs = tmp_path_factory.mktemp("fashion"), tmp_path_factory.mktemp("pairs")
+    draw = torch.Generator().manual_seed(0)
+    for prefix in ("train", "t10k"):
+        images = torch.randint(256, (40, 28, 28), dtype=torch.uint8, generator=draw)
+        labels = torch.arange(40, dtype=torch.uint8) % 10
+        for part, header, bytes_ in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
+            (fashion / f"{prefix}-{part}-ubyte.gz").write_bytes(gzip.compress(bytes(header) + bytes_.numpy().tobytes()))
+    for split, start in (("train", 0), ("test", 100), ("validation", 200)):
+        numbers = range(start, start + 20)
+        rows = [{"source": f"the package {n} is small", "target": f"il pacchetto {n} è piccolo"} for n in numbers]
+        (pairs / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        from prepare_translation import train_tokenizer
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    train_tokenizer([text for row in rows for text in row.values()], 60).save(str(pairs / "tokenizer.json"))
+    few: dict[str, dict] = {name: {"test_images": 30} for name in tasks.names() if name.startswith("cluttered")}
+    few |= {name: {"test_rows": 30} for name in ("planted_rationale", "associative_recall")}
+    few["cluttered_fashion"]["folder"], few["translation"] = str(fashion), {"folder": str(pairs)}
+    return few
+
+
+@pytest.mark.parametrize("name", tasks.names())
+class TestEveryTask:
+    def test_batches_are_deterministic_and_train_its_model_hard(self, name, data):
+        task = tasks.load(name, data.get(name))
+        first, again, other = (task.draw(8, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+        assert all(torch.equal(first[key], again[key]) for key in first)
+        assert any(first[key].shape != other[key].shape or not torch.equal(first[key], other[key]) for key in first)
+        torch.manual_seed(0)
+        model = task.model_class(task.config())
+        hard = {"scorer": task.scorer, "scorer_options": task.scorer_options, "budget": task.budget}
+        apply(model, HardAttentionConfig(sites=[task.site], estimator="simple", **hard))
+        losses = fit(model, task, tasks.Recipe(0, 2, batch=4), seed=0, branch=True)
+        assert len(losses) == 2 and all(loss > 0 for loss in losses)
+
+    def test_the_test_set_is_fixed_and_scored(self, name, data):
+        task = tasks.load(name, data.get(name))
+        first, again = (next(task.test()) for _ in range(2))
+        assert all(torch.equal(first.inputs[key], again.inputs[key]) for key in first.inputs)
+        torch.manual_seed(0)
+        model = task.model_class(task.config())
+        soft = task.evaluate(model, batches=1)
+        assert 0 <= soft[task.metric] <= 100 / task.points and "kept" not in soft
+        references = task.references(first.inputs)
+        assert task.score(references, references)[task.metric] == pytest.approx(100 / task.points)
+        apply(model, HardAttentionConfig(sites=[task.site], scorer="random", budget=task.budget))
+        found = task.evaluate(model, batches=1)
+        assert found["kept"] <= 0.45
+        assert ("recall" in found) == (first.gold is not None) and found.get("recall", 0) < 0.6
+
+    def test_training_never_sees_the_test_set(self, name, data):
+        task = tasks.load(name, data.get(name))
+        tested, drawn = _rows(next(task.test()).inputs), _rows(task.draw(250, torch.Generator().manual_seed(1234)))
+        assert len(tested) > 10 and not tested & drawn
+
+
+def _rows(inputs):
+    column = inputs.get("pixel_values", inputs.get("input_ids"))
+    return {tuple(row[row != 0].tolist()) for row in column.flatten(1)}
+
+
+def test_the_planted_positions_hold_the_answer_and_nothing_else_does():
+    task = tasks.load("planted_rationale", {"length": 16, "slots": 2, "values": 4, "fillers": 20, "test_rows": 100})
+    batch = next(task.test())
+    tokens, gold = batch.inputs["input_ids"], batch.gold[:, 0]
+    assert torch.equal(tokens[gold].view(-1, 2).sort().values, batch.inputs["labels"].sort().values)
+    assert (tokens[~gold] >= 2 + 2 * 4).logical_or(tokens[~gold] == 1).all()
+
+
+def test_the_gold_pair_holds_the_query_and_its_value():
+    batch = next(tasks.load("associative_recall").test())
+    for row in range(5):
+        for query in range(8):
+            key, value = batch.inputs["input_ids"][row, batch.gold[row, query]].tolist()
+            assert key == batch.inputs["decoder_input_ids"][row, query] and value == batch.inputs["labels"][row, query]
+
+
+def test_precision_and_recall_count_choices_only():
+    mask = torch.tensor([[True, True, True, False], [True, False, False, True]])[:, None, None]
+    required = torch.tensor([True, False, False, False]).expand(2, 1, 1, 4)
+    gold = torch.tensor([[False, True, False, False], [False, True, False, True]])[:, None]
+    selection = Selection("vision.inputs", mask, torch.ones_like(mask), required, mask.float())
+    found = Found()
+    found.add(selection, gold)
+    assert found.metrics() == pytest.approx({"kept": (2 / 3 + 1 / 3) / 2, "precision": 2 / 3, "recall": 2 / 3})
+    found = Found(one_is_enough=True)
+    found.add(selection, gold)
+    assert found.metrics()["recall"] == 1.0
+
+
+def test_evaluate_sees_a_perfect_choice():
+    task = tasks.load("planted_rationale", {"test_rows": 20})
+    model = task.model_class(task.config())
+    apply(model, HardAttentionConfig(sites=[task.site], budget=task.budget))
+    gold = next(task.test()).gold[:, 0]
+    keep = gold | torch.nn.functional.pad(torch.zeros_like(gold[:, 1:]), (0, 1), value=True)  # and </s>
+    with replay(model, {task.site: keep}):
+        found = task.evaluate(model)
+    assert found["precision"] == found["recall"] == 1.0 and found["kept"] == pytest.approx(4 / 64)
+
+
+def test_a_loss_that_is_no_number_stops_the_training():
+    task = tasks.load("planted_rationale")
+    model = task.model_class(task.config())
+    with torch.no_grad():
+        model.shared.weight[5] = float("nan")
+    with pytest.raises(Diverged, match="the loss is nan at step 0 of 2"):
+        fit(model, task, tasks.Recipe(2, 0, batch=4), seed=0, branch=False)
+
+
+def test_unknown_names_list_what_there_is():
+    with pytest.raises(HardAttentionError, match="unknown task 'cluttered_digit'; known: .*Did you mean"):
+        tasks.load("cluttered_digit")
+    with pytest.raises(
+        HardAttentionError, match="unknown option of task 'planted_rationale': 'lenght'; known: .*'length'"
+    ):
+        tasks.load("planted_rationale", {"lenght": 3})
+
+
+def test_missing_data_names_the_remedy(tmp_path, monkeypatch):
+    with pytest.raises(HardAttentionError, match="apt-get install dataset-fashion-mnist"):
+        fashion_bank("test", str(tmp_path))
+    monkeypatch.setenv("FASHION_MNIST", str(tmp_path / "elsewhere"))
+    with pytest.raises(HardAttentionError, match="elsewhere"):
+        fashion_bank.__wrapped__("test")
+    with pytest.raises(HardAttentionError, match="python scripts/prepare_translation.py --language it"):
+        tasks.load("translation", {"folder": str(tmp_path)}).config()
+
+
+def test_held_out_sentences_have_no_near_duplicate_in_training(tmp_path):
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        from prepare_translation import sentence_pairs, split, template
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    assert template("Version 2.1 of libfoo.", {"libfoo"}) == template("version 3 of FOO2!", set()) == "version # of #"
+    english = "Description-md5: {n}\nPackage: {p}\nDescription-en: short\n It needs {p} to run. Then it ends {w} there."
+    other = "Package: {p}\nDescription-md5: {n}\nDescription-it: corto\n Ha bisogno di {p}. Poi finisce {w} lì dove."
+    packages = [f"pkg{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"] + [f"lib{n}" for n in range(300)]
+    for name, text in (("Translation-en", english), ("Translation-it", other)):
+        records = [text.format(n=n, p=p, w=f"word{p}" if n % 3 else "well") for n, p in enumerate(packages)]
+        (tmp_path / f"x_i18n_{name}").write_text("\n\n".join(records))
+    pairs = list(sentence_pairs(tmp_path, "it", 16))
+    assert (packages[0], "It needs pkga to run.", "Ha bisogno di pkga.") in pairs
+    parts = split(pairs, {p: p for p in packages}, held_out=50)
+    names = set(packages)
+    seen = {template(row["source"], names) for row in parts["train"]}
+    assert len(parts["train"]) > 300
+    for part in ("test", "validation"):
+        assert not seen & {template(row["source"], names) for row in parts[part]}
