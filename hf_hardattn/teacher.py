@@ -105,6 +105,8 @@ def attention_loss(teacher: Teacher, selection: Selection, selector: Selector) -
     """``weight * KL(attention || softmax(scores / temperature))`` over the candidates, a mean over rows that have a choice."""
     candidates = selection.valid if selection.required is None else selection.valid & ~selection.required
     paid = attention_at(teacher, selection, per_query=selection.scores.shape[2] > 1 and not selector.once)
+    if paid.shape[-1] != candidates.shape[-1]:  # keys of a tower that dropped rows: their places are not known here
+        return 0.0 * selection.scores.sum()
     paid = torch.where(candidates, paid, 0.0)
     paid = paid / paid.sum(-1, keepdim=True).clamp(min=1e-9)
     scores = (selection.scores / selector.now(selector.temperature)).masked_fill(~candidates, -1e30)

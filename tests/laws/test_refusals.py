@@ -60,7 +60,7 @@ def test_a_refused_configuration_leaves_the_model_as_it_was():
 BAD = [
     ({"scorer": "linaer"}, "unknown scorer 'linaer'; known: .*'linear'.* Did you mean 'linear'\\?"),
     ({"estimator": "simpel"}, "unknown estimator 'simpel'; known: .* Did you mean 'simple'\\?"),
-    ({"baseline": "nothing"}, "unknown baseline 'nothing'; known: 'leave_one_out'"),
+    ({"baseline": "nothing"}, "unknown baseline 'nothing'; known: 'learned', 'leave_one_out'"),
     ({"budget": 0}, "budget=0 is out of range at 'the top level'; an int budget counts positions"),
     (
         {"budget": 1.3},
