@@ -53,7 +53,7 @@ def test_results_are_complete_and_failed_runs_are_counted(tmp_path):
     results, output = _invoke([*_write(tmp_path, variants), "--seeds", "2", "--first-seed", "7"])
     assert results["seeds"] == [7, 8] and len(results["runs"]) == 8
     assert {"command", "versions", "platform", "recipe", "variants", "measured", "metric", "points"} <= results.keys()
-    assert results["command"].startswith("hf-hardattn ")
+    assert results["command"].startswith("hf-hardattn")
     summary = results["summary"]
     assert list(summary) == list(variants) and all(row["runs"] == 2 for row in summary.values())
     assert summary["broken"]["failed"] == 2 and "no site matches 'encoder.tokens.9'" in summary["broken"]["messages"][0]

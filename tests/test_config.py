@@ -43,7 +43,10 @@ SITES = ["vision.inputs", *(f"vision.{kind}.{layer}" for kind in ("self", "token
         ({"scorer_options": 3}, "scorer_options=3 is not a dict"),
         ({"estimator": "reinforce", "estimator_options": {"law": "poisson"}}, "poisson"),
         ({"temperature": 0}, "temperature=0 is out of range at 'the top level'; it must stay > 0"),
-        ({"temperature": {"start": 1, "end": 0.1, "steps": 0}}, "steps=0, delay=0 .*steps >= 1 and delay >= 0"),
+        (
+            {"temperature": {"start": 1, "end": 0.1, "steps": 0}},
+            "steps=0 of a schedule at .*an int counts optimizer steps, >= 1",
+        ),
         (
             {"temperature": {"start": 1, "end": 0.1, "steps": 5, "shape": "cosin"}},
             "unknown schedule shape 'cosin'.*Did you mean 'cosine'",

@@ -15,6 +15,7 @@ from hf_hardattn import HardAttentionError, metrics, stream
 from hf_hardattn.architectures.blip import Blip
 from hf_hardattn.architectures.t5 import T5
 from hf_hardattn.architectures.vit import Vit
+from hf_hardattn.collapse import find_collapse
 from hf_hardattn.interpret import attribution, measures
 from hf_hardattn.interpret.faithfulness import compare, faithfulness, own_sufficiency, plausibility, top
 from hf_hardattn.interpret.probe import Probe
@@ -154,6 +155,7 @@ def test_a_constant_selection_is_caught() -> None:
     model, batch = example(Vit, "ViTForImageClassification", ["vision.inputs"], budget=3, scorer="first")
     found = randomised_weights(model, batch, seeds=2)["vision.inputs"]
     assert found["jaccard"] == pytest.approx(1.0) and found["chance"] < 0.3
+    assert "position_constant" in {finding.kind for finding in find_collapse(model, batch)}
 
 
 def test_shuffling_keeps_the_numbers_and_leaves_the_model() -> None:

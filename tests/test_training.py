@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,9 @@ def test_gradient_accumulation_weighs_the_terms_like_the_task(tmp_path: Path, es
         site = hf_hardattn.selectors(model)["vision.inputs"]
         noise = iter(torch.rand(8, 1, 1, 10, generator=torch.Generator().manual_seed(3)).clamp(0.01, 0.99).split(size))
         choose = site.estimator.choose
-        site.estimator.choose = lambda *a, uniform, **k: choose(*a, uniform=lambda _: next(noise), **k)
+        site.estimator.choose = lambda *a, sampling, **k: choose(
+            *a, sampling=replace(sampling, uniform=lambda _: next(noise)), **k
+        )
         taken = []
 
         class Take(TrainerCallback):
