@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import hf_hardattn
 from hf_hardattn import HardAttentionError
 from hf_hardattn.hub.secrets import redact
 from hf_hardattn.hub.untrusted import check_name
+from hf_hardattn.training.arguments import ScriptArguments
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +388,7 @@ def test_a_card_with_a_number_changed_by_hand_is_not_pushed(copy):
         hf_hardattn.push(folder, "me/x")
 
 
-def test_the_stub_names_the_package(copy, tmp_path):
+def test_the_stub_names_the_package(tmp_path, monkeypatch):
     from hf_hardattn.hub.contents import list_files
 
     folder = hf_hardattn.save(harden(stock()), tmp_path / "stub", remote_code_stub=True)
@@ -397,6 +399,13 @@ def test_the_stub_names_the_package(copy, tmp_path):
     broken = text.replace("import hf_hardattn", "import hf_hardattn_that_is_not_here")
     with pytest.raises(ImportError, match="install it with: pip install hf-hardattn"):
         exec(compile(broken, "stub", "exec"), {})
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    from transformers import AutoModelForImageClassification
+
+    trusted = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    assert same(answer(trusted), answer(harden(stock())))
+    trusted.save_pretrained(tmp_path / "again")
+    assert same(answer(hf_hardattn.load(tmp_path / "again")), answer(trusted))
 
 
 @pytest.mark.parametrize(
@@ -405,6 +414,12 @@ def test_the_stub_names_the_package(copy, tmp_path):
 def test_names_that_are_none(name):
     with pytest.raises(HardAttentionError, match="is no file name"):
         check_name(name, "x")
+
+
+def test_no_argument_holds_a_token():
+    """Trackers are given all arguments of a script; none of them can be a token."""
+    names = [field.name for field in fields(ScriptArguments)]
+    assert "hub_model_id" in names and not any("token" in name for name in names)
 
 
 def test_tokens_are_blanked():

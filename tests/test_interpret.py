@@ -21,7 +21,7 @@ from hf_hardattn.interpret.curves import faithfulness_curves, tradeoff
 from hf_hardattn.interpret.frames import frame_strip
 from hf_hardattn.interpret.heatmap import heat_map
 from hf_hardattn.interpret.html import Html, page, paragraph, table
-from hf_hardattn.interpret.overlay import layer_overlay
+from hf_hardattn.interpret.overlay import difference_overlay, layer_overlay
 from hf_hardattn.interpret.rationale import character_spans, frame_times, kept_per_token, kept_places, pixel_boxes
 from hf_hardattn.interpret.tokens import mark_spans, token_highlight
 from hf_hardattn.recording import Recording
@@ -284,3 +284,5 @@ def test_diff_between_two_checkpoints() -> None:
     (found,) = selection_diff(first, second, batch)  # the same weights: the second keeps two more
     assert not found.first_only.any() and (found.second_only.sum(-1) == 2).all() and (found.both.sum(-1) == 3).all()
     assert "the second alone 6; Jaccard 0.60" in str(found)
+    figure = difference_overlay(batch["pixel_values"][:, :1], found, 4)
+    assert [axis.get_title() for axis in figure.axes] == ["-0 +2"] * 3 and drawn(figure) > 2000

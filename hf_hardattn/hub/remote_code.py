@@ -1,7 +1,7 @@
 """An optional file of code in a repository, whose only purpose is a good error where this library is not installed.
 
 Loaded with ``trust_remote_code=True`` and without ``hf_hardattn``, the model says what to install instead of running soft. With it,
-the classes are Transformers' own. ``load`` never reads the file.
+the class is Transformers' own, by another module's name. ``load`` never reads the file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ except ImportError as error:
     raise ImportError(
         "this checkpoint has hard attention, which needs the package 'hf-hardattn'; install it with: pip install hf-hardattn"
     ) from error
-from transformers import {name}
+import transformers
+
+
+class {name}(transformers.{name}):
+    """Transformers' own; hf_hardattn, imported above, reads where it looks from its configuration."""
 '''
 
 
@@ -62,5 +66,5 @@ def auto_class(name: str) -> str | None:
 def stub_is_ours(path: Path) -> bool:
     """Whether the file is, but for the class's name, the one that ``add_stub`` writes."""
     text = path.read_text(encoding="utf-8")
-    name = text.rpartition("import ")[2].strip()
+    name = text.rpartition("\nclass ")[2].partition("(")[0]
     return name.isidentifier() and text == _TEXT.format(name=name)

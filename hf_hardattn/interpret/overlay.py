@@ -11,7 +11,8 @@ from torch import Tensor
 from ..errors import HardAttentionError
 from ..recording import Recording
 from ..selection import Selection
-from .style import KEPT, new_figure
+from .agreement import Difference
+from .style import GREEN, KEPT, OTHER, new_figure
 
 
 def patch_overlay(
@@ -61,6 +62,33 @@ def layer_overlay(pixel_values: Tensor, recording: Recording, patch_size: int, r
     return _grid(image, kept, patch_size, titles, min(columns, len(kept)), "", frames=[False] + [True] * len(sites))
 
 
+def difference_overlay(pixel_values: Tensor, difference: Difference, patch_size: int, rows: int = 6) -> Any:
+    """Draw what two models kept differently of the same images, the most changed ones first.
+
+    Frames: thin, both keep the patch; thick blue, the first alone; thick green and dashed, the second alone.
+
+    Args:
+        pixel_values: ``[B, C, height, width]``. difference: of ``agreement.selection_diff`` at a ``vision`` site.
+
+    Returns:
+        matplotlib figure.
+    """
+    chosen = difference.order[:rows]
+    any_ = difference.both | difference.first_only | difference.second_only
+    titles = [f"-{int(difference.first_only[r].sum())} +{int(difference.second_only[r].sum())}" for r in chosen]
+    figure = _grid(
+        pixel_values[chosen], any_[chosen], patch_size, titles, min(6, len(chosen)), str(difference), [False] * rows
+    )
+    for axis, row in zip(figure.axes, chosen, strict=False):
+        width = pixel_values.shape[-1]
+        frame_patches(axis, difference.both[row], patch_size, width)
+        frame_patches(axis, difference.first_only[row], patch_size, width, edgecolor=OTHER, linewidth=2.4)
+        frame_patches(
+            axis, difference.second_only[row], patch_size, width, edgecolor=GREEN, linewidth=2.4, linestyle=":"
+        )
+    return figure
+
+
 def shown(image: Tensor) -> Tensor:
     """An image ``[C, height, width]`` of any range as ``[height, width, 3]`` in [0, 1]."""
     image = image.detach().float().cpu()
@@ -82,14 +110,14 @@ def lit_image(image: Tensor, kept: Tensor, patch_size: int) -> Tensor:
     return torch.where(lit[..., None], image, faded(image))
 
 
-def frame_patches(axis: Any, kept: Tensor, patch_size: int, width: int) -> None:
-    """Draw a frame around each kept patch of an image ``width`` pixels wide."""
+def frame_patches(axis: Any, kept: Tensor, patch_size: int, width: int, **style: Any) -> None:
+    """Draw a frame around each kept patch of an image ``width`` pixels wide; ``style`` as matplotlib's rectangles take it."""
     from matplotlib.patches import Rectangle
 
-    across = width // patch_size
+    across, style = width // patch_size, {"linewidth": 0.9, "edgecolor": KEPT, **style}
     for place in kept[1:].nonzero().flatten().tolist():
         corner = (place % across * patch_size - 0.5, place // across * patch_size - 0.5)
-        axis.add_patch(Rectangle(corner, patch_size, patch_size, fill=False, linewidth=0.9, edgecolor=KEPT))
+        axis.add_patch(Rectangle(corner, patch_size, patch_size, fill=False, **style))
 
 
 def _grid(

@@ -10,6 +10,7 @@ from typing import Any
 from ..efficiency.counting import count_flops
 from ..errors import HardAttentionError, missing_extra
 from ..modes import soft
+from ..recording import selectors
 from .html import paragraph
 from .probe import Probe
 from .report import pictures, said
@@ -85,14 +86,14 @@ def build(models: Sequence[str]) -> Any:
                 f"{path} has no hard-attention sites; the page compares soft and hard. Name a hard checkpoint."
             )
     first = _load(models[0])
-    with gr.Blocks(title="Where does it look?", analytics_enabled=False) as page:
+    with gr.Blocks(title="Where does it look?", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(
             "# Where does it look?\nThe same weights twice: looking everywhere, and computing only on what their selectors keep. "
             "Lit and framed, or marked: kept. Faded, or struck through: dropped."
         )
         model = gr.Dropdown(list(models), value=models[0], label="model", visible=len(models) > 1)
         with gr.Row():
-            with gr.Column():
+            with gr.Column(min_width=240):
                 image = gr.Image(
                     type="pil", sources=["upload", "clipboard"], label="image", visible=first.sees, height=280
                 )
@@ -100,10 +101,10 @@ def build(models: Sequence[str]) -> Any:
                 ratio = gr.Slider(
                     0.02, 1.0, value=_own_ratio(first), step=0.02, label="budget: share kept at every site"
                 )
-            with gr.Column():
+            with gr.Column(min_width=240):
                 gr.Markdown("## Hard")
                 hard = gr.HTML(elem_id="hard")
-            with gr.Column():
+            with gr.Column(min_width=240):
                 gr.Markdown("## Soft")
                 loose = gr.HTML(elem_id="soft")
 
@@ -147,8 +148,6 @@ def launch(models: Sequence[str], port: int | None = None, host: str | None = No
 
 def _own_ratio(subject: Subject) -> float:
     """The share that the model's own budget keeps, where it is a ratio, else a half."""
-    from ..recording import selectors
-
     budget = next(iter(selectors(subject.model).values())).config.budget
     budget = budget.get("end") if isinstance(budget, dict) else budget
     return round(float(budget), 2) if isinstance(budget, float) else 0.5

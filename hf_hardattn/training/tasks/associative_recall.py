@@ -30,7 +30,7 @@ class AssociativeRecall(Base):
     site = "decoder.cross.0"
     scorer = "query_key"
     budget = 0.03  # of 17 positions: one
-    recipe = Recipe(trunk_steps=600, branch_steps=300, batch=32)
+    recipe = Recipe(trunk_steps=1000, branch_steps=400, batch=32)
 
     def __init__(
         self, facts: int = 16, queries: int = 8, keys: int = 32, values: int = 16, test_rows: int = 500
