@@ -130,13 +130,14 @@ def record(model: nn.Module) -> Iterator[Recording]:
         >>> with record(model) as selections: model(**batch)        # doctest: +SKIP
         >>> selections["vision.inputs"][0].indices                   # doctest: +SKIP
     """
-    recording = Recording(reads={m.tower: m.source for m in model.modules() if isinstance(m, HardLayers)})
+    found = [m for m in model.modules() if isinstance(m, (Selector, HardLayers))]
+    recording = Recording(reads={m.tower: m.source for m in found if isinstance(m, HardLayers)})
 
     def note(module: nn.Module, args: Any, selection: Selection) -> None:
         if torch._C._current_graph_task_id() == -1:  # a recomputation inside backward is no new choice
             recording.append(selection)
 
-    handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, Selector)]
+    handles = [m.register_forward_hook(note) for m in found if isinstance(m, Selector)]
     if not handles:
         raise HardAttentionError(
             f"{type(model).__name__} has no hard-attention sites to record; load it with hard_attention=... or call apply()."

@@ -19,6 +19,7 @@ import torch
 
 from hf_hardattn import registry
 from hf_hardattn.training.estimator_toys import (
+    CRUDE,
     LEFT_OUT,
     LOSSES,
     SEEDS,
@@ -47,7 +48,7 @@ REFERENCE: dict[str, dict[int, tuple[float, float, float]]] = {
     "gumbel, relaxed, T 1": {1: (0.0185, 0.338, 0.90)},
     "gumbel_rao, 10 draws, T 0.5": {1: (0.0097, 0.573, 2.09)},
     "gumbel_rao, 10 draws, T 1": {1: (0.0325, 0.489, 1.32)},
-    "imle, lambda 2.5": {1: (0.3109, 0.678, 3.20), 5: (0.2903, 0.677, 2.91)},
+    "two samples, lambda 2.5": {1: (0.3109, 0.678, 3.20), 5: (0.2903, 0.677, 2.91)},
     "reinforce, no baseline": {1: (0.0223, 1.015, 23.0), 5: (0.0048, 0.997, 12.7)},
     "reinforce, exact mean": {1: (0.0003, 0.612, 2.42), 5: (0.0003, 0.708, 2.81)},
     "sfess, K 2": {1: (0.0003, 0.707, 2.56), 5: (0.0004, 0.718, 2.94)},
@@ -126,7 +127,7 @@ def subset_toys(seeds: list[int], draws: int) -> list[dict[str, Any]]:
             found.append(measure(scores, k, losses, draws))
             print(f"k {k}, seed {seed}", file=sys.stderr)
         for loss in LOSSES:
-            for variant in (Variant("identity, sampled", "simple"), *all_variants()):
+            for variant in (*(Variant(label, "simple") for label in CRUDE), *all_variants()):
                 each = [one[loss][variant.label] for one in found]
                 rows.append({"k": k, "loss": loss, **about(variant), **over_seeds(each)})
     return rows
@@ -137,14 +138,15 @@ def about(variant: Variant) -> dict[str, Any]:
 
 
 def over_seeds(columns: list[dict[str, float | None]]) -> dict[str, float | None]:
-    """Means, the largest z, and no bias where a seed has no gradient."""
+    """Means over the seeds, the bias over those with a gradient at all; the largest z; and how many have none."""
 
     def mean(name: str) -> float | None:
         values = [value for column in columns if (value := column[name]) is not None]
-        return sum(values) / len(values) if len(values) == len(columns) else None
+        return sum(values) / len(values) if values else None
 
+    silent = sum(column["bias"] is None for column in columns)
     largest = max(column["z"] or 0.0 for column in columns)
-    return {**{name: mean(name) for name in ("bias", "error", "sd", "size")}, "z": largest}
+    return {**{name: mean(name) for name in ("bias", "error", "sd", "size")}, "z": largest, "silent": silent}
 
 
 def bernoulli_toys(draws: int) -> list[dict[str, Any]]:
@@ -251,6 +253,8 @@ def line(row: dict[str, Any], reference: tuple[float, float, float] | None) -> s
         value = row[name]
         text = "none" if value is None else f"{value:.{digits}f}"
         cells.append(text if reference is None or value is None else f"{text} ({value - reference[place]:+.{digits}f})")
+    if 0 < row["silent"] and row["bias"] is not None:
+        cells[0] += f", {row['silent']} without gradient"
     z = "" if row["biased"] and row["label"] != "reinmax" else f"{row['z']:.1f}"
     return f"| {row['label']} | {'yes' if row['biased'] else 'no'} | {' | '.join(cells)} | {row['size']:.2f} | {z} |"
 

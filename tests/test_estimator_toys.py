@@ -68,6 +68,22 @@ def test_every_registered_estimator_has_a_row_or_a_reason() -> None:
     assert len(set(labels)) == len(labels)
 
 
+def test_swapped_attention_has_the_value_of_attention_and_bounded_derivatives() -> None:
+    """At k = 1 the derivative of a dropped gate is what its choice would make of the output, to first order in the loss."""
+    scores, losses = toys.simple_toy(1234)
+    for k in (1, 5):
+        masks = toys.subsets(10, k)
+        torch.testing.assert_close(losses["attention"](masks), losses["attention, swapped"](masks))
+        torch.testing.assert_close(losses["attention"](masks + 0.3), losses["attention, swapped"](masks + 0.3))
+    truths = [toys.truth(scores, 1, SETS, losses[name])[1] for name in ("attention", "attention, swapped")]
+    torch.testing.assert_close(*truths)
+    torch.manual_seed(0)
+    found = toys.through_gates(Variant("", "reinmax"), scores, 1, losses, 10_000)
+    # quadratic in the output, and the output linear in which one is chosen: exact for ReinMax
+    assert toys.columns(found["attention, swapped"], truths[0])["z"] < 4.5
+    assert toys.columns(found["attention"], truths[0])["z"] > 30
+
+
 def test_columns() -> None:
     exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
     found = toys.columns(torch.tensor([[6.0, 8.0], [0.0, 0.0]], dtype=torch.float64), exact)
@@ -84,6 +100,7 @@ def test_measure() -> None:
     scores, losses = toys.simple_toy(1234, n=5)
     found = toys.measure(scores, 2, losses, 2_000)
     assert set(found) == set(toys.LOSSES)
+    assert all(label in found["tanh"] for label in toys.CRUDE)
     for loss, rows in found.items():
         for variant in toys.all_variants():
             if not registry.load("estimators", variant.name).biased or (variant.name, loss) == ("reinmax", "quadratic"):
@@ -129,23 +146,17 @@ def test_bernoulli_toys_have_the_published_values(p: list[float], gradient: floa
 
 
 def test_imle_toy_starts_and_ends_where_it_should() -> None:
-    """From 5.239365; the optimum is 1.125151. SIMPLE comes within 0.01 of it in 50 steps, REINFORCE does not."""
+    """From 5.239365; the optimum is 1.125151. In 50 steps I-MLE with the published lambda and learning rate comes within 0.5."""
     scores, losses = toys.simple_toy(0)
     loss = losses["quadratic"]
     assert toys.expected(scores, 5, SETS, loss).item() == pytest.approx(5.239365, abs=1e-6)
     assert loss(toys.subsets(10, 5)).min().item() == pytest.approx(1.125151, abs=1e-6)
     torch.manual_seed(0)
-    ends = [
-        toys.optimise(variant, scores, 5, loss, rate, 50, 0.9)
-        for variant, rate in (
-            (Variant("", "simple"), 0.75),
-            (Variant("", "imle", {"strength": 2.0, "adaptive": False}, law=ORDERS), 0.75),
-            (Variant("", "sfess", samples=4, baseline="others"), 0.3),
-            (Variant("", "reinforce", {"law": SETS}, baseline="mean"), 0.02),
-        )
-    ]
-    assert ends[0] < 1.135 and ends[1] < 1.6 and ends[2] < 1.6
-    assert all(1.125 < end < 5.239365 and math.isfinite(end) for end in ends)
+    for variant, rate in (
+        (Variant("", "imle", {"strength": 2.0, "adaptive": False}, law=ORDERS), 0.75),
+        (Variant("", "sfess", samples=4, baseline="others"), 0.3),
+    ):
+        assert 1.125151 < toys.optimise(variant, scores, 5, loss, rate, 50, 0.9) < 1.625
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

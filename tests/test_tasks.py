@@ -17,6 +17,7 @@ from hf_hardattn.training import tasks
 from hf_hardattn.training.fashion_mnist import fashion_bank
 from hf_hardattn.training.fitting import Diverged, fit
 from hf_hardattn.training.tasks._found import Found
+from hf_hardattn.training.tasks.associative_recall import FIRST
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -96,11 +97,15 @@ def test_the_planted_positions_hold_the_answer_and_nothing_else_does():
 
 
 def test_the_gold_pair_holds_the_query_and_its_value():
-    batch = next(tasks.load("associative_recall").test())
+    """A fact is one token that names its key and its value."""
+    task = tasks.load("associative_recall")
+    batch = next(task.test())
     for row in range(5):
         for query in range(8):
-            key, value = batch.inputs["input_ids"][row, batch.gold[row, query]].tolist()
-            assert key == batch.inputs["decoder_input_ids"][row, query] and value == batch.inputs["labels"][row, query]
+            (fact,) = batch.inputs["input_ids"][row, batch.gold[row, query]].tolist()
+            key, value = divmod(fact - FIRST - task.keys - task.values, task.values)
+            assert key + FIRST == batch.inputs["decoder_input_ids"][row, query]
+            assert value + FIRST + task.keys == batch.inputs["labels"][row, query]
 
 
 def test_precision_and_recall_count_choices_only():

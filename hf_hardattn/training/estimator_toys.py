@@ -19,10 +19,11 @@ from torch import Tensor
 
 from .. import registry
 from ..estimators import Base, Choice, Sampling
+from ..laws import ConditionalBernoulli
 
 Loss = Callable[[Tensor], Tensor]  # gates [..., n] to [...]
 
-LOSSES = ("quadratic", "attention", "tanh")
+LOSSES = ("quadratic", "attention", "attention, swapped", "tanh")
 # The ten seeds of the SIMPLE paper's toy (UCLA-StarAI/SIMPLE, tractable_dist): E[f], min f and |grad| at k = 5.
 SEEDS = {
     1234: (8.685266, 2.736191, 0.919681),
@@ -257,23 +258,39 @@ def measure(
             gradients = {n: of_law.gradients(f, variant, exact[variant.law][n][0]) for n, f in losses.items()}
         for name in losses:
             found[name][variant.label] = columns(gradients[name], exact[variant.law][name][1])
-    # the crudest straight-through of all: the gradient at the drawn gates, as it is; no estimator of the library
     masks = drawn["conditional_bernoulli"].masks[:, 0]
     for name, loss in losses.items():
-        gates = masks.clone().requires_grad_()
-        gradient = torch.autograd.grad(loss(gates).sum(), gates)[0]
-        found[name]["identity, sampled"] = columns(gradient, exact["conditional_bernoulli"][name][1])
+        for label, estimates in crude(scores, masks, k, loss).items():
+            found[name][label] = columns(estimates, exact["conditional_bernoulli"][name][1])
     return found
+
+
+CRUDE = ("identity, sampled", "two samples, lambda 2.5")
+
+
+def crude(scores: Tensor, masks: Tensor, k: int, loss: Loss) -> dict[str, Tensor]:
+    """Two estimators that the library has not, for comparison with published numbers: fp64 ``[draws, n]`` from fp64 masks.
+
+    ``CRUDE``: the loss's gradient v at the drawn gates, as it is; and what is drawn less a second draw at ``scores - lambda v``, which
+    is I-MLE without the noise that its two choices share, and not divided by lambda.
+    """
+    gates = masks.clone().requires_grad_()
+    v = torch.autograd.grad(loss(gates).sum(), gates)[0]
+    everywhere = torch.ones(masks.shape, dtype=torch.bool)
+    law = ConditionalBernoulli((scores - 2.5 * v).float(), torch.tensor(k), everywhere, k)
+    return dict(zip(CRUDE, (v, masks - law.sample(torch.rand(masks.shape)).double()), strict=True))
 
 
 # ---------------------------------------------------------------- the toys
 
 
 def simple_toy(seed: int, n: int = 10) -> tuple[Tensor, dict[str, Loss]]:
-    """Scores fp64 ``[n]`` of the SIMPLE paper's toy, its quadratic loss ``|z - b|^2``, and two that no polynomial equals.
+    """Scores fp64 ``[n]`` of the SIMPLE paper's toy, its quadratic loss ``|z - b|^2``, and others that no polynomial equals.
 
-    ``attention``: squared distance of ``sum_i w_i v_i`` from a target, ``w ~ z e^l``: what a gate does in this library.
-    ``tanh``: a layer of eight tanh units.
+    ``attention``: squared distance of ``sum_i w_i v_i`` from a target, ``w ~ z e^l``: what a gate does in this library. ``attention,
+    swapped``: the same, but for the derivative at dropped gates: not ``e^l / Z (v - out)``, what an added grain of the position does,
+    which is unbounded in l, but ``e^l / (Z (k - 1) / k + e^l) (v - out)``, what it does in place of an average kept one. ``tanh``: a
+    layer of eight tanh units.
 
     Source: UCLA-StarAI/SIMPLE, tractable_dist: RandomState(seed), scores = randn(n), b = abs(randn(n)).
     """
@@ -285,13 +302,19 @@ def simple_toy(seed: int, n: int = 10) -> tuple[Tensor, dict[str, Loss]]:
     scores, b = normal(n), normal(n).abs()
     logits, values, target, units, offset = normal(n), normal(n, 4), normal(4), normal(n, 8), normal(8)
 
-    def attention(z: Tensor) -> Tensor:
-        weights = z.double() * logits.exp()
+    def attention(z: Tensor, swapped: bool = False) -> Tensor:
+        z, weights = z.double(), logits.exp()
+        if swapped:
+            kept = z.detach() > 0
+            total, count = (z.detach() * weights).sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
+            weights = torch.where(kept, weights, weights * total / (total * (count - 1) / count + weights))
+        weights = z * weights
         return (weights @ values / weights.sum(-1, keepdim=True) - target).square().sum(-1)
 
     return scores, {
         "quadratic": lambda z: (z.double() - b).square().sum(-1),
         "attention": attention,
+        "attention, swapped": lambda z: attention(z, swapped=True),
         "tanh": lambda z: (z.double() @ units + offset).tanh().sum(-1),
     }
 
