@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import InitVar, asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -114,7 +114,8 @@ class HardAttentionConfig(SiteConfig):
             takes the architecture's recommended sites.
         self_distillation: number >= 0 or schedule; weight of KL(soft model's predictions || hard model's) in the training loss.
             Costs a soft forward pass a step.
-        recipe: name in ``recipes``; it sets the fields that stand at their defaults.
+        recipe: name in ``recipes``; it sets the fields that stand at their defaults. They are what is kept, not the name: a
+            saved model does not change with a recipe.
         restore: give ``last_hidden_state`` its full length again, all-zero rows where nothing was computed; ``None`` decides by
             the model (T5 and masked image modelling restore).
         schema_version: of this dict.
@@ -126,11 +127,11 @@ class HardAttentionConfig(SiteConfig):
 
     sites: Any = None
     self_distillation: Any = 0.0
-    recipe: str | None = None
+    recipe: InitVar[str | None] = None
     restore: bool | None = None
     schema_version: int = SCHEMA_VERSION
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, recipe: str | None) -> None:
         if not isinstance(self.schema_version, int) or self.schema_version > SCHEMA_VERSION:
             raise HardAttentionError(
                 f"schema_version={self.schema_version!r} is newer than this hf_hardattn knows ({SCHEMA_VERSION}); "
@@ -146,8 +147,8 @@ class HardAttentionConfig(SiteConfig):
                 raise HardAttentionError("sites is empty; name at least one site, or None for the recommended ones.")
             sites = {str(pattern): dict(overrides or {}) for pattern, overrides in sites.items()}
         object.__setattr__(self, "sites", sites)
-        if self.recipe is not None:
-            for name, value in expand(self.recipe, {f.name: getattr(self, f.name) for f in fields(self)}).items():
+        if recipe is not None:
+            for name, value in expand(recipe, {f.name: getattr(self, f.name) for f in fields(self)}).items():
                 object.__setattr__(self, name, value)
         self.validate("the top level")
         weight = Schedule.parse(self.self_distillation, "self_distillation")
@@ -155,7 +156,7 @@ class HardAttentionConfig(SiteConfig):
             raise HardAttentionError(
                 f"self_distillation={self.self_distillation!r} is negative; a loss weight is >= 0."
             )
-        for pattern, overrides in (sites or {}).items():
+        for pattern, overrides in (self.sites or {}).items():
             self._site(pattern, [overrides]).validate(pattern)
 
     def _site(self, where: str, overrides: Iterable[Mapping[str, Any]]) -> SiteConfig:
@@ -207,7 +208,7 @@ class HardAttentionConfig(SiteConfig):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HardAttentionConfig:
         """Read the JSON form; unknown keys raise."""
-        known = {f.name for f in fields(cls)}
+        known = {*(f.name for f in fields(cls)), "recipe"}
         if isinstance(data.get("schema_version", 1), int) and data.get("schema_version", 1) <= SCHEMA_VERSION:
             for name in data:
                 if name not in known:

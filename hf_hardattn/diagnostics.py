@@ -76,6 +76,11 @@ class Diagnosis:
         return "\n".join(lines + [f"collapsed: {finding}" for finding in self.collapses])
 
 
+def _draws(name: str) -> bool:
+    """Whether an estimator chooses, and not by trying everything: that is the reference."""
+    return name != "soft" and "choices" not in registry.load("estimators", name).needs
+
+
 def _cell(value: Any) -> str:
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
@@ -115,7 +120,7 @@ def diagnose(
         raise HardAttentionError(
             f"{type(model).__name__} has no site with a learned scorer; there is no gradient to diagnose. Apply hard attention with scorer 'linear'."
         )
-    names = [name for name in registry.names("estimators") if name not in ("soft", "marginal")]
+    names = [name for name in registry.names("estimators") if _draws(name)]
     wanted = [
         {"estimator": e} if isinstance(e, str) else dict(e) for e in (names if estimators is None else estimators)
     ]

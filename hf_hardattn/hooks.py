@@ -14,7 +14,7 @@ from .architectures import architecture_of
 from .errors import HardAttentionError
 from .losses import auxiliary_loss
 from .marginal import marginal_loss
-from .recording import selectors
+from .recording import Recording, selectors
 from .schedules import Schedule
 from .selection import Selection
 from .sites import PASS
@@ -86,7 +86,7 @@ class Step:
                     stacklevel=2,
                 )
             return
-        exact = [s for s in record.selections if self.selectors[s.site].config.estimator == "marginal"]
+        exact = [s for s in record.selections if "choices" in self.selectors[s.site].estimator.needs]
         if exact:
             if len(exact) > 1:
                 raise HardAttentionError(
@@ -134,10 +134,14 @@ class Step:
         if not pupils and not weight:
             return
         teacher = teach(self.model, self.forward, attention=bool(pupils))
-        for selection in pupils:
-            yield attention_loss(teacher, selection, self.selectors[selection.site])
         architecture = architecture_of(self.model)
-        if weight and architecture is not None:
+        if architecture is None:
+            return
+        towers = architecture.towers(self.model)
+        made = Recording(selections, reads={name: tower.source for name, tower in towers.items()})
+        for selection in pupils:
+            yield attention_loss(teacher, made, selection, self.selectors[selection.site])
+        if weight:
             lesson = prediction_loss(teacher, output, architecture.labels(self.model, self.inputs))
             if lesson is not None:
                 yield weight * lesson

@@ -200,10 +200,11 @@ class Selector(nn.Module):
         Args:
             states: ``[B, N, D]``. valid: bool ``[B, N]`` or None (all).
         """
-        if not self.training:
+        summarised = self.baseline is not None and self.baseline.needs_summary
+        if not self.training or not (summarised or self.posterior is not None):
             return None
         context = Context()
-        if self.baseline is not None and self.baseline.needs_summary:
+        if summarised:
             known = states.detach().float()
             if valid is None:
                 context.summary = known.mean(1)

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from .architectures import architecture_of
 from .modes import soft
-from .selection import Selection
+from .recording import Recording
+from .selection import Selection, mask_to_indices
 from .selector import Selector
 
 
@@ -77,11 +78,11 @@ def _weights(model: nn.Module, seen: dict[tuple[str, str, int], Tensor]) -> Iter
             config._attn_implementation = implementation
 
 
-def attention_at(teacher: Teacher, selection: Selection, per_query: bool) -> Tensor:
+def attention_at(teacher: Teacher, made: Recording, selection: Selection, per_query: bool) -> Tensor:
     """What the teacher pays to the candidates of a selection, fp32, broadcastable to ``[B, H, Q, N]``, not normalised.
 
     At ``self`` and ``cross`` sites the layer's own attention; at ``tokens`` and ``inputs`` sites what each position receives in
-    the layers that follow. A mean over heads and queries where the choice is shared.
+    the layers that follow. A mean over heads and queries where the choice is shared. ``made``: the selections of the same pass.
     """
     tower, kind, *rest = selection.site.split(".")
     layer = int(rest[0]) if rest else -1
@@ -95,18 +96,17 @@ def attention_at(teacher: Teacher, selection: Selection, per_query: bool) -> Ten
         weights = weights.mean(1, keepdim=True)
     if not per_query:
         weights = weights.mean(2, keepdim=True)
-    if selection.positions is not None:
-        places = selection.positions[:, None, None].expand(-1, *weights.shape[1:3], -1)
+    if weights.shape[-1] != selection.mask.shape[-1]:  # earlier sites dropped rows; those left stand in their old order
+        left = made.candidates(selection).flatten(1, 2).any(1)
+        places = mask_to_indices(left, selection.mask.shape[-1])[:, None, None].expand(-1, *weights.shape[1:3], -1)
         weights = weights.gather(-1, places)
     return weights
 
 
-def attention_loss(teacher: Teacher, selection: Selection, selector: Selector) -> Tensor:
+def attention_loss(teacher: Teacher, made: Recording, selection: Selection, selector: Selector) -> Tensor:
     """``weight * KL(attention || softmax(scores / temperature))`` over the candidates, a mean over rows that have a choice."""
     candidates = selection.valid if selection.required is None else selection.valid & ~selection.required
-    paid = attention_at(teacher, selection, per_query=selection.scores.shape[2] > 1 and not selector.once)
-    if paid.shape[-1] != candidates.shape[-1]:  # keys of a tower that dropped rows: their places are not known here
-        return 0.0 * selection.scores.sum()
+    paid = attention_at(teacher, made, selection, per_query=selection.scores.shape[2] > 1 and not selector.once)
     paid = torch.where(candidates, paid, 0.0)
     paid = paid / paid.sum(-1, keepdim=True).clamp(min=1e-9)
     scores = (selection.scores / selector.now(selector.temperature)).masked_fill(~candidates, -1e30)

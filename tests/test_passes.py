@@ -211,7 +211,7 @@ def test_teacher_attention(site):
     before = example.model.config._attn_implementation
     teacher = teach(example.model, step.forward, attention=True)
     assert example.model.config._attn_implementation == before and example.model.training
-    paid = attention_at(teacher, selections[0], per_query=False)[:, 0, 0]
+    paid = attention_at(teacher, selections, selections[0], per_query=False)[:, 0, 0]
     torch.testing.assert_close(paid, expected, rtol=1e-4, atol=1e-5)
     # the loss: cross-entropy of the labels, and the divergence over what may be dropped
     candidates = (selections[0].valid & ~selections[0].required)[:, 0, 0]
@@ -221,6 +221,33 @@ def test_teacher_attention(site):
     divergence = (torch.xlogy(paid, paid) - paid * scores.masked_fill(~candidates, 0)).sum(-1).mean()
     task = functional.cross_entropy(output.logits, example.batch["labels"])
     torch.testing.assert_close(output.loss, task + divergence, rtol=1e-4, atol=1e-5)
+
+
+def test_teacher_attention_finds_the_rows_that_earlier_sites_left():
+    """A cross site behind a shrunken encoder learns from the attention that its own keys get, wherever they stood."""
+    example = stock("t5", "T5ForConditionalGeneration")
+    sites = {
+        "encoder.tokens.0": {"budget": 4},
+        "encoder.self.1": {"estimator": "distil"},
+        "decoder.cross.*": {"estimator": "distil"},
+    }
+    harden(example.model, {"sites": sites, "budget": 2, "estimator": "reinforce", "baseline": "none"})
+    example.model.train()
+    with hf_hardattn.record(example.model) as selections:
+        example.model(**example.batch).loss.backward()
+    step = Step(example.model, (), {**example.batch, "hard_attention_pass": hf_hardattn.hooks.Pass()})
+    teacher = teach(example.model, step.forward, attention=True)
+    kept = selections["encoder.tokens.0"][0].mask[:, 0, 0]
+    for site in ("encoder.self.1", "decoder.cross.0", "decoder.cross.1"):
+        selection = selections[site][0]
+        assert selection.mask.shape[-1] < kept.shape[-1]
+        tower, kind, layer = site.split(".")
+        whole = teacher.attention[tower, kind, int(layer)].mean((1, 2))
+        found = attention_at(teacher, selections, selection, per_query=False)[:, 0, 0]
+        for row, valid in enumerate(selection.valid.expand_as(selection.mask)[:, 0, 0]):
+            torch.testing.assert_close(found[row][valid], whole[row][kept[row]])
+        scorer = hf_hardattn.selectors(example.model)[site].scorer
+        assert scorer.weight.grad.abs().max() > 0
 
 
 def test_distil_leaves_the_backbone_to_the_task():
@@ -332,7 +359,11 @@ def test_recipe_sets_what_stands_at_its_default():
     assert robust.budget["start"] == 1.0 and robust.budget["end"] == 0.25
     assert robust.sites["vision.tokens.3"]["budget"]["end"] == 0.5
     assert robust.estimator == "simple" and robust.estimator_options == {"sample": False}
-    assert hf_hardattn.HardAttentionConfig.from_dict(robust.to_dict()) == robust
+    assert hf_hardattn.HardAttentionConfig.from_dict(robust.to_dict()) == robust and "recipe" not in robust.to_dict()
+    assert hf_hardattn.HardAttentionConfig.from_dict({"recipe": "robust", "budget": 0.25}).budget == robust.budget
+    assert (
+        robust.replace(budget=9, sites=None).budget == 9
+    )  # a saved model takes another budget, as load(budget=9) gives it
     mine = hf_hardattn.HardAttentionConfig(recipe="robust", budget=0.25, estimator="gumbel", backward_temperature=0.3)
     assert mine.estimator == "gumbel" and mine.estimator_options == {} and mine.backward_temperature == 0.3
     with pytest.raises(HardAttentionError, match="budget=9 counts positions; recipe 'robust'"):

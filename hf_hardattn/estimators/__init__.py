@@ -14,7 +14,8 @@ from ..selection import topk_mask
 NEEDS = {
     "gates": "the gradient at dropped positions: trains masked",
     "reward": "a reward of each example: minus its loss, or yours",
-    "passes": "several forward passes a step",
+    "passes": "several sampled forward passes a step",
+    "choices": "a forward pass for every choice, at one site of the model",
     "teacher": "a soft forward pass a step, without gradient",
     "target": "the labels, in training",
 }

@@ -35,7 +35,7 @@ class Marginal(Base):
     """
 
     biased = False
-    needs = ("passes",)
+    needs = ("choices",)
     source = "Deng et al. 2018, arXiv:1807.03756, equation 3"
 
     def __init__(self, objective: str = "likelihood", limit: int = 256) -> None:
