@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hub_server.models import answer, harden, same, stock, with_adapter
 from hub_server.process import ANN, BOB, READER, WRONG, HubProcess, Refused
 
 import hf_hardattn
+from hf_hardattn.hub import pushing
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 TESTS = Path(__file__).parent
@@ -392,3 +394,25 @@ def test_the_token_appears_nowhere(hub, folders, tmp_path):
                 assert sentinel.encode() not in Path(folder, name).read_bytes(), Path(folder, name)
     rows = json.dumps(hub.log())
     assert sentinel not in rows.replace(f"/api/models/{sentinel}", "")
+
+
+def test_a_tag_that_fails_after_the_commit_does_not_deny_the_commit(tmp_path, monkeypatch):
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def list_repo_refs(self, repo_id):
+            return SimpleNamespace(tags=[])
+
+        def create_commit(self, *args, **kwargs):
+            return SimpleNamespace(oid="abc123", pr_url=None, commit_url="there")
+
+        def create_tag(self, *args, **kwargs):
+            raise RuntimeError("the server went away")
+
+    monkeypatch.setattr(pushing, "HfApi", Api)
+    plan = pushing.Plan("ann/x", "full", True, True, {}, (), (), None, "v1", False, "parent")
+    with pytest.raises(
+        hf_hardattn.HardAttentionError, match="in ann/x as commit abc123, but the tag 'v1' failed.*went away"
+    ):
+        pushing._send(plan, tmp_path, "message", None)

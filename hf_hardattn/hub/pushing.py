@@ -156,7 +156,7 @@ def make_plan(
 
 
 def _send(plan: Plan, folder: Path, message: str, token: str | None) -> Plan:
-    api, repo_id, parent = HfApi(token=token), plan.repo_id, plan.parent
+    api, repo_id, parent, made = HfApi(token=token), plan.repo_id, plan.parent, None
     try:
         if plan.tag and plan.exists and plan.tag in {ref.name for ref in api.list_repo_refs(repo_id).tags}:
             raise HardAttentionError(
@@ -185,6 +185,11 @@ def _send(plan: Plan, folder: Path, message: str, token: str | None) -> Plan:
     except HardAttentionError:
         raise
     except Exception as error:  # noqa: BLE001 - network, rights, and what the client makes of them
+        if made is not None:
+            raise HardAttentionError(
+                f"the files are in {repo_id} as commit {made.oid}, but the tag {plan.tag!r} failed ({type(error).__name__}: "
+                f"{redact(' '.join(str(error).split()))[:300]}). Set the tag on that commit; do not push again."
+            ) from error
         raise _failed("the push failed:", repo_id, error) from error
     return Plan(**{**vars(plan), "parent": parent, "commit": made.oid, "url": made.pr_url or made.commit_url})
 
