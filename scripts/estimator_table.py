@@ -1,7 +1,7 @@
 """Measure every estimator on toys whose gradients are known exactly.
 
     python scripts/estimator_table.py                                   # minutes on one thread
-    python scripts/estimator_table.py --draws 500 --seeds 1234 --output /tmp/estimators.json
+    python scripts/estimator_table.py --draws 500 --seeds 1234 --output outputs/estimators.json
 
 Writes the numbers as JSON and, beside it, the tables as Markdown. Fails if an unbiased estimator misses the exact gradient.
 """

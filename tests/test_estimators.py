@@ -18,6 +18,7 @@ from hf_hardattn.errors import HardAttentionError
 from hf_hardattn.estimators import NEEDS, Base, Choice, Sampling
 from hf_hardattn.laws import ConditionalBernoulli, PlackettLuce
 from hf_hardattn.selection import topk_mask
+from hf_hardattn.training.estimator_toys import SEEDS
 
 NAMES = registry.names("estimators")
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -381,20 +382,6 @@ def test_backward_temperature_is_the_gradients_alone(name: str, options: dict[st
 
 
 # ---------------------------------------------------------------- published values
-
-# E[f], min f and ||grad|| of the k = 5 of 10 toy of the SIMPLE paper (UCLA-StarAI/SIMPLE, tractable_dist), by seed
-SEEDS = {
-    1234: (8.685266, 2.736191, 0.919681),
-    1067: (6.124165, 1.578321, 0.974374),
-    9198: (18.538078, 10.331406, 1.576983),
-    9453: (4.290573, 1.032026, 0.540664),
-    6240: (5.478800, 0.937338, 0.630166),
-    7044: (9.866188, 4.509174, 1.144156),
-    1755: (6.724844, 0.852461, 0.859373),
-    7898: (9.726144, 4.073988, 1.011363),
-    3131: (9.900890, 4.316833, 0.897899),
-    1277: (3.943447, 1.200142, 0.598090),
-}
 
 
 def toy(seed: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

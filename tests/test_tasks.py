@@ -16,8 +16,8 @@ from hf_hardattn.selection import Selection
 from hf_hardattn.training import tasks
 from hf_hardattn.training.fashion_mnist import fashion_bank
 from hf_hardattn.training.fitting import Diverged, fit
+from hf_hardattn.training.tasks._drawn import FIRST
 from hf_hardattn.training.tasks._found import Found
-from hf_hardattn.training.tasks.associative_recall import FIRST
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..laws import LOW, PlackettLuce, gumbel_noise
+from ..laws import PlackettLuce, gumbel_noise
 from ..selection import topk_mask
 from . import Base, Choice, Sampling
+from ._relaxation import relax
 
 
 class Gumbel(Base):
@@ -44,27 +45,6 @@ class Gumbel(Base):
         noisy = law.scores + gumbel_noise(sampling.uniform(tuple(scores.shape)))
         mask = topk_mask(noisy.detach(), law.k, law.valid, law.slots)
         temperature = sampling.backward if self.hard else sampling.temperature
-        relaxed = _relax(noisy, torch.where(law.free, law.k, 0), law.active, temperature, law.slots)
+        relaxed = relax(noisy, torch.where(law.free, law.k, 0), law.active, temperature, law.slots)
         gates = relaxed + law.forced if not self.hard else mask + (relaxed - relaxed.detach())
         return Choice(mask, gates=gates, entropy=law.entropy())
-
-
-def _relax(noisy: Tensor, k: Tensor, active: Tensor, temperature: float | Tensor, rounds: int) -> Tensor:
-    """Return the relaxed k-hot vector, ``[..., N]``, summing to ``k`` per row; 0 where not ``active``.
-
-    ``log(1 - a)`` is exact: for the largest entry, where ``1 - a`` would round to 0 at a low temperature, it is taken
-    as ``logsumexp of the others - logsumexp of all``. (A clamp would pick a position that leads by much twice.)
-    """
-    khot = torch.zeros_like(noisy)
-    for done in range(rounds):
-        logits = (noisy / temperature).masked_fill(~active, LOW)
-        share = torch.where(active, logits.softmax(-1), 0.0)
-        open_row = (k > done).unsqueeze(-1)
-        khot = khot + share * open_row
-        if done + 1 == rounds:
-            break
-        leads = torch.zeros_like(active).scatter(-1, logits.argmax(-1, keepdim=True), True)
-        others = logits.masked_fill(leads, LOW).logsumexp(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)
-        left = torch.where(leads, others, torch.log1p(-share.masked_fill(leads, 0.0)))
-        noisy = torch.where(active & open_row, noisy + left, noisy)
-    return khot

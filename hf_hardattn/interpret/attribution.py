@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..architectures import architecture_of
 from ..errors import HardAttentionError, missing_extra
-from ..modes import soft
 from ..recording import record
+from ..teacher import teach
 from .probe import Probe
 
 
@@ -35,24 +36,15 @@ def random(probe: Probe, seed: int = 0) -> Tensor:
 def soft_attention(probe: Probe) -> Tensor:
     """Attention of the same weights run soft: of the decoder to the input where there is one (mean over layers, heads and steps),
     else of CLS, or of all tokens, in the last layer (mean over heads)."""
-    model = probe.model
-    before = model.config._attn_implementation  # fused attention returns no weights; BLIP's gives them as it is
-    switch = before != "eager" and model._supports_sdpa
-    if switch:
-        model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad(), soft(model):
-            output = model(**probe.batch, output_attentions=True)
-    finally:
-        if switch:
-            model.set_attn_implementation(before)
-    cross = [layer for layer in output.get("cross_attentions") or () if layer is not None]
+    teacher = teach(probe.model, lambda **asked: probe.model(**probe.batch, **asked), attention=True)
+    towers = architecture_of(probe.model).towers(probe.model)  # type: ignore[union-attr]  # the probe knows the model
+    cross = [
+        m for (name, kind, _), m in teacher.attention.items() if kind == "cross" and towers[name].source == probe.tower
+    ]
     if cross:
         return torch.stack(cross).mean((0, 2, 3))
-    layers = output.get("encoder_attentions") or output.get("attentions")
-    if not layers:
-        raise HardAttentionError(f"{type(model).__name__} returned no attention weights to compare with.")
-    last = layers[-1].mean(1)
+    own = {layer: m for (name, kind, layer), m in teacher.attention.items() if (name, kind) == (probe.tower, "self")}
+    last = own[max(own)].mean(1)
     return last[:, 0] if probe.tower == "vision" else last.mean(1)
 
 

@@ -30,7 +30,7 @@ def sufficiency(full: Tensor, rationale: Tensor) -> Tensor:
 
 def comprehensiveness(full: Tensor, rest: Tensor) -> Tensor:
     """``p(y^|x) - p(y^|x without r)``; higher is better: without the rationale the answer goes. Shapes as ``sufficiency``."""
-    return full.view(-1, *[1] * (rest.dim() - 1)) - rest
+    return sufficiency(full, rest)
 
 
 def area(curve: Tensor) -> Tensor:

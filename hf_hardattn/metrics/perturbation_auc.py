@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
 import torch
 
 from hf_hardattn.interpret.measures import area
+from hf_hardattn.metrics._features import CURVES
 
 _CITATION = """Petsiuk, Das and Saenko 2018, RISE: Randomized Input Sampling for Explanation of Black-box Models"""
 
@@ -20,9 +20,7 @@ class PerturbationAuc(evaluate.Metric):
             description=self.__doc__,
             citation=_CITATION,
             inputs_description="predictions: p(y|.) at equal steps from one end to the other; references: p(y|x), by which the curve is divided.",
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("float32")}
-            ),
+            features=CURVES,
         )
 
     def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
 
 from hf_hardattn.interpret.measures import rank_correlation
+from hf_hardattn.metrics._features import SCORES
 
 _CITATION = """Jain and Wallace 2019, Attention is not Explanation"""
 
@@ -19,12 +19,7 @@ class RankCorrelation(evaluate.Metric):
             description=self.__doc__,
             citation=_CITATION,
             inputs_description="predictions and references: a score a place.",
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float32")),
-                    "references": datasets.Sequence(datasets.Value("float32")),
-                }
-            ),
+            features=SCORES,
         )
 
     def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
 
 from hf_hardattn.interpret.measures import average_precision
+from hf_hardattn.metrics._features import SCORES_AND_CHOICES
 
 _CITATION = """DeYoung et al. 2020, ERASER: A Benchmark to Evaluate Rationalized NLP Models"""
 
@@ -19,12 +19,7 @@ class RationaleAuprc(evaluate.Metric):
             description=self.__doc__,
             citation=_CITATION,
             inputs_description="predictions: a score a place; references: 0 or 1 a place.",
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float32")),
-                    "references": datasets.Sequence(datasets.Value("int8")),
-                }
-            ),
+            features=SCORES_AND_CHOICES,
         )
 
     def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:

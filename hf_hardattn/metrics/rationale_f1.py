@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
 
 from hf_hardattn.interpret.measures import token_f1
+from hf_hardattn.metrics._features import CHOICES
 
 _CITATION = """DeYoung et al. 2020, ERASER: A Benchmark to Evaluate Rationalized NLP Models"""
 
@@ -19,12 +19,7 @@ class RationaleF1(evaluate.Metric):
             description=self.__doc__,
             citation=_CITATION,
             inputs_description="predictions and references: 0 or 1 a place.",
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("int8")),
-                    "references": datasets.Sequence(datasets.Value("int8")),
-                }
-            ),
+            features=CHOICES,
         )
 
     def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
 
 from hf_hardattn.interpret.measures import overlap
+from hf_hardattn.metrics._features import CHOICES
 
 _CITATION = """Jaccard 1912, The distribution of the flora in the alpine zone"""
 
@@ -19,12 +19,7 @@ class SelectionJaccard(evaluate.Metric):
             description=self.__doc__,
             citation=_CITATION,
             inputs_description="predictions and references: 0 or 1 a place.",
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("int8")),
-                    "references": datasets.Sequence(datasets.Value("int8")),
-                }
-            ),
+            features=CHOICES,
         )
 
     def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:

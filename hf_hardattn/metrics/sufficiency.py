@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
 import torch
 
 from hf_hardattn.interpret.measures import sufficiency
+from hf_hardattn.metrics._features import CURVES, PROBABILITIES
 
 _CITATION = """DeYoung et al. 2020, ERASER: A Benchmark to Evaluate Rationalized NLP Models"""
 
@@ -20,15 +20,7 @@ class Sufficiency(evaluate.Metric):
             description=self.__doc__,
             citation=_CITATION,
             inputs_description="predictions: p(y|r), a number a row or one a threshold; references: p(y|x).",
-            features=[
-                datasets.Features(
-                    {
-                        "predictions": datasets.Sequence(datasets.Value("float32")),
-                        "references": datasets.Value("float32"),
-                    }
-                ),
-                datasets.Features({"predictions": datasets.Value("float32"), "references": datasets.Value("float32")}),
-            ],
+            features=[CURVES, PROBABILITIES],
         )
 
     def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, T5ForConditionalGeneration
 
-from . import TEST_SEED, Base, Batch, Recipe
-
-PAD, END, FIRST = 0, 1, 2  # ids: padding (and the decoder's start), </s>, and the first informative one
+from . import Batch, Recipe
+from ._drawn import END, FIRST, Drawn
 
 
-class PlantedRationale(Base):
+class PlantedRationale(Drawn):
     """Say the informative tokens of a row in the order of their slots. Gold: where they are.
 
     Slot j has ``values`` tokens of its own; one of them stands at a random place of the row, for each slot, among tokens that mean
@@ -25,7 +20,6 @@ class PlantedRationale(Base):
         test_rows: of the fixed test set.
     """
 
-    model_class = T5ForConditionalGeneration
     site = "encoder.inputs"
     scorer = "mlp"  # no direction separates the informative tokens' random embeddings from the others'
     budget = 4 / 64
@@ -36,22 +30,11 @@ class PlantedRationale(Base):
     ) -> None:
         self.length, self.slots, self.values, self.fillers, self.test_rows = length, slots, values, fillers, test_rows
 
-    def config(self) -> PreTrainedConfig:
-        return AutoConfig.for_model(
-            "t5",
-            vocab_size=FIRST + self.slots * self.values + self.fillers,
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=1,
-            num_decoder_layers=1,
-            num_heads=4,
-            dropout_rate=0.0,
-            decoder_start_token_id=PAD,
-        )
+    @property
+    def vocabulary(self) -> int:
+        return FIRST + self.slots * self.values + self.fillers
 
     def rows(self, size: int, generator: torch.Generator) -> Batch:
-        """Draw ``size`` rows with their gold positions."""
         filler = FIRST + self.slots * self.values
         tokens = filler + torch.randint(self.fillers, (size, self.length), generator=generator)
         places = torch.rand(size, self.length, generator=generator).argsort(-1)[:, : self.slots]
@@ -62,11 +45,3 @@ class PlantedRationale(Base):
         return Batch(
             {"input_ids": torch.nn.functional.pad(tokens, (0, 1), value=END), "labels": informative}, gold[:, None]
         )
-
-    def draw(self, size: int, generator: torch.Generator, difficulty: float = 1.0) -> dict[str, Tensor]:
-        return self.rows(size, generator).inputs
-
-    def test(self) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(TEST_SEED)
-        for start in range(0, self.test_rows, 250):
-            yield self.rows(min(250, self.test_rows - start), generator)
