@@ -30,7 +30,7 @@ def faithfulness_curves(measured: Mapping[str, Mapping[str, Any]]) -> Any:
         axis.set_title(f"{kind}: {better} is better", fontsize=10)
         axis.set_xlabel(f"share of places {'removed' if kind == 'deletion' else 'given'}, best first", fontsize=9)
         axis.legend(fontsize=8, frameon=False)
-    figure.axes[0].set_ylabel("p(answer), whole input = 1", fontsize=9)
+    figure.axes[0].set_ylabel("p(answer), the model as it runs = 1", fontsize=9)
     return figure
 
 
