@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 from hub_server.models import harden, stock
+from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hf_hardattn
 from hf_hardattn import HardAttentionConfig, HardAttentionError
+from hf_hardattn.hub import source
 from hf_hardattn.hub.card import render
 from hf_hardattn.hub.loading import with_budget
 from hf_hardattn.hub.record import read_record
@@ -177,6 +179,27 @@ def test_card_records(data):
     card = refused_or(lambda: render(data))
     assert card is None or str(card).startswith("---\n")
     refused_or(lambda: Resolver(Path("/nowhere")).resolve(data))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def offline():
+    """A mutated base model may be a name that the Hub knows: nothing here asks it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        yield
+
+
+def test_a_base_that_nobody_can_fetch(tmp_path, monkeypatch):
+    with pytest.raises(HardAttentionError, match="me/model is not in the cache, and nothing is downloaded offline"):
+        hf_hardattn.load("me/model", cache_dir=tmp_path)
+
+    def unreachable(self, *args, **kwargs):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(source.HfApi, "model_info", unreachable)
+    with pytest.raises(HardAttentionError, match="me/model cannot be fetched .*not known.*the Hub did not answer"):
+        hf_hardattn.load("me/model", cache_dir=tmp_path)
 
 
 @cases(300)

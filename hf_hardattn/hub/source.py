@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import HardAttentionError
@@ -53,7 +53,8 @@ def fetch(
         remote_only: never look for a folder (a base model named by somebody else's repository).
 
     Raises:
-        HardAttentionError: neither a folder nor a repository's name; a repository with a file name that is no name.
+        HardAttentionError: neither a folder nor a repository's name; a repository with a file name that is no name; nobody answers,
+            or it is not in the cache offline.
         huggingface_hub.errors.HfHubHTTPError: not there, private, gated, no such revision.
     """
     folder = Path(name)
@@ -69,12 +70,30 @@ def fetch(
         raise HardAttentionError(
             f"{redact(str(name))[:200]!r} is neither a folder nor the name of a repository; a name is 'user/name'."
         ) from None
+    try:
+        return _download(str(name), revision, token, cache_dir, local_files_only or constants.HF_HUB_OFFLINE)
+    except LocalEntryNotFoundError as error:
+        raise HardAttentionError(
+            f"{name} is not in the cache, and nothing is downloaded offline. Load it once with a connection, or name a folder."
+        ) from error
+    except (HardAttentionError, HfHubHTTPError):
+        raise
+    except Exception as error:  # noqa: BLE001 - what the client's transport raises when nobody answers
+        raise HardAttentionError(
+            f"{name} cannot be fetched ({type(error).__name__}: {redact(' '.join(str(error).split()))[:300]}); the Hub did not answer. "
+            "Try again, or pass local_files_only=True for what is in the cache."
+        ) from error
+
+
+def _download(
+    name: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None, offline: bool
+) -> Source:
     where: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
-    if local_files_only or constants.HF_HUB_OFFLINE:
-        found = Path(snapshot_download(str(name), revision=revision, local_files_only=True, **where))
-        return Source(found, str(name), found.name)
-    info = HfApi(token=token).model_info(str(name), revision=revision)
-    files = [check_name(sibling.rfilename, str(name)) for sibling in info.siblings or []]
+    if offline:
+        found = Path(snapshot_download(name, revision=revision, local_files_only=True, **where))
+        return Source(found, name, found.name)
+    info = HfApi(token=token).model_info(name, revision=revision)
+    files = [check_name(sibling.rfilename, name) for sibling in info.siblings or []]
     wanted = [file for file in files if NEEDED.fullmatch(file)]
     if not wanted:
         raise HardAttentionError(
@@ -82,6 +101,4 @@ def fetch(
             "hard_attention.json, and .safetensors weights."
         )
     # the commit that was looked at is the one that is loaded, whatever is pushed meanwhile
-    return Source(
-        Path(snapshot_download(str(name), revision=info.sha, allow_patterns=wanted, **where)), str(name), info.sha
-    )
+    return Source(Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted, **where)), name, info.sha)
