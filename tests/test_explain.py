@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 import hf_hardattn
 from hf_hardattn import HardAttentionError
 from hf_hardattn.cli import app
+from hf_hardattn.interpret.attribution import EXPLANATIONS
 from hf_hardattn.interpret.playground import build
 from hf_hardattn.interpret.report import explain
 from hf_hardattn.interpret.sources import read_inputs
@@ -138,6 +139,15 @@ def test_explain_a_caption(tmp_path: Path, photos: Path) -> None:
     # so small a model may leak nothing on a batch; either way the page says which
     leaks = "the vision&#x27;s layers (they mixed it into the kept rows)" in made
     assert "text.cross.0: keeps " in made and (leaks or "did not influence the output in this batch" in made)
+
+
+def test_a_comparison_that_is_left_out_is_named(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(probe: Any) -> None:
+        raise ImportError("install <captum>")
+
+    monkeypatch.setitem(EXPLANATIONS, "integrated gradients", absent)
+    made = explain(Subject.load(str(vit(tmp_path / "vit"))), read_inputs(str(photos / "0.png")))
+    assert "Not compared with integrated gradients: install &lt;captum&gt;" in made
 
 
 def test_what_cannot_be_explained(tmp_path: Path, photos: Path) -> None:

@@ -128,12 +128,12 @@ def _certificate(report: Report) -> str:
 
 
 def _measured(probe: Probe) -> str:
-    scores = {}
+    scores, absent = {}, []
     for name, make in attribution.EXPLANATIONS.items():
         try:
             scores[name] = make(probe)
-        except (HardAttentionError, ImportError):  # an optional comparison: no captum, no attention weights
-            continue
+        except (HardAttentionError, ImportError) as error:  # a comparison that this model or installation has not
+            absent.append(paragraph(f"Not compared with {name}: {error}", "note"))
     left_out = attribution.leave_one_out(probe) if probe.places.shape[1] <= 300 else None
     measured = compare(probe, scores, leave_one_out=left_out)
     names = ["sufficiency", "comprehensiveness", "deletion", "insertion", "rank_correlation"]
@@ -155,7 +155,7 @@ def _measured(probe: Probe) -> str:
         f"Means over {len(probe.full)} inputs; places are {how}. Sufficiency and comprehensiveness are averaged over rationales of 1, 5, 10, "
         "20 and 50 % of the places (ERASER's AOPC)."
     )
-    parts.append(paragraph(note, "note"))
+    parts += [paragraph(note, "note"), *absent]
     if probe.removal == "select":
         own = own_sufficiency(probe).abs().max().item()
         text = f"On exactly what it kept, its answer's probability changes by {own:g}"
