@@ -4,22 +4,22 @@
     python scripts/evaluate.py --config scripts/configs/evaluate.yaml --num_beams 4
     accelerate launch --num_processes 2 scripts/evaluate.py --config scripts/configs/evaluate.yaml
 
-The model's family decides the task. `results.json` holds the metrics and, for each site, the share that was kept.
+The model decides the task, unless --task names it. `results.json` holds the metrics and, for each site, the share that was kept.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 from typing import Any
 
 from transformers import AutoConfig
 
 from hf_hardattn.errors import HardAttentionError, unknown
+from hf_hardattn.training.finetuning import choose
 from hf_hardattn.training.loop import evaluate, start
 from hf_hardattn.training.parsing import expand, parse, peek, run
 
-SCRIPTS = {"vit": "train_vit", "t5": "train_t5", "blip": "train_blip"}  # files beside this one
+FAMILIES = ("vit", "t5", "blip")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -27,14 +27,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     name = peek(words, "model_name_or_path")
     if name is None:
         raise HardAttentionError("no model is named; give --model_name_or_path, a directory or a Hub name.")
-    family = AutoConfig.from_pretrained(name, revision=peek(words, "model_revision") or "main").model_type
-    if family not in SCRIPTS:
-        raise unknown("model family", family, SCRIPTS, name)
-    script = importlib.import_module(SCRIPTS[family])
-
-    args = parse(script.Arguments, words)
+    config = AutoConfig.from_pretrained(name, revision=peek(words, "model_revision") or "main")
+    if config.model_type not in FAMILIES:
+        raise unknown("model family", config.model_type, FAMILIES, name)
+    task = choose(words, config.model_type, next(iter(config.architectures or []), None))
+    args = parse(task.Arguments, words)
     accelerator = start(args)
-    return evaluate(accelerator, args, script.setup(args, accelerator), argv)
+    return evaluate(accelerator, args, task(args, accelerator).setup(), argv)
 
 
 if __name__ == "__main__":

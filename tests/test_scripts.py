@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -370,9 +372,10 @@ def test_bad_input_is_refused(
 
 
 def test_booleans_are_real_and_yaml_values_are_checked(tmp_path: Path) -> None:
+    from hf_hardattn.training.finetuning import load
     from hf_hardattn.training.parsing import parse
 
-    arguments = script("train_vit").Arguments
+    arguments = load("image_classification").Arguments
     assert parse(arguments, ["--hub_private_repo", "False", "--use_peft"]).hub_private_repo is False
     assert parse(arguments, ["--no_evaluate_each_epoch"]).evaluate_each_epoch is False
     (tmp_path / "a.yaml").write_text(
@@ -389,19 +392,25 @@ def test_booleans_are_real_and_yaml_values_are_checked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["vit", "t5", "blip", "evaluate"])
 def test_example_config_names_real_flags(name: str) -> None:
     from hf_hardattn.config import HardAttentionConfig
+    from hf_hardattn.training.finetuning import choose
     from hf_hardattn.training.models import hard_attention
     from hf_hardattn.training.parsing import parse
 
-    arguments = script("train_vit" if name == "evaluate" else f"train_{name}").Arguments
+    arguments = choose([], "vit" if name == "evaluate" else name).Arguments
     args = parse(arguments, ["--config", str(SCRIPTS / "configs" / f"{name}.yaml")])
     if name != "evaluate":
         assert isinstance(hard_attention(args, None), HardAttentionConfig)
 
 
-def test_texts_by_language(t5: Path, texts: Path, tmp_path: Path) -> None:
-    module = script("train_t5")
-    args = module.Arguments(source_lang="en", target_lang="fr", source_prefix="big ", max_target_length=3)
-    batch = module.Collate(tokenizer(), args, "en", "fr", 8)(
+def test_texts_by_language() -> None:
+    from hf_hardattn.training.finetuning import load
+
+    translation = load("translation")
+    args = translation.Arguments(source_lang="en", target_lang="fr", source_prefix="big ", max_target_length=3)
+    task = translation(args, Accelerator(cpu=True, mixed_precision="bf16"))
+    task.columns(Dataset.from_dict({"translation": [{"en": "red", "fr": "blue"}]}))
+    task.build(T5Config(vocab_size=13), tokenizer())
+    batch = task.collate(
         [{"translation": {"en": "red", "fr": "blue"}}, {"translation": {"en": "red green", "fr": "blue grey"}}]
     )
     assert batch["input_ids"].shape == (2, 8) and batch["input_ids"][0, :3].tolist() == [7, 4, 1]

@@ -36,7 +36,7 @@ def expand(argv: Sequence[str]) -> list[str]:
 def peek(argv: Sequence[str], name: str) -> str | None:
     """The last value of the flag ``name`` in expanded arguments, before they are parsed."""
     found = None
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for word, following in zip(argv, [*argv, None][1:], strict=True):
         flag, equals, value = word.partition("=")
         if flag.removeprefix("--").replace("-", "_") == name and flag.startswith("--"):
             found = value if equals else following

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, Image, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 
 from ..errors import HardAttentionError, unknown
 from .arguments import ScriptArguments
@@ -85,12 +85,3 @@ def column(data: Dataset | None, wanted: str | None, usual: tuple[str, ...], fla
     raise HardAttentionError(
         f"no column {sought} in the data; it has: {', '.join(map(repr, names))}. Name it with {flag}."
     )
-
-
-def as_images(data: Dataset | None, name: str, file: str | None) -> Dataset | None:
-    """Make the column ``name`` hold images; paths in a csv or json file are relative to that file."""
-    if data is None or isinstance(data.features[name], Image):
-        return data
-    folder = Path(file).expanduser().resolve().parent if file else Path.cwd()
-    paths = [str(folder / path) for path in data[name]]
-    return data.remove_columns(name).add_column(name, paths).cast_column(name, Image())

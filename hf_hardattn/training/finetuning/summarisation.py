@@ -1,0 +1,24 @@
+"""Summarise: a document to its summary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..arguments import flag
+from ._texts import TextArguments, TextToText
+
+
+@dataclass(kw_only=True)
+class SummaryArguments(TextArguments):
+    """Scored by ROUGE, and told what to do, as the pretrained T5 is."""
+
+    source_prefix: str = flag("summarize: ", "Put before each input.")
+    metrics: list[str] = flag(["rouge"], "rouge | bleu (with chrF) | cider")
+
+
+class Summarisation(TextToText):
+    """A document column and a summary column."""
+
+    Arguments = SummaryArguments
+    sources = ("document", "article", "text", "source")
+    targets = ("summary", "highlights", "target")

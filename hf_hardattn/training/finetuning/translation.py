@@ -1,0 +1,11 @@
+"""Translate: a text to the same text in another language."""
+
+from __future__ import annotations
+
+from ._texts import TextToText
+
+
+class Translation(TextToText):
+    """Two columns, or one ``translation`` column of texts by language (``--source_lang en --target_lang fr``)."""
+
+    first = True

@@ -1,0 +1,179 @@
+"""Read one row of a user's data, or say what is wrong with it; check every row before the training starts."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import ClassLabel, Dataset, Image
+
+from ..errors import HardAttentionError, missing_extra
+
+
+def as_images(data: Dataset, name: str, file: str | None) -> Dataset:
+    """Make the column ``name`` hold images that are read when they are needed; paths in a csv or json file are relative to it."""
+    if not isinstance(data.features[name], Image):
+        folder = Path(file).expanduser().resolve().parent if file else Path.cwd()
+        paths = [None if path is None else str(folder / path) for path in data[name]]
+        data = data.remove_columns(name).add_column(name, paths)
+    return data.cast_column(name, Image(decode=False))
+
+
+def read_image(value: Any, mode: str = "RGB") -> Any:
+    """The PIL image of an undecoded cell.
+
+    Raises:
+        HardAttentionError: it cannot be read.
+    """
+    try:
+        return _open(value).convert(mode)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise _unreadable(value, error) from error
+
+
+def image_size(value: Any) -> tuple[int, int]:
+    """Width and height of an undecoded cell; checks what can be checked without decoding the pixels.
+
+    Raises:
+        HardAttentionError: it cannot be read.
+    """
+    try:
+        image = _open(value)
+        image.verify()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise _unreadable(value, error) from error
+    size: tuple[int, int] = image.size
+    return size
+
+
+def _open(value: Any) -> Any:
+    try:
+        from PIL import Image as Pillow
+    except ImportError as error:
+        raise missing_extra("pillow", "vision", "a column of images") from error
+    if value is None:
+        raise ValueError("the cell is empty")
+    return Pillow.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
+
+
+def _unreadable(value: Any, error: Exception) -> HardAttentionError:
+    name = "the image" if not value or not value["path"] else f"the image {value['path']}"
+    return HardAttentionError(
+        f"{name} cannot be read ({type(error).__name__}: {error}); every row needs a whole image file that Pillow knows. "
+        "Mend the file, or take the row out."
+    )
+
+
+def text(row: dict[str, Any], name: str) -> str:
+    """The text in the column ``name`` of ``row``.
+
+    Raises:
+        HardAttentionError: there is none, or something else.
+    """
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise HardAttentionError(
+            f"{name}={value!r} is no text; every row needs one. Fill it, take the row out, or name another column."
+        )
+    return value
+
+
+def class_names(training: Dataset | None, label: str) -> dict[str, Any]:
+    """``id2label`` and ``label2id`` of the training data; nothing without it: a trained model brings its own."""
+    if training is None:
+        return {}
+    feature = training.features[label]
+    found = {value for value in training[label] if value is not None}
+    plain = [str(value) for value in sorted(found, key=lambda value: (isinstance(value, str), value))]
+    classes = feature.names if isinstance(feature, ClassLabel) else plain
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+
+
+def label_number(value: Any, names: ClassLabel | None, label2id: dict[str, int]) -> int:
+    """The model's number of a label.
+
+    Args:
+        names: of the column, where it holds numbers for them. label2id: of the model's configuration.
+
+    Raises:
+        HardAttentionError: the model has no such label.
+    """
+    known = value is not None and (names is None or 0 <= value < len(names.names))
+    name = (names.names[value] if names is not None else str(value)) if known else None
+    if name not in label2id:
+        shown = list(label2id)[:20]
+        raise HardAttentionError(
+            f"label {value if name is None else name!r} is none of the model's {len(label2id)}; it has: "
+            f"{', '.join(map(repr, shown))}{' ...' if len(label2id) > len(shown) else ''}. "
+            "Mend the row, or train with data that has all labels."
+        )
+    return label2id[name]
+
+
+def check_rows(accelerator: Accelerator, data: Any, split: str, check: Callable[[dict[str, Any]], None]) -> None:
+    """Check every row, each process its share; all of them raise what one of them finds. A streamed data set is not read ahead.
+
+    Raises:
+        HardAttentionError: the split is empty, or ``check`` raised; the message names the row.
+    """
+    if not isinstance(data, Dataset):
+        return
+    if len(data) == 0:
+        raise HardAttentionError(
+            f"the {split} data has no rows; nothing can be learned or measured on it. Check its file, folder or split, and --max_*_samples."
+        )
+    found: list[tuple[int, str]] = []
+    for index in range(accelerator.process_index, len(data), accelerator.num_processes):
+        try:
+            check(data[index])
+        except HardAttentionError as error:
+            found.append((index, str(error)))
+            break
+    found = gather_object(found) if accelerator.num_processes > 1 else found
+    if found:
+        index, message = min(found)
+        raise HardAttentionError(f"row {index} of the {split} data (counted from 0): {message}")
+
+
+def same_everywhere(accelerator: Accelerator, splits: dict[str, Any]) -> None:
+    """Raise unless all processes read the same rows in the same order; images count by their file's name and size.
+
+    Raises:
+        HardAttentionError: they do not; the message names the first row that differs.
+    """
+    if accelerator.num_processes == 1:
+        return
+    for split, data in splits.items():
+        if not isinstance(data, Dataset):
+            continue
+        marks = [_mark(row) for row in data]
+        digest = hashlib.blake2b("".join(marks).encode(), digest_size=8).hexdigest()
+        if len(set(gather_object([digest]))) == 1:
+            continue
+        mine = gather_object([marks])
+        other = next(rank for rank, theirs in enumerate(mine) if theirs != mine[0])
+        row = next((i for i, (a, b) in enumerate(zip(mine[0], mine[other], strict=False)) if a != b), None)
+        place = (
+            f"row {min(map(len, (mine[0], mine[other])))} is in one only"
+            if row is None
+            else f"row {row} is the first that differs"
+        )
+        raise HardAttentionError(
+            f"processes 0 and {other} read different {split} data ({len(mine[0])} and {len(mine[other])} rows; {place}, counted from 0); "
+            "each must see the same rows in the same order, or examples are lost and repeated. Give all nodes the same files and flags."
+        )
+
+
+def _mark(row: dict[str, Any]) -> str:
+    plain = {
+        name: (Path(cell["path"] or "").name, len(cell["bytes"] or b""))
+        if isinstance(cell, dict) and "bytes" in cell
+        else cell
+        for name, cell in row.items()
+    }
+    return hashlib.blake2b(repr(plain).encode(), digest_size=8).hexdigest()
