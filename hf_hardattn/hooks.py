@@ -103,7 +103,8 @@ class Step:
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         extra = self._terms(passes)
         if extra is not None:
-            loss = loss + (extra * _share(self.model, self.inputs)).to(loss.dtype)
+            record.terms = (extra * _share(self.model, self.inputs)).to(loss.dtype)
+            loss = loss + record.terms
         output["loss"] = loss
 
     def _terms(self, passes: list[tuple[Any, list[Selection]]]) -> Tensor | None:

@@ -21,7 +21,7 @@ def auxiliary_loss(
     """Sum what the sites of a forward pass add to the training loss.
 
     For each site with a log-probability: ``- weight * mean_b (reward_b - baseline_b) log p(selection_b)``, whose gradient is the
-    REINFORCE gradient of the expected reward; minus ``entropy_weight * mean entropy``; plus the mean of an estimator's own
+    REINFORCE gradient of the expected reward (times the baseline's ``scale``, where it whitens); minus ``entropy_weight * mean entropy``; plus the mean of an estimator's own
     penalty, and the error of a learned baseline.
 
     Args:
@@ -46,17 +46,21 @@ def auxiliary_loss(
             terms.append(-weight * selection.entropy.mean())
         if selection.log_prob is None or reward is None:
             continue
-        rewards = reward.view(-1)
+        rewards, scale = reward.view(-1), None
         if others is not None:
             baseline = others.mean(0).view(-1)
         elif selector.baseline is not None:
             baseline = selector.baseline(rewards, None if greedy is None else greedy.view(-1), selection.summary)
+            scale = selector.baseline.scale()
             lesson = selector.baseline.loss(baseline, rewards)
             if lesson is not None:
                 terms.append(lesson)
         else:  # an estimator of several samples, given one: the other examples stand in for the other samples
             baseline = (rewards.sum() - rewards) / max(rewards.numel() - 1, 1)
-        surrogate = -((rewards - baseline).detach() * selection.log_prob.sum((1, 2)))
+        advantage = (rewards - baseline).detach()
+        if scale is not None:
+            advantage = advantage * scale.to(advantage)
+        surrogate = -(advantage * selection.log_prob.sum((1, 2)))
         # one reward for the batch credits every example's choice; a reward of its own credits its own, averaged like the loss
         whole = surrogate.sum() if reward.dim() == 0 else surrogate.mean()
         terms.append(selector.config.score_function_weight * whole)

@@ -187,7 +187,7 @@ class Selector(nn.Module):
         if self.posterior is not None and self.target is not None and context is not None and context.keys is not None:
             posterior = scores.detach() + self.posterior(context.keys, self.target, scores.shape[2])
         return Sampling(
-            uniform=lambda size: uniform(size, scores.device),
+            uniform=lambda size: uniform(size, scores.device, max(0, len(size) - scores.dim())),
             temperature=temperature,
             backward_temperature=backward,
             exploration=self.now(self.exploration),

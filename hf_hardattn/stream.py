@@ -23,12 +23,14 @@ class Pass:
         gates: tower name to fp32 ``[B, N]``: gates of its output rows, for a tower that reads them (masked training).
         as_tuple: the caller asked for a tuple.
         shares_gates: a later tower reads the gates, so the rows of dropped positions stay whole in masked training.
+        terms: what the estimators added to the task loss, ``[]``; None when they added nothing.
     """
 
     shares_gates: bool = False
     as_tuple: bool = False
     selections: list[Selection] = field(default_factory=list)
     gates: dict[str, Tensor] = field(default_factory=dict)
+    terms: Tensor | None = None
 
 
 @dataclass

@@ -288,7 +288,9 @@ def test_resume_equals_no_interruption(
     assert [path.name for path in checkpoints.complete(str(tmp_path / "parts"))] == ["step_00000004"]
     seen = []
     begin = Driver.begin_step
-    monkeypatch.setattr(Driver, "begin_step", lambda self, step: (seen.append(step), begin(self, step)))
+    monkeypatch.setattr(
+        Driver, "begin_step", lambda self, step, share=None: (seen.append(step), begin(self, step, share))
+    )
     run("train_vit", *flags, *output, "--resume_from_checkpoint", "latest")
     assert seen == [step for step in range(4, 9) for _ in range(accumulation)]
     whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
@@ -302,7 +304,7 @@ def test_resume_refuses_another_batch_size(vit_flags: list[Any], tmp_path: Path)
     flags = [*vit_flags, "--output_dir", tmp_path, "--checkpointing_steps", "epoch", "--max_train_steps", 1]
     run("train_vit", *flags, "--resume_from_checkpoint", "latest")  # the first start of a job that may be preempted
     with pytest.raises(
-        hf_hardattn.HardAttentionError, match="per_device_train_batch_size=3 but the checkpoint was made with 2"
+        hf_hardattn.HardAttentionError, match="batch of all devices=3 but the checkpoint was made with 2"
     ):
         run(
             "train_vit",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from . import Base
+from . import Base, sum_over_ranks
 
 
 class LeaveOneOut(Base):
-    """Return, for each example, the mean reward of the other examples of this process's batch.
+    """Return, for each example, the mean reward of the other examples of the batch, those of other ranks included.
 
     ``b_i = (sum_j R_j - R_i) / (B - 1)``: without the example's own sample, so unbiased; no state, no tuning. With a
-    batch made of copies of one example it is RLOO. A batch of one has no others: 0.
+    batch made of copies of one example it is RLOO. A batch of one has no others: 0. Under gradient accumulation the batch is
+    the micro-batch: later ones are not known yet.
 
     Source: Kool, van Hoof & Welling 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!", ICLR workshop;
     Mnih & Rezende 2016, arXiv:1602.06725.
@@ -19,4 +21,5 @@ class LeaveOneOut(Base):
 
     def forward(self, reward: Tensor, greedy: Tensor | None = None, summary: Tensor | None = None) -> Tensor:
         """Return the others' mean reward, fp32 ``[B]``."""
-        return (reward.sum() - reward) / max(reward.numel() - 1, 1)
+        total, count = sum_over_ranks(torch.stack([reward.sum(), torch.full_like(reward.sum(), reward.numel())]))
+        return (total - reward) / (count - 1).clamp(min=1)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from ..errors import HardAttentionError
-from . import Base
+from . import Base, sum_over_ranks
 
 
 class MovingAverage(Base):
@@ -14,48 +14,69 @@ class MovingAverage(Base):
 
     ``b_t = a_{t-1}``, with ``a_1 = mean_1`` and ``a_t = momentum a_{t-1} + (1 - momentum) mean_t``. A batch's rewards
     never enter its own baseline, so the gradient is unbiased; the price is that the first batch has 0 for a baseline.
-    Only training batches move the average. Across ranks the mean is over the examples of all of them.
+    Only training batches move the average. The batch is the optimizer step's: the mean is over the examples of all ranks and,
+    where ``HardAttentionCallback`` or the training scripts drive it, of all micro-batches.
 
     Args:
         momentum: in [0, 1); 0 takes the previous batch's mean.
+        whiten: divide ``reward - baseline`` by the standard deviation of earlier rewards, averaged in the same way: the size
+            of the gradient then does not depend on the reward's unit.
 
     Attributes:
-        value: fp32 scalar, or None before the first training batch. Not in the state dict: it describes the run, not
-            the model.
+        value, square: fp32 scalars, or None before the first training batch: average reward and squared reward. Not in the
+            state dict: they describe the run, not the model.
 
     Raises:
         HardAttentionError: momentum out of range.
 
     Source: Williams 1992 (reinforcement comparison); Xu et al. 2015, "Show, Attend and Tell",
-    arXiv:1502.03044, section 4.1 (momentum 0.9).
+    arXiv:1502.03044, section 4.1 (momentum 0.9); dividing by the deviation: Mnih & Gregor 2014, arXiv:1402.0030, section 2.3.2.
     """
 
     value: Tensor | None
+    square: Tensor | None
 
-    def __init__(self, momentum: float = 0.9) -> None:
+    def __init__(self, momentum: float = 0.9, whiten: bool = False) -> None:
         super().__init__()
         if not 0 <= momentum < 1:
             raise HardAttentionError(
                 f"momentum={momentum!r} is out of range at baseline moving_average; "
                 "it is the share of the old average, in [0, 1). The usual value is 0.9."
             )
-        self.momentum = momentum
+        self.momentum, self.whiten = momentum, whiten
         # None, not zeros: from_pretrained fills buffers that no checkpoint holds with whatever the memory held
         self.register_buffer("value", None, persistent=False)
+        self.register_buffer("square", None, persistent=False)
+        self._seen: Tensor | None = (
+            None  # sums of reward, squared reward and examples of this rank since the last update
+        )
 
     def forward(self, reward: Tensor, greedy: Tensor | None = None, summary: Tensor | None = None) -> Tensor:
         """Return the average before this batch, fp32 ``[B]``, the same for every example; in training, then move it."""
         before = reward.new_zeros(()) if self.value is None else self.value.to(reward)
         if self.training:
-            mean = _mean_over_ranks(reward.detach())
-            self.value = mean if self.value is None else torch.lerp(mean, before, self.momentum)
+            reward = reward.detach()
+            sums = torch.stack([reward.sum(), reward.square().sum(), torch.full_like(reward.sum(), reward.numel())])
+            self._seen = sums if self._seen is None else self._seen + sums
+            if not self.deferred:
+                self.update()
         return before.expand(reward.shape)
 
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average by the rewards of all ranks since the last update."""
+        if self._seen is None:
+            return
+        total, squares, count = sum_over_ranks(self._seen)
+        self._seen = None
+        self.value = self._moved(self.value, total / count)
+        self.square = self._moved(self.square, squares / count)
 
-@torch.no_grad()
-def _mean_over_ranks(reward: Tensor) -> Tensor:
-    """Mean over the examples of all ranks, a scalar; ranks may hold different numbers of examples."""
-    total = torch.stack([reward.sum(), torch.full_like(reward.sum(), reward.numel())])
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(total)
-    return total[0] / total[1]
+    def scale(self) -> Tensor | None:
+        """One over the standard deviation of earlier rewards; None before the first batch, or without ``whiten``."""
+        if not self.whiten or self.value is None or self.square is None:
+            return None
+        return (self.square - self.value.square()).clamp(min=1e-8).rsqrt()
+
+    def _moved(self, average: Tensor | None, mean: Tensor) -> Tensor:
+        return mean if average is None else torch.lerp(mean, average.to(mean), self.momentum)

@@ -34,6 +34,7 @@ class ModelArguments:
     lora_alpha: int = flag(32, "Scale of the adapters.")
     lora_dropout: float = flag(0.05, "Dropout in the adapters.")
     lora_target_modules: list[str] | None = flag(None, "Modules that get an adapter; queries and values by default.")
+    train_selectors_only: bool = flag(False, "Train the selectors; everything else stays as it is.")
 
 
 @dataclass(kw_only=True)
@@ -92,14 +93,28 @@ class LoopArguments:
     cpu: bool = flag(False, "Stay on the CPU.")
     logging_steps: int = flag(10, "Optimizer steps between two log rows.")
     evaluate_each_epoch: bool = flag(True, "Evaluate after each epoch, besides the end.")
+    eval_steps: int | None = flag(None, "Evaluate every N optimizer steps instead.")
+    load_best_model_at_end: bool = flag(False, "Keep the model of the best evaluation, not of the last step.")
+    metric_for_best_model: str | None = flag(None, "What best means: loss, or a metric; the task's first by default.")
+    lower_is_better: bool = flag(False, "Of metric_for_best_model; of loss it always is.")
+    early_stopping_patience: int = flag(0, "Stop after N evaluations that are no better, and keep the best; 0 never.")
+    validation_steps: int = flag(0, "Draw what is kept of validation examples every N optimizer steps; 0 never.")
+    num_validation_examples: int = flag(6, "How many are drawn.")
     checkpointing_steps: str | None = flag(None, "Save the state every N optimizer steps, or each 'epoch'.")
-    checkpoints_total_limit: int | None = flag(None, "Keep so many checkpoints, the newest.")
-    resume_from_checkpoint: str | None = flag(None, "A checkpoint directory, or 'latest'.")
+    checkpoints_total_limit: int | None = flag(None, "Keep so many checkpoints, the newest; the best one besides.")
+    resume_from_checkpoint: str | None = flag(
+        None, "A checkpoint directory, or 'latest', which starts afresh if there is none: a job can always be given it."
+    )
     with_tracking: bool = flag(False, "Log to every tracker that is installed, or to --report_to.")
-    report_to: str = flag("none", "tensorboard | wandb | trackio | ... | none")
+    report_to: str = flag("none", "trackio | tensorboard | wandb | ... | none")
     push_to_hub: bool = flag(False, "Upload the trained model; log in first with: hf auth login")
     hub_model_id: str | None = flag(None, "Repository to upload to, e.g. me/vit-hard.")
     hub_private_repo: bool = flag(True, "Make it private.")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best model is kept rather than the last."""
+        return self.load_best_model_at_end or self.early_stopping_patience > 0
 
 
 @dataclass(kw_only=True)
@@ -113,7 +128,10 @@ def validate(args: ScriptArguments) -> None:
     Raises:
         HardAttentionError: a count below 1, or a checkpoint interval that is neither a count nor 'epoch'.
     """
-    for name in ("logging_steps", "gradient_accumulation_steps", "per_device_train_batch_size", "max_train_steps"):
+    for name in (
+        *("logging_steps", "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
+        *("max_train_steps", "eval_steps", "checkpoints_total_limit", "num_validation_examples"),
+    ):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise HardAttentionError(f"{name}={value} is out of range; it is a count, >= 1.")
@@ -122,5 +140,7 @@ def validate(args: ScriptArguments) -> None:
         raise HardAttentionError(
             f"checkpointing_steps={interval!r} is no interval; it is a count of optimizer steps, or 'epoch'."
         )
+    if args.train_selectors_only and args.use_peft:
+        raise HardAttentionError("--train_selectors_only leaves LoRA adapters nothing to do; drop it or --use_peft.")
     if args.push_to_hub and not args.hub_model_id:  # now, not after the training
         raise HardAttentionError("--push_to_hub needs a repository; name it with --hub_model_id me/my-model.")

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from safetensors import SafetensorError
 
 from ..errors import HardAttentionError
+from .results import read_json, write_json
 
 logger = get_logger(__name__)
+MANIFEST = "files.json"  # name and size of every file; it is written last
+# what a damaged file makes its reader raise, and a full disk its writer: pickle, zip and safetensors each have their own
+FILE_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, ImportError, AttributeError, SafetensorError)
 
 
 @dataclass
@@ -20,19 +30,23 @@ class RunState:
     """Where a run stands; saved with each checkpoint.
 
     Attributes:
-        step: optimizer steps done. loss, losses: sum and number of micro-batch losses since the last log row.
-        seconds: of training, over all resumes.
         layout: what the data order depends on; a resumed run must agree.
+        step: optimizer steps done. loss, losses: sum and number of micro-batch losses of this process since the last log row.
+        seconds: of training, over all resumes.
+        best: the best value of the metric that chooses the model; best_step: where it was; waited: evaluations since then.
     """
 
     layout: dict[str, int]
     step: int = 0
-    loss: float = 0.0
+    loss: Any = 0.0
     losses: int = 0
     seconds: float = 0.0
+    best: float | None = None
+    best_step: int | None = None
+    waited: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "loss": float(self.loss)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.pop("layout").items():
@@ -45,22 +59,42 @@ class RunState:
             setattr(self, name, value)
 
 
-def save(accelerator: Accelerator, output_dir: str, step: int, limit: int | None) -> None:
-    """Save the whole state under ``output_dir/checkpoints``; a crash on the way leaves the last complete one in place."""
+def save(
+    accelerator: Accelerator, output_dir: str, run: RunState, limit: int | None = None, best: bool = False
+) -> None:
+    """Save the whole state under ``output_dir/checkpoints``; a crash on the way leaves the last complete one in place.
+
+    Args:
+        limit: keep so many checkpoints, the newest; None for all. best: save it as the best one, besides those.
+
+    Raises:
+        HardAttentionError: it cannot be written; what was there is still there.
+    """
     folder = Path(output_dir) / "checkpoints"
-    final, partial = folder / f"step_{step:08d}", folder / f"partial_{step:08d}"
-    if accelerator.is_local_main_process:
-        for stale in folder.glob("partial_*"):
-            shutil.rmtree(stale)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_local_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        if limit is not None:
+    name = f"{'best' if best else 'step'}_{run.step:08d}"
+    final, partial = folder / name, folder / f"partial_{name}"
+    run.loss = accelerator.reduce(torch.as_tensor(run.loss, device=accelerator.device), "mean").item()
+    with _told_when_full(output_dir, f"the checkpoint of step {run.step}"):
+        if accelerator.is_main_process:
+            for stale in folder.glob("partial_*"):
+                shutil.rmtree(stale)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _seal(partial)
+            if final.exists():  # the run went over this step again; a rename replaces no folder that holds something
+                final.rename(folder / f"partial_old_{name}")
+            partial.rename(final)
+            shutil.rmtree(folder / f"partial_old_{name}", ignore_errors=True)
+    if accelerator.is_main_process:
+        if limit is not None and not best:
             for old in complete(output_dir)[: -max(limit, 1)]:
-                shutil.rmtree(old)
+                _forget(old)
+        if not best:  # an older best one is what an older checkpoint knows of, and that is gone or superseded now
+            for old in folder.glob("best_*"):
+                if old.name != f"best_{run.best_step or 0:08d}":
+                    _forget(old)
     accelerator.wait_for_everyone()
 
 
@@ -70,15 +104,153 @@ def complete(output_dir: str) -> list[Path]:
 
 
 def resume(accelerator: Accelerator, output_dir: str, wanted: str) -> bool:
-    """Load the checkpoint ``wanted``: a directory, or ``latest``; False when there is no latest yet."""
+    """Load the checkpoint ``wanted``: a directory, or ``latest``; False when there is no latest yet.
+
+    ``latest`` passes over damaged checkpoints, with a warning for each.
+
+    Raises:
+        HardAttentionError: no such directory; it is damaged; or it was made by another run.
+    """
     found = complete(output_dir)
-    if wanted == "latest" and not found:
-        logger.warning("no checkpoint in %s yet: starting at step 0", output_dir)
-        return False
-    path = found[-1] if wanted == "latest" else Path(wanted).expanduser().resolve()
-    if not path.is_dir():
-        names = ", ".join(str(f) for f in found) or "none"
-        raise HardAttentionError(f"{path} is no checkpoint directory; there are: {names}. 'latest' takes the newest.")
-    accelerator.load_state(str(path))
+    if wanted == "latest":
+        path = None
+        while found and path is None:
+            damage = _damage(found[-1])
+            if damage is None:
+                path = found[-1]
+            else:
+                logger.warning("%s is passed over: %s", found.pop(), damage)
+        if path is None:
+            logger.warning("no checkpoint in %s yet: starting at step 0", output_dir)
+            return False
+    else:
+        path = Path(wanted).expanduser().resolve()
+        others = ", ".join(str(f) for f in found if f.resolve() != path) or "none"
+        if not path.is_dir():
+            raise HardAttentionError(
+                f"{path} is no checkpoint directory; there are: {others}. 'latest' takes the newest."
+            )
+        damage = _damage(path)
+        if damage is not None:
+            raise HardAttentionError(
+                f"the checkpoint {path} is damaged: {damage}. Resume from another one; there are: {others}."
+            )
+    load(accelerator, path)
     logger.info("resumed from %s", path)
     return True
+
+
+def load(accelerator: Accelerator, path: Path) -> None:
+    """Load the state at ``path``.
+
+    Raises:
+        HardAttentionError: a file is missing or unreadable, or belongs to another model.
+    """
+    try:
+        accelerator.load_state(str(path))
+    except HardAttentionError:
+        raise
+    except FILE_ERRORS as error:
+        raise HardAttentionError(
+            f"the checkpoint {path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}); it is damaged, or was "
+            "made with another model, optimizer or way to distribute. Resume with the flags it was made with, or from another one."
+        ) from error
+    accelerator.step = 0  # micro-batches within the optimizer step: none, whatever the accumulation was
+
+
+def best(accelerator: Accelerator, output_dir: str, run: RunState) -> None:
+    """Load the best checkpoint in place of the last state."""
+    step = run.step, run.seconds
+    load(accelerator, Path(output_dir) / "checkpoints" / f"best_{run.best_step:08d}")
+    run.step, run.seconds = step
+
+
+@contextmanager
+def written_in_one_piece(folder: Path, what: str) -> Iterator[Path]:
+    """Write files in a hidden folder; they move to ``folder`` when the block is done, a config last, since it makes a model of them.
+
+    A process killed inside leaves what was in ``folder`` as it was.
+
+    Raises:
+        HardAttentionError: they cannot be written.
+    """
+    partial = folder / ".partial"
+    with _told_when_full(str(folder), what):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+            _flush(path)
+            if path.is_dir():
+                shutil.rmtree(folder / path.name, ignore_errors=True)
+            os.replace(path, folder / path.name)
+        partial.rmdir()
+
+
+def _seal(folder: Path) -> None:
+    """Make sure that the files are on the disk, and note their sizes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    for path in files:
+        _flush(path)
+    write_json(folder / MANIFEST, {str(path.relative_to(folder)): path.stat().st_size for path in files})
+
+
+def _flush(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        sizes = read_json(folder / MANIFEST)
+    except (OSError, ValueError):
+        return f"{MANIFEST}, which is written last, is missing or unreadable"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes where {size:,} were written"
+    return None
+
+
+def _forget(folder: Path) -> None:
+    """Remove a checkpoint; a kill on the way leaves no half of one that looks whole."""
+    gone = folder.with_name(f"partial_{folder.name}")
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+@contextmanager
+def _told_when_full(output_dir: str, what: str) -> Iterator[None]:
+    """Turn the errors of a full or failing disk into one that says what to do; nothing else is touched."""
+    try:
+        yield
+    except FILE_ERRORS as error:
+        if isinstance(error, HardAttentionError) or not _is_of_the_disk(error, output_dir):
+            raise
+        found = complete(output_dir)
+        kept = f"The last complete checkpoint is {found[-1]}." if found else "There is no complete checkpoint yet."
+        raise HardAttentionError(
+            f"{what} could not be written to {Path(output_dir).resolve()} ({str(error).splitlines()[0][:200]}); the disk or the quota is "
+            f"full, or the folder is not writable. {kept} Make room (--checkpoints_total_limit 1 keeps one), then start again "
+            "with --resume_from_checkpoint latest."
+        ) from error
+
+
+def _is_of_the_disk(error: BaseException, output_dir: str) -> bool:
+    """Whether ``error`` came from writing: by its number, or by the words of PyTorch's and safetensors' writers."""
+    if isinstance(error, OSError):
+        return error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EIO,
+            errno.EFBIG,
+        )
+    words = ("No space left", "os error 28", "os error 122", "PytorchStreamWriter", "unexpected pos", "enforce fail")
+    return any(word in str(error) for word in words)

@@ -15,6 +15,7 @@ from ..recording import selectors
 from ..registration import set_step
 from ..selection import Selection
 from ..selector import Selector
+from ..sites import PASS
 
 
 class Driver:
@@ -56,17 +57,30 @@ class Driver:
         self._latest: dict[str, Selection] = {}
         self._sums: dict[str, Tensor] = {}
         self._count = 0
+        self._share: Tensor | None = None
         self._handles = [s.register_forward_hook(self._note_selection) for s in self.selectors.values()]
-        baselines = [s.baseline for s in self.selectors.values() if s.baseline is not None]
-        self._handles += [baseline.register_forward_hook(self._note_reward) for baseline in baselines]
+        self.baselines = [s.baseline for s in self.selectors.values() if s.baseline is not None]
+        self._handles += [baseline.register_forward_hook(self._note_reward) for baseline in self.baselines]
+        peft: Any = model
+        inner = peft.get_base_model() if hasattr(model, "get_base_model") else model
+        self._handles.append(inner.register_forward_hook(self._weigh, with_kwargs=True))
+        for baseline in self.baselines:
+            baseline.deferred = True
 
-    def begin_step(self, step: int) -> None:
-        """Start the optimizer step ``step``, counted from 0 over the whole run, a resumed one included."""
-        self.step = step
+    def begin_step(self, step: int, share: Tensor | None = None) -> None:
+        """Start a micro-batch of the optimizer step ``step``, counted from 0 over the whole run, a resumed one included.
+
+        Args:
+            share: fp32 ``[]`` or None (1); what the task loss of this micro-batch counts for in the mean over all micro-batches
+                and ranks. The estimators' own terms are means over examples and stay as they are.
+        """
+        self.step, self._share = step, share
         set_step(self.model, step, self.steps)
 
     def before_update(self) -> None:
         """Call when the gradients are complete, before they are clipped and the optimizer takes them."""
+        for baseline in self.baselines:
+            baseline.update()
         if self.step < self.warmup:
             drop_backbone_gradients(self.model)
 
@@ -94,6 +108,8 @@ class Driver:
         for handle in self._handles:
             handle.remove()
         self._handles, self._latest = [], {}
+        for baseline in self.baselines:
+            baseline.deferred = False
 
     def state_dict(self) -> dict[str, Any]:
         """The state of baselines and estimators, numbers and lists only: it describes the run, so no model file holds it."""
@@ -114,6 +130,13 @@ class Driver:
         """The parts of the selectors that keep a state of the run: baselines and estimators."""
         for site, selector in self.selectors.items():
             yield from ((site, part) for part in (selector.baseline, selector.estimator) if part is not None)
+
+    def _weigh(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self._share is None or not model.training or output.get("loss") is None:
+            return
+        terms = kwargs[PASS].terms if PASS in kwargs else None
+        task = output["loss"] if terms is None else output["loss"] - terms
+        output["loss"] = task * self._share if terms is None else task * self._share + terms
 
     def _note_selection(self, selector: Selector, args: Any, selection: Selection) -> None:
         if _is_a_choice(selector):

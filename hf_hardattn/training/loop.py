@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -11,23 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
-from datasets import Dataset
-from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from ..architectures import architecture_of
 from ..errors import HardAttentionError
+from ..noise import keyed, mix_number
 from . import checkpoints
 from .arguments import ScriptArguments
 from .driver import Driver
 from .evaluation import Predict, Score, compare, measure
+from .interruption import TERMINATED, Interruption
 from .models import parameter_groups
+from .order import Order, Streamed
+from .pictures import draw
 from .publishing import push, save_model
-from .results import Log, describe_run, write_json
+from .results import Log, describe_data, describe_run, write_json
 
 logger = get_logger(__name__)
 
@@ -39,7 +45,7 @@ class Task:
     Attributes:
         name: of the task, for ``results.json``.
         model, processor: the processor is saved beside the model.
-        train, validation: data; rows go to ``collate`` as they are.
+        train, validation: data, streamed or not; rows go to ``collate`` as they are.
         collate: rows to a batch of the model's keyword inputs, labels included.
         predict: the model and a batch to predictions, references and losses, a list entry per example.
         score: all predictions and references to named numbers.
@@ -49,26 +55,12 @@ class Task:
     name: str
     model: nn.Module
     processor: Any
-    train: Dataset | None
-    validation: Dataset | None
+    train: Dataset | IterableDataset | None
+    validation: Dataset | IterableDataset | None
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
     predict: Predict
     score: Score
     augment: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-
-
-class Order(Sampler[int]):
-    """A permutation of ``size`` rows that depends on the seed and the epoch alone, so that a resumed run sees it again."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.round = size, seed, 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.round)
-        return iter(torch.randperm(self.size, generator=generator).tolist())
 
 
 def start(args: ScriptArguments) -> Accelerator:
@@ -77,7 +69,12 @@ def start(args: ScriptArguments) -> Accelerator:
     accelerator = Accelerator(
         cpu=args.cpu,
         mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # the loop's batches are never short, so the end of the loader is no reason to step
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        # each process reads its own share of a stream; the main process would have to send rows of one shape
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
         log_with=None if tracked == "none" else tracked,
         project_dir=args.output_dir,
     )
@@ -89,99 +86,22 @@ def start(args: ScriptArguments) -> Accelerator:
 
 
 def train(accelerator: Accelerator, args: ScriptArguments, task: Task, argv: list[str] | None = None) -> dict[str, Any]:
-    """Train, evaluate, save, and return what ``results.json`` says."""
-    if task.train is None or len(task.train) == 0:
+    """Train, evaluate, save, and return what ``results.json`` says.
+
+    Raises:
+        HardAttentionError: no data, a checkpoint that does not fit, a full disk.
+        SystemExit: code 143, after SIGTERM: the state is saved, ``--resume_from_checkpoint latest`` goes on from it.
+    """
+    if task.train is None or (isinstance(task.train, Dataset) and len(task.train) == 0):
         raise HardAttentionError("there is no training data; name it with --dataset_name, --train_dir or --train_file.")
-    started = time.perf_counter()
-    order, accumulation = Order(len(task.train), args.seed), args.gradient_accumulation_steps
-    model, optimizer, batches = accelerator.prepare(
-        task.model,
-        torch.optim.AdamW(parameter_groups(task.model, args), lr=args.learning_rate),
-        _loader(args, task.train, task, args.per_device_train_batch_size, order),
-    )
-    steps_per_epoch = math.ceil(len(batches) / accumulation)
-    steps = args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, steps)
-    driver = Driver(accelerator.unwrap_model(model), args.selector_warmup_steps, steps)
-    layout = {
-        "number of processes": accelerator.num_processes,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "training examples": len(task.train),
-        "seed": args.seed,
-    }
-    run = checkpoints.RunState(layout)
-    accelerator.register_for_checkpointing(scheduler, driver, run)
-    if args.resume_from_checkpoint:
-        checkpoints.resume(accelerator, args.output_dir, args.resume_from_checkpoint)
-    log = Log(Path(args.output_dir) / "log.jsonl", run.step) if accelerator.is_main_process else None
-    if accelerator.log_with:
-        plain = {k: v for k, v in asdict(args).items() if isinstance(v, (str, int, float, bool))}
-        accelerator.init_trackers("hf_hardattn", config=plain)
-    logger.info(
-        "%d examples, %d optimizer steps (%.2f epochs) of %d x %d x %d examples (device x processes x accumulation)",
-        len(task.train),
-        steps,
-        steps / steps_per_epoch,
-        args.per_device_train_batch_size,
-        accelerator.num_processes,
-        accumulation,
-    )
-
-    every = args.checkpointing_steps or ""
-    interval = int(every) if every.isdigit() else 0
-    before, loss_now = run.seconds, None
-    bar = tqdm(total=steps, initial=run.step, desc="train", disable=not accelerator.is_local_main_process)
-    model.train()
-    while run.step < steps:
-        order.round, done = divmod(run.step, steps_per_epoch)
-        for batch in skip_first_batches(batches, done * accumulation) if done else batches:
-            driver.begin_step(run.step)
-            with accelerator.accumulate(model):
-                loss = model(**(task.augment(batch) if task.augment else batch)).loss
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    driver.before_update()
-                    if args.max_grad_norm:
-                        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            run.loss, run.losses = run.loss + loss.detach().float(), run.losses + 1
-            if not accelerator.sync_gradients:
-                continue
-            if not accelerator.optimizer_step_was_skipped:
-                scheduler.step()
-            run.step += 1
-            bar.update()
-            if run.step % args.logging_steps == 0 or run.step == steps:
-                loss_now = accelerator.reduce(run.loss / run.losses, "mean").item()
-                run.loss, run.losses = 0.0, 0
-                row = {"step": run.step, "epoch": run.step / steps_per_epoch, "loss": loss_now}
-                row |= {"learning_rate": scheduler.get_last_lr()[0], **driver.logs()}
-                bar.set_postfix(loss=f"{loss_now:.4f}")
-                accelerator.log(row, step=run.step)
-                if log:
-                    log.write(row)
-            run.seconds = before + time.perf_counter() - started
-            if interval and run.step % interval == 0:
-                checkpoints.save(accelerator, args.output_dir, run.step, args.checkpoints_total_limit)
-            if run.step >= steps:
-                break
-        if every == "epoch":
-            checkpoints.save(accelerator, args.output_dir, run.step, args.checkpoints_total_limit)
-        if args.evaluate_each_epoch and task.validation is not None and run.step < steps:
-            row = {"step": run.step, "epoch": run.step / steps_per_epoch}
-            row |= {f"eval_{k}": v for k, v in _measure(accelerator, args, task, model, measure).items()}
-            logger.info("%s", row)
-            accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=run.step)
-            if log:
-                log.write(row)
-    bar.close()
-    driver.close()
-
-    save_model(accelerator, model, task.processor, args.output_dir)
-    trained = {"loss": loss_now, "steps": run.step, "epochs": run.step / steps_per_epoch, "seconds": run.seconds}
-    return _finish(accelerator, args, task, model, argv, {"train": trained})
+    training = Training(accelerator, args, task)
+    with Interruption(accelerator) as interruption:
+        training.run_steps(interruption)
+    if training.run.best_step is not None:
+        checkpoints.best(accelerator, args.output_dir, training.run)
+        logger.info("the model is that of step %d, the best", training.run.best_step)
+    save_model(accelerator, training.model, task.processor, args.output_dir)
+    return _finish(accelerator, args, task, training.model, argv, {"train": training.summary()})
 
 
 def evaluate(
@@ -195,6 +115,205 @@ def evaluate(
     return _finish(accelerator, args, task, accelerator.prepare_model(task.model, evaluation_mode=True), argv, {})
 
 
+class Training:
+    """A run from where it stands to its last step.
+
+    The examples of the whole training stand in one order, and optimizer step ``s`` takes the places from ``s * batch`` on,
+    where ``batch`` counts those of all devices and micro-batches. What a step computes then depends on its number and on
+    ``batch``, not on how many processes share it: data, noise and schedules need no state, and a run may be resumed on another
+    number of devices with the same ``batch``.
+
+    Args:
+        accelerator, args, task: as ``train`` takes them.
+    """
+
+    def __init__(self, accelerator: Accelerator, args: ScriptArguments, task: Task) -> None:
+        self.accelerator, self.args, self.task = accelerator, args, task
+        self.accumulation = accelerator.gradient_accumulation_steps
+        self.batch = args.per_device_train_batch_size * accelerator.num_processes * self.accumulation
+        self.examples = len(task.train) if isinstance(task.train, Dataset) else None
+        if args.max_train_steps is None and self.examples is None:
+            raise HardAttentionError(
+                "the training data is streamed, so nobody knows how long an epoch is; give --max_train_steps."
+            )
+        self.steps = args.max_train_steps or math.ceil(args.num_train_epochs * (self.examples or 0) / self.batch)
+        self.order = Streamed(task.train) if self.examples is None else Order(self.examples, args.seed)
+        self.model, self.optimizer, self.batches = accelerator.prepare(
+            task.model,
+            torch.optim.AdamW(parameter_groups(task.model, args), lr=args.learning_rate),
+            _loader(args, task.train, task, args.per_device_train_batch_size, self.order),
+        )
+        self.inner = accelerator.unwrap_model(self.model)
+        self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.num_warmup_steps, self.steps)
+        self.driver = Driver(self.inner, args.selector_warmup_steps, self.steps)
+        self.run = checkpoints.RunState(
+            {"batch of all devices": self.batch, "training examples": self.examples or 0, "seed": args.seed}
+        )
+        accelerator.register_for_checkpointing(self.scheduler, self.driver, self.run)
+        if args.resume_from_checkpoint:
+            checkpoints.resume(accelerator, args.output_dir, args.resume_from_checkpoint)
+        self.log = Log(Path(args.output_dir) / "log.jsonl", self.run.step) if accelerator.is_main_process else None
+        if accelerator.log_with:
+            plain = {k: v for k, v in asdict(args).items() if isinstance(v, (str, int, float, bool))}
+            accelerator.init_trackers("hf_hardattn", config=plain)
+        self.saved = self.run.step
+        self.loss: float | None = None
+
+    def run_steps(self, interruption: Interruption) -> None:
+        """Take the steps that are left."""
+        args, run = self.args, self.run
+        logger.info(
+            "%s examples, %d optimizer steps (%s epochs) of %d x %d x %d examples (device x processes x accumulation)",
+            "streamed" if self.examples is None else self.examples,
+            self.steps,
+            "?" if self.examples is None else f"{self.steps * self.batch / self.examples:.2f}",
+            args.per_device_train_batch_size,
+            self.accelerator.num_processes,
+            self.accumulation,
+        )
+        self.order.start, self.order.stop = run.step * self.batch, self.steps * self.batch
+        bar = tqdm(total=self.steps, initial=run.step, desc="train", disable=not self.accelerator.is_local_main_process)
+        started, before, ended = time.perf_counter(), run.seconds, False
+        self.model.train()
+        for micro_batches in _windows(self.batches, self.accumulation):
+            if run.step >= self.steps:
+                break
+            self.take(micro_batches)
+            bar.update()
+            if run.step % args.logging_steps == 0 or run.step == self.steps:
+                bar.set_postfix(loss=f"{self.write_log():.4f}")
+            run.seconds = before + time.perf_counter() - started
+            ended = self.look_around()
+            if run.step < self.steps and interruption.requested():
+                if self.saved != run.step:
+                    self.save()
+                logger.info("SIGTERM: stopped after step %d; go on with --resume_from_checkpoint latest", run.step)
+                self.accelerator.end_training()
+                raise SystemExit(TERMINATED)
+            if ended:
+                logger.info("stopped early: no better %s since step %s", args.metric_for_best_model, run.best_step)
+                break
+        if run.step < self.steps and not ended:
+            raise HardAttentionError(f"the stream of training data ended before step {run.step}; it holds no rows.")
+        bar.close()
+        self.driver.close()
+
+    def take(self, micro_batches: list[dict[str, Any]]) -> None:
+        """Take one optimizer step."""
+        accelerator, args, run, task = self.accelerator, self.args, self.run, self.task
+        for index, (batch, share) in enumerate(zip(micro_batches, self.shares(micro_batches), strict=True)):
+            self.driver.begin_step(run.step, share)
+            turn = (run.step * self.accumulation + index) * accelerator.num_processes + accelerator.process_index
+            first = turn * args.per_device_train_batch_size
+            torch.manual_seed(mix_number(mix_number(args.seed) ^ first) >> 1)  # dropout, augmentation
+            places = torch.arange(first, first + args.per_device_train_batch_size, device=accelerator.device)
+            with accelerator.accumulate(self.model), keyed(args.seed, places):
+                loss = self.model(**(task.augment(batch) if task.augment else batch)).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    self.driver.before_update()
+                    if args.max_grad_norm:
+                        accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            run.loss, run.losses = run.loss + loss.detach().float(), run.losses + 1
+        if not accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        run.step += 1
+
+    def shares(self, micro_batches: list[dict[str, Any]]) -> list[Tensor | None]:
+        """What the mean loss of each micro-batch counts for: its share of the labels of the step, over the mean share.
+
+        A model's loss is the mean over its own labels, and micro-batches of texts hold different numbers of them; without the
+        shares a step would depend on how its batch is cut. None where every example has one label.
+        """
+        inner: Any = self.inner
+        model = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        architecture, parts = architecture_of(model), self.accumulation * self.accelerator.num_processes
+        if parts == 1 or architecture is None:
+            return [None] * len(micro_batches)
+        labels = [architecture.labels(model, batch) for batch in micro_batches]
+        if any(found is None or found.shape[1] == 1 for found in labels):
+            return [None] * len(micro_batches)
+        counts = torch.stack([(found != -100).sum() for found in labels if found is not None]).float()
+        total = self.accelerator.reduce(counts.sum(), "sum")
+        return list(counts * parts / total.clamp(min=1))
+
+    def write_log(self) -> float:
+        """Log the mean loss since the last row, over all processes, and return it."""
+        run, accelerator = self.run, self.accelerator
+        self.loss = float(accelerator.reduce(torch.as_tensor(run.loss / run.losses, device=accelerator.device), "mean"))
+        run.loss, run.losses = 0.0, 0
+        row = {**self.place(), "loss": self.loss, "learning_rate": self.scheduler.get_last_lr()[0]}
+        self.write({**row, **self.driver.logs()})
+        return self.loss
+
+    def look_around(self) -> bool:
+        """Evaluate, draw and save where it is time to; whether the training is to stop early."""
+        args, run, task = self.args, self.run, self.task
+        last, epoch_ended = run.step == self.steps, self.epochs(run.step) > self.epochs(run.step - 1)
+        stop = False
+        if args.validation_steps and run.step % args.validation_steps == 0:
+            draw(self.accelerator, self.inner, task, args, run.step)
+        timely = run.step % args.eval_steps == 0 if args.eval_steps else args.evaluate_each_epoch and epoch_ended
+        if task.validation is not None and (timely or (last and args.keeps_best)) and (args.keeps_best or not last):
+            found = _measure(self.accelerator, args, task, self.model, measure)
+            row = {**self.place(), **{f"eval_{name}": value for name, value in found.items()}}
+            logger.info("%s", row)
+            self.write(row)
+            stop = args.keeps_best and self.judge(found)
+        every = args.checkpointing_steps or ""
+        if (run.step % int(every) == 0) if every.isdigit() else every == "epoch" and (epoch_ended or last or stop):
+            self.save()
+        return stop
+
+    def judge(self, found: dict[str, Any]) -> bool:
+        """Keep the best model by what an evaluation found; whether patience is at its end."""
+        args, run = self.args, self.run
+        name = args.metric_for_best_model or next(iter(found))
+        value = found.get(name)
+        if not isinstance(value, (int, float)):
+            known = ", ".join(key for key, value in found.items() if isinstance(value, (int, float)))
+            raise HardAttentionError(f"--metric_for_best_model {name} is not measured; there are: {known}.")
+        args.metric_for_best_model = name
+        sign = -1 if args.lower_is_better or name == "loss" else 1
+        if run.best is None or sign * value > sign * run.best:
+            run.best, run.best_step, run.waited = value, run.step, 0
+            checkpoints.save(self.accelerator, args.output_dir, run, best=True)
+            return False
+        run.waited += 1
+        return bool(args.early_stopping_patience) and run.waited >= args.early_stopping_patience
+
+    def save(self) -> None:
+        """Save a checkpoint."""
+        checkpoints.save(self.accelerator, self.args.output_dir, self.run, self.args.checkpoints_total_limit)
+        self.saved = self.run.step
+
+    def epochs(self, step: int) -> int:
+        """How many epochs are complete after ``step`` steps."""
+        return 0 if self.examples is None else step * self.batch // self.examples
+
+    def place(self) -> dict[str, Any]:
+        """Where the run stands, as log rows begin."""
+        epoch = {} if self.examples is None else {"epoch": self.run.step * self.batch / self.examples}
+        return {"step": self.run.step, **epoch}
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write a row to the log and to the trackers."""
+        self.accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=self.run.step)
+        if self.log:
+            self.log.write(row)
+
+    def summary(self) -> dict[str, Any]:
+        """What ``results.json`` says of the training."""
+        run = self.run
+        found: dict[str, Any] = {"loss": self.loss, "steps": run.step, "epochs": self.place().get("epoch")}
+        found |= {"seconds": run.seconds, "batch": self.batch}
+        if run.best_step is not None:
+            found["best"] = {"step": run.best_step, "metric": self.args.metric_for_best_model, "value": run.best}
+        return found
+
+
 def _finish(
     accelerator: Accelerator, args: ScriptArguments, task: Task, model: nn.Module, argv: Any, results: dict[str, Any]
 ) -> dict[str, Any]:
@@ -205,6 +324,8 @@ def _finish(
     config = accelerator.unwrap_model(model).config
     results |= {"hard_attention": config.hard_attention, "processes": accelerator.num_processes}
     results |= {"device": str(accelerator.device), "mixed_precision": accelerator.mixed_precision, **describe_run(argv)}
+    results |= {"model_commit": getattr(config, "_commit_hash", None)}
+    results |= {"data": describe_data(args, {"train": task.train, "validation": task.validation})}
     if accelerator.is_main_process:
         write_json(Path(args.output_dir) / "results.json", results)
         logger.info("%s -> %s", metrics, Path(args.output_dir) / "results.json")
@@ -220,11 +341,19 @@ def _measure(accelerator: Accelerator, args: ScriptArguments, task: Task, model:
     return how(accelerator, model, loader, task.predict, task.score)
 
 
-def _loader(args: ScriptArguments, data: Any, task: Task, batch_size: int, order: Order | None = None) -> DataLoader:
+def _windows(batches: Any, size: int) -> Iterator[list[dict[str, Any]]]:
+    """The micro-batches of each optimizer step."""
+    left = iter(batches)
+    while window := list(itertools.islice(left, size)):
+        if len(window) == size:
+            yield window
+
+
+def _loader(args: ScriptArguments, data: Any, task: Task, batch_size: int, order: Any = None) -> DataLoader[Any]:
     # a generator of its own: a loader draws a seed each time it is iterated, and the model's noise must not notice
     return DataLoader(
-        data,
-        sampler=order,
+        order if isinstance(order, Streamed) else data,
+        sampler=order if isinstance(order, Order) else None,
         batch_size=batch_size,
         collate_fn=task.collate,
         num_workers=args.dataloader_num_workers,

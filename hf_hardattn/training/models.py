@@ -132,9 +132,24 @@ def load_model(
     logger.info("%s", status(model))
     if args.use_peft and not hasattr(model, "peft_config"):
         model = _add_lora(model, args, heads)
+    if args.train_selectors_only:
+        _freeze_all_but_selectors(model)
     if args.gradient_checkpointing:  # after PEFT, which would make embeddings leaves that BLIP changes in place
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _freeze_all_but_selectors(model: nn.Module) -> None:
+    chosen = {id(p) for s in selectors(model).values() for p in s.parameters()}
+    if not chosen:
+        raise HardAttentionError(
+            f"--train_selectors_only leaves nothing to learn; {type(model).__name__} has no selector with parameters. Give "
+            "--sites and a scorer with parameters ('linear', 'mlp', 'query_key')."
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("selectors only: %s parameters are trained", f"{trained:,}")
 
 
 def _add_lora(model: nn.Module, args: ScriptArguments, heads: Iterable[str]) -> nn.Module:

@@ -11,21 +11,28 @@ from torch import nn
 
 from ..errors import HardAttentionError
 from .arguments import ScriptArguments
+from .checkpoints import written_in_one_piece
 from .results import write_json
 
 logger = get_logger(__name__)
 
 
 def save_model(accelerator: Accelerator, model: nn.Module, processor: Any, output_dir: str) -> None:
-    """Save the model whole (or its adapter, with the hard configuration beside it) and its processor."""
+    """Save the model whole (or its adapter, with the hard configuration beside it) and its processor; a kill on the
+    way leaves what was there before.
+
+    Raises:
+        HardAttentionError: the disk is full.
+    """
     accelerator.wait_for_everyone()
     state = accelerator.get_state_dict(model)  # every process takes part: under FSDP each holds a piece
     inner = accelerator.unwrap_model(model)
-    inner.save_pretrained(output_dir, is_main_process=accelerator.is_main_process, state_dict=state)
     if accelerator.is_main_process:
-        if hasattr(inner, "peft_config"):
-            inner.get_base_model().config.save_pretrained(output_dir)
-        processor.save_pretrained(output_dir)
+        with written_in_one_piece(Path(output_dir), "the model") as folder:
+            inner.save_pretrained(folder, state_dict=state)
+            if hasattr(inner, "peft_config"):
+                inner.get_base_model().config.save_pretrained(folder)
+            processor.save_pretrained(folder)
         logger.info("saved to %s", Path(output_dir).resolve())
     accelerator.wait_for_everyone()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -22,6 +23,11 @@ def write_json(path: Path, data: Any) -> None:
     os.replace(partial, path)
 
 
+def read_json(path: Path) -> Any:
+    """What ``write_json`` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def describe_run(argv: list[str] | None) -> dict[str, Any]:
     """Versions and command of this process."""
     versions = {"python": platform.python_version()}
@@ -32,6 +38,21 @@ def describe_run(argv: list[str] | None) -> dict[str, Any]:
             versions[package] = "not installed"
     words = sys.argv if argv is None else [*sys.argv[:1], *argv]
     return {"command": shlex.join(words), "versions": versions, "platform": platform.platform()}
+
+
+def describe_data(args: Any, splits: dict[str, Any]) -> dict[str, Any]:
+    """What tells these splits from others: rows, columns and fingerprint, and the digest of the file that each came from."""
+    found: dict[str, Any] = {}
+    for name, data in splits.items():
+        if data is None:
+            continue
+        rows = len(data) if hasattr(data, "__len__") else None
+        found[name] = {"rows": rows, "columns": data.column_names, "fingerprint": getattr(data, "_fingerprint", None)}
+        file = getattr(args, f"{name}_file", None)
+        if file is not None:
+            with Path(file).expanduser().open("rb") as stream:
+                found[name]["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 class Log:

@@ -1,0 +1,80 @@
+"""Pictures of what a model keeps of a few validation examples, drawn as it trains."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..recording import Recording, record, selectors
+from .arguments import ScriptArguments
+
+if TYPE_CHECKING:
+    from .loop import Task
+
+
+def draw(accelerator: Accelerator, model: nn.Module, task: Task, args: ScriptArguments, step: int) -> None:
+    """Draw the first validation examples with their selections: ``output_dir/validation/step_*.png``, or ``.html`` for texts.
+
+    All processes take part in the forward pass, since the model may be spread over them; one draws. Trackers that take
+    images get the picture too.
+    """
+    if task.validation is None or not selectors(model):
+        return
+    rows = list(islice(iter(task.validation), args.num_validation_examples))
+    batch = {name: value.to(accelerator.device) for name, value in task.collate(rows).items()}
+    training = model.training
+    model.eval()
+    with torch.no_grad(), accelerator.autocast(), record(model) as recording:
+        model(**batch)
+    model.train(training)
+    if not accelerator.is_main_process:
+        return
+    path = Path(args.output_dir) / "validation" / f"step_{step:08d}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seen = [site for site in recording.sites if site.startswith(("vision.inputs", "vision.tokens"))]
+    read = [site for site in recording.sites if site.startswith("encoder.")]
+    if seen and batch["pixel_values"].dim() == 4:
+        _draw_images(accelerator, model, batch, recording, seen[-1], path.with_suffix(".png"), step)
+    elif read:
+        _write_texts(task, batch, recording, read[-1], path.with_suffix(".html"), step)
+
+
+def _draw_images(
+    accelerator: Accelerator, model: Any, batch: Any, recording: Recording, site: str, path: Path, step: int
+) -> None:
+    from ..interpret.overlay import patch_overlay
+
+    config = model.config
+    patch = getattr(config, "vision_config", config).patch_size
+    figure = patch_overlay(batch["pixel_values"], recording[site][0], patch, caption=f"{site}, step {step}")
+    figure.savefig(path, dpi=110)
+    figure.canvas.draw()
+    pixels = torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)
+    image = pixels.view(*figure.canvas.get_width_height()[::-1], 4)[..., :3].numpy()
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"hardattn/kept": image[None]}, step=step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"hardattn/kept": [image]}, step=step)
+
+
+def _write_texts(task: Task, batch: Any, recording: Recording, site: str, path: Path, step: int) -> None:
+    from ..interpret.html import page
+    from ..interpret.tokens import mark_spans
+
+    kept = recording.kept(recording[site][0]).flatten(1, 2).any(1).cpu()
+    parts = []
+    for ids, mask, chosen in zip(batch["input_ids"], batch["attention_mask"], kept, strict=True):
+        text, spans = "", []
+        for token, place in zip(ids[mask.bool()].tolist(), chosen[mask.bool()].tolist(), strict=True):
+            piece = task.processor.decode([token]).strip()
+            if place and piece:
+                spans.append((len(text), len(text) + len(piece)))
+            text += piece + " "
+        parts.append(mark_spans(text, spans))
+    path.write_text(page(f"{site}, step {step}", *parts), encoding="utf-8")
