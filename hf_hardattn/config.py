@@ -95,6 +95,18 @@ class SiteConfig:
         if self.execution not in EXECUTIONS:
             raise unknown("execution", self.execution, EXECUTIONS, where)
         estimator = registry.load("estimators", self.estimator)(**self.estimator_options)
+        if registry.load("scorers", self.scorer).sequential:
+            asks = sorted({"teacher", "choices", "target"} & set(estimator.needs))
+            if asks:
+                raise HardAttentionError(
+                    f"scorer '{self.scorer}' chooses in several looks at '{where}'; estimator '{self.estimator}' (needs {', '.join(asks)}) reads "
+                    "the scores of one. Use an estimator with gates or a reward ('simple', 'rloo' ...)."
+                )
+            if isinstance(self.budget, str):
+                raise HardAttentionError(
+                    f"budget={self.budget!r} at '{where}' counts by the scores; scorer '{self.scorer}' needs a count to spread over its looks. "
+                    "Use an int or a ratio, with halting_cost to stop early."
+                )
         if self.soft_rate and estimator.trains_gathered:
             raise HardAttentionError(
                 f"soft_rate={self.soft_rate!r} at '{where}' has rows look everywhere; estimator '{self.estimator}' computes on the kept "

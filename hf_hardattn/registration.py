@@ -201,6 +201,10 @@ def _selector(site: str, config: SiteConfig, tower: Tower, kind: str, target_siz
         raise HardAttentionError(
             f"{what}; '{site}' drops whole tokens, one choice per row. Use it at a 'self' or 'cross' site."
         )
+    if scorer.sequential and tower.causal and kind == "self":
+        raise HardAttentionError(
+            f"scorer '{config.scorer}' makes one choice a row, look by look; at '{site}' each query chooses among its past. Use another scorer here."
+        )
     per_query = scorer.per_query or (tower.causal and kind == "self")
     selector = Selector(
         site,

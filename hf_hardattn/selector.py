@@ -13,10 +13,11 @@ from .budget import Budget
 from .config import SiteConfig
 from .errors import HardAttentionError
 from .estimators import Sampling
+from .glimpses import look
 from .noise import uniform
 from .posterior import Posterior
 from .schedules import Schedule
-from .scorers import Projections
+from .scorers import Projections, Sequential
 from .selection import Selection
 
 
@@ -135,7 +136,12 @@ class Selector(nn.Module):
     @property
     def data_dependent(self) -> bool:
         """Whether only the scores tell how many positions are kept."""
-        return self.budget.data_dependent and self.config.estimator != "soft"
+        return (self.budget.data_dependent or self.halts) and self.config.estimator != "soft"
+
+    @property
+    def halts(self) -> bool:
+        """Whether a scorer that looks several times may stop before the budget is spent."""
+        return isinstance(self.scorer, Sequential) and self.scorer.halts and not self.keeps_all
 
     @property
     def loose(self) -> bool:
@@ -284,7 +290,19 @@ class Selector(nn.Module):
         most = n if most is None else most
         slots = budget.slots(most - extra)
         sampling = self._sampling(scores, candidates, context) if self.training else None
-        choice = self.estimator.choose(scores, k, candidates, slots=slots, sampling=sampling)
+        if isinstance(self.scorer, Sequential) and self.config.estimator != "soft":
+            choice, scores = look(
+                self.scorer,
+                self.estimator,
+                features.expand(shape[0], -1, -1, -1),
+                k.expand(shape[:-1]),
+                candidates,
+                slots=slots,
+                sampling=sampling,
+                halts=self.halts,
+            )
+        else:
+            choice = self.estimator.choose(scores, k, candidates, slots=slots, sampling=sampling)
         # only masked training has a use for gates: elsewhere nothing is left of what they would weigh
         mask, gates, penalty = choice.mask, choice.gates if self.training and self.masked else None, choice.penalty
         if sampling is not None and gates is not None and self.config.soft_rate:

@@ -29,6 +29,7 @@ LAYERS = {
     "estimators": 4,
     "baselines": 4,
     "selector": 5,
+    "glimpses": 5,
     "attention": 5,
     "recording": 5,
     "patches": 5,

@@ -35,6 +35,7 @@ class Base(nn.Module):
         needs_cls: reads a CLS token at position 0 of the same tower.
         needs_grid: reads a whole grid of patches behind a CLS token (``vision.inputs`` only).
         needs_projections: reads the attention's own projections.
+        sequential: looks several times (a ``Sequential``).
         features: F, number of features per position and head.
     """
 
@@ -42,6 +43,7 @@ class Base(nn.Module):
     needs_cls: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
     needs_projections: ClassVar[bool] = False
+    sequential: ClassVar[bool] = False
     features: int = 1
 
     def __init__(self, hidden_size: int, query_size: int, heads: int = 1):
@@ -67,3 +69,42 @@ class Base(nn.Module):
     def score(self, features: Tensor, queries: Tensor | None = None) -> Tensor:
         """Turn features into scores, fp32 ``[B, H, Q, N]`` with Q = 1 unless ``per_query``; ``queries`` is ``[B, Q, Dq]``."""
         return features[..., 0].unsqueeze(2)
+
+
+class Sequential(Base):
+    """A scorer that looks several times: ``glimpses.look`` asks it for scores glimpse by glimpse.
+
+    Attributes:
+        glimpses: T, looks at most.
+        halting_cost: what a full set of glimpses costs in the training loss when the scorer learns to stop; None: it never stops early.
+        monotonic: a glimpse reads on behind the last position of the one before.
+    """
+
+    sequential = True
+    glimpses: int
+    halting_cost: float | None = None
+    monotonic: bool = False
+
+    @property
+    def halts(self) -> bool:
+        """Whether it may stop before its budget is spent."""
+        return self.halting_cost is not None
+
+    def start(self, features: Tensor) -> Tensor:
+        """The state before the first look, fp32 ``[B, H, d]``; ``features`` is ``[B, H, N, F]``."""
+        raise NotImplementedError
+
+    def look(self, features: Tensor, state: Tensor) -> Tensor:
+        """Scores of this look, fp32 ``[B, H, 1, N]``."""
+        raise NotImplementedError
+
+    def see(self, state: Tensor, seen: Tensor) -> Tensor:
+        """The state after a glimpse; ``seen`` fp32 ``[B, H, F]`` is the mean of the features it kept (0 when it kept none)."""
+        raise NotImplementedError
+
+    def go_on(self, state: Tensor) -> Tensor:
+        """Logit of looking on, fp32 ``[B, H, 1]``, where it ``halts``."""
+        raise NotImplementedError
+
+    def score(self, features: Tensor, queries: Tensor | None = None) -> Tensor:
+        return self.look(features, self.start(features))

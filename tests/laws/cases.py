@@ -189,7 +189,18 @@ def refusal(place: Place, scorer: str) -> str | None:
         return f"scorer '{scorer}' reads a whole grid of patches; '{place.group}.*' has none"
     if member.per_query and place.kind in ("tokens", "inputs"):
         return f"scorer '{scorer}' chooses per query; '{place.group}.*' drops whole tokens, one choice per row"
+    if member.sequential and place.causal:
+        return f"scorer '{scorer}' makes one choice a row, look by look; at '{place.group}.*' each query chooses"
     return None
+
+
+def mismatch(scorer: str, other: Any) -> bool:
+    """Whether the library refuses a scorer with an estimator, or with a budget."""
+    if not registry.load("scorers", scorer).sequential:
+        return False
+    if isinstance(other, str) and other in ESTIMATORS:
+        return bool({"teacher", "choices", "target"} & set(registry.load("estimators", other).needs))
+    return isinstance(other, str)  # threshold and top-p budgets
 
 
 def pairwise(factors: Sequence[Sequence[Any]], allowed: Callable[[Any, Any], bool]) -> Iterator[tuple[Any, ...]]:
@@ -222,6 +233,8 @@ def cases(
     """Pairwise cover of place, scorer, estimator and budget; the heads of a place take turns."""
 
     def allowed(a: Any, b: Any) -> bool:
+        if a in scorers:
+            return not mismatch(a, b)
         return not isinstance(a, Place) or b not in SCORERS or b not in scorers or refusal(a, b) is None
 
     turn = {place: itertools.cycle(place.heads) for place in PLACES}
