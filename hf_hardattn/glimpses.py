@@ -86,6 +86,11 @@ def look(
         remaining = remaining & ~choice.mask
         if scorer.monotonic:
             remaining = remaining & _behind(choice.mask)
+    if sampling is not None:
+        # the last state decides nothing: a gradient of zero rather than none, since distributed training waits for every parameter
+        unread = 0.0 * (state.sum(-1, keepdim=True) + (scorer.go_on(state) if scorer.halts else 0.0))
+        gates = None if gates is None else gates + unread.unsqueeze(-1)
+        log_prob = None if log_prob is None else log_prob + unread
     return Choice(kept, gates, log_prob, entropy, penalty), _ranked(made, candidates)
 
 

@@ -290,7 +290,7 @@ class Selector(nn.Module):
         most = n if most is None else most
         slots = budget.slots(most - extra)
         sampling = self._sampling(scores, candidates, context) if self.training else None
-        if isinstance(self.scorer, Sequential) and self.config.estimator != "soft":
+        if isinstance(self.scorer, Sequential):
             choice, scores = look(
                 self.scorer,
                 self.estimator,

@@ -99,6 +99,8 @@ CAUSAL = [
 @pytest.mark.parametrize("scorer", [name for name in SCORERS if any(refusal(p, name) is None for _, p in CAUSAL)])
 @pytest.mark.parametrize(("head", "place"), CAUSAL)
 def test_a_decoder_does_not_see_its_future(head, place, scorer):
+    if refusal(place, scorer) is not None:
+        return
     name = DECODERS[head]
     for mode in ("gathered", "masked"):
         example = hard(Case(place, head, scorer, "reinforce", 0.5), padded=False, execution=mode)

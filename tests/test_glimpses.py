@@ -1,0 +1,229 @@
+"""Choices made in several looks: the naive loop, the law's log-probability, stopping early."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hf_hardattn
+from hf_hardattn import HardAttentionConfig, HardAttentionError, registry
+from hf_hardattn.estimators import Sampling
+from hf_hardattn.glimpses import look
+
+Recurrent = registry.load("scorers", "recurrent")
+VIT = dict(sites=["vision.inputs"], scorer="recurrent", budget=4)
+
+
+def scorer(seed: int = 0, std: float = 0.8, **options):
+    torch.manual_seed(seed)
+    made = Recurrent(7, 7, size=5, **options)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return made
+
+
+def noise(seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape: torch.rand(shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+
+
+def choose(made, states, k, valid=None, estimator="reinforce", sampling=None, **options):
+    features = made.keys(states, torch.arange(states.shape[1]).expand(states.shape[:2]))
+    candidates = torch.ones(len(states), 1, 1, states.shape[1], dtype=torch.bool) if valid is None else valid
+    chooser = registry.load("estimators", estimator)(**options)
+    counts = torch.full((len(states), 1, 1), k)
+    return look(
+        made, chooser, features, counts, candidates, slots=min(k, states.shape[1]), sampling=sampling, halts=made.halts
+    )
+
+
+def naive(made, states, k, valid):
+    """One row, one look after the other: sort, take, and let the state see it. Returns the positions by look."""
+    features = made.keys(states[None], torch.arange(len(states))[None])
+    state, taken, looks = made.start(features), [], min(made.glimpses, k)
+    for turn in range(looks):
+        if turn and made.halts and made.go_on(state).item() <= 0:
+            break
+        count = math.ceil(k * (turn + 1) / looks) - math.ceil(k * turn / looks)
+        scores = made.look(features, state)[0, 0, 0].tolist()
+        free = [n for n in range(len(states)) if valid[n] and all(n not in glimpse for glimpse in taken)]
+        if made.monotonic and any(taken):
+            last = max(n for n in taken[-1]) if taken[-1] else -1
+            free = [n for n in free if all(n > max(glimpse, default=-1) for glimpse in taken) and n > last]
+        glimpse = sorted(free, key=lambda n: (-scores[n], n))[:count]
+        taken.append(glimpse)
+        seen = features[0, 0, glimpse].mean(0) if glimpse else torch.zeros(made.size)
+        state = made.see(state, seen[None, None])
+    return taken
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 9),
+    k=st.integers(1, 9),
+    glimpses=st.integers(1, 5),
+    monotonic=st.booleans(),
+    halting=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_looks_are_the_naive_ones(n, k, glimpses, monotonic, halting, seed):
+    made = scorer(seed, glimpses=glimpses, monotonic=monotonic, halting_cost=0.1 if halting else None)
+    states = torch.randn(2, n, 7, generator=torch.Generator().manual_seed(seed))
+    valid = torch.rand(2, 1, 1, n, generator=torch.Generator().manual_seed(seed)) < 0.8
+    with torch.no_grad():
+        choice, scores = choose(made, states, min(k, n), valid)
+        for row in range(2):
+            taken = naive(made, states[row], min(k, n), valid[row, 0, 0].tolist())
+            kept = sorted(position for glimpse in taken for position in glimpse)
+            assert choice.mask[row, 0, 0].nonzero().flatten().tolist() == kept
+            ranks = scores[row, 0, 0]
+            for earlier, later in zip(taken, taken[1:], strict=False):  # seen earlier ranks higher
+                if earlier and later:
+                    assert ranks[earlier].min() > ranks[later].max()
+            dropped = [p for p in range(n) if p not in kept and valid[row, 0, 0, p]]
+            if kept and dropped:
+                assert ranks[kept].min() > ranks[dropped].max()
+
+
+@pytest.mark.parametrize("halting_cost", [None, 0.0])
+@pytest.mark.parametrize("law", ["plackett_luce", "conditional_bernoulli"])
+def test_the_log_probability_is_that_of_the_whole_sequence(law, halting_cost):
+    """Every outcome's probability, read off many draws: they are right when each matches its frequency and all sum to one."""
+    made = scorer(3, 0.4, glimpses=2, halting_cost=halting_cost)
+    states = torch.randn(1, 4, 7, generator=torch.Generator().manual_seed(1)).expand(40_000, -1, -1)
+    with torch.no_grad():
+        choice, scores = choose(made, states, 2, sampling=Sampling(noise()), law=law)
+    order = torch.where(choice.mask, scores, -torch.inf)[:, 0, 0].argsort(descending=True)[:, :2]
+    order[:, 1] = torch.where(choice.mask.sum(-1)[:, 0, 0] > 1, order[:, 1], -1)  # stopped after one look
+    told = choice.log_prob.flatten().exp()
+    total = 0.0
+    for outcome in order.unique(dim=0):
+        rows = (order == outcome).all(1)
+        probability, frequency = told[rows][0].item(), rows.float().mean().item()
+        assert told[rows].max() - told[rows].min() < 1e-5
+        assert abs(probability - frequency) < 4.5 * math.sqrt(frequency / len(order)) + 1e-4
+        total += probability
+    assert abs(total - 1) < 0.01 and len(order.unique(dim=0)) == (12 if halting_cost is None else 16)
+
+
+@pytest.mark.parametrize("halting_cost", [None, 0.3])
+def test_the_score_function_is_unbiased(halting_cost):
+    made = scorer(5, 0.4, glimpses=2, halting_cost=halting_cost)
+    states = torch.randn(1, 4, 7, generator=torch.Generator().manual_seed(2))
+    value = torch.tensor([0.3, -1.0, 2.0, 0.5])
+    parameters = list(made.parameters())
+
+    def probability(first: int, second: int | None) -> torch.Tensor:
+        features = made.keys(states, torch.arange(4)[None])
+        state = made.start(features)
+        chance = made.look(features, state)[0, 0, 0].softmax(0)[first]
+        state = made.see(state, features[:, :, first])
+        go_on = made.go_on(state).sigmoid().squeeze() if made.halts else torch.ones(())
+        if second is None:
+            return chance * (1 - go_on)
+        left = made.look(features, state)[0, 0, 0].masked_fill(torch.arange(4) == first, -torch.inf)
+        return chance * go_on * left.softmax(0)[second]
+
+    def reward(*kept: int) -> float:
+        return float(value[list(kept)].sum().square())
+
+    expected = sum(probability(a, b) * reward(a, b) for a in range(4) for b in range(4) if a != b)
+    if made.halts:
+        expected = expected + sum(probability(a, None) * reward(a) for a in range(4))
+    exact = torch.autograd.grad(expected, parameters, allow_unused=True)
+    choice, _ = choose(made, states.expand(60_000, -1, -1), 2, sampling=Sampling(noise(7)))
+    rewards = (choice.mask[:, 0, 0] * value).sum(-1).square()
+    found = torch.autograd.grad(((rewards - rewards.mean()) * choice.log_prob.flatten()).mean(), parameters, allow_unused=True)
+    for name, a, b in zip(dict(made.named_parameters()), exact, found, strict=True):
+        if a is not None:
+            assert (a - b).abs().max() < 0.05 * max(1.0, a.abs().max()), name
+
+
+def test_gates_are_the_choice_and_their_gradient_reaches_every_parameter():
+    made = scorer(1, glimpses=3, halting_cost=0.2)
+    states = torch.randn(3, 8, 7)
+    choice, _ = choose(made, states, 6, estimator="simple", sampling=Sampling(noise(3)))
+    alive = choice.gates.detach() > 0.5
+    assert torch.equal(alive, choice.mask) and choice.mask.sum(-1).max() <= 6
+    (choice.gates * torch.randn(8)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())
+
+
+def test_the_fee_is_the_expected_share_of_looks():
+    made = scorer(2, glimpses=4, halting_cost=2.0)
+    with torch.no_grad():
+        made.halt_weight.zero_()
+        made.halt_bias.fill_(math.log(0.5 / 0.5))
+    choice, _ = choose(made, torch.randn(1, 9, 7), 8, sampling=Sampling(noise()))
+    assert choice.penalty.item() == pytest.approx(2.0 * (0.5 + 0.25 + 0.125) / 4)
+
+
+def small_vit(**config):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=37, image_size=16)
+    model = ViTForImageClassification(ViTConfig(**sizes, patch_size=4, num_labels=3)).eval()
+    hf_hardattn.apply(model, {**VIT, **config})
+    for parameter in next(iter(hf_hardattn.selectors(model).values())).scorer.parameters():
+        torch.nn.init.normal_(parameter, std=0.8)
+    return model
+
+
+def test_a_model_that_stops_early_computes_on_less():
+    model = small_vit(scorer_options={"glimpses": 4, "halting_cost": 0.1}, budget=8)
+    pixels = torch.randn(6, 3, 16, 16)
+    scorer = hf_hardattn.selectors(model)["vision.inputs"].scorer
+    lengths = []
+    model.vit.layers[1].register_forward_hook(lambda module, args, output: lengths.append(args[0].shape[1]))
+    for bias, longest in ((-50.0, 1 + 2), (50.0, 1 + 8)):
+        with torch.no_grad():
+            scorer.halt_bias.fill_(bias)
+            model(pixels)
+        assert lengths.pop() == longest
+    with torch.no_grad():
+        scorer.halt_bias.zero_()
+        with hf_hardattn.record(model) as selections:
+            logits = model(pixels).logits
+        kept = selections[0].mask.sum(-1).flatten()
+        assert kept.unique().numel() > 1  # some stop, some go on
+        with hf_hardattn.execution(model, "masked"):
+            torch.testing.assert_close(model(pixels).logits, logits, rtol=0, atol=1e-5)
+
+
+def test_budget_one_keeps_all_even_if_it_could_stop():
+    model = small_vit(scorer_options={"glimpses": 3, "halting_cost": 0.1}, budget=1.0)
+    with torch.no_grad():
+        hf_hardattn.selectors(model)["vision.inputs"].scorer.halt_bias.fill_(-50.0)
+    with hf_hardattn.record(model) as selections:
+        model(torch.randn(2, 3, 16, 16))
+    assert selections[0].mask.all()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"scorer_options": {"glimpses": 0}}, r"glimpses=0 is out of range; .* at least once"),
+        ({"scorer_options": {"halting_cost": -1.0}}, r"halting_cost=-1.0 is negative"),
+    ],
+)
+def test_options_out_of_range_are_refused(config, message):
+    with pytest.raises(HardAttentionError, match=message):
+        small_vit(**config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"estimator": "distil"}, r"several looks at 'the top level'; estimator 'distil' \(needs teacher\) reads the scores of one"),
+        ({"estimator": "marginal", "budget": 1}, r"estimator 'marginal' \(needs choices\)"),
+        ({"budget": "top_p:0.5"}, r"budget='top_p:0.5' .* needs a count to spread over its looks"),
+    ],
+)
+def test_combinations_that_need_the_scores_of_one_look_are_refused(config, message):
+    with pytest.raises(HardAttentionError, match=message):
+        HardAttentionConfig(scorer="recurrent", **config)
