@@ -66,9 +66,7 @@ def look(
         count = _ceil(k * (turn + 1), looks) - _ceil(k * turn, looks)
         going = alive.detach() > 0
         scores = scorer.look(features, state)
-        choice = estimator.choose(
-            scores, count * going, remaining, slots=-(-slots // looks), sampling=sampling
-        )
+        choice = estimator.choose(scores, count * going, remaining, slots=-(-slots // looks), sampling=sampling)
         made.append((choice.mask, scores))
         kept = kept | choice.mask
         if choice.gates is not None:

@@ -137,7 +137,9 @@ def test_the_score_function_is_unbiased(halting_cost):
     exact = torch.autograd.grad(expected, parameters, allow_unused=True)
     choice, _ = choose(made, states.expand(60_000, -1, -1), 2, sampling=Sampling(noise(7)))
     rewards = (choice.mask[:, 0, 0] * value).sum(-1).square()
-    found = torch.autograd.grad(((rewards - rewards.mean()) * choice.log_prob.flatten()).mean(), parameters, allow_unused=True)
+    found = torch.autograd.grad(
+        ((rewards - rewards.mean()) * choice.log_prob.flatten()).mean(), parameters, allow_unused=True
+    )
     for name, a, b in zip(dict(made.named_parameters()), exact, found, strict=True):
         if a is not None:
             assert (a - b).abs().max() < 0.05 * max(1.0, a.abs().max()), name
@@ -219,7 +221,10 @@ def test_options_out_of_range_are_refused(config, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"estimator": "distil"}, r"several looks at 'the top level'; estimator 'distil' \(needs teacher\) reads the scores of one"),
+        (
+            {"estimator": "distil"},
+            r"several looks at 'the top level'; estimator 'distil' \(needs teacher\) reads the scores of one",
+        ),
         ({"estimator": "marginal", "budget": 1}, r"estimator 'marginal' \(needs choices\)"),
         ({"budget": "top_p:0.5"}, r"budget='top_p:0.5' .* needs a count to spread over its looks"),
     ],

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HardAttentionError
-from . import Base, Projections, Sequential
+from . import Projections, Sequential
 
 
 class Recurrent(Sequential):
