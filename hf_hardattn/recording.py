@@ -20,10 +20,20 @@ from .sites import HardLayers
 def selectors(model: nn.Module) -> dict[str, Selector]:
     """The selectors of a model by site name (the active copies, where PEFT keeps several)."""
     found: dict[str, Selector] = {}
+    idle: set[int] = set()
     for module in model.modules():
-        if isinstance(module, Selector):
-            found[module.site] = module  # PEFT's copies come after the original
+        if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
+            idle |= _idle(module)  # PEFT's wrapper comes before what it wraps
+        if isinstance(module, Selector) and id(module) not in idle:
+            found[module.site] = module
     return found
+
+
+def _idle(wrapper: Any) -> set[int]:
+    """Ids of the modules in PEFT's wrapper that do not run now: the copies of other adapters, and the original beside an active one."""
+    active = [] if wrapper.disable_adapters else [n for n in wrapper.active_adapters if n in wrapper.modules_to_save]
+    idle = {id(module) for name, module in wrapper.modules_to_save.items() if name not in active}
+    return idle | {id(wrapper.original_module)} if active else idle
 
 
 class Recording(list[Selection]):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import registry
+from . import peft_saving, registry
 from .architectures import Tower, architecture_of, slots_after
 from .config import HardAttentionConfig, SiteConfig
 from .errors import HardAttentionError
@@ -155,6 +155,7 @@ def attach(model: nn.Module, config: HardAttentionConfig) -> None:
                 "attention mask. Use restore=None."
             )
     remove(model)
+    peft_saving.register()
     table = architecture.target_table(model)
     target_size = 0 if table is None else table.shape[-1]
     built = {

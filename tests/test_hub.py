@@ -267,6 +267,40 @@ def test_the_stock_ways_to_push_reload_hard(hub, ann, folders, tmp_path):
     assert same(torch.load(tmp_path / "trained.pt"), torch.load(tmp_path / "trained2.pt"))
 
 
+def test_pefts_own_ways_to_push_reload_hard(hub, ann, pushed, tmp_path):
+    """``peft_model.push_to_hub`` and a Trainer of a PEFT model: PEFT saves, and the hard configuration goes with it."""
+    ann.do(
+        f"""
+        import torch
+        from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+        from hub_server.models import harden, with_adapter, keep_answer
+        base = AutoModelForImageClassification.from_pretrained("ann/base")
+        model = with_adapter(harden(base))
+        model.push_to_hub("ann/peft-push", private=True)
+        keep_answer(model, {str(tmp_path / "pushed.pt")!r})
+        rows = [dict(pixel_values=torch.rand(2, 12, 12), labels=i % 5) for i in range(4)]
+        arguments = TrainingArguments({str(tmp_path / "run")!r}, push_to_hub=True, hub_model_id="ann/peft-trained", hub_private_repo=True,
+            max_steps=2, per_device_train_batch_size=2, save_strategy="no", use_cpu=True)
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        trainer.push_to_hub()
+        keep_answer(model.eval(), {str(tmp_path / "trained.pt")!r})
+        """
+    )
+    fresh = hub.person(ANN, "fresh-peft")
+    fresh.do(
+        f"""
+        import sys; sys.path.insert(0, {str(TESTS)!r})
+        import hf_hardattn
+        from hub_server.models import keep_answer
+        keep_answer(hf_hardattn.load("ann/peft-push"), {str(tmp_path / "pushed2.pt")!r})
+        keep_answer(hf_hardattn.load("ann/peft-trained"), {str(tmp_path / "trained2.pt")!r})
+        """
+    )
+    assert same(torch.load(tmp_path / "pushed.pt"), torch.load(tmp_path / "pushed2.pt"))
+    assert same(torch.load(tmp_path / "trained.pt"), torch.load(tmp_path / "trained2.pt"))
+
+
 def test_the_command_line_of_hf_and_ours(hub, folders, tmp_path):
     environment = hub.environment(ANN, "cli")
 

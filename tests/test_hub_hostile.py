@@ -301,6 +301,26 @@ def test_adapters(copy, changes, message):
         hf_hardattn.load(folder)
 
 
+def test_pefts_own_save_pretrained(saved, tmp_path):
+    """What PEFT's own method writes, under any name of the adapter, reloads hard."""
+    from peft import LoraConfig
+    from transformers import ViTForImageClassification
+
+    model = with_adapter(harden(ViTForImageClassification.from_pretrained(saved / "base")))
+    model.save_pretrained(tmp_path / "plain")
+    assert same(answer(hf_hardattn.load(tmp_path / "plain")), answer(model))
+    model.add_adapter(
+        "second", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["selector", "input_selector"])
+    )
+    model.save_pretrained(tmp_path / "two")
+    assert (tmp_path / "two" / "second" / "config.json").is_file()
+    model.save_pretrained(tmp_path / "other", True, ["default"], is_main_process=False)
+    assert not (tmp_path / "other" / "config.json").exists()
+    model.set_adapter("second")
+    assert same(answer(hf_hardattn.load(hf_hardattn.save(model, tmp_path / "named"))), answer(model))
+    assert same(answer(hf_hardattn.load(tmp_path / "two" / "second")), answer(model))
+
+
 def test_an_adapter_that_peft_alone_saved(copy):
     folder = copy("peft")
     hard = json.loads((folder / "config.json").read_text())["hard_attention"]

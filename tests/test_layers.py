@@ -42,6 +42,7 @@ LAYERS = {
     "hooks": 7,
     "marginal": 7,
     "teacher": 7,
+    "peft_saving": 7,
     "registration": 7,
     "patching": 7,
     "interpret": 8,

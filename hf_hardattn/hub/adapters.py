@@ -30,29 +30,32 @@ def save_adapter(model: Any, folder: Path, base_model: str | None, base_revision
     """
     from peft import get_peft_model_state_dict
 
-    inner = model.get_base_model()
-    adapter = model.peft_config[model.active_adapter]
+    name = model.active_adapter
+    adapter = model.peft_config[name]
     base = base_model or adapter.base_model_name_or_path
     if not base:
         raise HardAttentionError(
             "the adapter names no base model; whoever loads it needs one. Pass base_model='user/name' (and base_revision)."
         )
-    saved = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    saved = {tensor.data_ptr() for tensor in state.values()}
     for site, selector in selectors(model).items():
-        for name, parameter in selector.named_parameters():
+        for part, parameter in selector.named_parameters():
             if parameter.data_ptr() not in saved:
                 raise HardAttentionError(
-                    f"the adapter leaves out '{name}' of the selector at '{site}'; it would be lost. Build it with "
+                    f"the adapter leaves out '{part}' of the selector at '{site}'; it would be lost. Build it with "
                     "modules_to_save=['selector', 'input_selector']."
                 )
     before = adapter.base_model_name_or_path, adapter.revision
     adapter.base_model_name_or_path, adapter.revision = base, base_revision or adapter.revision
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, selected_adapters=[name])  # peft_saving adds config.json
     finally:
         adapter.base_model_name_or_path, adapter.revision = before
-    inner.config.architectures = [type(inner).__name__]
-    inner.config.save_pretrained(folder)
+    if name != "default":  # PEFT gives other names a folder of their own; a repository holds one adapter, at its top
+        for file in (folder / name).iterdir():
+            file.replace(folder / file.name)
+        (folder / name).rmdir()
 
 
 def load_adapter(

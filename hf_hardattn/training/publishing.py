@@ -30,8 +30,6 @@ def save_model(accelerator: Accelerator, model: nn.Module, processor: Any, outpu
     if accelerator.is_main_process:
         with written_in_one_piece(Path(output_dir), "the model") as folder:
             inner.save_pretrained(folder, state_dict=state)
-            if hasattr(inner, "peft_config"):
-                inner.get_base_model().config.save_pretrained(folder)
             processor.save_pretrained(folder)
         logger.info("saved to %s", Path(output_dir).resolve())
     accelerator.wait_for_everyone()
