@@ -69,7 +69,7 @@ $(BIN)/python:
 # The order-only prerequisite: a venv that exists is never remade because its interpreter looks old.
 $(DEMO_READY): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing the demo's packages into $(VENV) (minutes the first time)"
-	$(PIP_INSTALL) -e '.[demo,vision]'
+	$(PIP_INSTALL) -e '.[demo,vision,energy]'
 	@touch $@
 
 $(TEST_READY): pyproject.toml constraints.txt | $(BIN)/python

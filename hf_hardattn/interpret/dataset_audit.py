@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..errors import HardAttentionError
-from ..recording import record
+from ..recording import Recording, record
 from .audit import Finding, audit, border_groups, length_groups, position_groups, rarity_groups
 from .probe import choosable
 from .subject import Subject
@@ -42,9 +42,8 @@ def audit_rows(
         else:
             with record(subject.model) as recording:
                 subject.model(**asked)
-        tower, free, _ = choosable(subject.model, encoded)
-        name = site or next((s for s in recording.sites if recording.tower(s) == tower), recording.sites[0])
-        kept.append(recording.kept(recording[name][0]).flatten(1, 2).any(1).expand_as(free) & free)
+        one, free = kept_and_free(subject.model, encoded, recording, site)
+        kept.append(one)
         places.append(free)
         ids.append(encoded.get("input_ids"))
     longest = max(free.shape[1] for free in places)
@@ -60,3 +59,16 @@ def audit_rows(
     else:
         groups |= {"frequency": rarity_groups(join(ids), free), "length": length_groups(free)}
     return audit(found, free, groups)
+
+
+def kept_and_free(
+    model: Any, batch: Mapping[str, Any], recording: Recording, site: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``site`` kept of a batch's input, and what it might have kept: both bool ``[B, P]``.
+
+    Args:
+        recording: of a call on ``batch``. site: the first whose candidates are the input, by default.
+    """
+    tower, free, _ = choosable(model, batch)
+    name = site or next((s for s in recording.sites if recording.tower(s) == tower), recording.sites[0])
+    return recording.kept(recording[name][0]).flatten(1, 2).any(1).expand_as(free) & free, free

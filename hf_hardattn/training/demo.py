@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import json
-import platform
-import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageClassification
 
 from ..config import HardAttentionConfig
-from ..efficiency.counting import count_flops
-from ..efficiency.timing import interleaved_seconds, speedups
 from ..interpret.overlay import patch_overlay
 from ..recording import record
-from ..verify import verify
-from . import tasks
+from . import tasks, trio
 from .cluttered_digits import SCENE
-from .fitting import fit
 
 SITE = "vision.inputs"
 
@@ -66,57 +58,22 @@ def run(recipe: Recipe, output: Path, threads: int | None = None) -> dict[str, A
     transformers.utils.logging.set_verbosity_error()  # fresh selectors are expected here, and files are small
     transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
-    task = _task(recipe.test_images, recipe.clutter)
-    pixels = next(task.test()).inputs["pixel_values"][:64]
-    torch.manual_seed(recipe.seed)
-    trunk = task.model_class(task.config())
-    _train(trunk, task, recipe, "trunk")
-    trunk.save_pretrained(output / "trunk")
-    rows, models, tested = {}, {}, {}
-    for name, hard_attention in (("soft", None), ("hard", hard_config(recipe)), ("random", random_config(recipe))):
-        torch.manual_seed(recipe.seed + 1)
-        model = AutoModelForImageClassification.from_pretrained(output / "trunk", hard_attention=hard_attention)
-        started = time.perf_counter()
-        _train(model, task, recipe, name)
-        seconds = time.perf_counter() - started
-        tested[name] = task.evaluate(model)
-        rows[name] = {"train_seconds": seconds, "accuracy": tested[name]["accuracy"]}
-        model.save_pretrained(output / name)
-        models[name] = model.eval()
-    rounds = _measure(models, pixels)
-    ratios = speedups(rounds, "soft")
-    for name, model in models.items():
-        rows[name] |= {
-            "kept": 1.0 if name == "soft" else recipe.keep / 64,
-            "gflops": count_flops(model, {"pixel_values": pixels[:1]}) / 1e9,
-            "images_per_second": 64 / statistics.median(rounds[name]),
-            "speedup": ratios[name],
-        }
-    report = verify(models["hard"], {"pixel_values": pixels[:32]})
-    results = {
-        "command": "hf-hardattn demo",
-        "recipe": asdict(recipe),
-        "models": rows,
-        "certificate": report.to_dict(),
-        "reload": _reload(output / "hard", recipe, rows["hard"]["accuracy"]),
-        "found": tested["hard"]["recall"],
-        "measured": {
-            "device": "cpu",
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "batch": 64,
-            "dtype": "float32",
-            "rounds": len(rounds["soft"]),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "seconds": time.perf_counter() - began,
-    }
+    options = {"test_images": recipe.test_images, "clutter": recipe.clutter, "layers": 3, "heads": 4}
+    numbers = tasks.Recipe(
+        trunk_steps=recipe.trunk_steps,
+        branch_steps=recipe.branch_steps,
+        batch=recipe.batch,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        ramp=recipe.ramp / recipe.trunk_steps,
+    )
+    hard = {"hard": hard_config(recipe), "random": random_config(recipe)}
+    with _bars() as tell:
+        found, models = trio.run("cluttered_digits", options, numbers, hard, recipe.seed, output, tell)
+    seconds = time.perf_counter() - began
+    results = {"command": "hf-hardattn demo", "recipe": asdict(recipe), **found, "seconds": seconds}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    _draw(models["hard"], task, rows, output / "kept_patches.png")
+    _draw(models["hard"], tasks.load("cluttered_digits", options), found["models"], output / "kept_patches.png")
     return results
 
 
@@ -140,56 +97,25 @@ def _annealed(recipe: Recipe) -> dict[str, Any]:
     return {"start": 1.0, "end": recipe.keep / 64, "steps": max(1, int(recipe.anneal * recipe.branch_steps))}
 
 
-def _task(images: int, clutter: int) -> tasks.Base:
-    return tasks.load("cluttered_digits", {"test_images": images, "clutter": clutter, "layers": 3, "heads": 4})
+@contextmanager
+def _bars() -> Iterator[trio.Tell]:
+    """A progress bar a model."""
+    bars: dict[str, Any] = {}
 
+    def tell(name: str, step: int, steps: int, loss: float) -> None:
+        if name not in bars:
+            bars[name] = tqdm(total=steps, desc=f"{name:>6}", unit="step", mininterval=1.0)
+        bars[name].update()
+        if step % 20 == 0:
+            bars[name].set_postfix(loss=f"{loss:.2f}")
+        if step + 1 == steps:
+            bars[name].close()
 
-def _train(model: Any, task: tasks.Base, recipe: Recipe, name: str) -> None:
-    branch = name != "trunk"
-    steps = recipe.branch_steps if branch else recipe.trunk_steps
-    numbers = tasks.Recipe(
-        trunk_steps=recipe.trunk_steps,
-        branch_steps=recipe.branch_steps,
-        batch=recipe.batch,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        ramp=recipe.ramp / recipe.trunk_steps,
-    )
-    with tqdm(total=steps, desc=f"{name:>6}", unit="step", mininterval=1.0) as bar:
-
-        def tell(step: int, loss: float) -> None:
-            bar.update()
-            if step % 20 == 0:
-                bar.set_postfix(loss=f"{loss:.2f}")
-
-        fit(model, task, numbers, seed=recipe.seed + (1000 if branch else 0), branch=branch, tell=tell)
-
-
-def _measure(models: dict[str, nn.Module], pixels: Tensor) -> dict[str, list[float]]:
-    def call(model: nn.Module) -> Any:
-        with torch.inference_mode():
-            return model(pixel_values=pixels)
-
-    return interleaved_seconds({name: partial(call, model) for name, model in models.items()}, rounds=31)
-
-
-def _reload(folder: Path, recipe: Recipe, expected: float) -> dict[str, Any]:
-    """Load the saved hard model in a fresh process, from its config alone, and test it again."""
-    code = "import sys; from hf_hardattn.training.demo import check; check(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
-    arguments = [sys.executable, "-c", code, str(folder), str(recipe.test_images), str(recipe.clutter)]
-    answer = json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    return {**answer, "same_accuracy": answer["accuracy"] == expected}
-
-
-def check(folder: str, images: int, clutter: int) -> None:
-    """What the fresh process runs; prints JSON."""
-    model = AutoModelForImageClassification.from_pretrained(folder)
-    task = _task(images, clutter)
-    score = task.evaluate(model)["accuracy"]
-    with record(model) as selections, torch.no_grad():
-        model(pixel_values=next(task.test()).inputs["pixel_values"][:8])
-    kept = selections[SITE][0].slots - 1  # CLS is there always and is no choice
-    print(json.dumps({"accuracy": score, "patches_kept": kept, "hard": model.config.hard_attention is not None}))
+    try:
+        yield tell
+    finally:
+        for bar in bars.values():
+            bar.close()
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from .cluttered import Bank
 
 FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's package puts them
 VARIABLE = "FASHION_MNIST"
+NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 PREFIXES = {"train": "train", "test": "t10k"}
 
 

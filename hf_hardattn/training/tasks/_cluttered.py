@@ -27,6 +27,7 @@ class Cluttered(Base):
     site = "vision.inputs"
     scorer = "conv"  # a patch alone cannot tell a part of the item from a fragment; its neighbours can
     scene: ClassVar[Scene]
+    names: ClassVar[tuple[str, ...]] = tuple("0123456789")  # of the classes
 
     def __init__(self, test_images: int = 2000, clutter: int = 12, layers: int = 2, heads: int = 2) -> None:
         self.test_images, self.clutter, self.layers, self.heads = test_images, clutter, layers, heads
@@ -45,7 +46,8 @@ class Cluttered(Base):
             image_size=self.scene.canvas,
             patch_size=self.scene.patch,
             num_channels=1,
-            num_labels=10,
+            id2label=dict(enumerate(self.names)),
+            label2id={name: label for label, name in enumerate(self.names)},
             hidden_dropout_prob=0.0,
         )
 
