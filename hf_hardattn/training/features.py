@@ -37,17 +37,17 @@ class FrozenFeatures:
 
     def __init__(self, path: Path, model: nn.Module, tower: nn.Module) -> None:
         self.path, self.tower = path, tower
-        learning = next((name for name, p in tower.named_parameters() if p.requires_grad), None)
-        if learning is not None:
-            raise HardAttentionError(
-                f"{learning} of the vision tower learns, so its features change; --vision_features keeps those of a frozen tower. "
-                "Add --freeze vision_model, or leave the features out."
-            )
         chosen = next((site for site in selectors(model) if site.startswith("vision.")), None)
         if chosen is not None:
             raise HardAttentionError(
                 f"site '{chosen}' selects inside the vision tower, so its features depend on the choice; --vision_features keeps those "
                 "of every patch. Choose at text.cross sites, or leave the features out."
+            )
+        learning = next((name for name, p in tower.named_parameters() if p.requires_grad), None)
+        if learning is not None:
+            raise HardAttentionError(
+                f"{learning} of the vision tower learns, so its features change; --vision_features keeps those of a frozen tower. "
+                "Add --freeze vision_model, or leave the features out."
             )
         digest = hashlib.blake2b(digest_size=16)
         for value in tower.state_dict().values():

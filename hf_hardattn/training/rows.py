@@ -115,18 +115,22 @@ def label_number(value: Any, names: ClassLabel | None, label2id: dict[str, int])
     return label2id[name]
 
 
+def check_some(data: Any, split: str) -> None:
+    """Raise HardAttentionError for a split without rows."""
+    if isinstance(data, Dataset) and len(data) == 0:
+        raise HardAttentionError(
+            f"the {split} data has no rows; nothing can be learned or measured on it. Check its file, folder or split, and --max_*_samples."
+        )
+
+
 def check_rows(accelerator: Accelerator, data: Any, split: str, check: Callable[[dict[str, Any]], None]) -> None:
     """Check every row, each process its share; all of them raise what one of them finds. A streamed data set is not read ahead.
 
     Raises:
-        HardAttentionError: the split is empty, or ``check`` raised; the message names the row.
+        HardAttentionError: ``check`` raised; the message names the row.
     """
     if not isinstance(data, Dataset):
         return
-    if len(data) == 0:
-        raise HardAttentionError(
-            f"the {split} data has no rows; nothing can be learned or measured on it. Check its file, folder or split, and --max_*_samples."
-        )
     found: list[tuple[int, str]] = []
     for index in range(accelerator.process_index, len(data), accelerator.num_processes):
         try:

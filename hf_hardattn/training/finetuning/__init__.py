@@ -21,7 +21,7 @@ from ..arguments import ScriptArguments, flag
 from ..loop import Task
 from ..models import load_config, load_model, processor_source
 from ..parsing import peek
-from ..rows import check_rows, same_everywhere
+from ..rows import check_rows, check_some, same_everywhere
 from ..sources import load_splits
 
 
@@ -111,7 +111,8 @@ class Base:
         found = {name: data for name, (data, _) in splits.items() if data is not None}
         if not found:
             raise HardAttentionError("there is no data; name it with --dataset_name, --train_dir or --train_file.")
-        for data in found.values():
+        for name, data in found.items():
+            check_some(data, name)
             self.columns(data)
         found = {name: self.prepare(data, splits[name][1]) for name, data in found.items()}
         same_everywhere(self.accelerator, found)

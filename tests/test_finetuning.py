@@ -1,0 +1,395 @@
+"""The scripts' tasks on tiny models and files: each learns, predicts and scores; and what is wrong with the data is said in time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from datasets import ClassLabel
+from PIL import Image
+from test_scripts import WORDS, squares, tokenizer
+from torch.utils.data import DataLoader
+from transformers import BlipConfig, T5Config, ViTConfig
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.blip.processing_blip import BlipProcessor
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+import hf_hardattn
+from hf_hardattn.training import finetuning
+from hf_hardattn.training.evaluation import compare
+from hf_hardattn.training.loop import Task
+from hf_hardattn.training.rows import label_number
+
+TEXT = {"vocab_size": 21, "bos_token_id": 3, "eos_token_id": 1, "sep_token_id": 1, "pad_token_id": 0}
+T5 = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1, "dropout_rate": 0.0}
+SIZES = {"hidden_size": 24, "intermediate_size": 37, "num_attention_heads": 3, "num_hidden_layers": 2}
+ROWS = 6
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of each family, without weights."""
+    path = tmp_path_factory.mktemp("models")
+    T5Config(vocab_size=13, d_model=26, d_kv=6, d_ff=39, num_layers=2, num_heads=3, **T5).save_pretrained(path / "t5")
+    tokenizer().save_pretrained(path / "t5")
+    ViTConfig(image_size=12, patch_size=4, **SIZES).save_pretrained(path / "vit")
+    ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(path / "vit")
+    vision = {"image_size": 12, "patch_size": 4, **SIZES}
+    text = {
+        "max_position_embeddings": 31,
+        **TEXT,
+        **SIZES,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=13).save_pretrained(path / "blip")
+    BlipProcessor(BlipImageProcessorPil(size={"height": 12, "width": 12}), tokenizer()).save_pretrained(path / "blip")
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file with the columns of every task."""
+    path = tmp_path_factory.mktemp("data")
+    rows = []
+    for i, (image, colour) in enumerate(squares(path, ROWS)):
+        context = f"big {colour} square on grey"
+        rows.append(
+            {
+                "image": str(image.relative_to(path)),
+                "label": colour,
+                "caption": f"{colour} {WORDS[3 + i % 2]}",
+                "source": context,
+            }
+            | {"target": colour, "text": context, "question": "on grey", "context": context, "answer": colour}
+        )
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make(name: str, models: Path, data: Path, weights: int = 0, **flags: Any) -> Task:
+    """Set the task up as its script does."""
+    task = finetuning.load(name)
+    given = {"model_name_or_path": str(models / task.family), "train_file": str(data / "rows.jsonl")}
+    given |= {"validation_file": given["train_file"], "cache_dir": str(data / "cache"), "cpu": True}
+    given |= {"max_target_length": 9} if hasattr(task.Arguments, "max_target_length") else {}
+    torch.manual_seed(weights)
+    return task(task.Arguments(**{**given, **flags}), Accelerator(cpu=True)).setup()
+
+
+SITES = {"t5": "encoder.inputs", "vit": "vision.inputs", "blip": "vision.tokens.0"}
+METRIC = {
+    "image_classification": "accuracy",
+    "text_classification": "accuracy",
+    "translation": "chrf",
+    "summarisation": "rougeL",
+    "extractive_question_answering": "exact_match",
+    "generative_question_answering": "f1",
+    "captioning": "cider_regex_tokens",
+    "visual_question_answering": "exact_match",
+    "image_text_retrieval": "image_to_text_recall@1",
+}
+
+
+@pytest.mark.parametrize("name", METRIC)
+def test_task_learns_and_is_scored(name: str, models: Path, data: Path) -> None:
+    """Six examples are learned by heart: the loss falls, and the metric says so, hard and soft."""
+    flags = {"metrics": ["cider"]} if name == "captioning" else {}
+    task = make(name, models, data, sites=[SITES[finetuning.load(name).family]], budget="0.7", **flags)
+    assert task.name == name
+    loader = DataLoader(task.train, batch_size=3, collate_fn=task.collate)
+    model, optimizer = task.model.train(), torch.optim.AdamW(task.model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30 if name == "image_text_retrieval" else 15):
+        for batch in loader:
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert sum(losses[-4:]) < 0.85 * sum(losses[:4])
+    accelerator = Accelerator(cpu=True)
+    found = compare(accelerator, model, accelerator.prepare(loader), task.predict, task.score)
+    assert set(found) == {"hard", "soft"} and METRIC[name] in found["soft"]
+    assert (
+        found["hard"]["examples"] == ROWS and 0 < found["hard"]["kept_ratio"][SITES[finetuning.load(name).family]] < 1
+    )
+    assert found["hard"][METRIC[name]] > 0.0
+
+
+def test_registry_names_files_and_families() -> None:
+    assert set(METRIC) <= set(finetuning.names())
+    assert finetuning.choose([], "t5") is finetuning.load("translation")
+    assert finetuning.choose(["--task", "summarisation"], "t5") is finetuning.load("summarisation")
+    assert finetuning.choose([], "blip", "BlipForImageTextRetrieval") is finetuning.load("image_text_retrieval")
+    with pytest.raises(
+        hf_hardattn.HardAttentionError, match="unknown task of vit 'captioning'; known: 'image_classification'"
+    ):
+        finetuning.choose(["--task=captioning"], "vit")
+    with pytest.raises(hf_hardattn.HardAttentionError, match="unknown task 'caption'; .* Did you mean 'captioning'"):
+        finetuning.load("caption")
+
+
+def test_frozen_features_are_the_images(models: Path, data: Path, tmp_path: Path) -> None:
+    """The tower runs once an image; loss, text and the other weights' gradients are those of the images themselves."""
+    flags = {"freeze": ["vision_model"], "sites": ["text.cross.*"], "budget": "0.5"}
+    file = tmp_path / "features.safetensors"
+    whole, short = (
+        make("captioning", models, data, **flags),
+        make("captioning", models, data, **flags, vision_features=str(file)),
+    )
+    assert not any(p.requires_grad for p in short.model.vision_model.parameters())
+    rows = [whole.train[i] for i in range(ROWS)]
+    images, features = whole.collate(rows), short.collate(rows)
+    assert images["pixel_values"].dim() == 4 and features["pixel_values"].shape == (ROWS, 10, 24)
+    for task, batch in ((whole, images), (short, features)):
+        torch.manual_seed(1)
+        task.model.train()(**batch).loss.backward()
+    for (key, a), b in zip(whole.model.named_parameters(), short.model.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=key)
+    assert whole.predict(whole.model.eval(), images)[0] == short.predict(short.model.eval(), features)[0]
+    again = make("captioning", models, data, **flags, vision_features=str(file))
+    torch.testing.assert_close(again.collate(rows)["pixel_values"], features["pixel_values"])
+    torch.testing.assert_close(
+        short.model.eval()(**images).logits, short.model(**features).logits
+    )  # it still reads images
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "of the vision tower learns, so its features change; .* Add --freeze vision_model"),
+        (
+            {"freeze": ["vision_model"], "sites": ["vision.inputs"]},
+            "site 'vision.inputs' selects inside the vision tower",
+        ),
+        ({"freeze": ["vision_tower"]}, "unknown module 'vision_tower' at '--freeze'; known: .*'vision_model'"),
+    ],
+)
+def test_features_of_a_changing_tower_are_refused(
+    flags: Any, message: str, models: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(hf_hardattn.HardAttentionError, match=message):
+        make("captioning", models, data, vision_features=str(tmp_path / "f.safetensors"), **flags)
+
+
+def test_features_of_another_tower_are_refused(models: Path, data: Path, tmp_path: Path) -> None:
+    flags = {"vision_features": str(tmp_path / "f.safetensors"), "freeze": ["vision_model"]}
+    make("captioning", models, data, **flags)
+    with pytest.raises(hf_hardattn.HardAttentionError, match="holds the features of another vision tower"):
+        make("captioning", models, data, weights=3, **flags)
+
+
+def test_wrong_pairs_are_never_equal_texts() -> None:
+    """A batch of equal captions has no wrong pair; the contrastive part is then exactly zero apart from its entropy."""
+    model_class = finetuning.load("image_text_retrieval").model_class
+    text = {
+        "max_position_embeddings": 31,
+        **TEXT,
+        **SIZES,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    config = BlipConfig(
+        text_config=text, vision_config={"image_size": 12, "patch_size": 4, **SIZES}, image_text_hidden_size=13
+    )
+    model = model_class(config)
+    batch = {"pixel_values": torch.randn(4, 3, 12, 12), "input_ids": torch.tensor([[3, 4, 1]] * 4)}
+    same = model(**batch, labels=torch.zeros(4, dtype=torch.long)).loss
+    matching = torch.nn.functional.cross_entropy(model(**batch).itm_score, torch.ones(4, dtype=torch.long))
+    assert same.isfinite() and same > matching / 3
+    one_other = model(**batch, labels=torch.tensor([0, 0, 0, 1])).loss
+    assert one_other.isfinite() and one_other > same - 1
+
+
+def test_recall_counts_equal_texts_and_both_ways() -> None:
+    from hf_hardattn.training.finetuning._retrieval import _recalls
+
+    right = torch.tensor([[True, False], [True, False], [False, True]])
+    scores = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]])
+    found = _recalls(scores, right)
+    assert found["image_to_text_recall@1"] == pytest.approx(200 / 3)  # the second image takes the wrong text
+    assert found["text_to_image_recall@1"] == 50.0 and found["text_to_image_recall@5"] == 100.0
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> dict[str, str]:
+    (folder / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"train_file": str(folder / "bad.jsonl"), "validation_file": str(folder / "bad.jsonl")}
+
+
+def bad(folder: Path, **changes: Any) -> dict[str, str]:
+    """Two good rows and a third with ``changes``."""
+    rows = [{"image": "0.png", "label": "a", "caption": "red", "source": "red", "target": "blue"}]
+    rows = [*rows, {**rows[0], "label": "b"}, {**rows[0], **changes}]
+    Image.new("RGB", (12, 12)).save(folder / "0.png")
+    Image.new("RGB", (10, 14)).save(folder / "odd.png")
+    whole = (folder / "0.png").read_bytes()
+    (folder / "half.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.png").write_text("no image")
+    return write(folder, rows)
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        ("captioning", {"image": "text.png"}, r"row 2 of the training data .*text.png cannot be read \(UnidentifiedImageError.*take the row out"),
+        ("captioning", {"image": "half.png"}, r"row 2 of the training data .*half.png cannot be read"),
+        ("captioning", {"image": "none.png"}, r"row 2 of the training data .*none.png cannot be read \(FileNotFoundError"),
+        ("captioning", {"image": None}, r"row 2 of the training data .*the cell is empty"),
+        ("captioning", {"caption": "  "}, "row 2 of the training data .*caption='  ' is no text; .* Fill it"),
+        ("image_classification", {"image": "text.png"}, "row 2 of the training data .*cannot be read"),
+        ("image_classification", {"label": None}, "row 2 of the training data .*label None is none of the model's 2; it has: 'a', 'b'"),
+        ("translation", {"target": None}, "row 2 of the training data .*target=None is no text"),
+    ],
+)  # fmt: skip
+def test_bad_row_is_named_before_training(task: str, changes: Any, message: str, models: Path, tmp_path: Path) -> None:
+    files = bad(tmp_path, **changes)
+    with pytest.raises(hf_hardattn.HardAttentionError, match=message):
+        make(task, models, tmp_path, **files)
+
+
+def test_mixed_sizes_without_resizing(models: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "vit"
+    ViTConfig(image_size=12, patch_size=4, **SIZES).save_pretrained(plain)
+    ViTImageProcessorPil(do_resize=False).save_pretrained(plain)
+    with pytest.raises(
+        hf_hardattn.HardAttentionError,
+        match="row 2 of the training data .*10x14 pixels where the first is 12x12; .* do_resize",
+    ):
+        make("image_classification", tmp_path, tmp_path, **bad(tmp_path, image="odd.png"))
+    task = make("image_classification", models, tmp_path, **bad(tmp_path, image="odd.png"))  # this one resizes
+    assert task.collate([task.train[i] for i in range(3)])["pixel_values"].shape == (3, 3, 12, 12)
+
+
+def test_text_longer_than_the_model(models: Path, data: Path) -> None:
+    with pytest.raises(
+        hf_hardattn.HardAttentionError,
+        match="max_target_length=40 is more than the 31 positions .* Set --max_target_length 31",
+    ):
+        make("captioning", models, data, max_target_length=40)
+    task = make("captioning", models, data, max_target_length=31)
+    row = {**task.train[0], "caption": "red " * 50}
+    batch = task.collate([row])
+    assert batch["input_ids"].shape == (1, 31) and batch["input_ids"][0, [0, -1]].tolist() == [
+        3,
+        1,
+    ]  # cut, and still ended
+    assert task.model(**batch).loss.isfinite()
+
+
+def test_missing_column_and_empty_split(models: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        hf_hardattn.HardAttentionError,
+        match="no column 'words' in the data; it has: .*'caption'.* Name it with --caption_column",
+    ):
+        make("captioning", models, data, caption_column="words")
+    with pytest.raises(hf_hardattn.HardAttentionError, match="the training data has no rows; .*--max_\\*_samples"):
+        make("captioning", models, data, max_train_samples=0)
+
+
+def test_answer_outside_its_context(models: Path, data: Path, tmp_path: Path) -> None:
+    row = {"question": "on", "context": "big red square", "answers": {"text": ["red"], "answer_start": [4]}}
+    wrong = {**row, "answers": {"text": ["red"], "answer_start": [5]}}
+    with pytest.raises(
+        hf_hardattn.HardAttentionError,
+        match="row 1 of the training data .*'red' does not stand in the context at character 5",
+    ):
+        make("extractive_question_answering", models, data, **write(tmp_path, [row, wrong]))
+    with pytest.raises(hf_hardattn.HardAttentionError, match="row 1 of the training data .* holds no answer"):
+        make(
+            "generative_question_answering",
+            models,
+            data,
+            **write(tmp_path, [row, {**row, "answers": {"text": [], "answer_start": []}}]),
+        )
+    task = make("extractive_question_answering", models, data, **write(tmp_path, [row]), max_source_length=4)
+    batch = task.collate([task.train[0]])
+    assert batch["start_positions"].tolist() == [4]  # cut off: it stands behind the last token, where no loss counts it
+    assert task.predict(task.model.eval(), batch)[1] == ["[the answer was cut off]"]
+
+
+def test_label_outside_the_map() -> None:
+    names = ClassLabel(names=["cat", "dog"])
+    assert label_number(1, names, {"dog": 7}) == 7 and label_number(3, None, {"3": 2}) == 2
+    with pytest.raises(hf_hardattn.HardAttentionError, match="label 'cat' is none of the model's 1; it has: 'dog'"):
+        label_number(0, names, {"dog": 7})
+    with pytest.raises(hf_hardattn.HardAttentionError, match="label -1 is none of the model's 1"):
+        label_number(-1, names, {"dog": 7})
+
+
+def test_tail_is_counted_once(models: Path, data: Path) -> None:
+    """Batches of four of six rows: the last one is short, and no row counts twice."""
+    task = make("image_classification", models, data)
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(DataLoader(task.validation, batch_size=4, collate_fn=task.collate))
+    found = compare(accelerator, task.model, loader, task.predict, task.score)
+    assert found["soft"]["examples"] == ROWS
+
+
+DISAGREE = """
+import sys
+from accelerate import Accelerator
+from datasets import Dataset
+from hf_hardattn.errors import HardAttentionError
+from hf_hardattn.training.rows import check_rows, same_everywhere
+
+accelerator = Accelerator(cpu=True)
+rows = [{"caption": str(i)} for i in range(5)]
+same_everywhere(accelerator, {"training": Dataset.from_list(rows)})
+if accelerator.process_index == 1:
+    rows[3]["caption"] = "other"
+for check in (
+    lambda: same_everywhere(accelerator, {"training": Dataset.from_list(rows)}),
+    lambda: same_everywhere(accelerator, {"training": Dataset.from_list(rows[: 2 + accelerator.process_index])}),
+    lambda: check_rows(accelerator, Dataset.from_list(rows), "training", refuse),
+):
+    try:
+        check()
+    except HardAttentionError as error:
+        print(f"{accelerator.process_index}: {error}", flush=True)
+"""
+
+
+@pytest.mark.multiprocess
+def test_processes_that_disagree_on_data_all_say_so(tmp_path: Path) -> None:
+    script = tmp_path / "disagree.py"
+    refuse = "def refuse(row):\n    if row['caption'] == '3':\n        raise HardAttentionError('bad caption')\n"
+    script.write_text(
+        DISAGREE.replace("accelerator = Accelerator(cpu=True)\n", "accelerator = Accelerator(cpu=True)\n" + refuse, 1)
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29741",
+        str(script),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        assert (
+            f"{rank}: processes 0 and 1 read different training data (5 and 5 rows; row 3 is the first that differs"
+            in done.stdout
+        )
+        assert (
+            f"{rank}: processes 0 and 1 read different training data (2 and 3 rows; row 2 is in one only" in done.stdout
+        )
+    assert "0: row" not in done.stdout.replace("0: row 3 of the training data", "")
