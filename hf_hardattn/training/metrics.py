@@ -64,7 +64,10 @@ def bleu(predictions: Texts, references: Texts) -> dict[str, float]:
     except ImportError as error:
         raise missing_extra("sacrebleu", "metrics", "--metrics bleu") from error
     lists, found = [[reference] for reference in references], {}
-    local = {"sacrebleu": ("bleu", sacrebleu.corpus_bleu), "chrf": ("chrf", sacrebleu.corpus_chrf)}
+    local: dict[str, tuple[str, Any]] = {
+        "sacrebleu": ("bleu", sacrebleu.corpus_bleu),
+        "chrf": ("chrf", sacrebleu.corpus_chrf),
+    }
     for module, (name, corpus) in local.items():
         hub = on_hub(module) if predictions else None
         if hub is not None:

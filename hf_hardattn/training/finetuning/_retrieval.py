@@ -23,7 +23,7 @@ TEMPERATURE = 0.07
 RANKS = (1, 5, 10)
 
 
-class BlipForImageTextRetrieval(transformers.BlipForImageTextRetrieval):  # type: ignore[misc]
+class BlipForImageTextRetrieval(transformers.BlipForImageTextRetrieval):
     """The stock class with a training loss, which Transformers leaves out: contrastive plus matching with hard negatives.
 
     Source: Li et al., BLIP, 2022, section 3.2, without momentum encoders; negatives come from the batch of one device.
@@ -141,8 +141,8 @@ class RetrievalTask(BlipTask):
         output = model(input_ids=ids, pixel_values=batch["pixel_values"], attention_mask=mask)
         inner: Any = self.accelerator.unwrap_model(model)
         images, words = inner.embed_images(output.last_hidden_state), inner.embed_texts(ids, mask)
-        columns = (images.float().cpu(), words.float().cpu(), output.last_hidden_state.cpu())
-        items = [Item(*parts, row[seen.bool()].tolist()) for *parts, row, seen in zip(*columns, ids, mask, strict=True)]
+        parts = zip(images.float().cpu(), words.float().cpu(), output.last_hidden_state.cpu(), ids, mask, strict=True)
+        items = [Item(image, word, tokens, row[seen.bool()].tolist()) for image, word, tokens, row, seen in parts]
         losses = cross_entropy(output.itm_score.float(), torch.ones_like(ids[:, 0]), reduction="none")
         return items, self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True), losses.tolist()
 

@@ -70,7 +70,7 @@ class TextToText(T5Task):
     """
 
     model_class = T5ForConditionalGeneration
-    Arguments = TextArguments
+    Arguments: ClassVar[type[TaskArguments]] = TextArguments
     sources: ClassVar[tuple[str, ...]] = ("source", "text", "document", "article")
     targets: ClassVar[tuple[str, ...]] = ("target", "summary", "highlights")
 

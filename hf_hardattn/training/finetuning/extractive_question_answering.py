@@ -74,7 +74,7 @@ class ExtractiveQuestionAnswering(T5Task):
         output = model(input_ids=ids, attention_mask=mask)
         starts, ends = (x.float().masked_fill(mask == 0, -1e4) for x in (output.start_logits, output.end_logits))
         width = ids.shape[1]
-        losses = sum(
+        first_loss, last_loss = (
             nn.functional.cross_entropy(x, y, reduction="none", ignore_index=width)
             for x, y in ((starts, first), (ends, last))
         )
@@ -82,7 +82,7 @@ class ExtractiveQuestionAnswering(T5Task):
         best = (starts[:, :, None] + ends[:, None, :]).masked_fill(~far, -1e9).flatten(1).argmax(1)
         guesses = [self.words(row, int(b) // width, int(b) % width) for row, b in zip(ids, best, strict=True)]
         wanted = [self.words(*row) for row in zip(ids, first.tolist(), last.tolist(), strict=True)]
-        return guesses, wanted, (losses / 2).tolist()
+        return guesses, wanted, ((first_loss + last_loss) / 2).tolist()
 
     def words(self, ids: Tensor, first: int, last: int) -> str:
         """The text between two tokens."""
