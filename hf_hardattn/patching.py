@@ -21,10 +21,9 @@ from .architectures import architecture_of
 from .config import HardAttentionConfig
 from .errors import HardAttentionError
 from .recording import selectors
-from .registration import attach, remove
+from .registration import attach, name_units, remove
 from .selector import Selector
 
-_PREFIX = "Hard"  # of the classes that replace stock ones
 
 
 def _family(model: nn.Module) -> bool:
@@ -79,8 +78,8 @@ def register() -> None:
         elif known and selectors(self):  # the outer config decides: hard parts of a model that was asked to be soft
             remove(self)
         post_init(self)
-        if wanted is not None and known:  # device maps and FSDP find the units not to split by class name
-            self._no_split_modules |= {_PREFIX + name for name in self._no_split_modules}
+        if wanted is not None and known:
+            name_units(self)
 
     @functools.wraps(init_weights)
     def hard_init_weights(self: PreTrainedModel, module: nn.Module) -> None:

@@ -19,6 +19,8 @@ from .recording import selectors
 from .selector import Selector
 from .sites import HardLayerNorm
 
+PREFIX = "Hard"  # of the classes that replace stock ones
+
 
 def apply(
     model: nn.Module,
@@ -50,7 +52,17 @@ def apply(
             module._is_hf_initialized = True
     if reward is not None:
         set_reward(model, reward)
+    name_units(model)
     return model
+
+
+def name_units(model: nn.Module) -> None:
+    """Let device maps and FSDP find the units that they must not split by the class names that the model has now."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part._no_split_modules:
+            present = {type(module).__name__ for module in part.modules()}
+            stock = {name.removeprefix(PREFIX) for name in part._no_split_modules}
+            part._no_split_modules = {name for unit in stock for name in (unit, PREFIX + unit) if name in present}
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -77,6 +89,7 @@ def remove(model: nn.Module) -> nn.Module:
         if isinstance(module, PreTrainedModel):
             vars(module.config).pop("hard_attention", None)  # the class says None
             _unhook(module)
+    name_units(model)
     model.__dict__.pop("_hard_attention_reward", None)
     return model
 

@@ -271,7 +271,12 @@ def test_chunked_feed_forward_changes_nothing():
 
 def test_a_device_map_finds_the_hard_blocks():
     model = example(("t5", "T5ForConditionalGeneration", "encoder.tokens.*")).model
-    assert {"T5Block", "HardT5Block"} <= set(model._no_split_modules)
+    present = {type(module).__name__ for module in model.modules()}
+    assert "HardT5Block" in model._no_split_modules and set(model._no_split_modules) <= present
+    hf_hardattn.remove(model)
+    assert set(model._no_split_modules) == {"T5Block"}
+    hf_hardattn.apply(model, {"sites": ["encoder.tokens.*"]})
+    assert "HardT5Block" in model._no_split_modules
 
 
 def generate(made: Example, **kwargs: Any) -> Any:

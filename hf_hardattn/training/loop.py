@@ -138,6 +138,7 @@ class Training:
             )
         self.steps = args.max_train_steps or math.ceil(args.num_train_epochs * (self.examples or 0) / self.batch)
         self.order = Streamed(task.train) if self.examples is None else Order(self.examples, args.seed)
+        _name_fsdp_units(accelerator, task.model)
         self.model, self.optimizer, self.batches = accelerator.prepare(
             task.model,
             torch.optim.AdamW(parameter_groups(task.model, args), lr=args.learning_rate),
@@ -227,8 +228,7 @@ class Training:
         A model's loss is the mean over its own labels, and micro-batches of texts hold different numbers of them; without the
         shares a step would depend on how its batch is cut. None where every example has one label.
         """
-        inner: Any = self.inner
-        model = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        model = _base(self.inner)
         architecture, parts = architecture_of(model), self.accumulation * self.accelerator.num_processes
         if parts == 1 or architecture is None:
             return [None] * len(micro_batches)
@@ -339,6 +339,28 @@ def _finish(
 def _measure(accelerator: Accelerator, args: ScriptArguments, task: Task, model: nn.Module, how: Any) -> dict[str, Any]:
     loader = accelerator.prepare_data_loader(_loader(args, task.validation, task, args.per_device_eval_batch_size))
     return how(accelerator, model, loader, task.predict, task.score)
+
+
+def _base(model: Any) -> Any:
+    """The model itself, without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _name_fsdp_units(accelerator: Accelerator, model: nn.Module) -> None:
+    """Make FSDP units of the layers of the model's towers, by the class names that they have now.
+
+    Accelerate finds units by name, and a hard layer has another than the stock one that a configuration names. Its own guess,
+    all of ``_no_split_modules``, fails on any ViT: it shards the patch embedding within the embeddings, then once more by itself.
+    """
+    plugin, model = getattr(accelerator.state, "fsdp_plugin", None), _base(model)
+    architecture = architecture_of(model)
+    if plugin is None or architecture is None:
+        return
+    layers = {type(layer) for tower in architecture.towers(model).values() for layer in nn.ModuleList.__iter__(tower.layers)}
+    wanted = plugin.transformer_cls_names_to_wrap
+    plugin.transformer_cls_names_to_wrap = sorted(
+        cls.__name__ for cls in layers if not wanted or {base.__name__ for base in cls.__mro__} & set(wanted)
+    ) or wanted
 
 
 def _windows(batches: Any, size: int) -> Iterator[list[dict[str, Any]]]:
