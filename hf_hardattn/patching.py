@@ -25,7 +25,6 @@ from .registration import attach, name_units, remove
 from .selector import Selector
 
 
-
 def _family(model: nn.Module) -> bool:
     """Whether the model is a part of a supported family (a T5 stack, say): the model around it decides."""
     families = [registry.load("architectures", name).family for name in registry.names("architectures")]

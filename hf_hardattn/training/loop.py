@@ -356,11 +356,14 @@ def _name_fsdp_units(accelerator: Accelerator, model: nn.Module) -> None:
     architecture = architecture_of(model)
     if plugin is None or architecture is None:
         return
-    layers = {type(layer) for tower in architecture.towers(model).values() for layer in nn.ModuleList.__iter__(tower.layers)}
+    layers = {
+        type(layer) for tower in architecture.towers(model).values() for layer in nn.ModuleList.__iter__(tower.layers)
+    }
     wanted = plugin.transformer_cls_names_to_wrap
-    plugin.transformer_cls_names_to_wrap = sorted(
-        cls.__name__ for cls in layers if not wanted or {base.__name__ for base in cls.__mro__} & set(wanted)
-    ) or wanted
+    plugin.transformer_cls_names_to_wrap = (
+        sorted(cls.__name__ for cls in layers if not wanted or {base.__name__ for base in cls.__mro__} & set(wanted))
+        or wanted
+    )
 
 
 def _windows(batches: Any, size: int) -> Iterator[list[dict[str, Any]]]:

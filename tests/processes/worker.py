@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from hf_hardattn.recording import selectors
@@ -53,7 +53,7 @@ class Trace:
             inputs = kwargs["pixel_values"] if "pixel_values" in kwargs else kwargs["labels"]
             seen = [hashlib.blake2b(row[row != -100].numpy().tobytes(), digest_size=6).hexdigest() for row in inputs]
             self.row = {"step": self.training.run.step, "examples": seen}
-            self.batch = kwargs
+            self.batch = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
 
     def choice(self, selector: Any, args: Any, selection: Any) -> None:
         if selector.training:
@@ -95,7 +95,7 @@ def start_fsdp(start: Any, args: Any) -> Accelerator:
     """Accelerate refuses FSDP on CPU processes (``MULTI_CPU`` is not in its list); PyTorch's FSDP2 runs on gloo all the same."""
     accelerator = start(args)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
-    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
     return accelerator
 
@@ -111,9 +111,7 @@ def process(launch: dict[str, Any], rank: int, ports: list[int]) -> None:
     run_steps, before_update, start = loop.Training.run_steps, Driver.before_update, loop.start
 
     def traced(self: loop.Training, interruption: Any) -> None:
-        traces.append(
-            Trace(self, launch.get("kill_at"), launch.get("kill", "SIGKILL"), launch.get("killed", size - 1))
-        )
+        traces.append(Trace(self, launch.get("kill_at"), launch.get("kill", "SIGKILL"), launch.get("killed", size - 1)))
         run_steps(self, interruption)
 
     def noted(self: Driver) -> None:
