@@ -31,12 +31,10 @@ HARD = {name: {"sites": {"vision.inputs": {}}, "budget": 0.5, "estimator": name}
 WHITENED = {**HARD["reinforce"], "baseline_options": {"whiten": True}}
 TEXT = {"sites": {"encoder.inputs": {}}, "budget": 0.6, "estimator": "reinforce"}
 LAYOUTS = {"one": (1, 16, 1), "accumulated": (1, 8, 2), "two": (2, 8, 1)}  # processes, per device, accumulation
-RESUMED = {
-    (1, 1): WHITENED,
-    (1, 4): HARD["gumbel"],
-    (2, 1): WHITENED,
-    (2, 4): HARD["gumbel"],
-}  # processes, accumulation
+RESUMED = {  # processes, accumulation
+    **{(1, 1): HARD["reinforce"], (2, 1): HARD["reinforce"]},
+    **{(1, 4): HARD["gumbel"], (2, 4): WHITENED},
+}
 
 
 @dataclass
@@ -50,14 +48,18 @@ class Runs:
         rows = [json.loads(line) for line in (self.folder / name / "log.jsonl").read_text().splitlines()]
         return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
-    def kept(self, name: str, after: int = 0) -> dict[int, dict[str, list[int]]]:
-        """Step to example to the positions kept of it, over all processes."""
-        found: dict[int, dict[str, list[int]]] = defaultdict(dict)
+    def kept(self, name: str) -> dict[int, list[tuple[str, list[int]]]]:
+        """Step to its examples, each with the positions kept of it, over all processes; after a kill, as the resumed run saw it."""
+        found: dict[int, list[tuple[str, list[int]]]] = defaultdict(list)
         for file in (self.folder / name).glob("trace_*.jsonl"):
+            rows: list[dict[str, Any]] = []
             for row in map(json.loads, file.read_text().splitlines()):
-                if row["step"] >= after:
-                    found[row["step"]] |= dict(zip(row["examples"], row["kept"], strict=True))
-        return dict(found)
+                if rows and row["step"] < rows[-1]["step"]:  # resumed
+                    rows = [old for old in rows if old["step"] < row["step"]]
+                rows.append(row)
+            for row in rows:
+                found[row["step"]] += zip(row["examples"], row["kept"], strict=True)
+        return {step: sorted(rows) for step, rows in found.items()}
 
 
 def write_vit(folder: Path) -> None:
@@ -103,7 +105,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     ) -> list[Any]:
         flags = ["--output_dir", folder / name, "--hard_attention", json.dumps(hard), "--max_train_steps", steps]
         flags += ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", accumulation]
-        flags += ["--logging_steps", 1, "--learning_rate", 1e-3, "--cache_dir", folder / "cache", *more]
+        flags += ["--logging_steps", 1, "--learning_rate", 1e-3, "--cache_dir", folder / "cache"]
+        flags += ["--lr_scheduler_type", "constant_with_warmup", *more]
         if hard is TEXT:
             return ["train_t5", "--model_name_or_path", folder / "t5", "--train_file", folder / "texts.csv", *flags]
         return ["train_vit", "--model_name_or_path", folder / "vit", "--train_dir", folder / "photos", *flags]
@@ -153,7 +156,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for name, found in codes.items():
         expected = {"kill": -9, "terminate": TERMINATED}.get(name.partition("_")[0], 0)
         logs = "".join(file.read_text()[-2500:] for file in folder.glob("plan.*.log"))
-        assert set(found) == {expected}, f"{name}: {found}\n{logs}"
+        fine = expected in found if expected == -9 else set(found) == {expected}  # the other may notice before it is killed
+        assert fine, f"{name}: {found}\n{logs}"
     return Runs(folder, codes)
 
 
@@ -191,8 +195,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(runs: Runs, processes: 
 def test_sigterm_saves_and_another_number_of_processes_goes_on(runs: Runs) -> None:
     """One of two processes gets SIGTERM: both save step 8 and exit with 143; one process with the same batch takes over."""
     assert runs.codes["terminate"] == [143, 143]
-    # whitened rewards make losses of 10 and more, so the error is relative to them
-    assert runs.losses("moved") == pytest.approx(runs.losses("whole_1_1"), abs=1e-5, rel=1e-5)
+    assert runs.losses("moved") == pytest.approx(runs.losses("whole_1_1"), abs=1e-5)
     assert min(runs.kept("moved")) == 0 and runs.kept("moved") == runs.kept("whole_1_1")
 
 
