@@ -12,20 +12,14 @@ json file of paths and captions (--train_file). Without --sites, --budget or --h
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from hf_hardattn.training.finetuning import choose
-from hf_hardattn.training.loop import start, train
-from hf_hardattn.training.parsing import expand, parse, run
+from hf_hardattn.training.fine_tune import fine_tune
+from hf_hardattn.training.parsing import run
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    words = expand(sys.argv[1:] if argv is None else argv)
-    task = choose(words, "blip")
-    args = parse(task.Arguments, words)
-    accelerator = start(args)
-    return train(accelerator, args, task(args, accelerator).setup(), argv)
+    return fine_tune("blip", argv)
 
 
 if __name__ == "__main__":

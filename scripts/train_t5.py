@@ -12,20 +12,14 @@ Text comes from the Hub (--dataset_name) or from a csv or json file, as two colu
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from hf_hardattn.training.finetuning import choose
-from hf_hardattn.training.loop import start, train
-from hf_hardattn.training.parsing import expand, parse, run
+from hf_hardattn.training.fine_tune import fine_tune
+from hf_hardattn.training.parsing import run
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    words = expand(sys.argv[1:] if argv is None else argv)
-    task = choose(words, "t5")
-    args = parse(task.Arguments, words)
-    accelerator = start(args)
-    return train(accelerator, args, task(args, accelerator).setup(), argv)
+    return fine_tune("t5", argv)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for name, found in codes.items():
         expected = {"kill": -9, "terminate": TERMINATED}.get(name.partition("_")[0], 0)
         logs = "".join(file.read_text()[-2500:] for file in folder.glob("plan.*.log"))
-        fine = expected in found if expected == -9 else set(found) == {expected}  # the other may notice before it is killed
+        fine = (
+            expected in found if expected == -9 else set(found) == {expected}
+        )  # the other may notice before it is killed
         assert fine, f"{name}: {found}\n{logs}"
     return Runs(folder, codes)
 

@@ -13,8 +13,8 @@ from ..errors import HardAttentionError
 app = typer.Typer(help="Hard attention for Hugging Face Transformers.", no_args_is_help=True, add_completion=False)
 
 for _module in pkgutil.iter_modules(__path__):
-    _command = importlib.import_module(f"{__name__}.{_module.name}").command
-    app.command(_module.name.replace("_", "-"))(_command)
+    _file = importlib.import_module(f"{__name__}.{_module.name}")
+    app.command(_module.name.replace("_", "-"), context_settings=getattr(_file, "SETTINGS", None))(_file.command)
 
 
 def main() -> None:

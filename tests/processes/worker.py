@@ -28,7 +28,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from hf_hardattn.recording import selectors
-from hf_hardattn.training import loop
+from hf_hardattn.training import fine_tune, loop
 from hf_hardattn.training.driver import Driver
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -108,7 +108,7 @@ def process(launch: dict[str, Any], rank: int, ports: list[int]) -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", WORLD_SIZE=str(size), RANK=str(rank))
         os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), ACCELERATE_USE_CPU="true")
     traces: list[Trace] = []
-    run_steps, before_update, start = loop.Training.run_steps, Driver.before_update, loop.start
+    run_steps, before_update = loop.Training.run_steps, Driver.before_update
 
     def traced(self: loop.Training, interruption: Any) -> None:
         traces.append(Trace(self, launch.get("kill_at"), launch.get("kill", "SIGKILL"), launch.get("killed", size - 1)))
@@ -125,7 +125,7 @@ def process(launch: dict[str, Any], rank: int, ports: list[int]) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         script = load_script(name)
         if launch.get("fsdp"):
-            script.start = lambda args: start_fsdp(start, args)
+            fine_tune.start = lambda args: start_fsdp(loop.start, args)
         script.main([str(flag) for flag in [*flags, "--cpu"]])
         if traces[-1].row:
             traces[-1].close()
