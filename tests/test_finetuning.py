@@ -393,3 +393,148 @@ def test_processes_that_disagree_on_data_all_say_so(tmp_path: Path) -> None:
             f"{rank}: processes 0 and 1 read different training data (2 and 3 rows; row 2 is in one only" in done.stdout
         )
     assert "0: row" not in done.stdout.replace("0: row 3 of the training data", "")
+
+
+def test_video_is_read_from_a_file_a_folder_and_a_list(tmp_path: Path) -> None:
+    """Frame i has grey level 20 i in all three; a lossless file gives the very pixels."""
+    import av
+
+    from hf_hardattn.training.videos import read_frames, spaced
+
+    (tmp_path / "folder").mkdir()
+    with av.open(str(tmp_path / "v.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 12, 12, "gray"
+        for i in range(6):
+            image = Image.new("L", (12, 12), 20 * i)
+            image.save(tmp_path / "folder" / f"{i}.png")
+            container.mux(stream.encode(av.VideoFrame.from_image(image).reformat(format="gray")))
+        container.mux(stream.encode())
+    for value in ("v.mkv", "folder", [f"folder/{i}.png" for i in range(6)]):
+        assert [frame.getpixel((3, 3))[0] for frame in read_frames(value, tmp_path, 6)] == [0, 20, 40, 60, 80, 100]
+        assert [frame.getpixel((3, 3))[0] for frame in read_frames(value, tmp_path, 3)] == [20, 60, 100]
+    assert spaced(2, 4) == [0, 0, 1, 1] and spaced(1, 3) == [0, 0, 0]
+    (tmp_path / "bad.mkv").write_text("no video")
+    (tmp_path / "empty").mkdir()
+    for value, message in (
+        ("bad.mkv", "bad.mkv cannot be read"),
+        ("empty", "video 'empty' has no frames"),
+        ([], "has no frames"),
+        (None, "no frames"),
+    ):
+        with pytest.raises(hf_hardattn.HardAttentionError, match=message):
+            read_frames(value, tmp_path, 2)
+
+
+VIDEO = {
+    "planted_column": "planted",
+    "num_frames": 4,
+    "sites": ["vision.inputs"],
+    "scorer": "conv",
+    "budget": "0.5",
+    "metrics": ["answers"],
+}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four frames of noise, in two of which a coloured square is; the caption names the colour."""
+    path = tmp_path_factory.mktemp("videos")
+    generator, rows = torch.Generator().manual_seed(0), []
+    for i, (square, colour) in enumerate(squares(path, ROWS)):
+        first, frames = i % 3, []
+        for f in range(4):
+            noise = torch.randint(0, 60, (12, 12, 3), generator=generator, dtype=torch.uint8).numpy()
+            image = Image.open(square) if f in (first, first + 1) else Image.fromarray(noise)
+            image.save(path / f"{i}-{f}.png")
+            frames.append(f"{i}-{f}.png")
+        rows.append({"frames": frames, "caption": colour, "planted": [first, first + 1]})
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def whole_frames() -> dict[str, Any]:
+    """Flags of a choice among frames."""
+    return {
+        "hard_attention": json.dumps(
+            {
+                "scorer": "conv",
+                "scorer_options": {"frames": 4, "whole_frames": True},
+                "estimator_options": {"sample": False},
+            }
+        )
+    }
+
+
+@pytest.mark.parametrize("name", ["video_captioning", "video_text_retrieval"])
+def test_video_task_learns_which_frames(name: str, models: Path, videos: Path) -> None:
+    flags = {key: value for key, value in VIDEO.items() if key != "metrics" or name == "video_captioning"}
+    task = make(name, models, videos, **{**flags, "scorer": None}, **whole_frames())
+    assert hf_hardattn.selectors(task.model)["vision.inputs"].scorer.whole_frames
+    loader = DataLoader(task.train, batch_size=ROWS, collate_fn=task.collate)
+    model, optimizer = task.model.train(), torch.optim.AdamW(task.model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(40 if name == "video_captioning" else 2):
+        for batch in loader:
+            assert batch["pixel_values"].shape == (ROWS, 4, 3, 12, 12)
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert name == "video_text_retrieval" or losses[-1] < 0.8 * losses[0]
+    accelerator = Accelerator(cpu=True)
+    found = compare(accelerator, model, accelerator.prepare(loader), task.predict, task.score)
+    assert found["hard"]["kept_ratio"]["vision.inputs"] == 0.5  # 18 of 36 patches; CLS is no choice
+    assert found["soft"]["frame_recall"] == 1.0 and found["soft"]["frame_precision"] == 0.5
+    assert (
+        found["hard"]["frame_recall"] == found["hard"]["frame_precision"]
+    )  # two whole frames of four, two of them planted
+
+
+def test_dropped_frames_are_never_computed_on(models: Path, videos: Path) -> None:
+    """The choice of frames reads the patch embedding alone; after it, other pixels in dropped frames change nothing at all."""
+    task = make("video_captioning", models, videos, **{**VIDEO, "scorer": None}, **whole_frames())
+    model = task.model.eval()
+    with torch.no_grad():
+        for p in hf_hardattn.selectors(model)["vision.inputs"].parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    batch = task.collate([task.train[i] for i in range(ROWS)])
+    rows: list[int] = []
+    model.vision_model.encoder.layers[0].self_attn.register_forward_hook(
+        lambda m, args, kwargs, out: rows.append((args or list(kwargs.values()))[0].shape[1]), with_kwargs=True
+    )
+    before = model(**batch).logits
+    assert rows == [1 + 2 * 9]
+    chosen = task.predict.__self__.chosen(model, batch["pixel_values"])
+    assert all(len(frames) == 2 for frames in chosen)
+    other = batch["pixel_values"].clone()
+    for row, frames in enumerate(chosen):
+        for frame in set(range(4)) - set(frames):
+            other[row, frame] += 1e-3 * torch.randn(other[row, frame].shape)
+    assert task.predict.__self__.chosen(model, other) == chosen
+    assert torch.equal(model(**{**batch, "pixel_values": other}).logits, before)
+
+
+def test_image_in_a_video_model_is_the_stock_image(models: Path, data: Path, videos: Path) -> None:
+    """The video class is the stock one on images, and a video of equal frames holds the image's patches in each."""
+    still = make("captioning", models, data)
+    moving = make("video_captioning", models, videos, planted_column=None, num_frames=4)
+    moving.model.load_state_dict(still.model.state_dict())
+    batch = still.collate([still.train[i] for i in range(ROWS)])
+    torch.testing.assert_close(moving.model.eval()(**batch).logits, still.model.eval()(**batch).logits)
+    pixels = batch["pixel_values"]
+    patches = moving.model.vision_model.embeddings(pixels)
+    frames = moving.model.vision_model.embeddings(pixels[:, None].expand(-1, 4, -1, -1, -1))
+    torch.testing.assert_close(frames, torch.cat([patches[:, :1], *[patches[:, 1:]] * 4], 1))
+    with pytest.raises(
+        hf_hardattn.HardAttentionError, match="--vision_features keeps what the tower makes of an image"
+    ):
+        make("video_captioning", models, videos, planted_column=None, vision_features="x")
+    with pytest.raises(
+        hf_hardattn.HardAttentionError,
+        match="got 36 patches for scorer_options {'frames': 2}; it needs a square grid .* set frames",
+    ):
+        wrong = make("video_captioning", models, videos, num_frames=4, sites=["vision.inputs"], scorer="mlp")
+        hf_hardattn.apply(wrong.model, {"sites": ["vision.inputs"], "scorer": "conv", "scorer_options": {"frames": 2}})
+        wrong.model(**wrong.collate([wrong.train[0]]))

@@ -45,6 +45,7 @@ LAYERS = {
     "peft_saving": 7,
     "registration": 7,
     "patching": 7,
+    "video": 7,
     "interpret": 8,
     "metrics": 8,
     "efficiency": 8,

@@ -15,21 +15,34 @@ class Conv(Base):
     """Score each patch from itself and its 3x3 neighbourhood: ``h = gelu(W1 norm(x) + b1)``, ``s = W2 gelu(h + depthwise3x3(h)) + b2``.
 
     At ``vision.inputs`` no layer has mixed the patches yet, so a patch alone cannot tell a part of the object from clutter; its
-    neighbours can. CLS comes first in the row and gets no score of its own.
+    neighbours can. CLS comes first in the row and gets no score of its own. A video is a row of frames, each a grid.
 
     Args:
         hidden: width of the hidden layer.
+        frames: F of a video, >= 1.
+        whole_frames: all patches of a frame share its mean score, so that a budget of whole frames (a share k/F) keeps k of them;
+            choose patches within them at the next site, ``vision.tokens.0``. Choices that are drawn rather than sorted
+            (``sample=True`` of some estimators) may split a frame in training.
 
     Raises:
-        HardAttentionError: the patches form no square grid.
+        HardAttentionError: the patches form no square grids.
 
     Cost: (D + 10) * hidden multiplications per patch.
     """
 
     needs_grid = True
 
-    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, hidden: int = 64):
+    def __init__(
+        self,
+        hidden_size: int,
+        query_size: int,
+        heads: int = 1,
+        hidden: int = 64,
+        frames: int = 1,
+        whole_frames: bool = False,
+    ):
         super().__init__(hidden_size, query_size, heads)
+        self.frames, self.whole_frames = frames, whole_frames
         self.weight_in = nn.Parameter(torch.empty(hidden, hidden_size))
         self.bias_in = nn.Parameter(torch.empty(hidden))
         self.kernel = nn.Parameter(torch.empty(hidden, 1, 3, 3))
@@ -46,15 +59,20 @@ class Conv(Base):
 
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
         batch, n, _ = states.shape
-        side = math.isqrt(n - 1)
-        if side * side != n - 1:
+        side = math.isqrt((n - 1) // self.frames)
+        if side * side * self.frames != n - 1:
+            frames = f"scorer_options {{'frames': {self.frames}}}" if self.frames > 1 else "one frame"
             raise HardAttentionError(
-                f"scorer 'conv' got {n - 1} patches; it needs a square grid. Give square images, or use scorer 'mlp'."
+                f"scorer 'conv' got {n - 1} patches for {frames}; it needs a square grid for each frame. Give square images, set frames to "
+                "those of a video, or use scorer 'mlp'."
             )
         patches = nn.functional.rms_norm(states[:, 1:].float(), (self.hidden_size,))
         hidden = nn.functional.gelu(nn.functional.linear(patches, self.weight_in.float(), self.bias_in.float()))
-        grid = hidden.transpose(1, 2).reshape(batch, -1, side, side)
+        grid = hidden.unflatten(1, (self.frames, -1)).flatten(0, 1).transpose(1, 2).unflatten(2, (side, side))
         grid = grid + nn.functional.conv2d(grid, self.kernel.float(), padding=1, groups=grid.shape[1])
-        hidden = nn.functional.gelu(grid).flatten(2).transpose(1, 2)
+        hidden = nn.functional.gelu(grid).flatten(2).transpose(1, 2).reshape(batch, n - 1, -1)
         scores = nn.functional.linear(hidden, self.weight_out.float(), self.bias_out.float())
+        if self.whole_frames:
+            shared = scores.unflatten(1, (self.frames, -1)).mean(2, keepdim=True)
+            scores = shared.expand(-1, -1, side * side, -1).flatten(1, 2)
         return nn.functional.pad(scores, (0, 0, 1, 0)).transpose(1, 2).unsqueeze(-1)

@@ -32,12 +32,20 @@ class ImageTask(Base):
     first_size: tuple[int, int] | None = None
 
     def columns(self, data: Dataset) -> None:
-        self.image = column(data, self.args.image_column, ("image", "img"), "--image_column")
+        self.image = self.find_image(data)
+
+    def find_image(self, data: Dataset) -> str:
+        """The column of images."""
+        return column(data, self.args.image_column, ("image", "img"), "--image_column")
 
     def prepare(self, data: Dataset, file: str | None) -> Dataset:
         return as_images(data, self.image, file)
 
     def check_row(self, row: dict[str, Any]) -> None:
+        self.check_image(row)
+
+    def check_image(self, row: dict[str, Any]) -> None:
+        """Raise HardAttentionError where ``pixels`` would, at the least cost."""
         size = image_size(row[self.image])
         if not getattr(self.image_processor, "do_resize", True):
             self.first_size = same_size(size, self.first_size)

@@ -1,0 +1,90 @@
+"""What the two tasks of videos share: frames to pixel values, and how well a hard model finds the frames that matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from ...errors import HardAttentionError
+from ...recording import record, selectors
+from ...video import kept_frames
+from ..arguments import flag
+from ..loop import Task
+from ..sources import column
+from ..videos import check_frames, read_frames
+from ._blip import BlipTask
+
+SITE = "vision.inputs"
+
+
+@dataclass(kw_only=True)
+class VideoArguments:
+    """Flags of the tasks of videos."""
+
+    image_column: str | None = flag(
+        None, "Column of videos (files, folders of images, or lists of images): video, frames by default."
+    )
+    num_frames: int = flag(8, "Frames of a video that are read, evenly spaced.")
+    planted_column: str | None = flag(
+        None, "Column of the frames' numbers that matter, where they are known: scores the choice."
+    )
+
+
+class VideoTask(BlipTask):
+    """A task of BLIP whose rows hold a video. Mixed into a task of images, which it feeds ``[B, F, C, H, W]``."""
+
+    planted: list[list[int]] | None = None
+
+    def columns(self, data: Dataset) -> None:
+        super().columns(data)
+        if self.args.vision_features:
+            raise HardAttentionError(
+                "--vision_features keeps what the tower makes of an image; it makes something of a video's frames together. Leave it out."
+            )
+        if self.args.planted_column:
+            column(data, self.args.planted_column, (), "--planted_column")
+
+    def find_image(self, data: Dataset) -> str:
+        return column(data, self.args.image_column, ("video", "frames"), "--image_column")
+
+    def prepare(self, data: Dataset, file: str | None) -> Dataset:
+        self.folder = Path(file).expanduser().resolve().parent if file else Path.cwd()
+        return data
+
+    def check_image(self, row: dict[str, Any]) -> None:
+        check_frames(row[self.image], self.folder)
+
+    def pixels(self, rows: list[dict[str, Any]]) -> Tensor:
+        videos = [read_frames(row[self.image], self.folder, self.args.num_frames) for row in rows]
+        return torch.stack([self.image_processor(frames, return_tensors="pt")["pixel_values"] for frames in videos])
+
+    def setup(self) -> Task:
+        task = super().setup()
+        if self.args.planted_column and task.validation is not None:
+            self.planted = [list(frames) for frames in task.validation[self.args.planted_column]]
+        return task
+
+    def chosen(self, model: nn.Module, pixels: Tensor) -> list[list[int]]:
+        """The frames of each video that a hard model computes on; all of a soft one's."""
+        inner: Any = self.accelerator.unwrap_model(model)
+        selector = selectors(inner).get(SITE)
+        if selector is None or not selector.enabled:
+            return [list(range(pixels.shape[1]))] * len(pixels)
+        with record(inner) as made:
+            inner.vision_model(pixel_values=pixels)
+        return kept_frames(made[SITE][0], inner.vision_model.embeddings.num_patches)
+
+    def found(self, chosen: list[list[int]]) -> dict[str, float]:
+        """Recall and precision of the frames that were kept, in [0, 1]; nothing where no column tells which matter."""
+        if self.planted is None:
+            return {}
+        hits = [len(set(kept) & set(gold)) for kept, gold in zip(chosen, self.planted, strict=True)]
+        return {
+            "frame_recall": sum(hits) / max(sum(map(len, self.planted)), 1),
+            "frame_precision": sum(hits) / max(sum(map(len, chosen)), 1),
+        }

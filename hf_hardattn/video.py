@@ -1,0 +1,53 @@
+"""BLIP that watches videos: the frames' patches stand in one row behind CLS, so that every site of the vision tower chooses among them.
+
+The vision tower attends within and between the frames. Which frames: ``vision.inputs`` with scorer ``conv`` and its option
+``whole_frames``, before anything but the patch embedding is computed; which patches in them: ``vision.tokens.L``.
+"""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import BlipConfig
+from transformers.models.blip.modeling_blip import BlipVisionEmbeddings
+
+from .selection import Selection
+
+
+class VideoEmbeddings(BlipVisionEmbeddings):
+    """``BlipVisionEmbeddings`` that also takes videos; a place in the image has the same embedding in every frame."""
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, 1 + P, D]`` as ever; ``[B, F, C, H, W]`` to ``[B, 1 + F * P, D]``, frame after frame."""
+        if pixel_values.dim() == 4:
+            return super().forward(pixel_values, interpolate_pos_encoding)
+        frames = super().forward(pixel_values.flatten(0, 1), interpolate_pos_encoding)
+        frames = frames.unflatten(0, pixel_values.shape[:2])
+        return torch.cat([frames[:, 0, :1], frames[:, :, 1:].flatten(1, 2)], 1)
+
+
+class BlipForVideoCaptioning(transformers.BlipForConditionalGeneration):
+    """The stock captioner, its weights and keys, that also takes videos as ``pixel_values`` ``[B, F, C, H, W]``."""
+
+    def __init__(self, config: BlipConfig) -> None:
+        super().__init__(config)
+        self.vision_model.embeddings.__class__ = VideoEmbeddings
+
+
+class BlipForVideoTextRetrieval(transformers.BlipForImageTextRetrieval):
+    """The stock retriever, its weights and keys, that also takes videos as ``pixel_values`` ``[B, F, C, H, W]``."""
+
+    def __init__(self, config: BlipConfig) -> None:
+        super().__init__(config)
+        self.vision_model.embeddings.__class__ = VideoEmbeddings
+
+
+def kept_frames(selection: Selection, patches: int) -> list[list[int]]:
+    """The frames of each row that keep a patch, sorted.
+
+    Args:
+        selection: of ``vision.inputs``, CLS first. patches: P of a frame.
+    """
+    mask = selection.mask[:, 0, 0, 1:].unflatten(1, (-1, patches)).any(-1)
+    return [row.nonzero()[:, 0].tolist() for row in mask]
