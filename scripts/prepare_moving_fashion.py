@@ -89,19 +89,20 @@ def start(folder: Path, width: int, layers: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/data/moving-fashion"), help="folder of the rows")
-    parser.add_argument("--train", type=int, default=4000, help="training videos (default: 4000)")
-    parser.add_argument("--test", type=int, default=400, help="test videos (default: 400)")
+    parser.add_argument("--train", type=int, default=2000, help="training videos (default: 2000)")
+    parser.add_argument("--test", type=int, default=300, help="test videos (default: 300)")
     parser.add_argument("--width", type=int, default=64, help="of the tiny BLIP (default: 64)")
     parser.add_argument("--layers", type=int, default=2, help="of each of its towers (default: 2)")
     arguments = parser.parse_args()
     for seed, (part, count) in enumerate({"train": arguments.train, "test": arguments.test}.items()):
         bank, generator = fashion_bank(part), torch.Generator().manual_seed(seed)
+        images = bank.images[0].float()
         (arguments.output / part).mkdir(parents=True, exist_ok=True)
         rows = []
         for i, item in enumerate(
             tqdm(torch.randperm(len(bank.labels), generator=generator)[:count].tolist(), desc=part)
         ):
-            frames, planted = video(bank.images[0].float(), item, generator)
+            frames, planted = video(images, item, generator)
             write(frames, arguments.output / part / f"{i}.mkv")
             rows.append({"video": f"{part}/{i}.mkv", "caption": NAMES[int(bank.labels[item])], "planted": planted})
         lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""Train BLIP, hard or soft, to caption images.
+"""Train BLIP, hard or soft, to caption images and videos, answer questions about them, or find them.
 
     python scripts/train_blip.py --model_name_or_path Salesforce/blip-image-captioning-base --train_dir photos/train \
         --validation_dir photos/val --sites vision.tokens.3 vision.tokens.6 --budget 0.5 --output_dir outputs/blip-hard
@@ -6,7 +6,8 @@
     accelerate launch --num_processes 2 scripts/train_blip.py --config scripts/configs/blip.yaml      # two GPUs
     torchrun --nproc_per_node 2 scripts/train_blip.py --config scripts/configs/blip.yaml --cpu       # two CPU processes
 
-Images and captions come from the Hub (--dataset_name), from a folder with a metadata.jsonl or metadata.csv (--train_dir), or from a csv or
+--task names what is learned: captioning (the default), visual_question_answering, image_text_retrieval, video_captioning or
+video_text_retrieval. Images and captions come from the Hub (--dataset_name), from a folder with a metadata.jsonl or metadata.csv (--train_dir), or from a csv or
 json file of paths and captions (--train_file). Without --sites, --budget or --hard_attention the model trains soft, for comparison.
 """
 

@@ -538,3 +538,21 @@ def test_image_in_a_video_model_is_the_stock_image(models: Path, data: Path, vid
         wrong = make("video_captioning", models, videos, num_frames=4, sites=["vision.inputs"], scorer="mlp")
         hf_hardattn.apply(wrong.model, {"sites": ["vision.inputs"], "scorer": "conv", "scorer_options": {"frames": 2}})
         wrong.model(**wrong.collate([wrong.train[0]]))
+
+
+@pytest.mark.parametrize("name", ["translation", "captioning"])
+def test_stream_gives_the_rows_of_the_file(name: str, models: Path, data: Path) -> None:
+    """A streamed file brings the same rows as a loaded one, drawn anew each epoch, and is never read ahead."""
+    loaded = make(name, models, data)
+    streamed = make(name, models, data, streaming=True, shuffle_buffer=3)
+    assert len(streamed.validation) == ROWS and not hasattr(streamed.train, "__len__")
+    keys = {"input_ids"} if name == "translation" else {"input_ids", "pixel_values"}
+
+    def batches(task: Task) -> dict[str, list[torch.Tensor]]:
+        made = [task.collate([row]) for row in task.train]
+        return {key: sorted((batch[key] for batch in made), key=lambda x: str(x.tolist())) for key in keys}
+
+    for key, rows in batches(loaded).items():
+        torch.testing.assert_close(batches(streamed)[key], rows)
+    with pytest.raises(hf_hardattn.HardAttentionError, match="validation_fraction=0.5 of a stream is unknown"):
+        make(name, models, data, streaming=True, validation_fraction=0.5)

@@ -68,6 +68,8 @@ class DataArguments:
     train_file: str | None = flag(None, "csv, tsv, json or jsonl file.")
     validation_file: str | None = flag(None, "The same, to evaluate on.")
     validation_fraction: float = flag(0.0, "Share of the training data held out when nothing else is given.")
+    streaming: bool = flag(False, "Read the training data as it comes, never all of it; needs --max_train_steps.")
+    shuffle_buffer: int = flag(1000, "Rows of a stream among which the next one is drawn.")
     max_train_samples: int | None = flag(None, "Take so many training examples at most.")
     max_eval_samples: int | None = flag(None, "Take so many evaluation examples at most.")
     dataloader_num_workers: int = flag(0, "Processes that prepare batches.")

@@ -15,12 +15,18 @@ from datasets import ClassLabel, Dataset, Image
 from ..errors import HardAttentionError, missing_extra
 
 
-def as_images(data: Dataset, name: str, file: str | None) -> Dataset:
+def as_images(data: Any, name: str, file: str | None) -> Any:
     """Make the column ``name`` hold images that are read when they are needed; paths in a csv or json file are relative to it."""
     if not isinstance(data.features[name], Image):
         folder = Path(file).expanduser().resolve().parent if file else Path.cwd()
-        paths = [None if path is None else str(folder / path) for path in data[name]]
-        data = data.remove_columns(name).add_column(name, paths)
+
+        def whole(path: str | None) -> str | None:
+            return None if path is None else str(folder / path)
+
+        if isinstance(data, Dataset):
+            data = data.remove_columns(name).add_column(name, [whole(path) for path in data[name]])
+        else:  # a stream's cells stay paths
+            return data.map(lambda row: {name: whole(row[name])}, features=data.features)
     return data.cast_column(name, Image(decode=False))
 
 
@@ -58,11 +64,14 @@ def _open(value: Any) -> Any:
         raise missing_extra("pillow", "vision", "a column of images") from error
     if value is None:
         raise ValueError("the cell is empty")
+    if isinstance(value, str):
+        return Pillow.open(value)
     return Pillow.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
 
 
 def _unreadable(value: Any, error: Exception) -> HardAttentionError:
-    name = "the image" if not value or not value["path"] else f"the image {value['path']}"
+    path = value["path"] if isinstance(value, dict) else value
+    name = f"the image {path}" if path else "the image"
     return HardAttentionError(
         f"{name} cannot be read ({type(error).__name__}: {error}); every row needs a whole image file that Pillow knows. "
         "Mend the file, or take the row out."
@@ -83,14 +92,17 @@ def text(row: dict[str, Any], name: str) -> str:
     return value
 
 
-def class_names(training: Dataset | None, label: str) -> dict[str, Any]:
-    """``id2label`` and ``label2id`` of the training data; nothing without it: a trained model brings its own."""
-    if training is None:
+def class_names(training: Any, label: str) -> dict[str, Any]:
+    """``id2label`` and ``label2id`` of the training data; nothing without it, or where a stream does not declare its classes: a trained
+    model brings its own."""
+    feature = None if training is None else training.features[label]
+    if isinstance(feature, ClassLabel):
+        classes = feature.names
+    elif isinstance(training, Dataset):
+        found = {value for value in training[label] if value is not None}
+        classes = [str(value) for value in sorted(found, key=lambda value: (isinstance(value, str), value))]
+    else:
         return {}
-    feature = training.features[label]
-    found = {value for value in training[label] if value is not None}
-    plain = [str(value) for value in sorted(found, key=lambda value: (isinstance(value, str), value))]
-    classes = feature.names if isinstance(feature, ClassLabel) else plain
     return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
 
 

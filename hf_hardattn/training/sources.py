@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, IterableDataset, get_dataset_split_names, load_dataset
 
 from ..errors import HardAttentionError, unknown
 from .arguments import ScriptArguments
@@ -14,17 +15,26 @@ from .arguments import ScriptArguments
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 
 
-def load_splits(args: ScriptArguments) -> tuple[Dataset | None, Dataset | None]:
-    """Load the training and the evaluation data that the flags name, each None when they name none."""
+def load_splits(args: ScriptArguments) -> tuple[Any, Any]:
+    """Load the training and the evaluation data that the flags name, each None when they name none; with ``--streaming`` the training
+    data is an ``IterableDataset``."""
+    if args.streaming and args.validation_fraction:
+        raise HardAttentionError(
+            f"validation_fraction={args.validation_fraction} of a stream is unknown; its rows are not counted. "
+            "Name evaluation data with --validation_file, --validation_dir or --validation_split."
+        )
     with PartialState().local_main_process_first():
         train, validation = _load(args)
     if validation is None and train is not None and args.validation_fraction:
         parts = train.train_test_split(args.validation_fraction, seed=args.seed)
         train, validation = parts["train"], parts["test"]
-    return _first(train, args.max_train_samples), _first(validation, args.max_eval_samples)
+    train, validation = _first(train, args.max_train_samples), _first(validation, args.max_eval_samples)
+    if isinstance(train, IterableDataset):
+        train = train.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
+    return train, validation
 
 
-def _load(args: ScriptArguments) -> tuple[Dataset | None, Dataset | None]:
+def _load(args: ScriptArguments) -> tuple[Any, Any]:
     ways = {
         "--dataset_name": [args.dataset_name],
         "--train_dir or --validation_dir": [args.train_dir, args.validation_dir],
@@ -35,19 +45,35 @@ def _load(args: ScriptArguments) -> tuple[Dataset | None, Dataset | None]:
         found = " and ".join(named) if named else "none"
         raise HardAttentionError(f"the data comes from {found}; name exactly one source: {', '.join(ways)}.")
     if args.dataset_name:
-        found = load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+        where = (args.dataset_name, args.dataset_config_name)
+        splits = get_dataset_split_names(*where) if args.streaming else None
+        found = splits or load_dataset(*where, cache_dir=args.cache_dir)
         if args.train_split not in found:
             raise unknown("split", args.train_split, found, args.dataset_name)
-        return found[args.train_split], found.get(args.validation_split)
+        if not splits:
+            return found[args.train_split], found.get(args.validation_split)
+        train = _stream(*where, split=args.train_split)
+        validation = args.validation_split if args.validation_split in splits else None
+        return train, validation and load_dataset(*where, split=validation, cache_dir=args.cache_dir)
     if args.train_dir or args.validation_dir:
         folders = _existing({"train": args.train_dir, "validation": args.validation_dir}, Path.is_dir, "folder")
-        found = load_dataset(
-            "imagefolder", data_files={k: f"{v}/**" for k, v in folders.items()}, cache_dir=args.cache_dir
-        )
-        return found.get("train"), found.get("validation")
-    files = _existing({"train": args.train_file, "validation": args.validation_file}, Path.is_file, "file")
-    found = DatasetDict({split: _read_file(path, args) for split, path in files.items()})
-    return found.get("train"), found.get("validation")
+        files = {split: ("imagefolder", {"data_files": f"{folder}/**"}) for split, folder in folders.items()}
+    else:
+        paths = _existing({"train": args.train_file, "validation": args.validation_file}, Path.is_file, "file")
+        files = {split: _format(path) for split, path in paths.items()}
+    data = {
+        split: _stream(kind, split="train", **options)
+        if args.streaming and split == "train"
+        else load_dataset(kind, split="train", cache_dir=args.cache_dir, **options)
+        for split, (kind, options) in files.items()
+    }
+    return data.get("train"), data.get("validation")
+
+
+def _stream(*where: Any, **options: Any) -> IterableDataset:
+    """A stream that knows its columns: where the format does not tell, its first rows do."""
+    data = load_dataset(*where, streaming=True, **options)
+    return data if data.features else data.cast(Dataset.from_list(list(data.take(100))).features)
 
 
 def _existing(paths: dict[str, str | None], test: Callable[[Path], bool], what: str) -> dict[str, Path]:
@@ -60,18 +86,20 @@ def _existing(paths: dict[str, str | None], test: Callable[[Path], bool], what: 
     return given
 
 
-def _read_file(path: Path, args: ScriptArguments) -> Dataset:
+def _format(path: Path) -> tuple[str, dict[str, Any]]:
+    """Reader of a file, and its options."""
     if path.suffix not in FORMATS:
         raise unknown("data format", path.suffix, FORMATS, str(path))
-    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-    return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=args.cache_dir, **options)
+    return FORMATS[path.suffix], {"data_files": str(path), **({"sep": "\t"} if path.suffix == ".tsv" else {})}
 
 
-def _first(data: Dataset | None, count: int | None) -> Dataset | None:
-    return data if data is None or count is None else data.select(range(min(count, len(data))))
+def _first(data: Any, count: int | None) -> Any:
+    if data is None or count is None:
+        return data
+    return data.select(range(min(count, len(data)))) if isinstance(data, Dataset) else data.take(count)
 
 
-def column(data: Dataset | None, wanted: str | None, usual: tuple[str, ...], flag: str) -> str:
+def column(data: Any, wanted: str | None, usual: tuple[str, ...], flag: str) -> str:
     """The name of a column: ``wanted``, or the first of ``usual`` that exists.
 
     Raises:
