@@ -7,8 +7,9 @@
     torchrun --nproc_per_node 2 scripts/train_blip.py --config scripts/configs/blip.yaml --cpu       # two CPU processes
 
 --task names what is learned: captioning (the default), visual_question_answering, image_text_retrieval, video_captioning or
-video_text_retrieval. Images and captions come from the Hub (--dataset_name), from a folder with a metadata.jsonl or metadata.csv (--train_dir), or from a csv or
-json file of paths and captions (--train_file). Without --sites, --budget or --hard_attention the model trains soft, for comparison.
+video_text_retrieval. Images and texts come from the Hub (--dataset_name), from a folder with a metadata.jsonl or metadata.csv
+(--train_dir), or from a csv or json file of paths and texts (--train_file); videos are files, folders of images or lists of images.
+Without --sites, --budget or --hard_attention the model trains soft, for comparison.
 """
 
 from __future__ import annotations

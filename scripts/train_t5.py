@@ -7,8 +7,9 @@
     torchrun --nproc_per_node 2 scripts/train_t5.py --config scripts/configs/t5.yaml --cpu       # two CPU processes
 
 --task names what is learned: translation (the default), summarisation, text_classification, extractive_question_answering or
-generative_question_answering. Text comes from the Hub (--dataset_name) or from a csv or json file, as two columns or as one `translation` column of dicts by language
-(--source_lang en --target_lang fr). Without --sites, --budget or --hard_attention the model trains soft, for comparison.
+generative_question_answering. Text comes from the Hub (--dataset_name) or from a csv or json file, as two columns or as one
+`translation` column of dicts by language (--source_lang en --target_lang fr). Without --sites, --budget or --hard_attention the model
+trains soft, for comparison.
 """
 
 from __future__ import annotations
