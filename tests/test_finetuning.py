@@ -399,7 +399,7 @@ def test_video_is_read_from_a_file_a_folder_and_a_list(tmp_path: Path) -> None:
     """Frame i has grey level 20 i in all three; a lossless file gives the very pixels."""
     import av
 
-    from hf_hardattn.training.videos import read_frames, spaced
+    from hf_hardattn.training.videos import check_frames, read_frames, spaced
 
     (tmp_path / "folder").mkdir()
     with av.open(str(tmp_path / "v.mkv"), "w") as container:
@@ -423,7 +423,8 @@ def test_video_is_read_from_a_file_a_folder_and_a_list(tmp_path: Path) -> None:
         (None, "no frames"),
     ):
         with pytest.raises(hf_hardattn.HardAttentionError, match=message):
-            read_frames(value, tmp_path, 2)
+            check_frames(value, tmp_path)
+    check_frames("v.mkv", tmp_path)
 
 
 VIDEO = {

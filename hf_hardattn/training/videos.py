@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ def read_frames(value: Any, folder: Path, count: int) -> list[Any]:
 
 def check_frames(value: Any, folder: Path) -> None:
     """Raise HardAttentionError where ``read_frames`` would, as far as a first frame tells."""
-    read_frames(value, folder, 1)
+    if isinstance(value, str) and not (folder / value).is_dir():
+        _decode(folder / value, 1, most=1)
+    else:
+        read_frames(value, folder, 1)
 
 
 def spaced(total: int, count: int) -> list[int]:
@@ -44,7 +48,7 @@ def spaced(total: int, count: int) -> list[int]:
     return [min(total - 1, (2 * i + 1) * total // (2 * count)) for i in range(count)]
 
 
-def _decode(path: Path, count: int) -> list[Any]:
+def _decode(path: Path, count: int, most: int | None = None) -> list[Any]:
     try:
         import av
     except ImportError as error:
@@ -52,7 +56,7 @@ def _decode(path: Path, count: int) -> list[Any]:
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            frames = [frame.to_image() for frame in container.decode(stream)]
+            frames = [frame.to_image() for frame in itertools.islice(container.decode(stream), most)]
     except (OSError, IndexError, av.FFmpegError) as error:
         raise HardAttentionError(
             f"the video {path} cannot be read ({type(error).__name__}: {error}); every row needs a whole file with a video stream. "
