@@ -324,7 +324,7 @@ def test_the_command_line_of_hf_and_ours(hub, folders, tmp_path):
 def test_path_tricks_in_file_names(hub, ann, folders):
     """Nothing of a repository with such a name is read or written."""
     for number, name in enumerate(
-        ("../evil.json", "a/../../evil.safetensors", "/abs.json", "C:\\evil.json", "x\n.json")
+        ("../evil.json", "a/../../evil.safetensors", "/abs.json", "C:\\evil.json", "x\n.json", "x\u202e.json")
     ):
         repo = f"ann/tricks{number}"
         push(ann, folders / "full", repo, dry_run=False)

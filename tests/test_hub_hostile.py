@@ -95,6 +95,12 @@ def test_every_form_loads_unharmed(saved, form):
         ({"hidden_act": "os.system"}, "cannot be loaded as ViTForImageClassification"),
         ({"architectures": ["GPT2LMHeadModel"]}, "names the class 'GPT2LMHeadModel'"),
         ({"architectures": ["pipeline"]}, "names the class 'pipeline'"),
+        ({"architectures": ["onnx"]}, "names the class 'onnx'"),
+        ({"architectures": ["modeling_vit"]}, "names the class 'modeling_vit'"),
+        (
+            {"transformers_weights": "../other/model.safetensors"},
+            "sets 'transformers_weights'; that would load other code",
+        ),
         ({"architectures": []}, "names the class 'None'"),
         ({"model_type": "t5"}, "says model_type='t5'"),
         ({"attn_implementation": "evil/kernel"}, "would load other code"),
@@ -287,7 +293,15 @@ def test_a_base_that_moved_is_refused(copy, tmp_path):
         ({"rank_pattern": {"q_proj": 10**9}}, "has rank"),
         ({"target_modules": "(a+)+$"}, "is no plain name or pattern"),
         ({"target_modules": ["nothing"]}, "does not fit its base"),
-        ({"peft_type": "EVIL"}, "does not fit its base"),
+        ({"target_modules": ".*.*.*.*.*.*x"}, "is no plain name or pattern"),
+        ({"target_modules": "a?a?a?a?a?a?aaaaaa"}, "is no plain name or pattern"),
+        ({"alpha_pattern": {"(a|b)+c": 2}}, "is no plain name; it is refused"),
+        ({"peft_type": "EVIL"}, "has peft_type='EVIL'; load.. reads LORA"),
+        (
+            {"peft_type": "PROMPT_TUNING", "tokenizer_kwargs": {"trust_remote_code": True}},
+            "has peft_type='PROMPT_TUNING'",
+        ),
+        ({"peft_type": ["LORA"]}, "has peft_type="),
         ({"base_model_name_or_path": None}, "names no base model"),
         ({"base_model_name_or_path": "../../somewhere/else/x"}, "neither a folder nor the name"),
         ({"modules_to_save": None}, "disagree on|neither the base"),
@@ -440,6 +454,57 @@ def test_no_argument_holds_a_token():
     """Trackers are given all arguments of a script; none of them can be a token."""
     names = [field.name for field in fields(ScriptArguments)]
     assert "hub_model_id" in names and not any("token" in name for name in names)
+
+
+def test_one_folder_holds_one_form(tmp_path):
+    model = harden(stock())
+    hf_hardattn.save(model, tmp_path / "x", selectors_only=True, base_model="a/b")
+    with pytest.raises(
+        HardAttentionError, match="holds hard_attention.json, so load.. would take it for selectors alone"
+    ):
+        hf_hardattn.save(model, tmp_path / "x")
+    hf_hardattn.save(model, tmp_path / "x", selectors_only=True, base_model="a/b")
+    hf_hardattn.save(with_adapter(model), tmp_path / "y", base_model="a/b")
+    with pytest.raises(HardAttentionError, match="holds adapter_config.json, so load.. would take it for an adapter"):
+        hf_hardattn.save(harden(stock()), tmp_path / "y")
+
+
+def test_names_that_are_no_tricks():
+    for name in ("tést 模型.png", "a/b [1] (copy).json", ".gitattributes", "v1..2.md", "it's & that.txt", "a" * 200):
+        assert check_name(name, "x") == name
+    for name in (
+        "",
+        "/a",
+        "a//b",
+        "..",
+        "a/..",
+        "./a",
+        "a\\b",
+        "C:x",
+        "a\x00",
+        "a\n",
+        "a\u202eb",
+        "a\u200b",
+        "a ",
+        "a.",
+        "nul*",
+        "x" * 1001,
+    ):
+        with pytest.raises(HardAttentionError, match="is no file name of x"):
+            check_name(name, "x")
+
+
+def test_a_token_that_looks_like_nothing(copy):
+    """One that is passed by hand is known although it has no token's form."""
+    folder, token = copy("full"), "correct horse battery"
+    assert token not in redact(f"no {token} here", token)
+    (folder / "README.md").write_text(f"# A card\n{token}\n")
+    with pytest.raises(HardAttentionError, match="README.md holds an access token"):
+        hf_hardattn.push(folder, "me/x", token=token)
+    for word in ("message", "branch", "tag"):
+        with pytest.raises(HardAttentionError, match=f"the {word} holds an access token") as refused:
+            hf_hardattn.push(folder, "me/x", token=token, **{word: f"with {token}"})
+        assert token not in str(refused.value)
 
 
 def test_tokens_are_blanked():

@@ -19,7 +19,10 @@ from .untrusted import read_config, read_json, walk
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings of PEFT that import other packages, copy layers, or run an initialisation on data.
 REFUSED = ("megatron_config", "layer_replication", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
-_REPEATED_GROUP = re.compile(r"\)\s*[*+{]")  # a module pattern of this form can take forever to match
+# Methods that put small weights beside the base's own. Others bring tokenizers, other adapters or code of their own.
+METHODS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "VERA", "FOURIERFT", "LN_TUNING")
+# Module patterns that can take forever to match: a repeated group, or many repetitions in a row.
+_REPEATED_GROUP, _REPETITION, MOST_REPETITIONS = re.compile(r"\)\s*[*+{]"), re.compile(r"[*+{]|(?<!\()\?"), 5
 
 
 def save_adapter(model: Any, folder: Path, base_model: str | None, base_revision: str | None) -> None:
@@ -126,6 +129,11 @@ def load_adapter(
 def _read_settings(source: Source, largest: int) -> dict[str, Any]:
     """Read and check adapter_config.json; ``largest`` is the largest dimension of any tensor of the adapter."""
     settings, where = read_json(source.folder / CONFIG, source.name), source.name
+    if settings.get("peft_type") not in METHODS:
+        raise HardAttentionError(
+            f"{CONFIG} of {where} has peft_type={str(settings.get('peft_type'))[:100]!r}; load() reads {', '.join(METHODS)}. Load another "
+            "with PEFT itself, if you trust it."
+        )
     for name in REFUSED:
         if settings.get(name):
             raise HardAttentionError(
@@ -141,14 +149,19 @@ def _read_settings(source: Source, largest: int) -> dict[str, Any]:
             f"{CONFIG} of {where} has rank {str(ranks)[:60]}; its tensors have no dimension above {largest}."
         )
     for key, value in walk(settings):
-        if isinstance(value, str) and (len(value) > 500 or _REPEATED_GROUP.search(value)):
+        if isinstance(value, str) and (len(value) > 500 or _is_slow(value)):
             raise HardAttentionError(
                 f"{CONFIG} of {where}: {key[:100]}={value[:100]!r} is no plain name or pattern; it is refused."
             )
-        if _REPEATED_GROUP.search(key):
+        if len(key) > 500 or _is_slow(key):
             raise HardAttentionError(f"{CONFIG} of {where}: the key {key[:100]!r} is no plain name; it is refused.")
     if not isinstance(settings.get("base_model_name_or_path"), str) or not settings["base_model_name_or_path"]:
         raise HardAttentionError(f"{CONFIG} of {where} names no base model; it cannot be loaded.")
     if not isinstance(settings.get("revision"), (str, type(None))):
         raise HardAttentionError(f"{CONFIG} of {where}: revision={str(settings['revision'])[:100]!r} is no revision.")
     return settings
+
+
+def _is_slow(pattern: str) -> bool:
+    """Whether matching a module's name against ``pattern`` could take time without end; PEFT takes any regular expression."""
+    return bool(_REPEATED_GROUP.search(pattern)) or len(_REPETITION.findall(pattern)) > MOST_REPETITIONS

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -21,15 +21,24 @@ from .tensors import Header, read_headers
 from .untrusted import read_config, read_json, walk
 
 # Keys that would make Transformers fetch kernels or bring in other packages.
-REFUSED = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "quantization_config")
+REFUSED = (
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "quantization_config",
+    "transformers_weights",  # another file of weights than the one that was looked at
+)
 ROOM = 2**20  # integers and parameters that a configuration may name beyond what its weights hold
 
 
 def model_class(name: Any, where: str) -> type[PreTrainedModel]:
     """The class called ``name``, if it is one of Transformers' own models that hard attention serves."""
-    families = tuple(registry.load("architectures", each).family for each in registry.names("architectures"))
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and found.__module__.startswith(families)):
+    found: Any = None
+    for each in registry.names("architectures"):
+        # looked up in these packages alone: a name must not make Transformers import whatever else it knows
+        package = importlib.import_module(registry.load("architectures", each).family.rstrip("."))
+        found = found or (getattr(package, name, None) if isinstance(name, str) else None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         known = ", ".join(registry.names("architectures"))
         raise HardAttentionError(
             f"{where} names the class {str(name)[:100]!r}; it must be one of Transformers' models of: {known}."

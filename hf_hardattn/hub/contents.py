@@ -23,7 +23,7 @@ EXPECTED = re.compile(
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json|vocab\.txt|merges\.txt"
     r"|(spiece|sentencepiece\.bpe|tokenizer)\.model|chat_template\.jinja"
     r"|README\.md|LICENSE(\.\w+)?|NOTICE(\.\w+)?|CITATION\.cff|\.gitattributes"
-    r"|log\.jsonl|([\w-]+/)?[\w.-]+\.(png|jpg|jpeg|svg)|\.eval_results/[\w-]+\.yaml"
+    r"|log\.jsonl|([\w-]+/)?[\w.-]+\.(png|jpg|jpeg)|\.eval_results/[\w-]+\.yaml"
 )
 # What training leaves beside a model; never part of it.
 LEFT_OUT = (
@@ -34,6 +34,7 @@ LEFT_OUT = (
     ".git/*",
     ".cache/*",
     "__pycache__/*",
+    "source.json",  # of the card: it points to results on this machine; card.json is the record
     "training_args.bin",
     "trainer_state.json",
     ".DS_Store",
@@ -45,11 +46,14 @@ STALE = re.compile(
 )
 
 
-def list_files(folder: Path, exclude: tuple[str, ...] = (), lenient: bool = False) -> tuple[list[str], list[str]]:
+def list_files(
+    folder: Path, exclude: tuple[str, ...] = (), lenient: bool = False, token: str | None = None
+) -> tuple[list[str], list[str]]:
     """Names of the files to push, and of those left out.
 
     Args:
-        exclude: more globs to leave out. lenient: leave unexpected and unsafe files out instead of refusing.
+        exclude: more globs to leave out. lenient: leave unexpected and unsafe files out instead of refusing. token: must
+            stand in none of them.
 
     Raises:
         HardAttentionError: a file that is unsafe, unexpected, a link out of the folder, or holds an access token.
@@ -71,7 +75,7 @@ def list_files(folder: Path, exclude: tuple[str, ...] = (), lenient: bool = Fals
             raise HardAttentionError(
                 f"{name} links out of {folder}; copy the file into it, or leave it out: --exclude {name!r}."
             )
-        _check_file(path, name)
+        _check_file(path, name, token)
         kept.append(name)
     return kept, left
 
@@ -128,7 +132,7 @@ def _check_base(base: object, where: str) -> None:
         )
 
 
-def _check_file(path: Path, name: str) -> None:
+def _check_file(path: Path, name: str, token: str | None) -> None:
     check_name(name, "the folder")
     if name == STUB:
         if stub_is_ours(path):
@@ -145,7 +149,7 @@ def _check_file(path: Path, name: str) -> None:
         raise HardAttentionError(
             f"{name} is no file of a model or its card; nothing unexpected is pushed. Leave it out: --exclude {name!r}."
         )
-    if holds_token(path):
+    if holds_token(path, token):
         raise HardAttentionError(
             f"{name} holds an access token; it must not leave this machine. Remove it there, and revoke the token."
         )

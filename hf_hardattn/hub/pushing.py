@@ -90,12 +90,19 @@ def push(
         HardAttentionError: unsafe or unexpected files, a soft model, a repository of the other visibility, no right to write, an upload
             that broke off.
     """
+    for word, given in (("message", message), ("branch", branch), ("tag", tag)):
+        if given and redact(given, token) != given:
+            raise HardAttentionError(
+                f"the {word} holds an access token; everybody with the repository would read it. Take it out."
+            )
     try:
         validate_repo_id(repo_id)
     except HFValidationError:  # its text repeats the name, which may be a token in the wrong place
-        raise HardAttentionError(f"{redact(repo_id)[:200]!r} is no repository's name; a name is 'user/name'.") from None
+        raise HardAttentionError(
+            f"{redact(repo_id, token)[:200]!r} is no repository's name; a name is 'user/name'."
+        ) from None
     if "/" not in repo_id:
-        raise HardAttentionError(f"{redact(repo_id)!r} names no owner; a repository's name is 'user/name'.")
+        raise HardAttentionError(f"{redact(repo_id, token)!r} names no owner; a repository's name is 'user/name'.")
     if pull_request and (branch or tag):
         raise HardAttentionError(
             "a pull request takes neither branch nor tag; it is opened against main. Drop one of them."
@@ -116,7 +123,7 @@ def make_plan(
     token: str | None,
 ) -> Plan:
     """Look at the folder and at the repository; write nothing anywhere."""
-    names, left = list_files(folder, exclude, lenient)
+    names, left = list_files(folder, exclude, lenient, token)
     form = check_hard(folder, names, lenient)
     problems = check_card(folder) if {CARD, RECORD} <= set(names) else []
     if any(problem.startswith(EDITED) for problem in problems):
@@ -132,7 +139,7 @@ def make_plan(
     except RepositoryNotFoundError:
         exists = False
     except Exception as error:
-        raise _failed("the Hub could not be asked about", repo_id, error) from error
+        raise _failed("the Hub could not be asked about", repo_id, error, token) from error
     if exists and private == public:
         raise HardAttentionError(_other_visibility(repo_id, private))
     if pull_request and not exists:
@@ -188,9 +195,9 @@ def _send(plan: Plan, folder: Path, message: str, token: str | None) -> Plan:
         if made is not None:
             raise HardAttentionError(
                 f"the files are in {repo_id} as commit {made.oid}, but the tag {plan.tag!r} failed ({type(error).__name__}: "
-                f"{redact(' '.join(str(error).split()))[:300]}). Set the tag on that commit; do not push again."
+                f"{redact(' '.join(str(error).split()), token)[:300]}). Set the tag on that commit; do not push again."
             ) from error
-        raise _failed("the push failed:", repo_id, error) from error
+        raise _failed("the push failed:", repo_id, error, token) from error
     return Plan(**{**vars(plan), "parent": parent, "commit": made.oid, "url": made.pr_url or made.commit_url})
 
 
@@ -203,9 +210,9 @@ def _other_visibility(repo_id: str, private: bool) -> str:
     return f"{repo_id} is PUBLIC; the push was to be private. Nothing was sent. Say public=True (--public), or take another name."
 
 
-def _failed(what: str, repo_id: str, error: Exception) -> HardAttentionError:
+def _failed(what: str, repo_id: str, error: Exception, token: str | None) -> HardAttentionError:
     status = getattr(getattr(error, "response", None), "status_code", None)
-    text = redact(" ".join(str(error.__cause__ or error).split()))[:400]
+    text = redact(" ".join(str(error.__cause__ or error).split()), token)[:400]
     if status == 412:
         return HardAttentionError(
             f"somebody else pushed to {repo_id} meanwhile; nothing was overwritten. Look at their commit, then push again."

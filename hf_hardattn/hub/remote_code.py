@@ -65,6 +65,6 @@ def auto_class(name: str) -> str | None:
 
 def stub_is_ours(path: Path) -> bool:
     """Whether the file is, but for the class's name, the one that ``add_stub`` writes."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     name = text.rpartition("\nclass ")[2].partition("(")[0]
     return name.isidentifier() and text == _TEXT.format(name=name)

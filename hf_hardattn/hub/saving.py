@@ -41,14 +41,21 @@ def save(
         The folder.
 
     Raises:
-        HardAttentionError: no hard attention; no name of the base; an adapter without its selectors.
+        HardAttentionError: no hard attention; no name of the base; an adapter without its selectors; a folder that holds another form.
     """
     folder, inner = Path(folder), unwrap(model)
     if not selectors(inner):
         raise HardAttentionError(
             f"{type(inner).__name__} has no hard-attention sites; save() is for hard models. Call apply() first, or save_pretrained()."
         )
-    if hasattr(inner, "peft_config"):
+    adapter = hasattr(inner, "peft_config")
+    for form, name in (("selectors alone", selector_only.CONFIG), ("an adapter", adapters.CONFIG)):
+        mine = selectors_only if name == selector_only.CONFIG else adapter
+        if not mine and (folder / name).exists():  # load() looks for these first
+            raise HardAttentionError(
+                f"{folder} holds {name}, so load() would take it for {form} still; one folder holds one form. Save to another, or remove it."
+            )
+    if adapter:
         if selectors_only:
             raise HardAttentionError(
                 "selectors_only=True of a PEFT model would leave its adapter out. Save the adapter (selectors_only=False), or "

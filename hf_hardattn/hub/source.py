@@ -68,21 +68,29 @@ def fetch(
         validate_repo_id(str(name))
     except HFValidationError:  # its text repeats the name, which may be a token in the wrong place
         raise HardAttentionError(
-            f"{redact(str(name))[:200]!r} is neither a folder nor the name of a repository; a name is 'user/name'."
+            f"{redact(str(name), token)[:200]!r} is neither a folder nor the name of a repository; a name is 'user/name'."
         ) from None
+    offline = local_files_only or constants.HF_HUB_OFFLINE
     try:
-        return _download(str(name), revision, token, cache_dir, local_files_only or constants.HF_HUB_OFFLINE)
+        return _download(str(name), revision, token, cache_dir, offline)
     except LocalEntryNotFoundError as error:
+        if not offline:
+            raise _unanswered(name, token, error) from error
         raise HardAttentionError(
             f"{name} is not in the cache, and nothing is downloaded offline. Load it once with a connection, or name a folder."
         ) from error
     except (HardAttentionError, HfHubHTTPError):
         raise
     except Exception as error:  # noqa: BLE001 - what the client's transport raises when nobody answers
-        raise HardAttentionError(
-            f"{name} cannot be fetched ({type(error).__name__}: {redact(' '.join(str(error).split()))[:300]}); the Hub did not answer. "
-            "Try again, or pass local_files_only=True for what is in the cache."
-        ) from error
+        raise _unanswered(name, token, error) from error
+
+
+def _unanswered(name: str | Path, token: str | bool | None, error: Exception) -> HardAttentionError:
+    text = redact(" ".join(str(error).split()), token)[:300]
+    return HardAttentionError(
+        f"{name} cannot be fetched ({type(error).__name__}: {text}); the Hub did not answer. "
+        "Try again, or pass local_files_only=True for what is in the cache."
+    )
 
 
 def _download(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,20 @@ from ..errors import HardAttentionError
 MOST_BYTES = 10 * 1024 * 1024  # of a JSON file; the largest real index is about 1 MB
 MOST_DEPTH = 32
 LARGEST = 2**31 - 1
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ +=@,()-]{0,199}|\.[A-Za-z][A-Za-z0-9._-]{0,99}")
+_NO_PART_OF_A_NAME = frozenset('\\:*?"<>|%')  # of other systems' paths, of shells, of encoded slashes and dots
 
 
 def check_name(name: str, where: str) -> str:
     """Return ``name`` if it is a plain relative path of a file inside its repository.
 
     Raises:
-        HardAttentionError: an absolute path, ``..``, a backslash, a drive, a control character, a name of odd characters.
+        HardAttentionError: an absolute path, ``..``, a backslash, a drive, a control or invisible character, a name that ends in a
+            space or dot, which some systems drop.
     """
     parts = name.split("/")
-    if len(name) > 1000 or not all(_PART.fullmatch(part) and ".." not in part for part in parts):
+    if len(name) > 1000 or not name.isprintable() or not all(map(_is_part, parts)):
         raise HardAttentionError(
-            f"{name[:200]!r} is no file name of {where}; a name is a relative path of letters, digits and ._-, inside the repository. "
+            f"{name[:200]!r} is no file name of {where}; a name is a relative path of plain characters, inside the repository. "
             "Nothing was read; do not use this repository."
         )
     return name
@@ -99,6 +99,16 @@ def read_config(data: Any, where: str) -> HardAttentionConfig:
             f"hard_attention of {where} is not a configuration ({_line(error)}); names and numbers only, as HardAttentionConfig "
             "writes them."
         ) from error
+
+
+def _is_part(part: str) -> bool:
+    """Whether ``part`` is a plain name between two slashes of a path."""
+    return (
+        0 < len(part.encode(errors="replace")) <= 255
+        and part == part.strip()
+        and not part.endswith(".")
+        and not _NO_PART_OF_A_NAME & set(part)
+    )
 
 
 def _line(error: BaseException) -> str:
