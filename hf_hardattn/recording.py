@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import HardAttentionError, unknown
+from .laws import ConditionalBernoulli
 from .selection import Selection
 from .selector import Selector
 from .sites import HardLayers
@@ -34,6 +35,42 @@ def _idle(wrapper: Any) -> set[int]:
     active = [] if wrapper.disable_adapters else [n for n in wrapper.active_adapters if n in wrapper.modules_to_save]
     idle = {id(module) for name, module in wrapper.modules_to_save.items() if name not in active}
     return idle | {id(wrapper.original_module)} if active else idle
+
+
+class Recorded(Selection):
+    """A selection as a recording holds it: ``log_prob`` and ``entropy`` are always there, worked out when somebody asks.
+
+    Where the estimator drew by a law of its own (training), they are that law's. Otherwise they are of the law that the scores
+    define over the sets of as many positions, ``p(S) ~ exp(sum of the scores in S)``: how sure the selector was of its choice.
+    """
+
+    @classmethod
+    def of(cls, selection: Selection) -> Recorded:
+        """The same selection, no copy: what its site notes on it later (``positions``) is seen too."""
+        found = object.__new__(cls)
+        found.__dict__ = selection.__dict__
+        return found
+
+    @property  # type: ignore[override]  # a field of the class above, here with a default that costs something
+    def log_prob(self) -> Tensor:
+        """fp32 ``[B, H, Q]``."""
+        known = self.__dict__["log_prob"]
+        return self._law().log_prob(self._chosen()) if known is None else known
+
+    @property  # type: ignore[override]
+    def entropy(self) -> Tensor:
+        """fp32 ``[B, H, Q]``, nats."""
+        known = self.__dict__["entropy"]
+        return self._law().entropy() if known is None else known
+
+    def _chosen(self) -> Tensor:
+        return self.mask if self.required is None else self.mask & ~self.required
+
+    def _law(self) -> ConditionalBernoulli:
+        candidates = self.valid if self.required is None else self.valid & ~self.required
+        chosen = self._chosen()
+        scores = self.scores.detach().float().expand(chosen.shape)
+        return ConditionalBernoulli(scores, chosen.sum(-1), candidates.expand(chosen.shape))
 
 
 class Recording(list[Selection]):
@@ -108,11 +145,11 @@ class Recording(list[Selection]):
         return list(found.values())[::-1]
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row a site: calls, mean kept ratio, and the mean entropy (nats) of its law where its estimator has one."""
+        """One row a site: calls, mean kept ratio, and the mean entropy (nats), see ``Recorded``."""
         rows = []
         for site in self.sites:
             made = self[site]
-            known = [s.entropy.float().mean() for s in made if s.entropy is not None]
+            known = [s.entropy.float().mean() for s in made if s.entropy is not None]  # one made by hand has none
             rows.append(
                 {
                     "site": site,
@@ -145,7 +182,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
 
     def note(module: nn.Module, args: Any, selection: Selection) -> None:
         if torch._C._current_graph_task_id() == -1:  # a recomputation inside backward is no new choice
-            recording.append(selection)
+            recording.append(Recorded.of(selection))
 
     handles = [m.register_forward_hook(note) for m in found if isinstance(m, Selector)]
     if not handles:

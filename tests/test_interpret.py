@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from html.parser import HTMLParser
 from typing import Any
 
@@ -149,6 +150,30 @@ def test_recording_runs_no_tensor_operation() -> None:
             model(**batch)
         counts.append(count.calls)
     assert counts[0] == counts[1]
+
+
+def test_every_recorded_choice_has_its_probability() -> None:
+    """In evaluation too: against the law enumerated by hand."""
+    model, batch = example(Vit, "ViTForImageClassification", {"vision.inputs": {"budget": 3, "estimator": "imle"}})
+    made = recorded(model, batch)["vision.inputs"][0]
+    for row in range(len(made.mask)):
+        scores = made.scores[row, 0, 0, 1:].double()  # CLS is first, and no choice
+        weights = {s: sum(scores[i] for i in s).exp() for s in itertools.combinations(range(9), 3)}
+        every = sum(weights.values())
+        kept = tuple(i for i in range(9) if made.mask[row, 0, 0, 1 + i])
+        assert made.log_prob[row, 0, 0].item() == pytest.approx(float((weights[kept] / every).log()), abs=1e-5)
+        entropy = -sum(float(w / every * (w / every).log()) for w in weights.values())
+        assert made.entropy[row, 0, 0].item() == pytest.approx(entropy, abs=1e-4)
+    (summary,) = recorded(model, batch).summary()
+    assert summary["entropy"] == pytest.approx(float(made.entropy.mean()))
+
+
+def test_a_training_choice_keeps_the_probability_it_was_drawn_with() -> None:
+    model, batch = example(Vit, "ViTForImageClassification", {"vision.inputs": {"budget": 3, "estimator": "reinforce"}})
+    model.train()
+    with hf_hardattn.record(model) as recording:
+        model(**batch)
+    assert recording[0].log_prob.requires_grad and recording[0].log_prob is recording[0].log_prob
 
 
 def test_characters_boxes_seconds() -> None:
