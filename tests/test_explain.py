@@ -175,6 +175,24 @@ def test_what_cannot_be_explained(tmp_path: Path, photos: Path) -> None:
     assert len(read_inputs(str(photos), limit=2)) == 2
 
 
+def test_every_form_of_a_checkpoint_is_explained(tmp_path: Path) -> None:
+    """Selectors alone take the base's tokenizer; an adapter is seen through."""
+    from peft import LoraConfig, get_peft_model
+
+    hard = T5ForConditionalGeneration.from_pretrained(t5(tmp_path / "hard"))
+    tokenizer("[BOS]", "</s>").save_pretrained(tmp_path / "base")
+    hf_hardattn.save(hard, tmp_path / "selectors", selectors_only=True, base_model=str(tmp_path / "base"))
+    adapted = get_peft_model(hard, LoraConfig(target_modules=["q"], modules_to_save=["selector", "input_selector"]))
+    hf_hardattn.save(adapted, tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    soft = hf_hardattn.remove(T5ForConditionalGeneration.from_pretrained(tmp_path / "hard"))
+    soft.save_pretrained(tmp_path / "base")
+    for form in ("selectors", "adapter"):
+        out = tmp_path / f"{form}.html"
+        result = run("explain", tmp_path / form, "--input", "red dog", "--no-measure", "--output", out)
+        assert result.exit_code == 0, result.output
+        assert "cannot influence the output" in out.read_text() and "<mark>" in out.read_text()
+
+
 def test_budget_moves_and_comes_back(tmp_path: Path, photos: Path) -> None:
     subject = Subject.load(str(vit(tmp_path / "vit")))
     batch = subject.encode(read_inputs(str(photos / "0.png")))
@@ -189,6 +207,7 @@ def test_budget_moves_and_comes_back(tmp_path: Path, photos: Path) -> None:
 def test_space_is_ready_to_push(tmp_path: Path) -> None:
     """``app.py`` runs on what the folder holds, the front matter is a Space's, and requirements name no local thing."""
     model = vit(tmp_path / "tiny")
+    (model / "training_args.bin").write_bytes(b"a pickle")
     result = run("demo", "--space", tmp_path / "space", "--model", model)
     assert result.exit_code == 0, result.output
     space = tmp_path / "space"
@@ -200,7 +219,8 @@ def test_space_is_ready_to_push(tmp_path: Path) -> None:
         "requirements.txt",
     ]
     ast.parse((space / "app.py").read_text())
-    assert "['models/tiny']" in (space / "app.py").read_text() and (space / "models/tiny/config.json").is_file()
+    assert "['models/0-tiny']" in (space / "app.py").read_text() and (space / "models/0-tiny/config.json").is_file()
+    assert not (space / "models/0-tiny/training_args.bin").exists()
     card = yaml.safe_load((space / "README.md").read_text().split("---")[1])
     assert card["sdk"] == "gradio" and card["app_file"] == "app.py" and card["sdk_version"].startswith("6.")
     needs = requirements()
@@ -219,5 +239,5 @@ def test_the_page_wants_hard_models(tmp_path: Path) -> None:
         build([])
     model = ViTForImageClassification.from_pretrained(vit(tmp_path / "vit"))
     hf_hardattn.remove(model).save_pretrained(tmp_path / "soft")
-    with pytest.raises(HardAttentionError, match="soft has no hard-attention sites; the page compares"):
+    with pytest.raises(HardAttentionError, match="soft has no hard_attention in its config.json: it is a soft model"):
         build([str(tmp_path / "soft")])

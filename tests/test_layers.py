@@ -46,6 +46,7 @@ LAYERS = {
     "registration": 7,
     "patching": 7,
     "video": 7,
+    "hub": 8,  # reads what training wrote, never its code; training's scripts push through it, interpret loads through it
     "interpret": 8,
     "metrics": 8,
     "efficiency": 8,
@@ -53,7 +54,6 @@ LAYERS = {
     "collapse": 8,
     "diagnostics": 8,
     "training": 9,
-    "hub": 9,  # reads what training wrote, never its code; training's scripts push through it
     "cli": 11,
     "__main__": 11,
     "__init__": 11,  # the package itself: it gathers the public names, so nothing below imports from it

@@ -143,11 +143,23 @@ def subgroups(record: Record) -> str:
     found = record["subgroups"]
     if why := missing(found):
         return f"## Subgroups\nNot measured: {plain(why)}"
-    rows = [
-        (plain(row["group"]), number(row["examples"], ","), _value(row["value"], record["task"]["unit"]))
-        for row in found
+    parts, unit = ["## Subgroups"], record["task"]["unit"]
+    if why := missing(found["quality"]):
+        parts.append(f"{plain(record['task']['metric_name'])} by subgroup: not measured ({plain(why)})")
+    else:
+        rows = [
+            (plain(row["group"]), number(row["examples"], ","), shown(row["hard"], unit), shown(row["soft"], unit))
+            for row in found["quality"]
+        ]
+        name = plain(record["task"]["metric_name"])
+        parts.append(table(("group", "examples", f"{name}, hard", f"{name}, soft"), rows))
+    parts += [
+        "",
+        "What the model keeps and drops by subgroup, as `hf-hardattn audit` says it:",
+        "",
+        bullets(found["selection"]),
     ]
-    return f"## Subgroups\n{table(('group', 'examples', plain(record['task']['metric_name'])), rows)}"
+    return "\n".join([*parts, "", plain(found["reads_as"])])
 
 
 def governance(record: Record) -> str:

@@ -75,7 +75,13 @@ FIELDS: dict[str, Any] = {
         }
     ),
     "faithfulness": Measured({"parity": NUMBER, "statements": NAMES, "reads_as": WORDS}),
-    "subgroups": Measured([{"group": WORDS, "examples": NUMBER, "value": NUMBER}]),
+    "subgroups": Measured(
+        {
+            "quality": Measured([{"group": WORDS, "examples": NUMBER, "hard": NUMBER, "soft": NUMBER}]),
+            "selection": NAMES,
+            "reads_as": WORDS,
+        }
+    ),
     "data": [{"name": WORDS, "source": WORDS, "licence": WORDS, "splits": WORDS, "people": WORDS}],
     "uses": {"intended": NAMES, "out_of_scope": NAMES, "limits": NAMES},
     "external_validation": WORDS,

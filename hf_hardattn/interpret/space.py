@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import HardAttentionError
+from ..hub.contents import check_hard, list_files
 
 APP = '''"""Soft and hard attention side by side."""
 
@@ -44,13 +45,14 @@ def write_space(folder: Path, models: Sequence[str]) -> list[str]:
     place on the Hub, the Hub. Push it with ``hf upload USER/NAME FOLDER --repo-type space``.
 
     Args:
-        folder: new or empty. models: local folders, copied into ``models/``, or names on the Hub.
+        folder: new or empty. models: local folders, whose weights, configurations and processors (nothing else) are copied
+            into ``models/``, or names on the Hub.
 
     Returns:
         the files at its top.
 
     Raises:
-        HardAttentionError: no model, or a folder that is not empty.
+        HardAttentionError: no model, a soft one, or a folder that is not empty; a model's folder that holds an access token.
     """
     if not models:
         raise HardAttentionError(
@@ -58,18 +60,21 @@ def write_space(folder: Path, models: Sequence[str]) -> list[str]:
         )
     if folder.exists() and any(folder.iterdir()):
         raise HardAttentionError(f"{folder} is not empty; a Space is written whole. Name a new folder.")
+    local = {
+        model: f"models/{number}-{Path(model).name}" for number, model in enumerate(models) if Path(model).is_dir()
+    }
+    files = {model: list_files(Path(model), lenient=True)[0] for model in local}  # raises before anything is written
+    for model, names in files.items():
+        check_hard(Path(model), names)
     folder.mkdir(parents=True, exist_ok=True)
     source = Path(__file__).parents[1]
     shutil.copytree(source, folder / "hf_hardattn", ignore=shutil.ignore_patterns("__pycache__", "_scripts"))
-    names = []
-    for model in models:
-        path = Path(model)
-        if path.is_dir():
-            shutil.copytree(path, folder / "models" / path.name, ignore=shutil.ignore_patterns("checkpoint*", "log*"))
-            names.append(f"models/{path.name}")
-        else:
-            names.append(model)
-    (folder / "app.py").write_text(APP.format(models=names), encoding="utf-8")
+    for model, place in local.items():
+        for name in files[model]:
+            (folder / place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(model) / name, folder / place / name)
+    shown = [local.get(model, model) for model in models]
+    (folder / "app.py").write_text(APP.format(models=shown), encoding="utf-8")
     (folder / "requirements.txt").write_text("\n".join(requirements()) + "\n", encoding="utf-8")
     card = CARD.format(gradio=importlib.metadata.version("gradio"))
     (folder / "README.md").write_text(card, encoding="utf-8")

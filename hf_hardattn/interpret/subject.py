@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
+from transformers import AutoProcessor
 
-from ..architectures import architecture_of
 from ..config import SiteConfig
 from ..errors import HardAttentionError
+from ..hub.loading import load
 from ..recording import Recording, record, selectors
 from ..selector import Selector
 
@@ -49,24 +49,14 @@ class Subject:
 
     @classmethod
     def load(cls, path: str) -> Subject:
-        """Load a checkpoint, hard as its config says, with the head it was saved with.
+        """Load a hard checkpoint of any form, with the head and the processor it was saved with; ``hf_hardattn.load`` says how safely.
 
         Raises:
-            HardAttentionError: the checkpoint names no head, or an unsupported one.
+            HardAttentionError: a soft, incomplete, damaged or hostile checkpoint.
         """
-        config = transformers.AutoConfig.from_pretrained(path)
-        heads = config.architectures or []
-        head = getattr(transformers, heads[0], None) if heads else None
-        if head is None:
-            raise HardAttentionError(
-                f"the config of {path} names no head (architectures: {heads}); a checkpoint made by save_pretrained does."
-            )
-        model = head.from_pretrained(path).eval()
-        if architecture_of(model) is None:
-            raise HardAttentionError(f"{heads[0]} is not supported by hard attention; T5, ViT and BLIP are.")
-        processor = None
-        if not Path(path).is_dir() or any(Path(path).glob("*token*.json")) or any(Path(path).glob("*processor*.json")):
-            processor = transformers.AutoProcessor.from_pretrained(path)
+        model = load(path)
+        model = model.get_base_model() if hasattr(model, "peft_config") else model  # the adapter's layers stay in it
+        processor = next((found for place in (path, model.name_or_path) if (found := _processor(place))), None)
         return cls(model, processor, Path(path).name if Path(path).exists() else path)
 
     @property
@@ -146,3 +136,16 @@ class Subject:
         finally:
             for selector, (config, schedule) in zip(found, before, strict=True):
                 selector.config, selector.budget_schedule = config, schedule
+
+
+def _processor(place: str) -> Any:
+    """What turns inputs into tensors, from a folder or repository; None where there is none (a selector-only one leaves it to its base)."""
+    folder = Path(place)
+    if folder.is_dir() and not [*folder.glob("*token*.json"), *folder.glob("*processor*.json")]:
+        return None
+    try:
+        return AutoProcessor.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError):
+        if folder.is_dir():
+            raise
+        return None
