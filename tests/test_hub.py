@@ -301,6 +301,46 @@ def test_pefts_own_ways_to_push_reload_hard(hub, ann, pushed, tmp_path):
     assert same(torch.load(tmp_path / "trained.pt"), torch.load(tmp_path / "trained2.pt"))
 
 
+@pytest.mark.parametrize(
+    "quirks", [["all regular", "small headers"], ["all lfs", "bare", "other words"]], ids=["regular", "bare"]
+)
+def test_other_answers_that_the_protocol_allows(hub, ann, bob, pushed, tmp_path, quirks):
+    """Files inline or all large, optional fields left out and unknown ones added, header names and error texts of another server."""
+    word = quirks[0].replace(" ", "-")
+    hub.control(quirks=quirks)
+    try:
+        for form in ("sharded", "selectors"):
+            push(ann, pushed / form, f"ann/{word}-{form}", dry_run=False, tag="v1", branch="side")
+        again = push(ann, pushed / "full", f"ann/{word}-sharded", dry_run=False)
+        assert again["exists"] and again["private"]
+        request = push(ann, pushed / "full", f"ann/{word}-selectors", dry_run=False, pull_request=True)
+        assert "/discussions/1" in request["url"]
+        fresh = hub.person(ANN, f"fresh-{word}")
+        fresh.do(
+            f"""
+            import sys; sys.path.insert(0, {str(TESTS)!r})
+            import hf_hardattn
+            from hub_server.models import keep_answer
+            for number, (name, revision) in enumerate({[(f"ann/{word}-sharded", None), (f"ann/{word}-sharded", "v1"), (f"ann/{word}-selectors", "side")]!r}):
+                for offline in (False, True):
+                    model = hf_hardattn.load(name, revision=revision, local_files_only=offline)
+                    keep_answer(model, {str(tmp_path)!r} + f"/{{number}}-{{offline}}.pt")
+            """
+        )
+        for path in tmp_path.glob("*.pt"):
+            assert same(torch.load(path), torch.load(pushed / "answer.pt")), path.name
+        assert len(list(tmp_path.glob("*.pt"))) == 6
+        with pytest.raises(Refused, match="RepositoryNotFoundError"):
+            bob.do(f"hf_hardattn.load('ann/{word}-sharded')")
+        with pytest.raises(Refused, match="HardAttentionError: the push failed: ann/.*403.*hf auth login"):
+            push(bob, pushed / "full", "ann/bobs", dry_run=False)
+        hub.control(races=[f"ann/{word}-sharded"])
+        with pytest.raises(Refused, match="somebody else pushed to .* meanwhile"):
+            push(ann, pushed / "sharded", f"ann/{word}-sharded", dry_run=False)
+    finally:
+        hub.control(quirks=[])
+
+
 def test_the_command_line_of_hf_and_ours(hub, folders, tmp_path):
     environment = hub.environment(ANN, "cli")
 

@@ -108,5 +108,8 @@ def _download(
             f"{name} holds nothing to load ({len(files)} other files); a model has config.json, adapter_config.json or "
             "hard_attention.json, and .safetensors weights."
         )
-    # the commit that was looked at is the one that is loaded, whatever is pushed meanwhile
-    return Source(Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted, **where)), name, info.sha)
+    # by the name that was asked for, so that the cache knows it offline
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, **where))
+    if info.sha and folder.name != info.sha:  # pushed to meanwhile: the commit that was looked at is the one that is loaded
+        folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted, **where))
+    return Source(folder, name, folder.name)

@@ -72,6 +72,7 @@ def run(
             for name in NAMES
         },
         "found": tested["hard"].get("recall"),
+        "test_examples": sum(len(task.references(batch.inputs)) for batch in task.test()),
         "subgroups": groups,
         "audit": {"findings": [finding.to_dict() for finding in findings], "caution": CAUTION},
         "certificate": verify(hard, asked).to_dict(),

@@ -31,6 +31,8 @@ class Handler(BaseHTTPRequestHandler):
             with hub.lock:
                 answer = self.answer(hub, parts.path, parse_qs(parts.query, keep_blank_values=True), body)
         except HubError as error:
+            if "other words" in hub.quirks and error.status != 401:
+                error.message = "Nope."
             headers = {"X-Error-Message": error.message, **error.extra.pop("headers", {})}
             headers |= {"X-Error-Code": error.code} if error.code else {}
             answer = Answer({"error": error.message, **error.extra}, error.status, headers)
@@ -72,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/octet-stream" if raw else "application/json")
         self.send_header("Content-Length", str(len(body)))
         for name, value in answer.headers.items():
-            self.send_header(name, value)
+            self.send_header(name.lower() if "small headers" in self.server.hub.quirks else name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)

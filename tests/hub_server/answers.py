@@ -186,7 +186,11 @@ def listing(request: Request, kind: str) -> Answer:
 @route("GET", f"{REPO}/revision/{REVISION}")
 def info(request: Request, kind: str, name: str, revision: str = "main") -> Answer:
     repo = request.hub.find(kind, name, request.user)
-    return Answer(describe(repo, repo.resolve(revision)))
+    found = describe(repo, repo.resolve(revision))
+    if "bare" in request.hub.quirks:
+        bare = {key: found[key] for key in ("id", "sha", "private")}
+        found = bare | {"siblings": [{"rfilename": row["rfilename"]} for row in found["siblings"]], "somethingNew": [{"a": 1}]}
+    return Answer(found)
 
 
 @route("GET", f"{REPO}/auth-check")
@@ -234,7 +238,7 @@ def refs(request: Request, kind: str, name: str) -> Answer:
 
     pulls = rows(repo.pulls, "refs/pr/") if "include_prs" in request.query else []
     heads, tags = rows(repo.branches, "refs/heads/"), rows(repo.tags, "refs/tags/")
-    return Answer({"branches": heads, "tags": tags, "converts": [], "pullRequests": pulls})
+    return Answer({"branches": heads, "tags": tags, "converts": [], "pullRequests": pulls, "somethingNew": None})
 
 
 @route("GET", f"{REPO}/commits/{REVISION}")
@@ -300,6 +304,7 @@ def preupload(request: Request, kind: str, name: str, revision: str) -> Answer:
         is_large = file["path"].endswith(LARGE) or file["size"] > LARGE_BYTES
         oid = files[file["path"]].etag if file["path"] in files else None
         mode = "lfs" if is_large else "regular"
+        mode = next((quirk for quirk in ("lfs", "regular") if f"all {quirk}" in request.hub.quirks), mode)
         found.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
     return Answer({"files": found})
 
@@ -316,6 +321,8 @@ def lfs_batch(request: Request, name: str, prefix: str = "") -> Answer:
         if asked["oid"] not in request.hub.objects:
             base = f"{request.endpoint}/_objects/{asked['oid']}"
             row["actions"] = {"upload": {"href": base, "header": {}}, "verify": {"href": f"{base}/verify"}}
+            if "bare" in request.hub.quirks:
+                row["actions"] = {"upload": {"href": base}}
         found.append(row)
     return Answer({"transfer": "basic", "objects": found})
 
@@ -402,7 +409,8 @@ def control_log(request: Request) -> Answer:
 
 @route("POST", "/_control")
 def control(request: Request) -> Answer:
-    """For tests: add ``users``, break uploads of a large file (``cuts``), let somebody else commit first (``races``), forget the ``log``."""
+    """For tests: add ``users``, break uploads of a large file (``cuts``), let somebody else commit first (``races``), answer in other
+    ways that the protocol allows (``quirks``), forget the ``log``."""
     asked, hub = request.json(), request.hub
     for token, user in asked.get("users", {}).items():
         hub.users[token] = User(user["name"], user.get("role", "write"), tuple(user.get("organisations", ())))
@@ -412,6 +420,7 @@ def control(request: Request) -> Answer:
         repo.commit("main", {**repo.resolve("main").files, **made}, "planted", "", "somebody", pull=False)
     hub.cuts |= asked.get("cuts", {})
     hub.races += asked.get("races", [])
+    hub.quirks = asked.get("quirks", hub.quirks)
     if asked.get("forget"):
         hub.log.clear()
     return Answer({"objects": len(hub.objects)})

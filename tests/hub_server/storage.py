@@ -108,6 +108,7 @@ class Hub:
         self.objects: dict[str, bytes] = {}  # large files, committed or not
         self.log: list[dict] = []
         self.cuts: dict[str, int] = {}  # large file to how many of its next uploads break off in the middle
+        self.quirks: list[str] = []  # see tests: "bare", "all lfs", "all regular", "small headers", "other words"
         self.races: list[str] = []  # repositories that somebody else commits to just before the next commit
 
     def user(self, authorization: str | None) -> User | None:
