@@ -23,7 +23,14 @@ from hf_hardattn.interpret.frames import frame_strip
 from hf_hardattn.interpret.heatmap import heat_map
 from hf_hardattn.interpret.html import Html, page, paragraph, table
 from hf_hardattn.interpret.overlay import difference_overlay, layer_overlay
-from hf_hardattn.interpret.rationale import character_spans, frame_times, kept_per_token, kept_places, pixel_boxes
+from hf_hardattn.interpret.rationale import (
+    character_spans,
+    frame_times,
+    kept_per_token,
+    kept_places,
+    pixel_boxes,
+    spans_per_token,
+)
 from hf_hardattn.interpret.tokens import mark_spans, token_highlight
 from hf_hardattn.recording import Recording
 
@@ -110,6 +117,23 @@ def test_generate_says_what_each_token_read(beams: int) -> None:
         expected = forced.kept(forced[site][0]).any(1)
         assert torch.equal(found, expected[:, : found.shape[1]]), site
         assert found.shape == (3, 5, 11)
+
+
+def test_generated_tokens_know_the_characters_they_read() -> None:
+    """Words of four letters and a space: place p of the source is characters 5 p to 5 p + 4, whichever beam won."""
+    sites = {"decoder.cross.*": {"budget": 1, "scorer": "query_key"}}
+    model, batch = example(T5, "T5ForConditionalGeneration", sites)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with hf_hardattn.record(model) as recording:
+        made = model.generate(**inputs, max_new_tokens=4, num_beams=3, return_dict_in_generate=True)
+    offsets = [[(5 * place, 5 * place + 4) for place in range(11)] for _ in range(3)]
+    found = spans_per_token(recording, "decoder.cross.0", offsets, made.beam_indices)
+    kept = kept_per_token(recording, "decoder.cross.0", made.beam_indices)
+    for row, tokens in enumerate(found):
+        for step, spans in enumerate(tokens):
+            assert spans == [(5 * p, 5 * p + 4) for p in kept[row, step].nonzero().flatten().tolist()]
+    with pytest.raises(HardAttentionError, match="2 lists of offsets for 3 generated rows"):
+        spans_per_token(recording, "decoder.cross.0", offsets[:2], made.beam_indices)
 
 
 def test_a_shared_choice_serves_every_token() -> None:

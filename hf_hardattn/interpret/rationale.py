@@ -50,6 +50,25 @@ def kept_per_token(recording: Recording, site: str, beam_indices: Tensor | None 
     return found & (rows[:, : found.shape[1], None] >= 0)
 
 
+def spans_per_token(
+    recording: Recording,
+    site: str,
+    offsets: Sequence[Sequence[tuple[int, int]]],
+    beam_indices: Tensor | None = None,
+) -> list[list[list[tuple[int, int]]]]:
+    """Characters of the source that each generated token could read: a row, a token, then (start, end) spans.
+
+    Args:
+        recording, site, beam_indices: see ``kept_per_token``. offsets: of each row's source tokens, see ``character_spans``.
+    """
+    kept = kept_per_token(recording, site, beam_indices)
+    if len(offsets) != len(kept):
+        raise HardAttentionError(
+            f"{len(offsets)} lists of offsets for {len(kept)} generated rows; each row has one, repeated where one source gave several."
+        )
+    return [[character_spans(token, spans) for token in row] for row, spans in zip(kept, offsets, strict=True)]
+
+
 def character_spans(kept: Tensor, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Characters of a text that the kept tokens cover, touching spans merged.
 

@@ -101,7 +101,9 @@ def pictures(subject: Subject, given: Any, batch: dict[str, Any], answer: Answer
         if answer.tokens and (cross or any(site.startswith("vision.") for site in sites)):
             words = subject.words(answer.tokens)
             figure = caption_grid(pixels, recording, words, subject.patch_size, cross)
-            found.append(picture(figure, "For each word, the patches that the step producing it could read."))
+            shared = not cross or len(recording[cross]) == 1 and recording[cross][0].mask.shape[2] == 1
+            once = " This site chooses once, for all words alike." if shared else ""
+            found.append(picture(figure, f"For each word, the patches that the step producing it could read.{once}"))
         return found
     row = subject.tokenizer(given, truncation=True, return_offsets_mapping=True)
     offsets = [(int(start), int(end)) for start, end in row["offset_mapping"]]
