@@ -43,12 +43,20 @@ def measure(probe: Probe, gold: torch.Tensor) -> dict[str, Any]:
         except HardAttentionError as error:  # integrated gradients of a model that takes no embeddings
             print(f"left out: {name}, {error}")
     left_out = attribution.leave_one_out(probe)
-    scores["oracle"] = gold.float() + 0.5 * (left_out - left_out.min()) / (left_out.max() - left_out.min()).clamp(min=1e-9)
+    scores["oracle"] = gold.float() + 0.5 * (left_out - left_out.min()) / (left_out.max() - left_out.min()).clamp(
+        min=1e-9
+    )
     shown = {name: scores[name] for name in EXPLANATIONS if name in scores}
     found = compare(probe, shown, human=gold, leave_one_out=left_out)
     order = {key: sorted(found, key=lambda name: sign * found[name][key]) for key, sign in ORDERED_BY.items()}
     own = float(own_sufficiency(probe).abs().max()) if probe.removal == "select" else None
-    return {"rows": len(gold), "removal": probe.removal, "own_sufficiency": own, "best_first": order, "explanations": found}
+    return {
+        "rows": len(gold),
+        "removal": probe.removal,
+        "own_sufficiency": own,
+        "best_first": order,
+        "explanations": found,
+    }
 
 
 def main() -> None:
@@ -74,7 +82,9 @@ def main() -> None:
     if batch.gold is None:
         return
     gold = batch.gold[: args.rows, 0]
-    tokens = inputs["labels"].shape[1] if inputs["labels"].dim() == 2 else 1  # of a generated answer: as many as the right one has
+    tokens = (
+        inputs["labels"].shape[1] if inputs["labels"].dim() == 2 else 1
+    )  # of a generated answer: as many as the right one has
     answers = Probe(subject.model, inputs, answer_tokens=tokens).answer
     right = answers == inputs["labels"] if answers.dim() == 1 else _same(answers, inputs["labels"])
     # where the answer is wrong, what was planted is no rationale of it: the oracle is one on right answers only
@@ -89,7 +99,9 @@ def main() -> None:
     path = args.output_dir / f"{args.name}_faithfulness.json"
     path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     for group, result in results.items():
-        print(f"{group}: {result['rows']} rows; p(answer) on exactly what it kept differs by {result['own_sufficiency']}")
+        print(
+            f"{group}: {result['rows']} rows; p(answer) on exactly what it kept differs by {result['own_sufficiency']}"
+        )
         for name, row in result["explanations"].items():
             numbers = "  ".join(f"{key} {value:.3f}" for key, value in row.items() if key != "curves")
             print(f"  {name:<22}{numbers}")

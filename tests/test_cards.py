@@ -27,10 +27,10 @@ def source(tmp_path):
     """A copy of a source with its results beside it, to be changed."""
     folder = tmp_path / "model_cards" / "one"
     folder.mkdir(parents=True)
-    (tmp_path / "results").mkdir()
-    for file in (ROOT / "results").glob("*"):
-        if file.is_file():
-            (tmp_path / "results" / file.name).write_bytes(file.read_bytes())
+    for file in [*(ROOT / "results").glob("*.*"), *(ROOT / "results" / "checkpoints").glob("*")]:
+        copied = tmp_path / file.relative_to(ROOT)
+        copied.parent.mkdir(exist_ok=True)
+        copied.write_bytes(file.read_bytes())
     (folder / "source.json").write_text(SOURCE.read_text())
     return folder / "source.json"
 

@@ -110,6 +110,8 @@ def _download(
         )
     # by the name that was asked for, so that the cache knows it offline
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, **where))
-    if info.sha and folder.name != info.sha:  # pushed to meanwhile: the commit that was looked at is the one that is loaded
+    if (
+        info.sha and folder.name != info.sha
+    ):  # pushed to meanwhile: the commit that was looked at is the one that is loaded
         folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted, **where))
     return Source(folder, name, folder.name)

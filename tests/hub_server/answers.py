@@ -189,7 +189,10 @@ def info(request: Request, kind: str, name: str, revision: str = "main") -> Answ
     found = describe(repo, repo.resolve(revision))
     if "bare" in request.hub.quirks:
         bare = {key: found[key] for key in ("id", "sha", "private")}
-        found = bare | {"siblings": [{"rfilename": row["rfilename"]} for row in found["siblings"]], "somethingNew": [{"a": 1}]}
+        found = bare | {
+            "siblings": [{"rfilename": row["rfilename"]} for row in found["siblings"]],
+            "somethingNew": [{"a": 1}],
+        }
     return Answer(found)
 
 
