@@ -40,7 +40,7 @@ def cases() -> Iterator[tuple[str, Any, Callable[[Any], object], int]]:
     pixels = torch.randn(1, 3, 224, 224)
     for sites in (["vision.inputs"], ["vision.self.*"]):
         name = f"ViT-B/16 224 px, forward, {', '.join(sites)}"
-        yield name, hf_hardattn.apply(vit, {"sites": sites, "budget": 0.5}), lambda m: m(pixel_values=pixels), 61
+        yield name, hf_hardattn.apply(vit, {"sites": sites, "budget": 0.5}), lambda m: m(pixel_values=pixels), 15
     t5 = T5ForConditionalGeneration(T5Config(**T5_BASE)).eval()
     ids = torch.randint(2, 30_000, (1, 256))
     hf_hardattn.apply(t5, {"sites": ["encoder.tokens.0", "decoder.cross.*"], "budget": 0.5})
