@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .results import read_json, write_json
 logger = get_logger(__name__)
 MANIFEST = "files.json"  # name and size of every file; it is written last
 # what a damaged file makes its reader raise, and a full disk its writer: pickle, zip and safetensors each have their own
-FILE_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, ImportError, AttributeError, SafetensorError)
+FILE_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, UnpicklingError, SafetensorError)
 
 
 @dataclass
@@ -115,11 +116,11 @@ def resume(accelerator: Accelerator, output_dir: str, wanted: str) -> bool:
     if wanted == "latest":
         path = None
         while found and path is None:
-            damage = _damage(found[-1])
-            if damage is None:
+            wrong = damage(found[-1])
+            if wrong is None:
                 path = found[-1]
             else:
-                logger.warning("%s is passed over: %s", found.pop(), damage)
+                logger.warning("%s is passed over: %s", found.pop(), wrong)
         if path is None:
             logger.warning("no checkpoint in %s yet: starting at step 0", output_dir)
             return False
@@ -130,10 +131,10 @@ def resume(accelerator: Accelerator, output_dir: str, wanted: str) -> bool:
             raise HardAttentionError(
                 f"{path} is no checkpoint directory; there are: {others}. 'latest' takes the newest."
             )
-        damage = _damage(path)
-        if damage is not None:
+        wrong = damage(path)
+        if wrong is not None:
             raise HardAttentionError(
-                f"the checkpoint {path} is damaged: {damage}. Resume from another one; there are: {others}."
+                f"the checkpoint {path} is damaged: {wrong}. Resume from another one; there are: {others}."
             )
     load(accelerator, path)
     logger.info("resumed from %s", path)
@@ -201,7 +202,7 @@ def _flush(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _damage(folder: Path) -> str | None:
+def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         sizes = read_json(folder / MANIFEST)

@@ -153,6 +153,8 @@ class Training:
         accelerator.register_for_checkpointing(self.scheduler, self.driver, self.run)
         if args.resume_from_checkpoint:
             checkpoints.resume(accelerator, args.output_dir, args.resume_from_checkpoint)
+            self.scheduler.last_epoch -= 1
+            self.scheduler.step()  # the rate of this step, of a training that may be longer than the interrupted one
         self.log = Log(Path(args.output_dir) / "log.jsonl", self.run.step) if accelerator.is_main_process else None
         if accelerator.log_with:
             plain = {k: v for k, v in asdict(args).items() if isinstance(v, (str, int, float, bool))}

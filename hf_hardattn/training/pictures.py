@@ -47,15 +47,19 @@ def draw(accelerator: Accelerator, model: nn.Module, task: Task, args: ScriptArg
 def _draw_images(
     accelerator: Accelerator, model: Any, batch: Any, recording: Recording, site: str, path: Path, step: int
 ) -> None:
+    import numpy
+    from PIL import Image
+
     from ..interpret.overlay import patch_overlay
 
     config = model.config
     patch = getattr(config, "vision_config", config).patch_size
     figure = patch_overlay(batch["pixel_values"], recording[site][0], patch, caption=f"{site}, step {step}")
     figure.savefig(path, dpi=110)
-    figure.canvas.draw()
-    pixels = torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)
-    image = pixels.view(*figure.canvas.get_width_height()[::-1], 4)[..., :3].numpy()
+    if not accelerator.trackers:
+        return
+    with Image.open(path) as drawn:
+        image = numpy.asarray(drawn.convert("RGB"))
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"hardattn/kept": image[None]}, step=step, dataformats="NHWC")
