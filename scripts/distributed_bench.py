@@ -102,7 +102,7 @@ def process(rank: int, port: int, args: argparse.Namespace, output: Path) -> Non
             "images_per_second_two_processes": 2 * args.batch_size / two,
             "two_against_one": 2 * one / two,
             "share_lost_to_communication": 1 - silent / two,
-            "share_lost_to_shared_memory_and_caches": 1 - one / silent,
+            "share_lost_to_sharing_the_machine": 1 - one / silent,
             "seconds": seconds,
         }
     if accelerator.is_main_process:
@@ -144,8 +144,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name, row in found.items():
         print(
             f"{name:28} {row['images_per_second_one_process']:6.1f} -> {row['images_per_second_two_processes']:6.1f} images/s, "
-            f"x{row['two_against_one']:.2f}; lost to communication {row['share_lost_to_communication']:.1%}, to shared memory "
-            f"{row['share_lost_to_shared_memory_and_caches']:.1%}"
+            f"x{row['two_against_one']:.2f}; lost to communication {row['share_lost_to_communication']:.1%}, to sharing the machine "
+            f"{row['share_lost_to_sharing_the_machine']:.1%}"
         )
     return results
 
