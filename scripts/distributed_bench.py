@@ -56,7 +56,9 @@ def timed(accelerator: Accelerator, step: Callable[[], None] | None) -> float:
     return time.perf_counter() - began
 
 
-def measure(accelerator: Accelerator, hard: dict[str, Any] | None, batch_size: int, rounds: int) -> dict[str, list[float]]:
+def measure(
+    accelerator: Accelerator, hard: dict[str, Any] | None, batch_size: int, rounds: int
+) -> dict[str, list[float]]:
     """Seconds of each kind of step, by round."""
     alone = build(hard)
     both = accelerator.prepare_model(build(hard))

@@ -2,8 +2,8 @@
 
     python scripts/kill_test.py --kills 50 --output results/kills.json
 
-The training saves a checkpoint after every optimizer step, keeps one, and its model is written at the end, so that most moments
-are moments of saving. After each SIGKILL the directory must hold: a newest checkpoint whose files are all there, at least as far
+The training saves a checkpoint after every optimizer step, keeps one, and its model is written at the end. A kill aims at the save of
+a random step, or of the model, and falls up to 0.08 seconds later, in that save, its end, or a step behind it. After each SIGKILL the directory must hold: a newest checkpoint whose files are all there, at least as far
 as the one before; a log without a broken row but the last; and, where there is a config.json, a model that loads. The killed
 training is then resumed and killed again; when it reaches its end, its last checkpoint is removed and another begins.
 The process that trains is forked from one that has made the imports.
@@ -109,26 +109,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         flags, output = prepare(folder), folder / "out"
-        began = time.perf_counter()
-        child = start(flags, folder / "log")
-        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-            raise RuntimeError((folder / "log").read_text()[-3000:])
-        whole, finished, before = time.perf_counter() - began, 0, 0
-        shutil.rmtree(output)
+        finished = before = 0
         while len(kills) < args.kills:
-            child, wait = start(flags, folder / "log"), draw.uniform(0.1, 1.0) * whole
-            deadline = time.perf_counter() + wait
-            status = 0
-            while time.perf_counter() < deadline:
+            child = start(flags, folder / "log")
+            # a step that is left, or the writing of the model after the last; then a moment within it
+            target, wait = min(before + draw.randint(1, 4), STEPS + 1), draw.uniform(0.0, 0.08)
+            sign = output / ".partial" if target > STEPS else output / "checkpoints" / f"partial_step_{target:08d}"
+            done = output / "checkpoints" / f"step_{target:08d}"
+            status = ended = 0
+            while not ended and not sign.exists() and not done.exists():
                 ended, status = os.waitpid(child, os.WNOHANG)
-                if ended:
-                    break
-                time.sleep(0.001)
-            else:
+            if not ended:
+                time.sleep(wait)
                 os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
+                _, status = os.waitpid(child, 0)
+            if os.waitstatus_to_exitcode(status) == -signal.SIGKILL:
                 found = check(output, before)
-                kills.append({"after_seconds": round(wait, 3), **found})
+                kills.append({"aimed_at_step": target, "seconds_later": round(wait, 4), **found})
                 before = found["step"]
                 continue
             if os.waitstatus_to_exitcode(status):  # it resumed from what a kill had left: that must never fail
@@ -143,7 +140,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "finished_trainings": finished,
         "with_a_checkpoint_half_written_or_half_removed": sum(bool(kill["partial"]) for kill in kills),
         "with_a_model_half_written": sum(kill["saving"] for kill in kills),
-        "seconds_of_a_training": round(whole, 2),
         "each": kills,
         **describe_run(argv),
     }

@@ -142,13 +142,10 @@ def test_a_model_is_written_in_one_piece(flags: list[str], tmp_path: Path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_random_kills_leave_a_usable_directory(tmp_path: Path) -> None:
-    """The committed run has 50; see results/kills.json."""
+    """A few; ``scripts/kill_test.py`` makes as many as one likes."""
     results = kill_test.main(["--kills", "3", "--seed", "1", "--output", str(tmp_path / "kills.json")])
     assert results["kills"] == 3 and json.loads((tmp_path / "kills.json").read_text())["unusable"] == 0
-    recorded = json.loads((SCRIPT.parents[1] / "results" / "kills.json").read_text())
-    assert recorded["kills"] >= 50 and len(recorded["each"]) == recorded["kills"] and recorded["unusable"] == 0
 
 
 def test_the_best_model_is_kept_and_patience_ends_the_run(flags: list[str], tmp_path: Path) -> None:
