@@ -5,7 +5,7 @@
 The training saves a checkpoint after every optimizer step, keeps one, and its model is written at the end. A kill aims at the save of
 a random step, or of the model, and falls up to 0.08 seconds later, in that save, its end, or a step behind it. After each SIGKILL the directory must hold: a newest checkpoint whose files are all there, at least as far
 as the one before; a log without a broken row but the last; and, where there is a config.json, a model that loads. The killed
-training is then resumed and killed again; when it reaches its end, its last checkpoint is removed and another begins.
+training is then resumed and killed again; when it reaches its end, its last checkpoints are removed and another begins beside its model.
 The process that trains is forked from one that has made the imports.
 """
 
@@ -70,6 +70,14 @@ def start(flags: list[str], log: Path) -> int:
         os._exit(code)
 
 
+def appeared(path: Path, began: float) -> bool:
+    """Whether ``path`` was made since ``began``; one that an earlier kill left does not count."""
+    try:
+        return path.stat().st_ctime > began
+    except FileNotFoundError:
+        return False
+
+
 def check(output: Path, before: int) -> dict[str, Any]:
     """What stands in ``output``; raises when it is not usable.
 
@@ -111,14 +119,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         flags, output = prepare(folder), folder / "out"
         finished = before = 0
         while len(kills) < args.kills:
+            began = time.time()
             child = start(flags, folder / "log")
             # a step that is left, or the writing of the model after the last; then a moment within it
             target, wait = min(before + draw.randint(1, 4), STEPS + 1), draw.uniform(0.0, 0.08)
             sign = output / ".partial" if target > STEPS else output / "checkpoints" / f"partial_step_{target:08d}"
             done = output / "checkpoints" / f"step_{target:08d}"
             status = ended = 0
-            while not ended and not sign.exists() and not done.exists():
+            while not ended and not appeared(sign, began) and not appeared(done, began):
                 ended, status = os.waitpid(child, os.WNOHANG)
+                time.sleep(0.002)
             if not ended:
                 time.sleep(wait)
                 os.kill(child, signal.SIGKILL)
@@ -127,10 +137,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 found = check(output, before)
                 kills.append({"aimed_at_step": target, "seconds_later": round(wait, 4), **found})
                 before = found["step"]
-                continue
+                if target <= STEPS:
+                    continue
+                status = 0
             if os.waitstatus_to_exitcode(status):  # it resumed from what a kill had left: that must never fail
                 raise RuntimeError((folder / "log").read_text()[-3000:])
-            finished += 1
+            finished += bool(ended)
             check(output, before)
             shutil.rmtree(output / "checkpoints")  # the model stays, and is overwritten by the next training
             before = 0
