@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import distances
+
 # A dropped position may outscore the kept ones by this much before its gate's gradient saturates (at e^5): T5's logits are not
 # scaled, and one dropped token that outscores the kept ones by 13 nats would otherwise decide the direction of a whole step.
 _MAX_EXPONENT = 5.0
@@ -30,7 +32,9 @@ def keep_heads(states: Tensor, indices: Tensor) -> Tensor:
 
 
 def keep_columns(bias: Tensor, indices: Tensor) -> Tensor:
-    """Gather key columns of a bias: ``[B or 1, H or 1, Q, N]`` by int64 ``[B, H or 1, K]`` to ``[B, H, Q, K]``, contiguous."""
+    """Gather key columns of a bias: ``[B or 1, H or 1, Q, N]`` or a table of distances, by int64 ``[B, H or 1, K]``, to ``[B, H, Q, K]``."""
+    if distances.is_table(bias):
+        return distances.columns(bias, indices)
     if bias.shape[0] == 1 and indices.shape[:2] == (1, 1):
         return bias.index_select(-1, indices[0, 0])
     batch, heads = max(bias.shape[0], indices.shape[0]), max(bias.shape[1], indices.shape[1])
@@ -70,7 +74,7 @@ def attend(
     Args:
         query: ``[B, H, Q, d]``. key, value: ``[B, H, N, d]``.
         allowed: bool, broadcastable to ``[B, H, Q, N]``; a row that allows nothing attends to everything, and stays finite.
-        bias: broadcastable to ``[B, H, Q, N]``.
+        bias: broadcastable to ``[B, H, Q, N]``, or a table of distances ``[H, 2N - 1]`` when Q = N (see ``distances``).
         weights: also return the attention weights (then not through PyTorch's fused kernel).
 
     Returns:
@@ -78,6 +82,13 @@ def attend(
     """
     if allowed is not None:
         allowed = allowed | ~allowed.any(-1, keepdim=True)
+    if bias is not None and distances.is_table(bias):
+        if allowed is None and not weights:  # with the queries in reverse order, the bias is a view of its table
+            output = nn.functional.scaled_dot_product_attention(
+                query.flip(2), key, value, distances.reversed_rows(bias.to(query.dtype)), dropout_p=dropout, scale=scale
+            )
+            return output.flip(2), None
+        bias = distances.matrix(bias)
     if not weights:
         mask = allowed
         if bias is not None:
@@ -118,7 +129,7 @@ def gated_attend(
     """
     logits = (query @ key.transpose(-1, -2)).float() * scale
     if bias is not None:
-        logits = logits + bias.float()
+        logits = logits + (distances.matrix(bias) if distances.is_table(bias) else bias).float()
     if allowed is not None:
         gates = gates * (allowed | ~allowed.any(-1, keepdim=True))
     gates = gates + (gates.detach() <= 0).all(-1, keepdim=True)

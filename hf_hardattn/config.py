@@ -37,6 +37,8 @@ class SiteConfig:
         entropy_weight: number >= 0 or schedule; weight of the entropy bonus (exploration) in the training loss.
         score_function_weight: number >= 0; weight of the score-function surrogate in the training loss.
         per_head: each attention head chooses for itself (``self`` and ``cross`` only).
+        share_selection: the first ``self`` (or ``cross``) site of a tower chooses for the later ones that are configured alike,
+            up to the next ``tokens`` site, which changes what there is to choose from. One scorer, one choice, one gather.
         execution: ``auto`` | ``masked`` | ``gathered``.
     """
 
@@ -54,6 +56,7 @@ class SiteConfig:
     entropy_weight: Any = 0.0
     score_function_weight: float = 1.0
     per_head: bool = False
+    share_selection: bool = False
     execution: str = "auto"
 
     def validate(self, where: str) -> None:
@@ -91,6 +94,10 @@ class SiteConfig:
         if min(entropy.start, entropy.end, self.score_function_weight) < 0:
             raise HardAttentionError(
                 f"a loss weight is negative at '{where}'; entropy_weight and score_function_weight are >= 0."
+            )
+        if not isinstance(self.share_selection, bool):
+            raise HardAttentionError(
+                f"share_selection={self.share_selection!r} is not a choice at '{where}'; use True (layers share one selection) or False."
             )
         if self.execution not in EXECUTIONS:
             raise unknown("execution", self.execution, EXECUTIONS, where)

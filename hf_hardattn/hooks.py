@@ -17,7 +17,7 @@ from .marginal import marginal_loss
 from .recording import Recording, selectors
 from .schedules import Schedule
 from .selection import Selection
-from .sites import PASS
+from .layers import PASS
 from .stream import Pass
 from .teacher import attention_loss, prediction_loss, teach
 

@@ -15,7 +15,7 @@ from .errors import HardAttentionError, unknown
 from .laws import ConditionalBernoulli
 from .selection import Selection
 from .selector import Selector
-from .sites import HardLayers
+from .layers import HardLayers
 
 
 def selectors(model: nn.Module) -> dict[str, Selector]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from .errors import HardAttentionError
 from .hooks import ClosePass, OpenPass
 from .recording import selectors
 from .selector import Selector
-from .sites import HardLayerNorm
+from .layers import HardLayerNorm
 
 PREFIX = "Hard"  # of the classes that replace stock ones
 
@@ -78,9 +79,10 @@ def remove(model: nn.Module) -> nn.Module:
                 module.__class__ = stock[type(module)]
                 for name in ("selector", "input_selector"):
                     module._modules.pop(name, None)
+                module.__dict__.pop("follows", None)
         if isinstance(tower.layers, tower.hard_layers):
             tower.layers.__class__ = nn.ModuleList
-            for name in ("tower", "restore", "source", "source_slots"):
+            for name in ("tower", "restore", "source", "source_slots", "followed"):
                 tower.layers.__dict__.pop(name, None)
         norm: Any = tower.final_norm
         if isinstance(norm, HardLayerNorm):
@@ -100,10 +102,14 @@ def status(model: nn.Module) -> str:
     if not found:
         return f"{type(model).__name__}: no hard attention (soft everywhere)"
     rows = [("site", "budget", "scorer", "estimator", "parameters", "runs")]
+    followers = collections.Counter(getattr(module, "follows", None) for module in model.modules())
     for site, selector in found.items():
         runs = "soft" if not selector.enabled else "masked" if selector.masked else "gathered"
         count = f"{sum(p.numel() for p in selector.parameters()):,}"
-        rows.append((site, str(selector.config.budget), selector.config.scorer, selector.config.estimator, count, runs))
+        shared = f" (and {followers[site]} more)" if followers[site] else ""
+        rows.append(
+            (site + shared, str(selector.config.budget), selector.config.scorer, selector.config.estimator, count, runs)
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -167,6 +173,7 @@ def attach(model: nn.Module, config: HardAttentionConfig) -> None:
                 f"restore=False leaves '{name}' of {type(model).__name__} without the places of its rows; its reader finds them by the "
                 "attention mask. Use restore=None."
             )
+    leaders = _leaders(resolved, kinds)
     remove(model)
     peft_saving.register()
     table = architecture.target_table(model)
@@ -175,21 +182,28 @@ def attach(model: nn.Module, config: HardAttentionConfig) -> None:
         site: _selector(site, site_config, towers[kinds[site][0]], kinds[site][1], target_size)
         for site, site_config in resolved.items()
     }
+    for site in leaders:
+        del built[site]
     for name, tower in towers.items():
         for module in tower.root.modules():
             if type(module) in tower.classes:
                 module.__class__ = tower.classes[type(module)]
                 module.register_module("selector", None)
                 module.register_module("input_selector", None)
+                module.follows = None
         tower.layers.__class__ = tower.hard_layers
         tower.layers.tower = name
         tower.layers.restore = tower.restore if config.restore is None else config.restore
+        tower.layers.followed = frozenset(leaders.values())
         if tower.final_norm is not None:
             tower.final_norm.__class__ = HardLayerNorm
     for site, selector in built.items():
         name, kind, layer = kinds[site]
         host, attribute = towers[name].host(kind, layer)
         host.register_module(attribute, selector)
+    for site, leader in leaders.items():
+        name, kind, layer = kinds[site]
+        towers[name].host(kind, layer)[0].follows = leader
     for tower in towers.values():
         tower.layers.source, tower.layers.source_slots = tower.source, _source_slots(tower.source, built)
     _hand_down(model, config)
@@ -220,6 +234,14 @@ def _selector(site: str, config: SiteConfig, tower: Tower, kind: str, target_siz
             f"scorer '{config.scorer}' makes one choice a row, look by look; at '{site}' each query chooses among its past. Use another scorer here."
         )
     per_query = scorer.per_query or (tower.causal and kind == "self")
+    if config.share_selection and (rows or per_query):
+        what = (
+            "drops rows of the stream, once" if rows else "chooses for each query, and other layers have other queries"
+        )
+        raise HardAttentionError(
+            f"share_selection=True at '{site}', which {what}; a choice is shared between the layers of 'self' or 'cross' sites, one for all "
+            "queries of a row. Leave it False here."
+        )
     selector = Selector(
         site,
         config,
@@ -241,6 +263,35 @@ def _selector(site: str, config: SiteConfig, tower: Tower, kind: str, target_siz
             "Use execution='auto' (masked in training, gathered in evaluation) or a score-function estimator."
         )
     return selector
+
+
+def _leaders(resolved: Mapping[str, SiteConfig], kinds: Mapping[str, tuple[str, str, int]]) -> dict[str, str]:
+    """Each site that shares an earlier site's choice, and that site: of the same tower and kind, with the same configuration,
+    and no rows dropped between."""
+    leaders: dict[str, str] = {}
+    choosing: list[str] = []
+    for site in sorted((site for site in resolved if resolved[site].share_selection), key=lambda site: kinds[site][2]):
+        alike = (
+            other
+            for other in choosing
+            if kinds[other][:2] == kinds[site][:2]
+            and resolved[other] == resolved[site]
+            and not _drops(resolved, kinds, other, site)
+        )
+        leader = next(alike, None)
+        if leader is None:
+            choosing.append(site)
+        else:
+            leaders[site] = leader
+    return leaders
+
+
+def _drops(
+    resolved: Mapping[str, SiteConfig], kinds: Mapping[str, tuple[str, str, int]], leader: str, site: str
+) -> bool:
+    """Whether the tower's rows change between two ``self`` sites; the rows that ``cross`` sites read do not."""
+    (name, kind, start), (_, _, end) = kinds[leader], kinds[site]
+    return kind == "self" and any(f"{name}.tokens.{layer}" in resolved for layer in range(start, end))
 
 
 def _source_slots(source: str | None, built: Mapping[str, Selector]) -> Callable[[int], int] | None:

@@ -28,6 +28,7 @@ class Selection:
         penalty: fp32 ``[B, H, Q]`` or None; a term of the training loss.
         summary: fp32 ``[B, D]`` or None; mean of the candidates' states, detached, for a learned baseline.
         dense: every row is known to fill all its slots, without asking the device.
+        masked: all candidates are computed on, and the choice weighs them; False: what was dropped is not computed on.
     """
 
     site: str
@@ -42,6 +43,7 @@ class Selection:
     summary: Tensor | None = None
     slots: int = 0
     dense: bool = False
+    masked: bool = False
     positions: Tensor | None = None
 
     @property

@@ -282,7 +282,14 @@ class Selector(nn.Module):
             mask = mask if always is None else mask | always
             slots = max(1, int(mask.sum(-1).max()))
             return Selection(
-                self.site, mask, valid, always, scores, slots=slots, dense=bool((mask.sum(-1) == slots).all())
+                self.site,
+                mask,
+                valid,
+                always,
+                scores,
+                slots=slots,
+                dense=bool((mask.sum(-1) == slots).all()),
+                masked=self.masked,
             )
         budget = self.budget
         extra = 0 if required is None else 1
@@ -335,4 +342,5 @@ class Selector(nn.Module):
             None if context is None else context.summary,
             slots=slots + extra,
             dense=dense and not self.loose,
+            masked=self.masked,
         )

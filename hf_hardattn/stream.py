@@ -137,19 +137,31 @@ def place(selections: list[Selection], stream: Stream) -> None:
             selection.positions = stream.positions
 
 
+class Made(list[Selection]):
+    """What a layer selected, in order.
+
+    Attributes:
+        columns: bias towards the kept keys ``[B or 1, H, Q, K]``, where later layers share the choice; else None.
+    """
+
+    columns: Tensor | None = None
+
+
 STREAM_LEAVES = len(fields(Stream))
 SELECTION_LEAVES = tuple(f.name for f in fields(Selection))
 
 
-def pack(stream: Stream, selections: list[Selection]) -> tuple[Any, ...]:
+def pack(stream: Stream, made: Made) -> tuple[Any, ...]:
     """Flatten what a layer returns besides its output: gradient checkpointing follows tensors in a flat tuple only."""
-    return (*stream.flatten(), *(getattr(s, name) for s in selections for name in SELECTION_LEAVES))
+    return (*stream.flatten(), made.columns, *(getattr(s, name) for s in made for name in SELECTION_LEAVES))
 
 
-def unpack(leaves: tuple[Any, ...]) -> tuple[Stream, list[Selection]]:
+def unpack(leaves: tuple[Any, ...]) -> tuple[Stream, Made]:
     """Inverse of ``pack``."""
-    rest, size = leaves[STREAM_LEAVES:], len(SELECTION_LEAVES)
-    return Stream(*leaves[:STREAM_LEAVES]), [Selection(*rest[i : i + size]) for i in range(0, len(rest), size)]
+    rest, size = leaves[STREAM_LEAVES + 1 :], len(SELECTION_LEAVES)
+    made = Made(Selection(*rest[i : i + size]) for i in range(0, len(rest), size))
+    made.columns = leaves[STREAM_LEAVES]
+    return Stream(*leaves[:STREAM_LEAVES]), made
 
 
 def mask_rows(mask: Tensor | None, batch: int) -> Tensor | None:
@@ -163,8 +175,8 @@ def as_keys(rows: Tensor) -> Tensor: ...
 @overload
 def as_keys(rows: None) -> None: ...
 def as_keys(rows: Tensor | None) -> Tensor | None:
-    """``[B, N]`` to ``[B, 1, 1, N]``."""
-    return None if rows is None else rows[:, None, None, :]
+    """``[B, N]`` to ``[B, 1, 1, N]``; what has four dimensions stays as it is."""
+    return rows if rows is None or rows.dim() == 4 else rows[:, None, None, :]
 
 
 def required_rows(

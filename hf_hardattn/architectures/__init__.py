@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import registry
 from ..selector import Selector
-from ..sites import HardLayers
+from ..layers import HardLayers
 
 
 @dataclass

@@ -27,9 +27,10 @@ from transformers.models.blip.modeling_blip_text import (
 from transformers.pytorch_utils import apply_chunking_to_forward
 
 from ..attention import as_bool, attend
+from ..layers import HardLayers, TowerState
 from ..patches import replace_patches
-from ..sites import AttentionSite, Cache, HardLayers, TowerState, wants_weights
-from ..stream import Stream, as_keys, pack, place, unpack
+from ..sites import AttentionSite, Cache, wants_weights
+from ..stream import Made, Stream, as_keys, pack, place, unpack
 from . import Base, Example, Tower
 
 
@@ -61,9 +62,9 @@ class HardBlipAttention(AttentionSite, BlipAttention):
     def project_value(self, states: Tensor) -> Tensor:
         return self._project(states, 2)
 
-    def forward(self, hidden_states, attention_mask=None, gates=None, made=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, gates=None, kept=None, made=None, **kwargs):
         weights = wants_weights(kwargs, self.config)
-        if self.active_selector() is None and gates is None:
+        if self.active_selector() is None and self.follows is None and gates is None:
             if weights and attention_mask is None:
                 return super().forward(hidden_states, **kwargs)
             query, key, value = (
@@ -80,7 +81,13 @@ class HardBlipAttention(AttentionSite, BlipAttention):
             )
             return self.projection(output.transpose(1, 2).flatten(2)), probabilities
         output, probabilities = self.site_attend(
-            hidden_states, hidden_states, mask=attention_mask, made=made, gates=gates, weights=weights
+            hidden_states,
+            hidden_states,
+            mask=attention_mask,
+            made=made,
+            gates=gates,
+            weights=weights,
+            kept=(kept or {}).get(self.follows),
         )
         return self.projection(output), probabilities
 
@@ -88,20 +95,21 @@ class HardBlipAttention(AttentionSite, BlipAttention):
 class HardBlipEncoderLayer(BlipEncoderLayer):
     """``BlipEncoderLayer`` that drops tokens before (``inputs``) or after (``tokens``) its computation."""
 
-    def forward(self, hidden_states, gates=None, stream=None, **kwargs):
+    def forward(self, hidden_states, gates=None, key_gates=None, stream=None, **kwargs):
         if stream is None:
             return super().forward(hidden_states, **kwargs)
-        stream, made = Stream(stream.positions, stream.valid, gates, stream.slots), []
+        stream, made = Stream(stream.positions, stream.valid, gates, stream.slots), Made()
         projections = self.self_attn.projections(self.layer_norm1)
         if self.input_selector is not None and self.input_selector.enabled:
             hidden_states, stream, selection = stream.select(
                 self.input_selector, hidden_states, projections=projections
             )
             made.append(selection)
+            key_gates = stream.gates
         output = super().forward(
             hidden_states,
             attention_mask=stream.mask(None, "sdpa", hidden_states.dtype),
-            gates=stream.gates,
+            gates=key_gates,
             made=made,
             **kwargs,
         )
@@ -117,7 +125,8 @@ class HardBlipVisionLayers(HardLayers):
     def run(self, layer: nn.Module, state: TowerState, index: int, hidden: Tensor, **kwargs: Any) -> Tensor:
         if index == 0:
             state.length = hidden.shape[1]
-        hidden, *leaves = layer(hidden, state.stream.gates, stream=state.stream, **kwargs)
+        key_gates = self.key_gates(state, layer.self_attn, state.stream.gates)
+        hidden, *leaves = layer(hidden, state.stream.gates, key_gates, kept=state.kept, stream=state.stream, **kwargs)
         self.take(state, *unpack(tuple(leaves)))
         return self.finish(state, hidden) if index == len(self) - 1 else hidden
 
@@ -153,6 +162,7 @@ class HardBlipTextSelfAttention(AttentionSite, BlipTextSelfAttention):
         encoder_attention_mask=None,
         past_key_values=None,
         gates=None,
+        kept=None,
         made=None,
         **kwargs,
     ):
@@ -174,6 +184,7 @@ class HardBlipTextSelfAttention(AttentionSite, BlipTextSelfAttention):
             cache=cache,
             cross=cross,
             weights=wants_weights(kwargs, self.config),
+            kept=(kept or {}).get(self.follows),
         )
         if cross and cache is not None and not cache.filled and isinstance(past_key_values, EncoderDecoderCache):
             past_key_values.is_updated[self.layer_idx] = True
@@ -204,17 +215,24 @@ class HardBlipTextLayer(BlipTextLayer):
         attention_mask=None,
         encoder_attention_mask=None,
         past_key_values=None,
+        key_gates=None,
         cross_gates=None,
         alive=None,
         stream=None,
         **kwargs,
     ):
-        made = []
+        made = Made()
         output, _ = self.attention(
-            hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, made=made, **kwargs
+            hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            gates=key_gates,
+            made=made,
+            **kwargs,
         )
         if encoder_hidden_states is not None:
-            selecting = self.crossattention.self.active_selector() is not None
+            reader = self.crossattention.self
+            selecting = reader.active_selector() is not None or reader.follows in (kwargs.get("kept") or {})
             output, _ = self.crossattention(
                 output,
                 encoder_hidden_states=encoder_hidden_states,
@@ -249,8 +267,20 @@ class HardBlipTextLayers(HardLayers):
             if index == 0:
                 state.source = as_keys((source != 0).any(-1))  # an all-zero row was dropped
             mask = state.source if mask is None else mask & state.source
+        if source is not None:
+            gates = self.key_gates(state, layer.crossattention.self, gates)
         hidden, *leaves = layer(
-            hidden, source, attention_mask, mask, past_key_values, gates, state.source, stream=state.stream, **kwargs
+            hidden,
+            source,
+            attention_mask,
+            mask,
+            past_key_values,
+            self.key_gates(state, layer.attention.self, None),
+            gates,
+            state.source,
+            kept=state.kept,
+            stream=state.stream,
+            **kwargs,
         )
         self.take(state, *unpack(tuple(leaves)))
         return hidden

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from transformers import (
 )
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block
 
+from .. import distances
 from ..attention import keep_rows
-from ..selection import mask_to_indices
-from ..sites import AttentionSite, Cache, HardLayers, TowerState, wants_weights
-from ..stream import Stream, mask_rows, pack, place, unpack
+from ..layers import HardLayers, TowerState
+from ..selection import Selection, mask_to_indices
+from ..sites import AttentionSite, Cache, wants_weights
+from ..stream import Made, Stream, mask_rows, pack, place, unpack
 from . import Base, Example, Tower
 
 
@@ -56,12 +59,17 @@ class HardT5Attention(AttentionSite, T5Attention):
         past_key_values=None,
         gates=None,
         cross_gates=None,
+        columns=None,
+        kept=None,
         made=None,
         **kwargs,
     ):
         cross = key_value_states is not None
-        gates = cross_gates if cross else gates
-        if self.active_selector() is None and gates is None:
+        gates, kept = cross_gates if cross else gates, (kept or {}).get(self.follows)
+        if kept is not None and columns is not None and not cross:
+            kept = replace(kept, columns=columns)
+        plain = self.active_selector() is None and self.follows is None and gates is None
+        if plain and not distances.is_table(position_bias):
             return super().forward(hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs)
         cache = self._cache(past_key_values, cross)
         past = 0 if cache is None else cache.past
@@ -79,6 +87,7 @@ class HardT5Attention(AttentionSite, T5Attention):
             cache=cache,
             cross=cross,
             weights=self.config._attn_implementation == "eager" and wants_weights(kwargs, self.config),
+            kept=kept,
         )
         if cross and cache is not None and not cache.filled and isinstance(past_key_values, EncoderDecoderCache):
             past_key_values.is_updated[self.layer_idx] = True
@@ -109,31 +118,34 @@ class HardT5Block(T5Block):
         encoder_attention_mask=None,
         encoder_decoder_position_bias=None,
         gates=None,
+        key_gates=None,
         cross_gates=None,
+        columns=None,
         stream=None,
         **kwargs,
     ):
         cross = (encoder_hidden_states, encoder_attention_mask, encoder_decoder_position_bias)
         if stream is None:
             return super().forward(hidden_states, attention_mask, position_bias, *cross, **kwargs)
-        stream, made = Stream(stream.positions, stream.valid, gates, stream.slots), []
+        stream, made = Stream(stream.positions, stream.valid, gates, stream.slots), Made()
         attention, norm = self.layer[0].SelfAttention, self.layer[0].layer_norm
         if self.input_selector is not None and self.input_selector.enabled:
-            length = hidden_states.shape[1]
+            before = stream.positions
             hidden_states, stream, selection = stream.select(
                 self.input_selector, hidden_states, projections=attention.projections(norm)
             )
             attention_mask = stream.mask(attention_mask, attention.config._attn_implementation, hidden_states.dtype)
             made.append(selection)
-            if stream.positions is not None:
-                position_bias = relative_bias(attention, stream.positions, length)
+            key_gates = stream.gates
+            position_bias = left(position_bias, stream, before, selection)
         output, position_bias, cross_bias = super().forward(
             hidden_states,
             attention_mask,
             position_bias,
             *cross,
-            gates=stream.gates,
+            gates=key_gates,
             cross_gates=cross_gates,
+            columns=columns,
             made=made,
             **kwargs,
         )
@@ -143,10 +155,7 @@ class HardT5Block(T5Block):
             before = stream.positions
             output, stream, selection = stream.select(self.selector, output, states, attention.projections(norm))
             made.append(selection)
-            if (
-                stream.positions is not before and position_bias is not None
-            ):  # gathered, perhaps as many rows in another order
-                position_bias = keep_pairs(position_bias, selection.indices[:, 0, 0].expand(output.shape[0], -1))
+            position_bias = left(position_bias, stream, before, selection)
         return output, position_bias, cross_bias, *pack(stream, made)
 
 
@@ -165,19 +174,42 @@ class HardT5Layers(HardLayers):
         **kwargs: Any,
     ) -> Any:
         attention = layer.layer[0].SelfAttention
+        implementation = attention.config._attn_implementation
         if index == 0:
             state.length = hidden.shape[1]
             if not attention.is_causal:
                 state.stream = Stream(valid=mask_rows(mask, hidden.shape[0]))
+                bias = distance_table(attention, hidden.shape[1])
+        key_gates = self.key_gates(state, attention, state.stream.gates)
         cross_gates = self.source_gates(state)
         if source is not None and self.source_slots is not None and cross_gates is None:
             if index == 0:
                 state.source = self.surviving(source, source_mask, attention, kwargs.get("past_key_values"))
             source, source_mask = state.source
+        if source is not None:
+            cross_gates = self.key_gates(state, layer.layer[1].EncDecAttention, cross_gates)
         stream = state.stream
-        mask = stream.mask(mask, attention.config._attn_implementation, hidden.dtype)
+        mask = stream.mask(mask, implementation, hidden.dtype)
+        if bias is not None and distances.is_table(bias):
+            selector, plain = attention.active_selector(), implementation == "sdpa" and key_gates is None
+            masked = selector is not None and (selector.masked or not selector.once)
+            if masked or not plain or mask is not None and not attention.follows and selector is None:
+                bias = distances.matrix(bias)  # once, for every layer from here on
+        kept = state.kept.get(attention.follows)
         hidden, bias, source_bias, *leaves = layer(
-            hidden, mask, bias, source, source_mask, source_bias, stream.gates, cross_gates, stream=stream, **kwargs
+            hidden,
+            mask,
+            bias,
+            source,
+            source_mask,
+            source_bias,
+            stream.gates,
+            key_gates,
+            cross_gates,
+            None if kept is None else kept.columns,
+            kept=state.kept,
+            stream=stream,
+            **kwargs,
         )
         self.take(state, *unpack(tuple(leaves)))
         if index == 0 and bias is not None:
@@ -206,18 +238,24 @@ class HardT5Layers(HardLayers):
         return source, Stream(valid=used, slots=slots).mask(None, attention.config._attn_implementation, source.dtype)
 
 
-def relative_bias(attention: T5Attention, positions: Tensor, length: int) -> Tensor:
-    """T5's position bias between kept places, ``[B, H, K, K]`` contiguous, from the table over distances (never ``N x N``)."""
-    distance = torch.arange(1 - length, length, device=positions.device)
+def distance_table(attention: T5Attention, length: int) -> Tensor:
+    """T5's position bias as a table of distances, ``[H, 2 * length - 1]``."""
+    weight = attention.relative_attention_bias.weight
     bucket = attention._relative_position_bucket(
-        distance,
+        torch.arange(1 - length, length, device=weight.device),
         bidirectional=not attention.is_decoder,
         num_buckets=attention.relative_attention_num_buckets,
         max_distance=attention.relative_attention_max_distance,
     )
-    table = attention.relative_attention_bias(bucket).t()
-    pairs = positions[:, None, :] - positions[:, :, None] + (length - 1)
-    return table.index_select(1, pairs.flatten()).view(-1, *pairs.shape).transpose(0, 1).contiguous()
+    return attention.relative_attention_bias(bucket).t().contiguous()
+
+
+def left(bias: Tensor | None, stream: Stream, before: Tensor | None, selection: Selection) -> Tensor | None:
+    """The bias between the rows that a selection left; ``before``: their positions until then."""
+    if bias is None or stream.positions is before:  # dropped nothing, or runs masked
+        return bias
+    indices = selection.indices[:, 0, 0].expand(len(stream.positions), -1)
+    return distances.pairs(bias, indices) if distances.is_table(bias) else keep_pairs(bias, indices)
 
 
 def keep_pairs(bias: Tensor, indices: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from transformers import (
 )
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
 
+from ..layers import HardLayers, TowerState
 from ..patches import replace_patches
-from ..sites import AttentionSite, HardLayers, TowerState, wants_weights
-from ..stream import Stream, mask_rows, pack, place, unpack
+from ..sites import AttentionSite, wants_weights
+from ..stream import Made, Stream, mask_rows, pack, place, unpack
 from . import Base, Example, Tower
 
 
@@ -44,8 +45,8 @@ class HardViTAttention(AttentionSite, ViTAttention):
     def project_value(self, states: Tensor) -> Tensor:
         return self._split(self.v_proj(states))
 
-    def forward(self, hidden_states, attention_mask=None, gates=None, made=None, **kwargs):
-        if self.active_selector() is None and gates is None:
+    def forward(self, hidden_states, attention_mask=None, gates=None, kept=None, made=None, **kwargs):
+        if self.active_selector() is None and self.follows is None and gates is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
         output, weights = self.site_attend(
             hidden_states,
@@ -54,6 +55,7 @@ class HardViTAttention(AttentionSite, ViTAttention):
             made=made,
             gates=gates,
             weights=self.config._attn_implementation == "eager" and wants_weights(kwargs, self.config),
+            kept=(kept or {}).get(self.follows),
         )
         return self.o_proj(output), weights
 
@@ -61,10 +63,10 @@ class HardViTAttention(AttentionSite, ViTAttention):
 class HardViTLayer(ViTLayer):
     """``ViTLayer`` that drops tokens before (``inputs``) or after (``tokens``) its computation."""
 
-    def forward(self, hidden_states, attention_mask=None, gates=None, stream=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, gates=None, key_gates=None, stream=None, **kwargs):
         if stream is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        stream, made = Stream(stream.positions, stream.valid, gates, stream.slots), []
+        stream, made = Stream(stream.positions, stream.valid, gates, stream.slots), Made()
         projections = self.attention.projections(self.layernorm_before)
         if self.input_selector is not None and self.input_selector.enabled:
             hidden_states, stream, selection = stream.select(
@@ -74,7 +76,8 @@ class HardViTLayer(ViTLayer):
                 attention_mask, self.attention.config._attn_implementation, hidden_states.dtype
             )
             made.append(selection)
-        output = super().forward(hidden_states, attention_mask, gates=stream.gates, made=made, **kwargs)
+            key_gates = stream.gates
+        output = super().forward(hidden_states, attention_mask, gates=key_gates, made=made, **kwargs)
         place(made, stream)
         if self.selector is not None and self.selector.enabled:
             states = hidden_states if self.selector.scorer.needs_projections else None
@@ -92,7 +95,8 @@ class HardViTLayers(HardLayers):
             state.stream = Stream(valid=mask_rows(mask, hidden.shape[0]))
         stream = state.stream
         mask = stream.mask(mask, layer.attention.config._attn_implementation, hidden.dtype)
-        hidden, *leaves = layer(hidden, mask, stream.gates, stream=stream, **kwargs)
+        key_gates = self.key_gates(state, layer.attention, stream.gates)
+        hidden, *leaves = layer(hidden, mask, stream.gates, key_gates, kept=state.kept, stream=stream, **kwargs)
         self.take(state, *unpack(tuple(leaves)))
         return self.finish(state, hidden) if index == len(self) - 1 else hidden
 
