@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from .architectures import architecture_of
 from .errors import HardAttentionError
+from .layers import PASS
 from .losses import auxiliary_loss
 from .marginal import marginal_loss
 from .recording import Recording, selectors
 from .schedules import Schedule
 from .selection import Selection
-from .layers import PASS
 from .stream import Pass
 from .teacher import attention_loss, prediction_loss, teach
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .errors import HardAttentionError, unknown
 from .laws import ConditionalBernoulli
+from .layers import HardLayers
 from .selection import Selection
 from .selector import Selector
-from .layers import HardLayers
 
 
 def selectors(model: nn.Module) -> dict[str, Selector]:

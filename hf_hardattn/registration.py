@@ -16,9 +16,9 @@ from .architectures import Tower, architecture_of, slots_after
 from .config import HardAttentionConfig, SiteConfig
 from .errors import HardAttentionError
 from .hooks import ClosePass, OpenPass
+from .layers import HardLayerNorm
 from .recording import selectors
 from .selector import Selector
-from .layers import HardLayerNorm
 
 PREFIX = "Hard"  # of the classes that replace stock ones
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .. import registry
-from ..selector import Selector
 from ..layers import HardLayers
+from ..selector import Selector
 
 
 @dataclass

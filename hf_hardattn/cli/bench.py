@@ -3,24 +3,125 @@
 from __future__ import annotations
 
 import json
+import sys
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..errors import HardAttentionError
+
 
 def command(
-    output: Annotated[Path, typer.Option(help="File for the results.")] = Path("outputs/bench.json"),
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 15,
+    suite: Annotated[
+        str, typer.Option(help="quick, targets, break_even, growth, or a YAML file like theirs.")
+    ] = "quick",
+    model: Annotated[
+        str | None, typer.Option(help="Measure this instead: vit, t5_encoder, ... or a checkpoint.")
+    ] = None,
+    size: Annotated[list[int], typer.Option(help="Its pixels a side, or source tokens; may repeat.")] = [],  # noqa: B006
+    site: Annotated[list[str], typer.Option(help="Its sites (globs); may repeat.")] = [],  # noqa: B006
+    budget: Annotated[list[float], typer.Option(help="Its budgets; may repeat.")] = [0.5, 0.25],  # noqa: B006
+    config: Annotated[
+        Path | None, typer.Option(help="Its hard_attention as a JSON file, instead of sites and budgets.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Its batch.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Its dtype.")] = "float32",
+    layers: Annotated[
+        int | None, typer.Option(help="Layers of every model built here, instead of the suite's.")
+    ] = None,
+    only: Annotated[
+        str, typer.Option(help="Run the groups whose name matches; others keep the results they have.")
+    ] = "*",
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds, at most.")] = 9,
+    seconds: Annotated[float, typer.Option(help="Stop a group's rounds after so long; three are run at least.")] = 60.0,
     threads: Annotated[int, typer.Option(help="PyTorch threads.")] = 2,
-    layers: Annotated[int, typer.Option(help="Layers of the models; 12 in ViT-B and T5-base.")] = 12,
+    fixed_allocator: Annotated[
+        bool, typer.Option(help="Restart with glibc's allocator fixed; page faults move ratios.")
+    ] = True,
+    import_cost: Annotated[
+        bool, typer.Option(help="Also measure what importing the library costs a stock model.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder for SUITE.json, .md and .png.")] = Path("outputs/bench"),
 ) -> None:
-    """Measure what the library costs a soft model, and what selection saves a hard one, against stock SDPA in the same run."""
-    from ..efficiency.bench import run
+    """Measure what selection saves, beside stock Transformers and this library at budget 1.0, in one interleaved run."""
+    from ..efficiency import allocator
 
-    results = run(rounds=rounds, threads=threads, layers=layers)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=2) + "\n")
-    for row in results["rows"]:
-        typer.echo(f"{row['case']:<48} counted x{row['counted']:.2f}   measured x{row['measured']:.2f}")
-    typer.echo(f"results: {output}")
+    if fixed_allocator:
+        allocator.restart_with_settings()
+    import torch
+
+    from ..efficiency import bench, report, suites
+    from ..efficiency.imported import cost_of_import
+    from ..efficiency.pictures import draw
+
+    torch.set_num_threads(threads)
+    if model is None:
+        chosen = suites.load(suite)
+    else:
+        chosen = suites.parse(_own(model, size, site, budget, config, batch, dtype), "own")
+    groups = [_resized(group, layers) for group in chosen.groups if fnmatch(group.name, only)]
+    if not groups:
+        known = ", ".join(repr(group.name) for group in chosen.groups)
+        raise HardAttentionError(f"no group of suite {chosen.name!r} matches --only {only!r}; it has: {known}.")
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"{chosen.name}.json"
+    before = json.loads(path.read_text()) if path.exists() and only != "*" else {"groups": []}
+    made = {group["name"]: group for group in before["groups"]}
+    made |= {group["name"]: group for group in bench.run(groups, rounds=rounds, seconds=seconds)}
+    results = {
+        "command": " ".join(["hf-hardattn", *sys.argv[1:]]) if only == "*" else f"hf-hardattn bench --suite {suite}",
+        "title": chosen.title,
+        "picture": chosen.picture,
+        "machine": bench.machine(threads),
+        "groups": [made[group.name] for group in chosen.groups if group.name in made],
+        "import": cost_of_import(threads, 56) if import_cost else before.get("import"),
+    }
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(report.markdown(results))
+    draw(results, path.with_suffix(".png"))
+    _show(results)
+    typer.echo(f"results: {path}")
+
+
+def _own(
+    model: str, sizes: list[int], sites: list[str], budgets: list[float], config: Path | None, batch: int, dtype: str
+) -> dict[str, Any]:
+    """A suite of the user's own model."""
+    if not sizes or not (sites or config):
+        raise HardAttentionError(
+            f"--model {model!r} needs to know what to measure; give --size (pixels a side, or tokens), and --site or --config."
+        )
+    if config is not None:
+        rows = [{"name": config.stem, "hard": json.loads(config.read_text())}]
+    else:
+        budgets = [int(budget) if budget > 1 else budget for budget in budgets]
+        rows = [{"name": f"{', '.join(sites)} keep {{budget}}", "hard": {"sites": sites}, "budgets": budgets}]
+    item = {"name": f"{model} {{size}}", "model": model, "sizes": sizes, "batch": batch, "dtype": dtype, "rows": rows}
+    return {"title": f"{model}, {', '.join(sites) or config}", "groups": [item]}
+
+
+def _resized(group: Any, layers: int | None) -> Any:
+    from dataclasses import replace
+
+    return group if layers is None else replace(group, workload=replace(group.workload, layers=layers))
+
+
+def _show(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..efficiency import report
+
+    table = Table(title=results["title"], caption=report.conditions(results["machine"]))
+    shown = (1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 14)
+    for column in shown:
+        table.add_column(report.HEAD[column], justify="left" if column == 1 else "right")
+    for group in results["groups"]:
+        table.add_section()
+        table.add_row(f"[bold]{group['name']}[/bold]")
+        for row in report.cells(group):
+            table.add_row(*(row[column] for column in shown))
+    console = Console()
+    (console if console.is_terminal else Console(width=170)).print(table)

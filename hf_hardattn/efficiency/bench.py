@@ -1,141 +1,149 @@
-"""Benchmark: what the library costs a soft model, and what selection saves a hard one."""
+"""The benchmark: every hard row beside two baselines of the same run, stock and exact (the library's own classes at budget 1.0)."""
 
 from __future__ import annotations
 
 import platform
 import statistics
-import subprocess
-import sys
+import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import T5Config, T5EncoderModel, ViTConfig, ViTForImageClassification
+from tqdm.auto import tqdm
 
 from ..config import HardAttentionConfig
+from ..modes import execution
 from ..registration import apply
-from .counting import count_flops
-from .timing import interleaved_seconds, speedups
+from . import allocator
+from .counting import work
+from .joules import joules_per_call
+from .limits import amdahl, profile_call
+from .memory import peak_bytes, peak_of, peak_resident_bytes
+from .overhead import later_layers_seconds, selection_overhead
+from .suites import Group
+from .timing import interleaved_seconds, ratios
+from .workloads import Workload, cache_bytes, share_weights
 
-# One forward of a stock model for each line read; the parent asks two such processes in turn.
-IMPORT_PROBE = """
-import sys, time, torch
-torch.set_num_threads(int(sys.argv[2]))
-if sys.argv[1] == "with": import hf_hardattn
-from transformers import ViTConfig, ViTForImageClassification
-torch.manual_seed(0)
-model = ViTForImageClassification(ViTConfig(num_hidden_layers=4)).eval()
-pixels = torch.randn(1, 3, 224, 224)
-for _ in sys.stdin:
-    with torch.inference_mode():
-        start = time.perf_counter(); logits = model(pixel_values=pixels).logits; seconds = time.perf_counter() - start
-    print(seconds, logits.double().sum().item().hex(), flush=True)
-"""
+STOCK, EXACT = "stock", "exact"
 
 
-def run(*, rounds: int, threads: int, layers: int = 12) -> dict[str, Any]:
-    """Measure; each speed-up is a ratio to stock SDPA in the same run, interleaved, median over rounds.
+def run(groups: list[Group], *, rounds: int, seconds: float | None, warmup: int = 1) -> list[dict[str, Any]]:
+    """Measure groups one after the other; see ``measure``."""
+    return [measure(group, rounds=rounds, seconds=seconds, warmup=warmup) for group in tqdm(groups, desc="bench")]
+
+
+def measure(group: Group, *, rounds: int, seconds: float | None = None, warmup: int = 1) -> dict[str, Any]:
+    """Measure one workload with its rows.
+
+    Every speed-up is the median, over rounds in which each model had its turn, of the baseline's time by the row's in that round.
+
+    Args:
+        rounds: at most. seconds: of timing, after which no further round starts (three are run at least).
 
     Returns:
-        ``rows`` (case, counted and measured speed-up, seconds), ``registered`` (stock model with the library imported, relative to
-        without), and the machine.
+        JSON: the workload, and for ``stock``, ``exact`` and every row its time, throughput, FLOPs (executed and nominal), peak memory, energy
+        (None: not measured), cache, speed-ups with their quartiles, and the limit that the stock model's profile sets.
     """
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    rows = _vit(rounds, layers) + _t5(rounds, layers)
+    workload = group.workload
+    stock = workload.build()
+    models: dict[str, nn.Module] = {STOCK: stock} if group.stock else {}
+    first = HardAttentionConfig.parse(group.rows[0].hard)
+    models[EXACT] = apply(share_weights(stock), _exact(first)).eval()
+    models |= {row.name: apply(share_weights(stock), row.hard).eval() for row in group.rows}
+    inputs = workload.inputs(stock)
+    calls = {name: partial(workload.call, model, inputs) for name, model in models.items()}
+    shares, profiled = profile_call(calls[STOCK]) if group.stock else (None, None)
+    timed = interleaved_seconds(calls, rounds=rounds, warmup=warmup, seconds=seconds)
+    to_stock, to_exact = ratios(timed, STOCK) if group.stock else None, ratios(timed, EXACT)
+    executed = {name: _work(workload, model, inputs) for name, model in models.items()}
+    targets = {row.name: row.targets for row in group.rows}
+    entries = {}
+    for name, model in models.items():
+        nominal = executed[name]
+        if name not in (STOCK, EXACT):
+            with execution(model, "gathered"):
+                nominal = _work(workload, model, inputs)
+        median = statistics.median(timed[name])
+        limit = amdahl(shares, executed[STOCK], executed[name]) if shares is not None else None
+        against_stock = _spread(to_stock[name]) if to_stock is not None else None
+        entries[name] = {
+            "seconds": {"median": median, "quartiles": _quartiles(timed[name]), "rounds": len(timed[name])},
+            "throughput": workload.batch * max(1, workload.new_tokens if workload.model == "t5_decode" else 1) / median,
+            "flops": {"executed": _flops(executed[name]), "nominal": _flops(nominal)},
+            "against_stock": against_stock,
+            "against_exact": _spread(to_exact[name]),
+            "limit": limit,
+            "share_of_limit": against_stock["median"] / limit if against_stock and limit else None,
+            "peak_bytes": peak_of(profiled) if name == STOCK else peak_bytes(calls[name]),
+            "later_layers_seconds": None if workload.generates else later_layers_seconds(model, calls[name]),
+            "peak_resident_bytes": peak_resident_bytes(calls[name]),
+            "joules": joules_per_call(calls[name], rounds),
+            "targets": targets.get(name, {}),
+        }
+        if workload.generates:
+            entries[name]["cross_cache_bytes"] = cache_bytes(calls[name]())
+    result = {
+        "name": group.name,
+        "workload": vars(workload),
+        "time_shares": shares,
+        "rows": entries,
+        "hard": {row.name: row.hard for row in group.rows},
+        "measured_at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+        "rounds_wanted": rounds,
+    }
+    overheads = {row.name: selection_overhead(models[row.name], stock, inputs, workload) for row in group.rows}
+    result["selection_overhead"] = {name: value for name, value in overheads.items() if value is not None}
+    return result
+
+
+def _exact(config: HardAttentionConfig) -> HardAttentionConfig:
+    """The same sites, keeping everything."""
+    whole = {"budget": 1.0}
+    sites = {pattern: {**overrides, **whole} for pattern, overrides in (config.sites or {}).items()}
+    return config.replace(sites=sites or None, **whole)
+
+
+def _work(workload: Workload, model: nn.Module, inputs: dict[str, Any]) -> dict[str, int]:
+    call: Callable[[], object] = partial(workload.call, model, inputs)
+    if not workload.generates:
+        call = partial(model, **inputs)
+    return work(call, fake=not workload.generates)
+
+
+def _flops(parts: dict[str, int]) -> int:
+    return sum(value for part, value in parts.items() if part != "other")
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    return {"median": statistics.median(values), "quartiles": _quartiles(values)}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Where and with what the numbers were made."""
     return {
-        "command": f"hf-hardattn bench --rounds {rounds} --threads {threads} --layers {layers}",
-        "rows": rows,
-        "registered": _registered(threads, 8 * rounds),
-        "measured": {
-            "device": "cpu",
-            "processor": platform.processor() or platform.machine(),
-            "threads": threads,
-            "batch": 1,
-            "dtype": "float32",
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "native_bfloat16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "threads": threads,
+        "allocator": allocator.settings(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 
-def _vit(rounds: int, layers: int) -> list[dict[str, Any]]:
-    config = ViTConfig(num_hidden_layers=layers)  # ViT-B/16 at 224 pixels has 12
-    sites = {"vision.inputs": 0.25, "vision.tokens.0": 0.25, "vision.tokens.[258]": 0.7, "vision.self.*": 0.25}
-    batch = {"pixel_values": torch.randn(1, 3, 224, 224)}
-    return _compare("ViT-B/16 224 px", lambda: ViTForImageClassification(config), sites, batch, rounds)
-
-
-def _t5(rounds: int, layers: int) -> list[dict[str, Any]]:
-    config = T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=layers, num_heads=12)  # T5-base has 12
-    sites = {"encoder.inputs": 0.25, "encoder.tokens.0": 0.25, "encoder.self.*": 0.25}
-    batch = {"input_ids": torch.randint(2, 32000, (1, 512))}
-    return _compare("T5-base encoder 512 tokens", lambda: T5EncoderModel(config), sites, batch, rounds)
-
-
-def _compare(
-    name: str, build: Callable[[], nn.Module], sites: dict[str, float], batch: dict[str, Any], rounds: int
-) -> list[dict[str, Any]]:
-    models = {"stock SDPA": build().eval()}
-    for site, budget in sites.items():
-        hard = HardAttentionConfig(sites=[site], budget=budget, estimator="straight_through")
-        models[f"{site} keep {budget}"] = apply(build(), hard).eval()
-
-    def call(model: nn.Module) -> Any:
-        with torch.inference_mode():
-            return model(**batch)
-
-    seconds = interleaved_seconds(
-        {case: partial(call, model) for case, model in models.items()}, rounds=rounds, warmup=min(3, rounds)
-    )
-    ratios = speedups(seconds, "stock SDPA")
-    stock = count_flops(models["stock SDPA"], batch)
-    return [
-        {
-            "case": f"{name}, {case}",
-            "counted": stock / count_flops(model, batch),
-            "measured": ratios[case],
-            "seconds": statistics.median(seconds[case]),
-        }
-        for case, model in models.items()
-    ]
-
-
-def _registered(threads: int, rounds: int, warmup: int = 3) -> dict[str, Any]:
-    """A stock ViT in two processes, with and without the library imported, one forward of each in turn."""
-    arguments = {mode: [sys.executable, "-c", IMPORT_PROBE, mode, str(threads)] for mode in ("with", "without")}
-    seconds: dict[str, list[float]] = {mode: [] for mode in arguments}
-    outputs = set()
-    with ExitStack() as stack:
-        probes = {
-            mode: stack.enter_context(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            )
-            for mode, command in arguments.items()
-        }
-        for round_ in range(warmup + rounds):
-            for mode in sorted(probes, reverse=bool(round_ % 2)):  # each goes first in every other round
-                asked, answered = probes[mode].stdin, probes[mode].stdout
-                if asked is None or answered is None:
-                    raise OSError("the probe's pipes are closed")
-                print(file=asked, flush=True)
-                took, output = answered.readline().split()
-                outputs.add(output)
-                if round_ >= warmup:
-                    seconds[mode].append(float(took))
-        for probe in probes.values():
-            probe.communicate()
-    ratios = [a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
-    return {
-        "relative_time": statistics.median(ratios),
-        "quartiles": statistics.quantiles(ratios, n=4),
-        "identical_outputs": len(outputs) == 1,
-        "rounds": rounds,
-    }
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,16 +1,24 @@
-"""Counted cost: floating-point operations from shapes."""
+"""Counted cost: floating-point operations from shapes, and the elements that all other operations write."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..registration import set_step
+from ..selector import Selector
+
+# what a matrix product belongs to: weights meet activations in mm and addmm, activations meet each other in bmm
+PARTS = {"mm": "linear", "addmm": "linear", "bmm": "attention", "baddbmm": "attention", "convolution": "convolution"}
 
 
 def count_training_flops(model: nn.Module, batch: Mapping[str, Any], steps: int, points: int = 8) -> int:
@@ -52,8 +60,75 @@ def count_flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
     training = model.training
     model.eval()
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(**batch)
+        return sum(flops_by_part(lambda: model(**batch)).values())
     finally:
         model.train(training)
-    return counter.get_total_flops()
+
+
+def flops_by_part(call: Callable[[], object]) -> dict[str, int]:
+    """FLOPs of ``call`` by part: ``linear``, ``attention``, ``convolution``."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    parts = dict.fromkeys(PARTS.values(), 0)
+    for operation, flops in counter.get_flop_counts().get("Global", {}).items():
+        name = getattr(operation, "__name__", str(operation)).removeprefix("aten.")
+        parts[PARTS[name]] += flops
+    return parts
+
+
+class ElementCounter(TorchDispatchMode):
+    """Counts the elements that operations write, views and matrix products left out: norms, activations, copies, gathers. What selectors
+    write is left out too: it is the price of a saving, not a part of what is left to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+        self.choosing = False
+
+    def __enter__(self) -> ElementCounter:
+        self._methods = {name: getattr(Selector, name) for name in ("keys", "forward")}
+        for name, method in self._methods.items():
+            setattr(Selector, name, self._free(method))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for name, method in self._methods.items():
+            setattr(Selector, name, method)
+
+    def _free(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.choosing = True
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.choosing = False
+
+        return call
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not self.choosing and not func.is_view and name not in PARTS and "scaled_dot_product" not in name:
+            self.elements += sum(leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        return output
+
+
+def work(call: Callable[[], object], *, fake: bool = True) -> dict[str, int]:
+    """The work of ``call`` by part: FLOPs of ``linear``, ``attention`` and ``convolution``, written elements of ``other``.
+
+    Args:
+        fake: trace shapes only, without computing; a ``generate()`` reads values, and must compute.
+    """
+    with torch.no_grad():
+        if not fake:
+            parts = flops_by_part(call)
+            with ElementCounter() as counter:
+                call()
+        else:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                parts = flops_by_part(call)
+            with FakeTensorMode(allow_non_fake_inputs=True), ElementCounter() as counter:
+                call()
+    return {**parts, "other": counter.elements}

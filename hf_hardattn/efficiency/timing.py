@@ -8,20 +8,23 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from ..errors import HardAttentionError
+
 
 def interleaved_seconds(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 3
+    calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 3, seconds: float | None = None
 ) -> dict[str, list[float]]:
     """Time each call once a round, in turn, so that a drift of the machine's speed hits all alike.
 
     Args:
         calls: name to a call without arguments.
         rounds: timed rounds. warmup: rounds before, not timed.
+        seconds: stop after the round in which the timed rounds took so long, but not before three of them.
 
     Returns:
         name to seconds of each round.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(warmup + rounds):
         for name, call in calls.items():
             start = time.perf_counter()
@@ -29,13 +32,27 @@ def interleaved_seconds(
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if round_ >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                found[name].append(time.perf_counter() - start)
+        if seconds is not None and round_ >= warmup + 2 and sum(map(sum, found.values())) > seconds:
+            break
+    return found
 
 
 def speedups(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, float]:
     """Median over rounds of the baseline's time by each call's time in the same round; > 1 is faster than the baseline."""
-    return {
-        name: statistics.median(b / t for b, t in zip(seconds[baseline], times, strict=True))
-        for name, times in seconds.items()
-    }
+    return {name: statistics.median(each) for name, each in ratios(seconds, baseline).items()}
+
+
+def ratios(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, list[float]]:
+    """The baseline's time by each call's, round by round.
+
+    Raises:
+        HardAttentionError: the baseline was not timed in the same rounds; a ratio to another run would mean nothing.
+    """
+    rounds = {name: len(times) for name, times in seconds.items()}
+    if baseline not in seconds or len(set(rounds.values())) != 1 or not rounds[baseline]:
+        raise HardAttentionError(
+            f"no speed-up without its baseline: {baseline!r} was not timed in the rounds of {', '.join(map(repr, seconds))}. "
+            "Time it beside them, in the same run."
+        )
+    return {name: [b / t for b, t in zip(seconds[baseline], times, strict=True)] for name, times in seconds.items()}

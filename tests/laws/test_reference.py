@@ -42,7 +42,9 @@ def naive_attention(site, hidden, source, mask, bias, selection, k):
                 logits = []
                 for i in kept:
                     logit = float(query[b, h, q] @ key[b, h, i]) * site.site_scale
-                    if bias is not None:
+                    if bias is not None and bias.dim() == 2:  # a table of distances
+                        logit += float(bias[h, i - q + n - 1])
+                    elif bias is not None:
                         logit += float(bias[min(b, bias.shape[0] - 1), h, q, i])
                     logits.append(logit)
                 weights = [math.exp(x - max(logits)) for x in logits]

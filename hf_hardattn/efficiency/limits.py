@@ -1,0 +1,47 @@
+"""The limit of a saving: no part of a model gets faster than its work gets smaller (Amdahl)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ..errors import HardAttentionError
+
+# operators that compute, by part; every other operator is "other"
+OPERATORS = {
+    "linear": ("addmm", "mm", "mkldnn_linear", "_mkl_linear", "linear"),
+    "attention": ("bmm", "baddbmm", "_softmax", "_scaled_dot_product", "_flash_attention", "_efficient_attention"),
+    "convolution": ("convolution", "mkldnn_convolution", "thnn_conv2d", "_slow_conv2d"),
+}
+
+
+def profile_call(call: Callable[[], object]) -> tuple[dict[str, float], Any]:
+    """Run ``call`` once under the profiler.
+
+    Returns:
+        share of its time by part (``linear``, ``attention``, ``convolution``, ``other``), together 1; and the profile.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, torch.inference_mode():
+        call()
+    seconds = dict.fromkeys((*OPERATORS, "other"), 0.0)
+    for event in profiler.key_averages():
+        name = event.key.removeprefix("aten::")
+        part = next((part for part, names in OPERATORS.items() if name.startswith(names)), "other")
+        seconds[part] += event.self_cpu_time_total
+    total = sum(seconds.values())
+    return {part: value / total for part, value in seconds.items()}, profiler
+
+
+def amdahl(shares: Mapping[str, float], before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """The largest speed-up that less work allows: ``1 / sum_p share_p * after_p / before_p``.
+
+    Args:
+        shares: of the baseline's time, by part. before, after: work of the baseline and of the variant, by part (see ``counting.work``).
+    """
+    left = sum(share * (after[part] / before[part] if before[part] else 1.0) for part, share in shares.items())
+    if left <= 0:
+        raise HardAttentionError(f"the parts' shares of the time are {dict(shares)}; no limit follows from them.")
+    return 1 / left

@@ -1,0 +1,95 @@
+"""Measured cost: bytes. Peaks of one call, and what a training step keeps for its backward pass."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Most bytes that PyTorch's allocator held at once for ``call``, beyond what was there before.
+
+    On a GPU the caching allocator's own counter; on a CPU the running sum of its allocation events.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    return peak_of(profiler)
+
+
+def peak_of(profiler: Any) -> int:
+    """The same from a profile that was taken with ``profile_memory=True``."""
+    held = peak = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def peak_resident_bytes(call: Callable[[], object]) -> int | None:
+    """Rise of the process's resident memory to its high-water mark in ``call``; None where the system cannot tell (not Linux).
+
+    Freed pages are handed back first, and the mark is set back: a later call of the same process is measured like the first.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        _CLEAR.write_text("5")
+        before = _high_water()
+        call()
+        return _high_water() - before
+    except (OSError, AttributeError):
+        return None
+
+
+def _high_water() -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def activation_bytes(model: nn.Module, batch: Mapping[str, Any], loss: Callable[[Any], Tensor] | None = None) -> int:
+    """Bytes that one training step of ``model`` keeps between its forward and its backward pass, weights left out. Counted, not
+    measured: every storage that autograd saves, once.
+
+    Args:
+        loss: makes the loss of the output; ``output.loss`` by default.
+    """
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *_tensors(batch))}
+    saved: dict[int, int] = {}
+    held = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)  # alive until the end, or another tensor could take its place
+        return tensor
+
+    training = model.training
+    model.train()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model(**batch)
+            (loss(output) if loss is not None else output.loss)
+    finally:
+        model.train(training)
+    return sum(saved.values())
+
+
+def _tensors(batch: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in batch.values() if isinstance(value, Tensor)]

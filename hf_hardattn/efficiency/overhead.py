@@ -1,0 +1,75 @@
+"""What a choice costs by itself: scorer, top-k and gather of one ``tokens`` site, beside a layer of the stock model."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..architectures import architecture_of
+from ..recording import selectors
+from ..stream import Stream
+from .timing import interleaved_seconds, ratios
+from .workloads import Workload
+
+
+def selection_overhead(
+    model: nn.Module, stock: nn.Module, inputs: dict[str, Any], workload: Workload
+) -> dict[str, float] | None:
+    """Time the first ``tokens`` site of ``model`` on the states it sees, and the stock layer it follows, in turn.
+
+    Returns:
+        seconds of ``selection`` and ``layer``, and ``share``, the median of their ratio; None when there is no such site or layers are called
+        through ``generate()``.
+    """
+    site = next((site for site in selectors(model) if ".tokens." in site), None)
+    architecture, plain = architecture_of(model), architecture_of(stock)
+    if site is None or architecture is None or plain is None or workload.generates:
+        return None
+    tower, _, layer = site.split(".")
+    selector = selectors(model)[site]
+    block = plain.towers(stock)[tower].layers[int(layer)]
+    seen: dict[str, Any] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.update(args=args, kwargs=kwargs)
+
+    with torch.inference_mode():
+        handle = block.register_forward_pre_hook(note, with_kwargs=True)
+        stock(**inputs)
+        handle.remove()
+        hidden = seen["args"][0]
+        calls = {
+            "layer": lambda: block(*seen["args"], **seen["kwargs"]),
+            "selection": lambda: Stream().select(selector, hidden),
+        }
+        timed = interleaved_seconds(calls, rounds=9, warmup=2, seconds=20.0)
+    share = sorted(1 / ratio for ratio in ratios(timed, "layer")["selection"])
+    median = {name: sorted(times)[len(times) // 2] for name, times in timed.items()}
+    return {**median, "share": share[len(share) // 2]}
+
+
+def later_layers_seconds(model: nn.Module, call: Callable[[], object], rounds: int = 3) -> float | None:
+    """Seconds that ``call`` spends in the layers of its first tower behind the first one, the median of some calls: the part that a
+    selection before them makes cheaper."""
+    architecture = architecture_of(model)
+    if architecture is None:
+        return None
+    tower = next(iter(architecture.towers(model).values()))
+    first, last = list(tower.layers._modules.values())[0], list(tower.layers._modules.values())[-1]
+    times: dict[str, float] = {}
+    handles = [
+        first.register_forward_hook(lambda *_: times.update(start=time.perf_counter())),
+        last.register_forward_hook(lambda *_: times.update(end=time.perf_counter())),
+    ]
+    found = []
+    for _ in range(rounds):
+        call()
+        found.append(times["end"] - times["start"])
+    for handle in handles:
+        handle.remove()
+    return statistics.median(found)

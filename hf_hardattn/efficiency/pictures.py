@@ -1,0 +1,134 @@
+"""Pictures of a benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import missing_extra
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise missing_extra("matplotlib", "plots", "the benchmark's picture") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw the picture that the suite names."""
+    {"pareto": pareto, "growth": growth, "break_even": break_even}[results["picture"]](results, path)
+
+
+def pareto(results: dict[str, Any], path: Path) -> None:
+    """Measured speed-up against peak memory, both relative to stock, one colour a workload; rows that no other of their workload
+    beats in both are joined. The right lower corner is best."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    shown = [group for group in results["groups"] if "stock" in group["rows"]]
+    colours = plt.get_cmap("tab20").colors
+    for group, colour in zip(shown, colours, strict=False):
+        stock = group["rows"]["stock"]
+        points = [
+            (row["against_stock"]["median"], row["peak_bytes"] / stock["peak_bytes"], name)
+            for name, row in group["rows"].items()
+        ]
+        front = sorted(p for p in points if not any(q[0] >= p[0] and q[1] <= p[1] and q[:2] != p[:2] for q in points))
+        axis.plot([p[0] for p in front], [p[1] for p in front], color=colour, linewidth=1)
+        for x, y, name in points:
+            marker = {"stock": "s", "exact": "D"}.get(name, "o")
+            axis.scatter(x, y, color=colour, marker=marker, s=36, zorder=3)
+        best = max(points)
+        axis.annotate(f"{best[0]:.2f}×", best[:2], xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+        axis.plot([], [], color=colour, marker="o", label=group["name"])
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    ticks = [1, 1.5, 2, 3, 4, 6, 8]
+    axis.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
+    axis.set_yticks([0.05, 0.1, 0.25, 0.5, 1, 1.5], ["5 %", "10 %", "25 %", "50 %", "100 %", "150 %"])
+    axis.minorticks_off()
+    axis.axvline(1, color="0.7", linewidth=0.8)
+    axis.axhline(1, color="0.7", linewidth=0.8)
+    axis.set_xlabel("speed against stock (measured); square: stock, diamond: exact, dots: selection")
+    axis.set_ylabel("peak memory against stock")
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def growth(results: dict[str, Any], path: Path) -> None:
+    """Seconds and peak memory against length, log-log; one column a model."""
+    plt = _pyplot()
+    models = list(dict.fromkeys(group["workload"]["model"] for group in results["groups"]))
+    figure, axes = plt.subplots(2, len(models), figsize=(5 * len(models), 7), layout="constrained", squeeze=False)
+    for column, model in enumerate(models):
+        groups = [group for group in results["groups"] if group["workload"]["model"] == model]
+        names = list(dict.fromkeys(name for group in groups for name in group["rows"]))
+        for name in names:
+            held = [group for group in groups if name in group["rows"]]
+            sizes = [group["workload"]["size"] for group in held]
+            rows = [group["rows"][name] for group in held]
+            (line,) = axes[0][column].plot(sizes, [row["seconds"]["median"] for row in rows], marker="o", label=name)
+            axes[1][column].plot(sizes, [row["peak_bytes"] / 2**20 for row in rows], marker="o", label=name)
+            if name not in ("stock", "exact"):
+                layers = [row["later_layers_seconds"] for row in rows]
+                axes[0][column].plot(
+                    sizes,
+                    layers,
+                    "--",
+                    marker=".",
+                    color=line.get_color(),
+                    label="of that, layers behind the selection",
+                )
+        unit = "tokens" if model.startswith("t5") else "pixels a side"
+        for axis, what in ((axes[0][column], "seconds"), (axes[1][column], "peak memory, MiB")):
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            every = sorted({group["workload"]["size"] for group in groups})
+            axis.set_xticks(every, [f"{size:,}" for size in every], fontsize=8)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.set_xlabel(unit)
+            axis.set_ylabel(what)
+        layers = groups[0]["workload"]["layers"]
+        axes[0][column].set_title(f"{groups[0]['name'].rsplit(' ', 2)[0]}, {layers} layers")
+        axes[0][column].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def break_even(results: dict[str, Any], path: Path) -> None:
+    """Speed-up against length, one line a row; below the line at 1, selection loses."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    names = list(dict.fromkeys(name for group in results["groups"] for name in group["hard"]))
+    kinds = list(dict.fromkeys(name.split(" keep")[0] + name.split(",")[-1] * ("," in name) for name in names))
+    styles = dict(zip(kinds, ("-", ":", "--", "-."), strict=False))
+    budgets = sorted({hard["budget"] for group in results["groups"] for hard in group["hard"].values()})
+    colours = dict(zip(budgets, plt.get_cmap("viridis")([i / len(budgets) for i in range(len(budgets))]), strict=True))
+    for name in names:
+        kind = name.split(" keep")[0] + name.split(",")[-1] * ("," in name)
+        held = [group for group in results["groups"] if name in group["rows"]]
+        axis.plot(
+            [group["workload"]["size"] for group in held],
+            [group["rows"][name]["against_stock"]["median"] for group in held],
+            styles[kind],
+            marker=".",
+            color=colours[held[0]["hard"][name]["budget"]],
+            label=name,
+        )
+    axis.axhline(1, color="0.3", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    sizes = sorted({group["workload"]["size"] for group in results["groups"]})
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.set_yticks([0.5, 1, 2, 4, 8], ["0.5×", "1×", "2×", "4×", "8×"])
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("speed against stock (below 1: a loss)")
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

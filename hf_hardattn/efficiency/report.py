@@ -1,0 +1,135 @@
+"""What a benchmark prints: markdown, and the same as a table in the terminal. Losses stand as losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import HardAttentionError
+
+HEAD = (
+    "workload",
+    "model",
+    "ms",
+    "a second",
+    "× stock",
+    "× exact",
+    "limit",
+    "of limit",
+    "target",
+    "GFLOPs executed",
+    "nominal",
+    "peak MiB",
+    "RSS MiB",
+    "cross cache MiB",
+    "J",
+)
+
+
+def cells(group: dict[str, Any]) -> Iterator[list[str]]:
+    """One row of strings a model, the columns of ``HEAD``."""
+    for name, row in group["rows"].items():
+        exact = speedup(group, name, "exact")
+        target = row["targets"].get("stock")
+        yield [
+            group["name"],
+            name,
+            f"{1e3 * row['seconds']['median']:,.1f}",
+            f"{row['throughput']:,.2f}",
+            speedup(group, name, "stock"),
+            exact,
+            "" if row["limit"] is None or name == "stock" else f"{row['limit']:.2f}",
+            "" if row["share_of_limit"] is None or name == "stock" else f"{row['share_of_limit']:.0%}",
+            "" if target is None else f"{target} {'held' if row['against_stock']['median'] >= target else 'NOT HELD'}",
+            f"{row['flops']['executed'] / 1e9:,.1f}",
+            f"{row['flops']['nominal'] / 1e9:,.1f}",
+            f"{row['peak_bytes'] / 2**20:,.0f}",
+            "not measured" if row["peak_resident_bytes"] is None else f"{row['peak_resident_bytes'] / 2**20:,.0f}",
+            f"{row['cross_cache_bytes'] / 2**20:,.1f}" if row.get("cross_cache_bytes") else "",
+            "not measured" if row["joules"] is None else f"{row['joules']:.2f}",
+        ]
+
+
+def speedup(group: dict[str, Any], name: str, baseline: str) -> str:
+    """A speed-up with its quartiles, as text; empty where the group was run without that baseline on purpose.
+
+    Raises:
+        HardAttentionError: a ratio stands there, and the baseline it belongs to does not.
+    """
+    ratio = group["rows"][name][f"against_{baseline}"]
+    if ratio is None:
+        return ""
+    if baseline not in group["rows"]:
+        raise HardAttentionError(
+            f"{name!r} of {group['name']!r} has a speed-up against {baseline!r}, which is not among its rows "
+            f"({', '.join(map(repr, group['rows']))}); no speed-up without its baseline. Run the group again."
+        )
+    low, _, high = ratio["quartiles"]
+    return f"{ratio['median']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The report of a suite."""
+    m = results["machine"]
+    lines = [f"# {results['title']}", "", f"`{results['command']}`", "", conditions(m), ""]
+    if results["picture"] == "break_even":
+        for table in break_even(results["groups"]):
+            lines += [*table, ""]
+    lines += ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for group in results["groups"] for row in cells(group)]
+    overheads = [(g["name"], n, o) for g in results["groups"] for n, o in g["selection_overhead"].items()]
+    if overheads:
+        lines += ["", "| scorer, top-k and gather of | ms | ms of a stock layer | share |", "|---|---|---|---|"]
+        lines += [
+            f"| {group}: {name} | {1e3 * o['selection']:.2f} | {1e3 * o['layer']:.1f} | {o['share']:.1%} |"
+            for group, name, o in overheads
+        ]
+    if results.get("import"):
+        i = results["import"]
+        lines += [
+            "",
+            f"A stock ViT with the library imported runs at {1 / i['relative_time']:.3f} × its speed without (two processes, forward by forward, "
+            f"{i['rounds']} rounds), outputs {'bit-identical' if i['identical_outputs'] else 'DIFFERENT'}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def conditions(machine: dict[str, Any]) -> str:
+    """The machine in a sentence."""
+    fixed = all(machine["allocator"].values())
+    kept = "glibc's allocator keeps freed pages" if fixed else "the system's default allocator"
+    bf16 = (
+        ""
+        if machine["native_bfloat16"]
+        else "; this processor has no bfloat16 arithmetic, matrix products in it are emulated"
+    )
+    return (
+        f"{machine['processor']} ({machine['cpu_capability']}{bf16}), {machine['threads']} threads, torch {machine['torch']}, transformers "
+        f"{machine['transformers']}, {kept}. Random weights; medians of interleaved rounds, quartiles in brackets. `stock` is Transformers' own path "
+        "(SDPA; BLIP has eager attention only), `exact` is this library's at budget 1.0. The limit is Amdahl's, from a profile of `stock` and the "
+        "work left. FLOPs count matrix products; peak MiB is the allocator's, RSS MiB the process's, both beyond the weights."
+    )
+
+
+def break_even(groups: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """Length by budget, speed-up against stock: one table a kind of row; below 1 is a loss, and marked as one."""
+    kinds: dict[str, dict[float, dict[int, float]]] = {}
+    for group in groups:
+        for name, hard in group["hard"].items():
+            budget = hard["budget"]
+            found = kinds.setdefault(name.replace(str(budget), "r"), {}).setdefault(budget, {})
+            found[group["workload"]["size"]] = group["rows"][name]["against_stock"]["median"]
+    for kind, rows in kinds.items():
+        sizes = sorted({size for row in rows.values() for size in row})
+        yield [
+            f"**{kind}**, × stock by length (columns) and budget r (rows):",
+            "",
+            "| r | " + " | ".join(f"{size:,}" for size in sizes) + " |",
+            "|---" * (len(sizes) + 1) + "|",
+            *(
+                f"| {budget} | "
+                + " | ".join(f"{row[size]:.2f}{' (loss)' if row[size] < 1 else ''}" for size in sizes)
+                + " |"
+                for budget, row in sorted(rows.items(), reverse=True)
+            ),
+        ]

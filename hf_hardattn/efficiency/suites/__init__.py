@@ -1,0 +1,90 @@
+"""Suites of the benchmark. One YAML file each; the file's name is the suite's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...errors import HardAttentionError, unknown
+from ..workloads import Workload
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Row:
+    """One hard configuration of a workload.
+
+    Attributes:
+        name: shown. hard: the configuration.
+        targets: what it should reach: speed-up against ``stock`` and ``exact``, and share of the cross-attention ``cache``.
+    """
+
+    name: str
+    hard: dict[str, Any]
+    targets: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A workload with its rows, timed together.
+
+    Attributes:
+        stock: also time the stock model; False where it needs more memory than there is (no speed-up against it is shown then).
+    """
+
+    name: str
+    workload: Workload
+    rows: tuple[Row, ...]
+    stock: bool = True
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Groups, and which pictures they make.
+
+    Attributes:
+        picture: ``pareto`` | ``growth`` | ``break_even``.
+    """
+
+    name: str
+    title: str
+    groups: tuple[Group, ...]
+    picture: str = "pareto"
+
+
+def names() -> list[str]:
+    """The suites there are."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load(name: str) -> Suite:
+    """Read the suite ``name``, or a YAML file of the same form."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise unknown("suite", name, names())
+    return parse(yaml.safe_load(path.read_text()), path.stem)
+
+
+def parse(data: dict[str, Any], name: str) -> Suite:
+    """Build a suite: ``sizes`` and ``budgets`` in the plural multiply out."""
+    groups = tuple(group for item in data["groups"] for group in _groups(item))
+    if not groups:
+        raise HardAttentionError(f"suite {name!r} has no groups; name a model, its size and rows.")
+    return Suite(name, data.get("title", name), groups, data.get("picture", "pareto"))
+
+
+def _groups(item: dict[str, Any]) -> Iterator[Group]:
+    shape = {k: v for k, v in item.items() if k not in ("name", "size", "sizes", "rows", "stock_up_to")}
+    for size in item.get("sizes", [item.get("size")]):
+        rows = []
+        for row in item["rows"]:
+            for budget in row.get("budgets", [None]):
+                hard = dict(row["hard"]) if budget is None else {**row["hard"], "budget": budget}
+                rows.append(Row(row["name"].format(budget=budget), hard, row.get("targets", {})))
+        stock = size <= item.get("stock_up_to", size)
+        yield Group(item["name"].format(size=size), Workload(size=size, **shape), tuple(rows), stock)

@@ -1,0 +1,140 @@
+"""What a benchmark runs: a model of a stated shape, its input, and the call that is timed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipVisionConfig,
+    BlipVisionModel,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from ..errors import HardAttentionError, unknown
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One model at one size.
+
+    Attributes:
+        model: ``vit``, ``t5_encoder``, ``t5_decode`` (cross-attention over given encoder states), ``blip_vision``, ``blip_caption``,
+            all of the base size with random weights; or the place of a checkpoint, a ViT or T5 that ``AutoModel`` loads.
+        size: pixels a side, or source tokens.
+        batch: examples a call. dtype: ``float32`` | ``bfloat16`` | ``float16``.
+        layers: of each tower (12 in the base size).
+        new_tokens: written by ``t5_decode`` and ``blip_caption``.
+    """
+
+    model: str
+    size: int
+    batch: int = 1
+    dtype: str = "float32"
+    layers: int = 12
+    new_tokens: int = 0
+
+    @property
+    def generates(self) -> bool:
+        """Whether the call is ``generate()``."""
+        return self.model in ("t5_decode", "blip_caption")
+
+    def build(self) -> nn.Module:
+        """The stock model, in evaluation mode; the same weights at every call."""
+        torch.manual_seed(0)
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        build = _MODELS.get(self.model)
+        made = build(self) if build else _checkpoint(self)
+        return made.to(DTYPES[self.dtype]).eval()
+
+    def inputs(self, model: nn.Module) -> dict[str, Any]:
+        """Keyword inputs of one call, the same at every call."""
+        torch.manual_seed(1)
+        place = next(model.parameters())
+        if self.model == "t5_decode":
+            states = torch.randn(self.batch, self.size, model.config.d_model).to(place)  # type: ignore[union-attr, arg-type]
+            return {"encoder_outputs": BaseModelOutput(last_hidden_state=states)}
+        if self.model == "t5_encoder" or getattr(model.config, "model_type", "") == "t5":
+            return {"input_ids": torch.randint(2, 32000, (self.batch, self.size), device=place.device)}
+        return {"pixel_values": torch.randn(self.batch, 3, self.size, self.size).to(place)}
+
+    def call(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """What is timed."""
+        with torch.inference_mode():
+            if not self.generates:
+                return model(**inputs)
+            length = dict(max_new_tokens=self.new_tokens, min_new_tokens=self.new_tokens)
+            return model.generate(**inputs, **length, do_sample=False, return_dict_in_generate=True)  # type: ignore[operator]
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares its parameters and buffers."""
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def cache_bytes(output: Any) -> int | None:
+    """Bytes of the cross-attention cache behind a ``generate()``; None when there is none."""
+    cache = getattr(getattr(output, "past_key_values", None), "cross_attention_cache", None)
+    if cache is None:
+        return None
+    held: list[Tensor] = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    return sum(t.numel() * t.element_size() for t in held)
+
+
+def _vit(w: Workload) -> nn.Module:
+    return ViTForImageClassification(ViTConfig(image_size=w.size, num_hidden_layers=w.layers))
+
+
+def _t5(w: Workload, **changes: Any) -> T5Config:
+    sizes = dict(d_model=768, d_kv=64, d_ff=3072, num_layers=w.layers, num_decoder_layers=w.layers, num_heads=12)
+    return T5Config(**{**sizes, **changes}, decoder_start_token_id=0)
+
+
+def _blip_vision(w: Workload) -> dict[str, Any]:
+    return dict(image_size=w.size, num_hidden_layers=w.layers, initializer_range=0.02)
+
+
+def _blip(w: Workload) -> nn.Module:
+    text = dict(num_hidden_layers=w.layers, initializer_range=0.02)
+    return BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=_blip_vision(w)))
+
+
+_MODELS: dict[str, Callable[[Workload], nn.Module]] = {
+    "vit": _vit,
+    "t5_encoder": lambda w: T5EncoderModel(_t5(w)),
+    "t5_decode": lambda w: T5ForConditionalGeneration(_t5(w, num_layers=1)),
+    "blip_vision": lambda w: BlipVisionModel(BlipVisionConfig(**_blip_vision(w))),
+    "blip_caption": _blip,
+}
+
+
+def _checkpoint(w: Workload) -> nn.Module:
+    try:
+        config = AutoConfig.from_pretrained(w.model, hard_attention=None)
+    except (OSError, ValueError) as error:
+        raise HardAttentionError(
+            f"{w.model!r} is neither a model of the benchmark ({', '.join(map(repr, sorted(_MODELS)))}) nor a checkpoint that can be read: {error}"
+        ) from None
+    if config.model_type not in ("vit", "t5"):
+        raise HardAttentionError(
+            f"the benchmark loads checkpoints of ViT and T5; {w.model!r} is a {config.model_type}. Use 'blip_vision' or 'blip_caption'."
+        )
+    cls: Any = T5EncoderModel if config.model_type == "t5" else AutoModel
+    return cls.from_pretrained(w.model, hard_attention=None)
