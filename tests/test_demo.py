@@ -50,13 +50,3 @@ def test_list_and_env():
         for name in registry.names(kind):
             assert name in listed
     assert json.loads(CliRunner().invoke(app, ["env"]).output)["transformers"].startswith("5.")
-
-
-def test_bench(tmp_path):
-    result = CliRunner().invoke(
-        app, ["bench", "--rounds", "1", "--threads", "1", "--layers", "4", "--output", str(tmp_path / "bench.json")]
-    )
-    assert result.exit_code == 0, result.output
-    results = json.loads((tmp_path / "bench.json").read_text())
-    assert results["registered"]["identical_outputs"]
-    assert all(row["counted"] > 1.05 for row in results["rows"] if "stock" not in row["case"])

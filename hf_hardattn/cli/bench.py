@@ -35,7 +35,7 @@ def command(
         str, typer.Option(help="Run the groups whose name matches; others keep the results they have.")
     ] = "*",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds, at most.")] = 9,
-    seconds: Annotated[float, typer.Option(help="Stop a group's rounds after so long; three are run at least.")] = 60.0,
+    seconds: Annotated[float, typer.Option(help="Stop a group's rounds after so long; two are run at least.")] = 60.0,
     threads: Annotated[int, typer.Option(help="PyTorch threads.")] = 2,
     fixed_allocator: Annotated[
         bool, typer.Option(help="Restart with glibc's allocator fixed; page faults move ratios.")
@@ -69,7 +69,9 @@ def command(
     path = output / f"{chosen.name}.json"
     before = json.loads(path.read_text()) if path.exists() and only != "*" else {"groups": []}
     made = {group["name"]: group for group in before["groups"]}
-    made |= {group["name"]: group for group in bench.run(groups, rounds=rounds, seconds=seconds)}
+    growing = chosen.picture == "growth"
+    measured = bench.run(groups, rounds=rounds, seconds=seconds, layers_too=growing)
+    made |= {group["name"]: group for group in measured}
     results = {
         "command": " ".join(["hf-hardattn", *sys.argv[1:]]) if only == "*" else f"hf-hardattn bench --suite {suite}",
         "title": chosen.title,

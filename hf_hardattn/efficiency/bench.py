@@ -22,7 +22,7 @@ from . import allocator
 from .counting import work
 from .joules import joules_per_call
 from .limits import amdahl, profile_call
-from .memory import peak_bytes, peak_of, peak_resident_bytes
+from .memory import peak_resident_bytes
 from .overhead import later_layers_seconds, selection_overhead
 from .suites import Group
 from .timing import interleaved_seconds, ratios
@@ -31,18 +31,19 @@ from .workloads import Workload, cache_bytes, share_weights
 STOCK, EXACT = "stock", "exact"
 
 
-def run(groups: list[Group], *, rounds: int, seconds: float | None, warmup: int = 1) -> list[dict[str, Any]]:
+def run(groups: list[Group], *, rounds: int, seconds: float | None, layers_too: bool = False) -> list[dict[str, Any]]:
     """Measure groups one after the other; see ``measure``."""
-    return [measure(group, rounds=rounds, seconds=seconds, warmup=warmup) for group in tqdm(groups, desc="bench")]
+    return [measure(group, rounds=rounds, seconds=seconds, layers_too=layers_too) for group in tqdm(groups, "bench")]
 
 
-def measure(group: Group, *, rounds: int, seconds: float | None = None, warmup: int = 1) -> dict[str, Any]:
+def measure(group: Group, *, rounds: int, seconds: float | None = None, layers_too: bool = False) -> dict[str, Any]:
     """Measure one workload with its rows.
 
     Every speed-up is the median, over rounds in which each model had its turn, of the baseline's time by the row's in that round.
 
     Args:
-        rounds: at most. seconds: of timing, after which no further round starts (three are run at least).
+        rounds: at most. seconds: of timing, after which no further round starts (two are run at least).
+        layers_too: also time the layers behind the first one by themselves.
 
     Returns:
         JSON: the workload, and for ``stock``, ``exact`` and every row its time, throughput, FLOPs (executed and nominal), peak memory, energy
@@ -56,8 +57,10 @@ def measure(group: Group, *, rounds: int, seconds: float | None = None, warmup: 
     models |= {row.name: apply(share_weights(stock), row.hard).eval() for row in group.rows}
     inputs = workload.inputs(stock)
     calls = {name: partial(workload.call, model, inputs) for name, model in models.items()}
-    shares, profiled = profile_call(calls[STOCK]) if group.stock else (None, None)
-    timed = interleaved_seconds(calls, rounds=rounds, warmup=warmup, seconds=seconds)
+    resident = {name: peak_resident_bytes(call) for name, call in calls.items()}  # and the first call, which warms up
+    timed = interleaved_seconds(calls, rounds=rounds, warmup=0, seconds=seconds)
+    profiles = {name: profile_call(call) for name, call in calls.items()}
+    shares = profiles[STOCK].shares if group.stock else None
     to_stock, to_exact = ratios(timed, STOCK) if group.stock else None, ratios(timed, EXACT)
     executed = {name: _work(workload, model, inputs) for name, model in models.items()}
     targets = {row.name: row.targets for row in group.rows}
@@ -78,14 +81,15 @@ def measure(group: Group, *, rounds: int, seconds: float | None = None, warmup: 
             "against_exact": _spread(to_exact[name]),
             "limit": limit,
             "share_of_limit": against_stock["median"] / limit if against_stock and limit else None,
-            "peak_bytes": peak_of(profiled) if name == STOCK else peak_bytes(calls[name]),
-            "later_layers_seconds": None if workload.generates else later_layers_seconds(model, calls[name]),
-            "peak_resident_bytes": peak_resident_bytes(calls[name]),
+            "peak_bytes": profiles[name].peak_bytes,
+            "peak_resident_bytes": resident[name],
             "joules": joules_per_call(calls[name], rounds),
             "targets": targets.get(name, {}),
         }
         if workload.generates:
-            entries[name]["cross_cache_bytes"] = cache_bytes(calls[name]())
+            entries[name]["cross_cache_bytes"] = cache_bytes(profiles[name].output)
+        elif layers_too:
+            entries[name]["later_layers_seconds"] = later_layers_seconds(model, calls[name])
     result = {
         "name": group.name,
         "workload": vars(workload),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..errors import HardAttentionError
+from .memory import peak_of
 
 # operators that compute, by part; every other operator is "other"
 OPERATORS = {
@@ -18,21 +20,39 @@ OPERATORS = {
 }
 
 
-def profile_call(call: Callable[[], object]) -> tuple[dict[str, float], Any]:
-    """Run ``call`` once under the profiler.
+@dataclass
+class Profile:
+    """One call, profiled.
 
-    Returns:
-        share of its time by part (``linear``, ``attention``, ``convolution``, ``other``), together 1; and the profile.
+    Attributes:
+        shares: of its time by part (``linear``, ``attention``, ``convolution``, ``other``), together 1.
+        peak_bytes: most that PyTorch's allocator held at once for it, beyond what was there before.
+        output: of the call.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, torch.inference_mode():
-        call()
+
+    shares: dict[str, float]
+    peak_bytes: int
+    output: Any
+
+
+def profile_call(call: Callable[[], object]) -> Profile:
+    """Run ``call`` once under the profiler."""
+    gpu = torch.cuda.is_available()
+    before = 0
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with profile(activities=activities, profile_memory=not gpu) as profiler:
+        output = call()
     seconds = dict.fromkeys((*OPERATORS, "other"), 0.0)
     for event in profiler.key_averages():
         name = event.key.removeprefix("aten::")
         part = next((part for part, names in OPERATORS.items() if name.startswith(names)), "other")
-        seconds[part] += event.self_cpu_time_total
+        seconds[part] += event.self_device_time_total if gpu else event.self_cpu_time_total
     total = sum(seconds.values())
-    return {part: value / total for part, value in seconds.items()}, profiler
+    peak = torch.cuda.max_memory_allocated() - before if gpu else peak_of(profiler)
+    return Profile({part: value / total for part, value in seconds.items()}, peak, output)
 
 
 def amdahl(shares: Mapping[str, float], before: Mapping[str, float], after: Mapping[str, float]) -> float:

@@ -10,28 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Most bytes that PyTorch's allocator held at once for ``call``, beyond what was there before.
-
-    On a GPU the caching allocator's own counter; on a CPU the running sum of its allocation events.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    return peak_of(profiler)
-
-
 def peak_of(profiler: Any) -> int:
-    """The same from a profile that was taken with ``profile_memory=True``."""
+    """Most bytes that the CPU allocator held at once beyond what was there before, from a profile with ``profile_memory=True``."""
     held = peak = 0
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -19,7 +19,7 @@ def interleaved_seconds(
     Args:
         calls: name to a call without arguments.
         rounds: timed rounds. warmup: rounds before, not timed.
-        seconds: stop after the round in which the timed rounds took so long, but not before three of them.
+        seconds: stop after the round in which the timed rounds took so long, but not before two of them.
 
     Returns:
         name to seconds of each round.
@@ -33,7 +33,7 @@ def interleaved_seconds(
                 torch.cuda.synchronize()
             if round_ >= warmup:
                 found[name].append(time.perf_counter() - start)
-        if seconds is not None and round_ >= warmup + 2 and sum(map(sum, found.values())) > seconds:
+        if seconds is not None and round_ >= warmup + 1 and sum(map(sum, found.values())) > seconds:
             break
     return found
 

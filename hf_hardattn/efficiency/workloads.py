@@ -102,9 +102,9 @@ def _vit(w: Workload) -> nn.Module:
     return ViTForImageClassification(ViTConfig(image_size=w.size, num_hidden_layers=w.layers))
 
 
-def _t5(w: Workload, **changes: Any) -> T5Config:
+def _t5(w: Workload) -> T5Config:
     sizes = dict(d_model=768, d_kv=64, d_ff=3072, num_layers=w.layers, num_decoder_layers=w.layers, num_heads=12)
-    return T5Config(**{**sizes, **changes}, decoder_start_token_id=0)
+    return T5Config(**sizes, decoder_start_token_id=0)
 
 
 def _blip_vision(w: Workload) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _blip(w: Workload) -> nn.Module:
 _MODELS: dict[str, Callable[[Workload], nn.Module]] = {
     "vit": _vit,
     "t5_encoder": lambda w: T5EncoderModel(_t5(w)),
-    "t5_decode": lambda w: T5ForConditionalGeneration(_t5(w, num_layers=1)),
+    "t5_decode": lambda w: T5ForConditionalGeneration(_t5(w)),
     "blip_vision": lambda w: BlipVisionModel(BlipVisionConfig(**_blip_vision(w))),
     "blip_caption": _blip,
 }

@@ -1,0 +1,331 @@
+"""What selection saves: FLOPs and bytes against closed forms, nothing that waits for the device, and a benchmark that refuses to boast."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+from typer.testing import CliRunner
+
+import hf_hardattn
+from hf_hardattn import HardAttentionError, distances
+from hf_hardattn.attention import attend
+from hf_hardattn.cli import app
+from hf_hardattn.efficiency import allocator, energy, report, suites
+from hf_hardattn.efficiency.counting import count_flops, work
+from hf_hardattn.efficiency.limits import amdahl, profile_call
+from hf_hardattn.efficiency.memory import activation_bytes, peak_resident_bytes
+from hf_hardattn.efficiency.timing import ratios, speedups
+from hf_hardattn.efficiency.workloads import Workload, cache_bytes, share_weights
+
+D, F, LAYERS, PATCHES, CLASSES = 32, 56, 3, 16, 5
+
+
+def vit(**config):
+    sizes = dict(
+        hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS, num_attention_heads=4, num_labels=CLASSES
+    )
+    model = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **sizes))
+    return hf_hardattn.apply(model, config).eval() if config else model.eval()
+
+
+def t5(**config):
+    sizes = dict(vocab_size=50, d_model=D, d_kv=8, d_ff=F, num_layers=LAYERS, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(T5Config(**sizes))
+    return hf_hardattn.apply(model, config).eval() if config else model.eval()
+
+
+def layer(queries, keys):
+    """FLOPs of one layer: query and output projections, key and value projections, attention, MLP."""
+    return 2 * (2 * queries * D * D + 2 * keys * D * D + 2 * queries * keys * D + 2 * queries * D * F)
+
+
+def ends():
+    """FLOPs before and behind the layers of the ViT: patch embedding and classifier."""
+    return 2 * (PATCHES * 3 * 8 * 8 * D + D * CLASSES)
+
+
+# ---------------------------------------------------------------- counted against a closed form
+
+
+@pytest.mark.parametrize(
+    ("sites", "budget", "rows"),
+    [
+        (["vision.tokens.0"], 0.25, [(17, 17), (5, 5), (5, 5)]),  # CLS and a quarter of 16 patches
+        (["vision.inputs"], 3, [(4, 4)] * 3),
+        (["vision.tokens.0", "vision.tokens.1"], 0.5, [(17, 17), (9, 9), (5, 5)]),
+        (["vision.self.*"], 0.25, [(17, 5)] * 3),
+    ],
+    ids=str,
+)
+def test_counted_flops_of_a_vit(sites, budget, rows):
+    pixels = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    model = vit(sites=sites, budget=budget)
+    assert count_flops(vit(), pixels) == LAYERS * layer(17, 17) + ends()
+    assert count_flops(model, pixels) == sum(layer(*row) for row in rows) + ends()
+    with hf_hardattn.execution(model, "masked"):
+        assert count_flops(model, pixels) == LAYERS * layer(17, 17) + ends()  # masked saves nothing, and says so
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_counted_flops_of_shared_keys(share):
+    ids = torch.randint(2, 50, (1, 24))
+    config = {"sites": ["encoder.self.*"], "budget": 7, "share_selection": share}
+    model = hf_hardattn.apply(encoder(), config).eval()
+    assert count_flops(model, {"input_ids": ids}) == LAYERS * layer(24, 8)  # </s> is kept always
+    assert len(hf_hardattn.selectors(model)) == (1 if share else LAYERS)
+
+
+def encoder():
+    return T5EncoderModel(T5Config(vocab_size=50, d_model=D, d_kv=8, d_ff=F, num_layers=LAYERS, num_heads=4)).eval()
+
+
+def test_shapes_alone_give_the_same_work_as_computing():
+    model, ids = hf_hardattn.apply(encoder(), {"sites": ["encoder.tokens.0"], "budget": 0.5}).eval(), torch.ones(1, 12)
+    batch = {"input_ids": ids.long()}
+    assert work(lambda: model(**batch)) == work(lambda: model(**batch), fake=False)
+
+
+# ---------------------------------------------------------------- bytes
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("share", [False, True])
+def test_cross_cache_holds_the_kept_keys_alone(share, beams):
+    model = t5(sites=["decoder.cross.*"], budget=5, share_selection=share)
+    ids = torch.randint(2, 50, (2, 40))
+    options = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True, num_beams=beams)
+    kept, full = (cache_bytes(m.generate(ids, **options)) for m in (model, t5()))
+    assert full == 2 * LAYERS * (2 * beams) * 40 * D * 4
+    assert kept == full * 6 // 40  # 5 and </s>; no column of marks where every slot is in use
+
+
+def test_training_gathered_keeps_activations_of_the_kept_rows_alone():
+    """Everything that grows with the rows shrinks with them; the patch embedding and the scorer see all rows."""
+    pixels = {"pixel_values": torch.randn(8, 3, 32, 32), "labels": torch.arange(8) % CLASSES}
+    soft = activation_bytes(vit().train(), pixels)
+    shared = {"estimator": "reinforce", "baseline": "none"}
+    found = {b: activation_bytes(vit(sites=["vision.inputs"], budget=b, **shared), pixels) for b in (1.0, 8, 3)}
+    assert found[3] < 0.35 * soft and found[8] < 0.65 * soft
+    # linear in the rows: of 17, 9 and 4 rows
+    slope = (found[1.0] - found[8]) / 8
+    assert abs((found[8] - found[3]) / 5 - slope) < 0.1 * slope
+    assert activation_bytes(vit(sites=["vision.inputs"], budget=3, estimator="simple"), pixels) > soft  # masked
+
+
+def test_peak_falls_with_the_budget_and_is_never_above_stock():
+    ids = {"input_ids": torch.randint(2, 50, (1, 512))}
+    stock = encoder()
+    models = {
+        b: hf_hardattn.apply(encoder(), {"sites": ["encoder.tokens.0"], "budget": b}).eval() for b in (1.0, 0.5, 0.1)
+    }
+    with torch.inference_mode():
+        peaks = {b: profile_call(lambda m=model: m(**ids)).peak_bytes for b, model in models.items()}
+        reference = profile_call(lambda: stock(**ids)).peak_bytes
+    assert peaks[0.1] < peaks[0.5] < 1.1 * reference
+    assert peaks[1.0] < 0.6 * reference  # the bias is never a matrix
+    grown = peak_resident_bytes(lambda: torch.ones(32 * 2**20, dtype=torch.uint8))
+    assert grown is None or 30 * 2**20 < grown < 80 * 2**20
+
+
+# ---------------------------------------------------------------- the fast path
+
+
+@pytest.mark.parametrize(
+    ("build", "sites", "budget"),
+    [
+        (vit, ["vision.inputs"], 3),
+        (vit, ["vision.tokens.0", "vision.tokens.1"], 0.25),
+        (vit, ["vision.self.*"], 0.25),
+        (t5, ["encoder.tokens.0", "decoder.cross.*"], 0.25),
+        (t5, ["encoder.self.*"], 3),
+        (t5, ["encoder.inputs"], 0.25),
+    ],
+    ids=str,
+)
+def test_nothing_waits_for_the_device_and_it_compiles_whole(build, sites, budget):
+    model = build(sites=sites, budget=budget, share_selection="self" in sites[0])
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    if build is t5:
+        batch = {"input_ids": torch.randint(2, 50, (2, 12)), "decoder_input_ids": torch.randint(2, 50, (2, 4))}
+    with torch.inference_mode():
+        expected = model(**batch).logits
+        with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without values: whoever asks for one raises
+            assert model(**batch).logits.shape == expected.shape
+    if build is t5 and "encoder.self.*" not in sites:
+        return  # compiled by test_common_behaviour.py
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(**batch).logits
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_a_threshold_does_wait():
+    """The check above can fail."""
+    model = vit(sites=["vision.tokens.0"], budget="threshold:0.5")
+    with (
+        pytest.raises(DataDependentOutputException),
+        torch.inference_mode(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        model(pixel_values=torch.randn(2, 3, 32, 32))
+
+
+def test_table_of_distances():
+    """The bias by its definition, one number after the other, and every way to read it."""
+    table, n = torch.randn(3, 2 * 6 - 1), 6
+    whole = torch.tensor([[[float(table[h, k - q + n - 1]) for k in range(n)] for q in range(n)] for h in range(3)])[
+        None
+    ]
+    assert torch.equal(distances.matrix(table), whole)
+    assert torch.equal(distances.reversed_rows(table).flip(2), whole)
+    assert distances.reversed_rows(table).untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
+    shared, own = torch.tensor([[[0, 3]], [[2, 5]]]), torch.tensor([[[0, 3], [1, 2], [4, 5]]])
+    for indices in (shared, own):
+        found = distances.columns(table, indices)
+        for b in range(len(indices)):
+            for h in range(3):
+                kept = indices[b, min(h, indices.shape[1] - 1)]
+                assert torch.equal(found[b, h], whole[0, h][:, kept])
+    rows = torch.tensor([[1, 4, 5], [0, 2, 3]])
+    for b, row in enumerate(rows):
+        assert torch.equal(distances.pairs(table, rows)[b], whole[0][:, row][:, :, row])
+    q, k, v = torch.randn(3, 2, 3, n, 4)
+    allowed = torch.tensor([True] * 4 + [False] * 2)[None, None, None]
+    for mask in (None, allowed):
+        expected, _ = attend(q, k, v, scale=0.5, bias=whole, allowed=mask)
+        found, _ = attend(q, k, v, scale=0.5, bias=table, allowed=mask)
+        torch.testing.assert_close(found, expected)
+
+
+# ---------------------------------------------------------------- the benchmark
+
+
+def test_amdahl_by_hand():
+    shares = {"linear": 0.5, "attention": 0.4, "convolution": 0.0, "other": 0.1}
+    before = {"linear": 100, "attention": 100, "convolution": 0, "other": 10}
+    after = {"linear": 50, "attention": 25, "convolution": 0, "other": 10}
+    assert amdahl(shares, before, after) == pytest.approx(1 / (0.25 + 0.1 + 0.1))
+    with pytest.raises(HardAttentionError, match="no limit follows from them"):
+        amdahl(dict.fromkeys(shares, 0.0), before, after)
+
+
+def test_no_speedup_without_its_baseline():
+    seconds = {"stock": [2.0, 4.0, 3.0], "hard": [1.0, 1.0, 1.0]}
+    assert speedups(seconds, "stock") == {"stock": 1.0, "hard": 3.0}
+    with pytest.raises(HardAttentionError, match="no speed-up without its baseline: 'stock' was not timed"):
+        ratios({"hard": [1.0]}, "stock")
+    with pytest.raises(HardAttentionError, match="Time it beside them, in the same run"):
+        ratios({"stock": [1.0], "hard": [1.0, 1.0]}, "stock")
+    row = {"against_stock": {"median": 3.0, "quartiles": [1.0, 3.0, 4.0]}}
+    group = {"name": "g", "rows": {"hard": row, "stock": row}}
+    assert report.speedup(group, "hard", "stock") == "3.00 (1.00-4.00)"
+    with pytest.raises(
+        HardAttentionError, match="'hard' of 'g' has a speed-up against 'stock', which is not among its rows"
+    ):
+        report.speedup({"name": "g", "rows": {"hard": row}}, "hard", "stock")
+
+
+def test_energy_is_read_or_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(energy, "_RAPL", tmp_path)
+    assert energy.joules_per_call(lambda: None, 3) is None  # never 0
+    counter = tmp_path / "intel-rapl:0" / "energy_uj"
+    counter.parent.mkdir()
+    counter.write_text("1000000")
+    assert energy.joules_per_call(lambda: counter.write_text(str(int(counter.read_text()) + 2_000_000)), 4) == 2.0
+    assert energy.joules_per_call(lambda: None, 4) is None  # a counter that stands still measures nothing
+
+
+def test_allocator_settings_survive_a_restart():
+    code = (
+        "import sys; from hf_hardattn.efficiency import allocator; allocator.restart_with_settings();"
+        "print(sys.argv[1], *allocator.settings().values())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, "kept"], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["kept", *allocator.SETTINGS.values()]
+
+
+def test_suites_are_read_and_multiply_out():
+    assert {"quick", "targets", "break_even", "growth"} <= set(suites.names())
+    assert all(suites.load(name).groups for name in suites.names())
+    with pytest.raises(HardAttentionError, match="unknown suite 'qick'.*Did you mean 'quick'"):
+        suites.load("qick")
+    with pytest.raises(HardAttentionError, match="suite 'x' has no groups"):
+        suites.parse({"groups": []}, "x")
+    groups = suites.load("growth").groups
+    assert [group.stock for group in groups if group.workload.size in (8192, 16384)] == [True, False]
+    with pytest.raises(HardAttentionError, match="'nowhere' is neither a model of the benchmark"):
+        Workload("nowhere", 32).build()
+    with pytest.raises(HardAttentionError, match="unknown dtype 'float8'"):
+        Workload("vit", 32, dtype="float8").build()
+
+
+def test_shared_weights_are_one_copy():
+    stock = vit()
+    hard = hf_hardattn.apply(share_weights(stock), {"sites": ["vision.tokens.0"]})
+    names = dict(stock.named_parameters())
+    assert all(p is names[name] for name, p in hard.named_parameters() if "selector" not in name)
+    assert not hf_hardattn.selectors(stock)
+
+
+def test_bench_of_a_users_own_checkpoint(tmp_path):
+    vit().save_pretrained(tmp_path / "vit")
+    arguments = [
+        "bench",
+        "--model",
+        str(tmp_path / "vit"),
+        "--size",
+        "32",
+        "--site",
+        "vision.tokens.0",
+        "--budget",
+        "0.25",
+    ]
+    common = ["--rounds", "2", "--threads", "1", "--no-fixed-allocator", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, [*arguments, "--budget", "3", *common])
+    assert result.exit_code == 0, result.output
+    (group,) = json.loads((tmp_path / "own.json").read_text())["groups"]
+    assert list(group["rows"]) == ["stock", "exact", "vision.tokens.0 keep 0.25", "vision.tokens.0 keep 3"]
+    row = group["rows"]["vision.tokens.0 keep 0.25"]
+    pooler = 2 * (D * D - D * CLASSES)  # AutoModel brings a pooler, and no classifier
+    assert row["flops"]["executed"] == layer(17, 17) + 2 * layer(5, 5) + ends() + pooler and row["limit"] > 1
+    written = Path(tmp_path / "own.md").read_text()
+    assert "not measured" in written or row["joules"] > 0
+    assert "scorer, top-k and gather" in written and (tmp_path / "own.png").stat().st_size > 10_000
+    with pytest.raises(HardAttentionError, match="needs to know what to measure; give --size"):
+        CliRunner().invoke(app, ["bench", "--model", "vit", "--no-fixed-allocator"], catch_exceptions=False)
+    with pytest.raises(HardAttentionError, match="no group of suite 'quick' matches --only 'nothing'"):
+        CliRunner().invoke(app, ["bench", "--only", "nothing", "--no-fixed-allocator"], catch_exceptions=False)
+
+
+def test_growth_and_break_even_reports(tmp_path):
+    suite = {
+        "picture": "break_even",
+        "groups": [
+            {
+                "name": "tiny {size}",
+                "model": "vit",
+                "layers": 1,
+                "sizes": [32, 48],
+                "rows": [
+                    {"name": "vision.inputs keep {budget}", "hard": {"sites": ["vision.inputs"]}, "budgets": [0.5, 0.9]}
+                ],
+            }
+        ],
+    }
+    for picture in ("break_even", "growth"):
+        path = tmp_path / f"{picture}.yaml"
+        path.write_text(json.dumps({**suite, "picture": picture}))
+        common = ["--rounds", "2", "--threads", "1", "--no-fixed-allocator", "--output", str(tmp_path)]
+        result = CliRunner().invoke(app, ["bench", "--suite", str(path), *common])
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / f"{picture}.png").stat().st_size > 10_000
+    lines = (tmp_path / "break_even.md").read_text().splitlines()
+    assert any(line.startswith("| r | 32 | 48 |") for line in lines)
+    found = json.loads((tmp_path / "growth.json").read_text())["groups"][0]["rows"]
+    assert found["vision.inputs keep 0.5"]["later_layers_seconds"] > 0
