@@ -43,6 +43,9 @@ def command(
     import_cost: Annotated[
         bool, typer.Option(help="Also measure what importing the library costs a stock model.")
     ] = False,
+    demo: Annotated[Path, typer.Option(help="Where `hf-hardattn demo` left its models; for peers.")] = Path(
+        "outputs/demo"
+    ),
     output: Annotated[Path, typer.Option(help="Folder for SUITE.json, .md and .png.")] = Path("outputs/bench"),
 ) -> None:
     """Measure what selection saves, beside stock Transformers and this library at budget 1.0, in one interleaved run."""
@@ -57,6 +60,8 @@ def command(
     from ..efficiency.pictures import draw
 
     torch.set_num_threads(threads)
+    if suite == "peers":
+        return _peers(demo, rounds, threads, output)
     if model is None:
         chosen = suites.load(suite)
     else:
@@ -85,6 +90,30 @@ def command(
     draw(results, path.with_suffix(".png"))
     _show(results)
     typer.echo(f"results: {path}")
+
+
+def _peers(demo: Path, rounds: int, threads: int, output: Path) -> None:
+    """The demo's models beside other methods; the test set is the demo's."""
+    from ..efficiency import bench, compare_peers, report
+    from ..efficiency.pictures import accuracy_and_speed
+    from ..training import tasks
+
+    columns = tasks.load("cluttered_digits", {"layers": 3, "heads": 4}).columns()
+    found = compare_peers.run(demo, columns, batch=64, rounds=rounds)
+    results = {
+        "command": " ".join(["hf-hardattn", *sys.argv[1:]]),
+        "title": "Ways to spare tokens, on the demo's trained ViT",
+        "images": len(columns["labels"]),
+        "batch": 64,
+        "machine": bench.machine(threads),
+        "methods": found,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "peers.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(report.peers(results))
+    accuracy_and_speed(results, path.with_suffix(".png"))
+    typer.echo(report.peers(results))
 
 
 def _own(

@@ -132,3 +132,28 @@ def break_even(results: dict[str, Any], path: Path) -> None:
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def accuracy_and_speed(results: dict[str, Any], path: Path) -> None:
+    """Accuracy against measured speed, one line a method; the right upper corner is best."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    families: dict[str, list[tuple[float, float]]] = {}
+    for name, row in results["methods"].items():
+        family = name.split(" keep ")[0].split(" r=")[0]
+        families.setdefault(family, []).append((row["against_soft"]["median"], 100 * row["accuracy"]))
+    for family, points in families.items():
+        ours = family.startswith("ours, ")
+        axis.plot(
+            *zip(*sorted(points), strict=True),
+            marker="*" if ours else "o",
+            markersize=16 if ours else 5,
+            label=family,
+            zorder=3 if ours else 2,
+        )
+    axis.set_xlabel("images a second against the soft model (measured)")
+    axis.set_ylabel("accuracy, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

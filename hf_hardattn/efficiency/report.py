@@ -133,3 +133,25 @@ def break_even(groups: list[dict[str, Any]]) -> Iterator[list[str]]:
                 for budget, row in sorted(rows.items(), reverse=True)
             ),
         ]
+
+
+def peers(results: dict[str, Any]) -> str:
+    """The table of the comparison with other methods, the fastest first."""
+    lines = [
+        f"# {results['title']}",
+        "",
+        f"`{results['command']}`: {results['images']:,} test images, timed in batches of {results['batch']}. "
+        "Methods on the soft model's weights are used as they are, without training; ours is trained from the same trunk for as long as the soft model.",
+        "",
+        conditions(results["machine"]).split(" `stock` is")[0],
+        "",
+        "| method | weights | accuracy | images/s | × soft | MFLOPs an image, executed | nominal | peak MiB |",
+        "|---" * 8 + "|",
+    ]
+    for name, row in sorted(results["methods"].items(), key=lambda item: -item[1]["images_per_second"]):
+        low, _, high = row["against_soft"]["quartiles"]
+        lines.append(
+            f"| {name} | {row['weights']} | {row['accuracy']:.1%} | {row['images_per_second']:,.0f} | {row['against_soft']['median']:.2f} ({low:.2f}-{high:.2f}) | "
+            f"{row['flops']['executed'] / 1e6:.2f} | {row['flops']['nominal'] / 1e6:.2f} | {row['peak_bytes'] / 2**20:.1f} |"
+        )
+    return "\n".join(lines) + "\n"

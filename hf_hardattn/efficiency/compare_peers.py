@@ -1,0 +1,89 @@
+"""The demo's trained models beside other ways to spare tokens: accuracy and measured speed of each, in one run."""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+from ..errors import HardAttentionError
+from ..registration import apply
+from .bench import _quartiles, _spread
+from .counting import work
+from .limits import profile_call
+from .peers.evit import EViT
+from .peers.tome import ToMe
+from .peers.topk_mask import TopKMask
+from .timing import interleaved_seconds, ratios
+from .workloads import share_weights
+
+
+def run(folder: Path, columns: dict[str, Any], *, batch: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Measure every method on the models that ``hf-hardattn demo`` left in ``folder``.
+
+    Args:
+        columns: the test set, ``pixel_values`` and ``labels``. batch: images of a timed call.
+
+    Returns:
+        method to accuracy, images a second, speed-up against the soft model, FLOPs an image (executed and nominal), peak bytes and the weights
+        it runs on.
+    """
+    missing = [name for name in ("soft", "hard") if not (folder / name).is_dir()]
+    if missing:
+        raise HardAttentionError(
+            f"{folder} holds no {' and no '.join(map(repr, missing))} model; the peers are compared on the demo's. Run: hf-hardattn demo --output {folder}"
+        )
+    soft, hard = (AutoModelForImageClassification.from_pretrained(folder / name).eval() for name in ("soft", "hard"))
+    methods = _methods(soft, hard)
+    pixels, labels = columns["pixel_values"], columns["labels"]
+    calls = {name: partial(_forward, model, pixels[:batch]) for name, (_, model) in methods.items()}
+    timed = interleaved_seconds(calls, rounds=rounds, warmup=3)
+    against = ratios(timed, "soft")
+    found = {}
+    for name, (weights, model) in methods.items():
+        right = torch.cat([_forward(model, part).logits.argmax(-1) for part in pixels.split(250)]) == labels
+        parts = work(partial(model, pixel_values=pixels[:1]))
+        executed = sum(flops for part, flops in parts.items() if part != "other")
+        share = getattr(model, "nominal_share", lambda n: 1.0)(65)
+        found[name] = {
+            "weights": weights,
+            "accuracy": float(right.float().mean()),
+            "images_per_second": batch / statistics.median(timed[name]),
+            "against_soft": _spread(against[name]),
+            "seconds": {"median": statistics.median(timed[name]), "quartiles": _quartiles(timed[name])},
+            "flops": {"executed": executed, "nominal": executed - round((1 - share) * parts["attention"])},
+            "peak_bytes": profile_call(calls[name]).peak_bytes,
+        }
+    return found
+
+
+def _methods(soft: Any, hard: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    def chosen(scorer: str, site: str, budget: float, **options: Any) -> nn.Module:
+        return apply(
+            share_weights(soft), {"sites": [site], "scorer": scorer, "budget": budget, "scorer_options": options}
+        ).eval()
+
+    methods: dict[str, tuple[str, nn.Module]] = {"soft": ("soft", soft), "ours, vision.inputs keep .14": ("hard", hard)}
+    for r in (4, 8, 12, 16, 24):
+        methods[f"ToMe r={r}"] = ("soft", ToMe(soft, r).eval())
+    for keep in (0.7, 0.5, 0.25, 0.14):
+        methods[f"EViT after layer 0 keep {keep}"] = ("soft", EViT(soft, keep).eval())
+        methods[f"random after layer 0 keep {keep}"] = ("soft", chosen("random", "vision.tokens.0", keep))
+        methods[f"key norm after layer 0 keep {keep}"] = ("soft", chosen("key_norm", "vision.tokens.0", keep))
+        methods[f"ours untrained (cls_attention) after layer 0 keep {keep}"] = (
+            "soft",
+            chosen("cls_attention", "vision.tokens.0", keep),
+        )
+    for keep in (0.25, 0.14):
+        methods[f"per-query top-k mask keep {keep}"] = ("soft", TopKMask(soft, keep).eval())
+    return methods
+
+
+def _forward(model: nn.Module, pixels: torch.Tensor) -> Any:
+    with torch.inference_mode():
+        return model(pixel_values=pixels)
