@@ -17,7 +17,7 @@ import hf_hardattn
 from hf_hardattn import HardAttentionError, distances
 from hf_hardattn.attention import attend
 from hf_hardattn.cli import app
-from hf_hardattn.efficiency import allocator, energy, report, suites
+from hf_hardattn.efficiency import allocator, export, joules, report, suites
 from hf_hardattn.efficiency.counting import count_flops, work
 from hf_hardattn.efficiency.limits import amdahl, profile_call
 from hf_hardattn.efficiency.memory import activation_bytes, peak_resident_bytes
@@ -232,13 +232,13 @@ def test_no_speedup_without_its_baseline():
 
 
 def test_energy_is_read_or_not_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(energy, "_RAPL", tmp_path)
-    assert energy.joules_per_call(lambda: None, 3) is None  # never 0
+    monkeypatch.setattr(joules, "_RAPL", tmp_path)
+    assert joules.joules_per_call(lambda: None, 3) is None  # never 0
     counter = tmp_path / "intel-rapl:0" / "energy_uj"
     counter.parent.mkdir()
     counter.write_text("1000000")
-    assert energy.joules_per_call(lambda: counter.write_text(str(int(counter.read_text()) + 2_000_000)), 4) == 2.0
-    assert energy.joules_per_call(lambda: None, 4) is None  # a counter that stands still measures nothing
+    assert joules.joules_per_call(lambda: counter.write_text(str(int(counter.read_text()) + 2_000_000)), 4) == 2.0
+    assert joules.joules_per_call(lambda: None, 4) is None  # a counter that stands still measures nothing
 
 
 def test_allocator_settings_survive_a_restart():
@@ -329,3 +329,30 @@ def test_growth_and_break_even_reports(tmp_path):
     assert any(line.startswith("| r | 32 | 48 |") for line in lines)
     found = json.loads((tmp_path / "growth.json").read_text())["groups"][0]["rows"]
     assert found["vision.inputs keep 0.5"]["later_layers_seconds"] > 0
+
+
+# ---------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize(
+    ("build", "sites", "budget"),
+    [(vit, ["vision.tokens.0"], 0.25), (encoder, ["encoder.self.*"], 7), (encoder, ["encoder.tokens.0"], 0.5)],
+    ids=str,
+)
+def test_exported_models_say_the_same(build, sites, budget, tmp_path):
+    batch = (
+        {"pixel_values": torch.randn(1, 3, 32, 32)} if build is vit else {"input_ids": torch.randint(2, 50, (1, 24))}
+    )
+    model = hf_hardattn.apply(build(), {"sites": sites, "budget": budget, "share_selection": "self" in sites[0]}).eval()
+    with torch.no_grad():
+        expected = model(**batch)[0]
+    path = export.export_onnx(model, batch, tmp_path / "model.onnx")
+    torch.testing.assert_close(torch.from_numpy(export.onnx_call(path, batch)()[0]), expected, rtol=0, atol=1e-4)
+    program = export.export_program(model, batch)
+    torch.testing.assert_close(program.module()(**batch)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_a_budget_that_only_the_scores_know_is_not_exported(tmp_path):
+    model = vit(sites=["vision.tokens.0"], budget="top_p:0.5")
+    with pytest.raises(HardAttentionError, match="budget='top_p:0.5' at 'vision.tokens.0' keeps as many positions as"):
+        export.export_onnx(model, {}, tmp_path / "model.onnx")
