@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..budget import Budget
 from ..errors import HardAttentionError
+from ..layers import PASS
 from ..recording import selectors
 from ..registration import set_step
 from ..selection import Selection
 from ..selector import Selector
-from ..sites import PASS
 
 
 class Driver:
