@@ -24,14 +24,14 @@ def export_onnx(model: PreTrainedModel, batch: Mapping[str, Tensor], path: Path)
     """
     check(model)
     try:
-        import onnxscript  # noqa: F401
+        import onnx_ir
         from transformers.exporters.configs import OnnxConfig
         from transformers.exporters.exporter_onnx import OnnxExporter
     except ImportError:
         raise missing_extra("onnxscript", "export", "ONNX export") from None
     exported = OnnxExporter().export(model.eval(), dict(batch), config=OnnxConfig())
     path.parent.mkdir(parents=True, exist_ok=True)
-    exported.program.save(str(path))
+    onnx_ir.save(exported.program, str(path))
     return path
 
 
