@@ -143,7 +143,8 @@ def peers(results: dict[str, Any]) -> str:
         f"`{results['command']}`: {results['images']:,} test images, timed in batches of {results['batch']}. "
         "Methods on the soft model's weights are used as they are, without training; ours is trained from the same trunk for as long as the soft model.",
         "",
-        conditions(results["machine"]).split(" `stock` is")[0],
+        conditions(results["machine"]).split(" Random weights")[0]
+        + " Medians of interleaved rounds, quartiles in brackets.",
         "",
         "| method | weights | accuracy | images/s | × soft | MFLOPs an image, executed | nominal | peak MiB |",
         "|---" * 8 + "|",
