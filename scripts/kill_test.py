@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "unusable": 0,
         "finished_trainings": finished,
         "with_a_checkpoint_half_written_or_half_removed": sum(bool(kill["partial"]) for kill in kills),
-        "with_a_model_half_written": sum(kill["saving"] for kill in kills),
+        "with_a_half_written_model_still_lying_there": sum(kill["saving"] for kill in kills),
         "each": kills,
         **describe_run(argv),
     }

@@ -17,6 +17,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
@@ -153,14 +154,20 @@ class Training:
         accelerator.register_for_checkpointing(self.scheduler, self.driver, self.run)
         if args.resume_from_checkpoint:
             checkpoints.resume(accelerator, args.output_dir, args.resume_from_checkpoint)
-            self.scheduler.last_epoch -= 1
-            self.scheduler.step()  # the rate of this step, of a training that may be longer than the interrupted one
+            self._set_rate()
         self.log = Log(Path(args.output_dir) / "log.jsonl", self.run.step) if accelerator.is_main_process else None
         if accelerator.log_with:
             plain = {k: v for k, v in asdict(args).items() if isinstance(v, (str, int, float, bool))}
             accelerator.init_trackers("hf_hardattn", config=plain)
         self.saved = self.run.step
         self.loss: float | None = None
+
+    def _set_rate(self) -> None:
+        """Take the learning rate of this step from a training that may be longer than the interrupted one."""
+        if isinstance(self.scheduler, LambdaLR):
+            rates = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+            for group, (base, factor) in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = base * factor(self.scheduler.last_epoch)
 
     def run_steps(self, interruption: Interruption) -> None:
         """Take the steps that are left."""
