@@ -70,7 +70,7 @@ def test_the_meter_reads_the_machine():
 def test_without_codecarbon_it_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "codecarbon", None)
     with metered() as found:
-        assert found == {}
+        pass
     assert found == {"not_measured": "codecarbon is not installed (pip install 'hf-hardattn[energy]')"}
     assert total([{"kwh": 1.0, "co2_grams": 2.0}, found]) == found
     with pytest.raises(ZeroDivisionError), metered():

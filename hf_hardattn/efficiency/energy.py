@@ -26,13 +26,15 @@ def metered(country: str | None = None) -> Iterator[dict[str, Any]]:
     """
     found: dict[str, Any] = {}
     logging.getLogger("codecarbon").setLevel(logging.ERROR)  # before its import: it logs while it starts
+    make: Any = None
     try:
         from codecarbon import OfflineEmissionsTracker
+
+        make = OfflineEmissionsTracker
     except ImportError:
-        OfflineEmissionsTracker = None
-    if OfflineEmissionsTracker is None:
-        yield found
         found["not_measured"] = "codecarbon is not installed (pip install 'hf-hardattn[energy]')"
+    if make is None:
+        yield found
         return
     place: dict[str, Any] = {"country_iso_code": country}
     if country is None:
@@ -40,7 +42,7 @@ def metered(country: str | None = None) -> Iterator[dict[str, Any]]:
             "country_iso_code": "USA",
             "force_carbon_intensity_g_co2e_kwh": WORLD_AVERAGE,
         }  # it wants a country all the same
-    tracker = OfflineEmissionsTracker(
+    tracker = make(
         **place,
         tracking_mode="machine",
         measure_power_secs=5,
