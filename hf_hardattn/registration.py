@@ -190,7 +190,7 @@ def attach(model: nn.Module, config: HardAttentionConfig) -> None:
                 module.__class__ = tower.classes[type(module)]
                 module.register_module("selector", None)
                 module.register_module("input_selector", None)
-                module.follows = None
+                module.__dict__["follows"] = None
         tower.layers.__class__ = tower.hard_layers
         tower.layers.tower = name
         tower.layers.restore = tower.restore if config.restore is None else config.restore
@@ -203,7 +203,7 @@ def attach(model: nn.Module, config: HardAttentionConfig) -> None:
         host.register_module(attribute, selector)
     for site, leader in leaders.items():
         name, kind, layer = kinds[site]
-        towers[name].host(kind, layer)[0].follows = leader
+        towers[name].host(kind, layer)[0].__dict__["follows"] = leader
     for tower in towers.values():
         tower.layers.source, tower.layers.source_slots = tower.source, _source_slots(tower.source, built)
     _hand_down(model, config)

@@ -98,8 +98,8 @@ def _peers(demo: Path, rounds: int, threads: int, output: Path) -> None:
     from ..efficiency.pictures import accuracy_and_speed
     from ..training import tasks
 
-    columns = tasks.load("cluttered_digits", {"layers": 3, "heads": 4}).columns()
-    found = compare_peers.run(demo, columns, batch=64, rounds=rounds)
+    task: Any = tasks.load("cluttered_digits", {"layers": 3, "heads": 4})
+    found = compare_peers.run(demo, columns := task.columns(), batch=64, rounds=rounds)
     results = {
         "command": " ".join(["hf-hardattn", *sys.argv[1:]]),
         "title": "Ways to spare tokens, on the demo's trained ViT",

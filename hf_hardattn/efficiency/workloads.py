@@ -103,8 +103,16 @@ def _vit(w: Workload) -> nn.Module:
 
 
 def _t5(w: Workload) -> T5Config:
-    sizes = dict(d_model=768, d_kv=64, d_ff=3072, num_layers=w.layers, num_decoder_layers=w.layers, num_heads=12)
-    return T5Config(**sizes, decoder_start_token_id=0)
+    sizes: dict[str, Any] = dict(
+        decoder_start_token_id=0,
+        d_model=768,
+        d_kv=64,
+        d_ff=3072,
+        num_layers=w.layers,
+        num_decoder_layers=w.layers,
+        num_heads=12,
+    )
+    return T5Config(**sizes)
 
 
 def _blip_vision(w: Workload) -> dict[str, Any]:
