@@ -33,6 +33,7 @@ LAYERS = {
     "attention": 5,
     "recording": 5,
     "patches": 5,
+    "backbones": 6,
     "stream": 5,
     "sites": 5,
     "layers": 5,

@@ -165,6 +165,11 @@ def all_sites(model: nn.Module) -> dict[str, str]:
     return {site: kind for name, tower in towers.items() for site, kind, _ in tower.sites(name)}
 
 
+def has_kind(architecture: str, head: str, kind: str) -> bool:
+    """Whether the head has sites of a kind."""
+    return kind in all_sites(_stock(architecture, head, ()).model).values()
+
+
 def _places() -> list[Place]:
     found: dict[Place, list[str]] = {}
     for architecture, head in HEADS:
