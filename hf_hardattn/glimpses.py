@@ -1,4 +1,4 @@
-"""A choice made in several looks: each sees what the ones before kept."""
+"""Choices that hang on those before: several looks of one row, and queries that read on in order."""
 
 from __future__ import annotations
 
@@ -90,6 +90,45 @@ def look(
         gates = None if gates is None else gates + unread.unsqueeze(-1)
         log_prob = None if log_prob is None else log_prob + unread
     return Choice(kept, gates, log_prob, entropy, penalty), _ranked(made, candidates)
+
+
+def read_on(
+    estimator: Estimator,
+    scores: Tensor,
+    k: Tensor,
+    candidates: Tensor,
+    passed: Tensor,
+    *,
+    slots: int,
+    sampling: Sampling | None,
+) -> Choice:
+    """Let each query choose from where the one before began to read: nothing in front of that.
+
+    Args:
+        scores: fp32 ``[B, H, Q, N]``. k: int64 ``[B, H, Q]``. candidates: bool ``[B, H, Q, N]``.
+        passed: bool ``[B, H, N]``: what earlier steps of decoding passed.
+    """
+    made = []
+    for query in range(scores.shape[2]):
+        part = slice(query, query + 1)
+        free = candidates[:, :, part] & ~passed.unsqueeze(2)
+        choice = estimator.choose(scores[:, :, part], k[:, :, part], free, slots=slots, sampling=sampling)
+        passed = passed | before(choice.mask).squeeze(2)
+        made.append(choice)
+    return Choice(
+        torch.cat([choice.mask for choice in made], 2),
+        *(_joined([getattr(choice, name) for choice in made]) for name in ("gates", "log_prob", "entropy", "penalty")),
+    )
+
+
+def before(mask: Tensor) -> Tensor:
+    """Positions before the first True one, bool ``[..., N]``; none where there is none."""
+    return (mask.cumsum(-1) == 0) & mask.any(-1, keepdim=True)
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found, 2) if found else None
 
 
 def _ceil(numerator: Tensor, denominator: int) -> Tensor:

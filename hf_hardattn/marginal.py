@@ -73,6 +73,13 @@ def marginal_loss(
             f"queries choose for themselves at '{site}', and later layers mix them; estimator 'marginal' can weigh their choices one "
             "by one in the last layer only. Name the last layer's site, or a scorer that makes one choice a row."
         )
+    if estimator.monotonic:
+        if size != 1 or selection.mask.shape[2] == 1:
+            raise HardAttentionError(
+                f"monotonic=True at '{site}' sums over alignments, one position a label. Use budget 1 and a scorer that chooses per query."
+            )
+        rows = _monotonic(scores, candidates[:, 0], log_y, places, counted)
+        return -rows.sum() / (1 if counted is None else counted.sum().clamp(min=1))
     if estimator.objective == "likelihood":
         loss = -torch.logsumexp(log_p + log_y, 0)
     else:
@@ -80,6 +87,29 @@ def marginal_loss(
     if counted is not None and loss.shape == counted.shape:
         loss = loss * counted
     return loss.sum() / (1 if counted is None else counted.sum().clamp(min=1))
+
+
+def _monotonic(
+    scores: Tensor, candidates: Tensor, log_y: Tensor, places: list[int], counted: Tensor | None
+) -> Tensor:
+    """Log-likelihood of each row ``[B]``, summed over the alignments that never go back, by the forward algorithm.
+
+    ``alpha_t(n) = p(y_t | n) sum_{m <= n} alpha_{t-1}(m) exp(s_t(n)) / sum_{j >= m} exp(s_t(j))``
+
+    Args:
+        scores, candidates: ``[B, T, N]``. log_y: ``[S, B, T]``, log-likelihood of each label read at each of ``places``.
+        counted: bool ``[B, T]``, labels that exist; the others leave the alignment as it is.
+    """
+    allowed = candidates[..., places]
+    logits = scores[..., places].masked_fill(~allowed, LOW)
+    said = log_y.permute(1, 2, 0)
+    alpha = logits[:, 0].log_softmax(-1) + said[:, 0]
+    for label in range(1, logits.shape[1]):
+        ahead = logits[:, label].flip(-1).logcumsumexp(-1).flip(-1)
+        arrived = (alpha - ahead).masked_fill(~allowed[:, label], LOW).logcumsumexp(-1)
+        after = (logits[:, label] + arrived + said[:, label]).masked_fill(~allowed[:, label], LOW)
+        alpha = after if counted is None else torch.where(counted[:, label, None], after, alpha)
+    return alpha.logsumexp(-1)
 
 
 def _log_prob(law: ConditionalBernoulli, subset: Tensor, candidates: Tensor) -> Tensor:

@@ -229,6 +229,10 @@ def _selector(site: str, config: SiteConfig, tower: Tower, kind: str, target_siz
         raise HardAttentionError(
             f"{what}; '{site}' drops whole tokens, one choice per row. Use it at a 'self' or 'cross' site."
         )
+    if config.scorer_options.get("monotonic") and scorer.per_query and not cross:
+        raise HardAttentionError(
+            f"monotonic=True at '{site}' reads a source in order; queries that choose among their own row have none. Use it at a 'cross' site."
+        )
     if scorer.sequential and tower.causal and kind == "self":
         raise HardAttentionError(
             f"scorer '{config.scorer}' makes one choice a row, look by look; at '{site}' each query chooses among its past. Use another scorer here."

@@ -13,7 +13,7 @@ from .budget import Budget
 from .config import SiteConfig
 from .errors import HardAttentionError
 from .estimators import Sampling
-from .glimpses import look
+from .glimpses import look, read_on
 from .noise import uniform
 from .posterior import Posterior
 from .schedules import Schedule
@@ -308,6 +308,10 @@ class Selector(nn.Module):
                 sampling=sampling,
                 halts=self.halts,
             )
+        elif self.scorer.monotonic:
+            passed = (features[..., -1] > 0.5).expand(shape[0], -1, -1)
+            k = k.expand(shape[:-1])
+            choice = read_on(self.estimator, scores, k, candidates, passed, slots=slots, sampling=sampling)
         else:
             choice = self.estimator.choose(scores, k, candidates, slots=slots, sampling=sampling)
         # only masked training has a use for gates: elsewhere nothing is left of what they would weigh
@@ -341,6 +345,6 @@ class Selector(nn.Module):
             penalty,
             None if context is None else context.summary,
             slots=slots + extra,
-            dense=dense and not self.loose,
+            dense=dense and not self.loose and not self.scorer.monotonic,  # near the end less is left than the budget
             masked=self.masked,
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import as_bool, attend, gated_attend, keep_columns, keep_heads, keep_rows
+from .glimpses import before
 from .kept import Kept, pick, product, spread
 from .scorers import Projections
 from .selector import Selector
@@ -147,6 +148,8 @@ class AttentionSite:
             valid = as_keys(gates.detach() > 0) if valid is None else valid & as_keys(gates.detach() > 0)
         context = None if filled else selector.context(source)
         selection = selector(features, valid, None, queries=hidden, context=context)
+        if selector.scorer.monotonic and cache is not None:  # the next step reads on from here, in its own beam
+            cache.read()[0][:, : selector.heads, :, -1] += before(selection.mask[:, :, -1]).to(key.dtype)
         if made is not None:
             made.append(selection)
         if query.shape[2] == 1 and not selector.masked:  # decoding: one query, gather its keys

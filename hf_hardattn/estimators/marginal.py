@@ -25,26 +25,34 @@ class Marginal(Base):
     Args:
         objective: ``likelihood`` or ``expectation``.
         limit: most choices tried in a step.
+        monotonic: of ``likelihood`` where queries choose for themselves: sum over the alignments that never go back instead, each query
+            choosing from where the one before read, by the forward algorithm. Its scorer should be monotonic too.
 
     Gradient and cost: C(N, k) + 1 forward passes and as much memory.
 
     Raises:
         HardAttentionError: unknown objective.
 
-    Source: Deng et al. 2018, "Latent Alignment and Variational Attention", arXiv:1807.03756, equation 3.
+    Source: Deng et al. 2018, "Latent Alignment and Variational Attention", arXiv:1807.03756, equation 3; monotonic: Wu & Cotterell
+    2019, "Exact Hard Monotonic Attention for Character-Level Transduction", arXiv:1905.06319, section 3.
     """
 
     biased = False
     needs = ("choices",)
     source = "Deng et al. 2018, arXiv:1807.03756, equation 3"
 
-    def __init__(self, objective: str = "likelihood", limit: int = 256) -> None:
+    def __init__(self, objective: str = "likelihood", limit: int = 256, monotonic: bool = False) -> None:
         super().__init__()
         if objective not in OBJECTIVES:
             raise unknown("objective", objective, OBJECTIVES, "estimator marginal")
         if limit < 1:
             raise HardAttentionError(f"limit={limit} is out of range at estimator marginal; it counts choices, >= 1.")
-        self.objective, self.limit = objective, limit
+        if monotonic and objective != "likelihood":
+            raise HardAttentionError(
+                f"monotonic=True with objective={objective!r} at estimator marginal; alignments are summed over in the likelihood. Use "
+                "objective='likelihood'."
+            )
+        self.objective, self.limit, self.monotonic = objective, limit, monotonic
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
         """Take the top k: the choice behind the logits. The model's hook tries the others."""

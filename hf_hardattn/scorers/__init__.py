@@ -36,6 +36,8 @@ class Base(nn.Module):
         needs_grid: reads a whole grid of patches behind a CLS token (``vision.inputs`` only).
         needs_projections: reads the attention's own projections.
         sequential: looks several times (a ``Sequential``).
+        monotonic: of looks or queries in a row, none goes back behind the one before. With ``per_query`` the last feature tells
+            which positions were passed (1) in earlier steps of decoding.
         features: F, number of features per position and head.
     """
 
@@ -44,6 +46,7 @@ class Base(nn.Module):
     needs_grid: ClassVar[bool] = False
     needs_projections: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
+    monotonic: bool = False
     features: int = 1
 
     def __init__(self, hidden_size: int, query_size: int, heads: int = 1):
@@ -77,13 +80,11 @@ class Sequential(Base):
     Attributes:
         glimpses: T, looks at most.
         halting_cost: what a full set of glimpses costs in the training loss when the scorer learns to stop; None: it never stops early.
-        monotonic: a glimpse reads on behind the last position of the one before.
     """
 
     sequential = True
     glimpses: int
     halting_cost: float | None = None
-    monotonic: bool = False
 
     @property
     def halts(self) -> bool:

@@ -15,15 +15,18 @@ class QueryKey(Base):
 
     Args:
         size: d, width of the projections per head.
+        monotonic: a query reads on from where the one before read (its first position kept), for transduction.
 
-    Cost: d multiplications per pair of query and position. Source: Show, Attend and Tell (Xu et al., 2015), section 4.1.
+    Cost: d multiplications per pair of query and position; monotonic choices are made one query after the other. Source: Show, Attend
+    and Tell (Xu et al., 2015), section 4.1; monotonic: Wu & Cotterell 2019, arXiv:1905.06319, section 3.
     """
 
     per_query = True
 
-    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, size: int = 16):
+    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, size: int = 16, monotonic: bool = False):
         super().__init__(hidden_size, query_size, heads)
-        self.size = self.features = size
+        self.size, self.monotonic = size, monotonic
+        self.features = size + monotonic
         self.query_weight = nn.Parameter(torch.empty(heads * size, query_size))
         self.key_weight = nn.Parameter(torch.empty(heads * size, hidden_size))
         self.reset_parameters()
@@ -33,12 +36,13 @@ class QueryKey(Base):
         nn.init.normal_(self.key_weight, std=self.hidden_size**-0.5)
 
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
-        return self._project(states, self.key_weight)
+        keys = self._project(states, self.key_weight)
+        return nn.functional.pad(keys, (0, 1)) if self.monotonic else keys
 
     def score(self, features: Tensor, queries: Tensor | None = None) -> Tensor:
         if queries is None:
             raise TypeError("QueryKey.score needs queries [B, Q, Dq].")
-        return self._project(queries, self.query_weight) @ features.transpose(-1, -2) * self.size**-0.5
+        return self._project(queries, self.query_weight) @ features[..., : self.size].transpose(-1, -2) * self.size**-0.5
 
     def _project(self, states: Tensor, weight: Tensor) -> Tensor:
         states = nn.functional.rms_norm(states.float(), states.shape[-1:])

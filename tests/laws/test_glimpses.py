@@ -232,3 +232,114 @@ def test_options_out_of_range_are_refused(config, message):
 def test_combinations_that_need_the_scores_of_one_look_are_refused(config, message):
     with pytest.raises(HardAttentionError, match=message):
         HardAttentionConfig(scorer="recurrent", **config)
+
+
+def reader(head: str, **config):
+    from cases import harden, stock
+
+    example = stock({"T": "t5", "G": "gru"}[head[0]], head)
+    options = {"size": 6, "monotonic": True}
+    harden(
+        example.model,
+        {"sites": ["decoder.cross.0"], "scorer": "query_key", "scorer_options": options, "budget": 1, **config},
+    )
+    return example
+
+
+HEADS = ("GruForConditionalGeneration", "T5ForConditionalGeneration")
+
+
+@pytest.mark.parametrize("estimator", ["reinforce", "simple"])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_monotonic_query_reads_on(head, estimator):
+    example = reader(head, estimator=estimator, budget=2)
+    for training in (False, True):
+        example.model.train(training)
+        with hf_hardattn.record(example.model) as selections:
+            example.model(**example.batch)
+        made = selections[0]
+        for row in range(len(made.mask)):
+            first = 0
+            for query in range(made.mask.shape[2]):
+                kept = made.mask[row, 0, query].nonzero().flatten().tolist()
+                valid = made.valid.expand_as(made.mask)[row, 0, query]
+                scores = made.scores[row, 0, query].tolist()
+                free = [n for n in range(first, len(scores)) if valid[n]]
+                assert kept and min(kept) >= first and len(kept) == min(2, len(free))
+                if not training:
+                    assert kept == sorted(sorted(free, key=lambda n: (-scores[n], n))[:2])
+                first = min(kept)
+
+
+@pytest.mark.parametrize(("beams", "budget"), [(1, 1), (3, 1), (3, 4)])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_cache_reads_on_from_where_the_step_before_read(head, beams, budget):
+    example = reader(head, budget=budget)
+    inputs = {name: example.batch[name] for name in ("input_ids", "attention_mask")}
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=beams, no_repeat_ngram_size=1)
+    found = [example.model.generate(**inputs, **options, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*found)
+
+
+def test_the_monotonic_likelihood_is_the_sum_over_alignments():
+    example = reader("GruForConditionalGeneration", estimator="marginal", estimator_options={"monotonic": True})
+    batch = {name: value[:1] for name, value in example.batch.items()}
+    batch["labels"] = batch["labels"][:, :3]
+    batch["decoder_input_ids"] = batch["decoder_input_ids"][:, :3]
+    batch["input_ids"], batch["attention_mask"] = batch["input_ids"][:, :5], batch["attention_mask"][:, :5]
+    model, n, t = example.model, 5, 3
+    with hf_hardattn.record(model) as selections, torch.no_grad():
+        model(**batch)
+    scores = selections[0].scores[0, 0].double()
+    log_y = torch.zeros(t, n, dtype=torch.double)
+    for place in range(n):
+        forced = (torch.arange(n) == place).expand(1, 1, t, n)
+        with hf_hardattn.replay(model, {"decoder.cross.0": forced}), torch.no_grad():
+            told = model(**batch).logits.double().log_softmax(-1)[0]
+        log_y[:, place] = told[torch.arange(t), batch["labels"][0]]
+    total = 0.0
+    for a in range(n):
+        for b in range(a, n):
+            for c in range(b, n):
+                chance = scores[0].softmax(-1)[a] * scores[1][a:].softmax(-1)[b - a] * scores[2][b:].softmax(-1)[c - b]
+                total = total + chance * (log_y[0, a] + log_y[1, b] + log_y[2, c]).exp()
+    model.train()
+    loss = model(**batch).loss
+    assert loss.item() == pytest.approx(-math.log(total) / t, abs=1e-5)
+    loss.backward()
+    selector = hf_hardattn.selectors(model)["decoder.cross.0"]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in selector.scorer.parameters())
+
+
+def test_the_monotonic_likelihood_of_a_batch_is_that_of_its_rows():
+    example = reader("GruForConditionalGeneration", estimator="marginal", estimator_options={"monotonic": True})
+    example.model.train()
+    whole, counted, summed = example.model(**example.batch).loss, 0, 0.0
+    for row in range(3):
+        batch = {name: value[row : row + 1] for name, value in example.batch.items()}
+        length, labels = int(batch["attention_mask"].sum()), int((batch["labels"] != -100).sum())
+        for name in ("input_ids", "attention_mask"):
+            batch[name] = batch[name][:, :length]
+        summed, counted = summed + example.model(**batch).loss.item() * labels, counted + labels
+    assert whole.item() == pytest.approx(summed / counted, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"estimator_options": {"monotonic": True, "objective": "expectation"}}, r"monotonic=True with objective='expectation'"),
+    ],
+)
+def test_monotonic_needs_the_likelihood(config, message):
+    with pytest.raises(HardAttentionError, match=message):
+        HardAttentionConfig(estimator="marginal", **config)
+
+
+def test_monotonic_needs_a_source():
+    from cases import stock
+
+    model = stock("t5", "T5ForConditionalGeneration").model
+    with pytest.raises(HardAttentionError, match=r"monotonic=True at 'decoder.self.0' reads a source in order"):
+        hf_hardattn.apply(
+            model, {"sites": ["decoder.self.*"], "scorer": "query_key", "scorer_options": {"monotonic": True}}
+        )
