@@ -89,9 +89,7 @@ def marginal_loss(
     return loss.sum() / (1 if counted is None else counted.sum().clamp(min=1))
 
 
-def _monotonic(
-    scores: Tensor, candidates: Tensor, log_y: Tensor, places: list[int], counted: Tensor | None
-) -> Tensor:
+def _monotonic(scores: Tensor, candidates: Tensor, log_y: Tensor, places: list[int], counted: Tensor | None) -> Tensor:
     """Log-likelihood of each row ``[B]``, summed over the alignments that never go back, by the forward algorithm.
 
     ``alpha_t(n) = p(y_t | n) sum_{m <= n} alpha_{t-1}(m) exp(s_t(n)) / sum_{j >= m} exp(s_t(j))``

@@ -90,7 +90,11 @@ class GruAttention(nn.Module):
 
     def __init__(self, config: GruConfig):
         super().__init__()
-        self.config, self.heads, self.head_dim = config, config.num_attention_heads, config.d_model // config.num_attention_heads
+        self.config, self.heads, self.head_dim = (
+            config,
+            config.num_attention_heads,
+            config.d_model // config.num_attention_heads,
+        )
         self.scaling, self.layer_idx = self.head_dim**-0.5, 0
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             self.add_module(name, nn.Linear(config.d_model, config.d_model, bias=False))

@@ -42,7 +42,9 @@ class QueryKey(Base):
     def score(self, features: Tensor, queries: Tensor | None = None) -> Tensor:
         if queries is None:
             raise TypeError("QueryKey.score needs queries [B, Q, Dq].")
-        return self._project(queries, self.query_weight) @ features[..., : self.size].transpose(-1, -2) * self.size**-0.5
+        return (
+            self._project(queries, self.query_weight) @ features[..., : self.size].transpose(-1, -2) * self.size**-0.5
+        )
 
     def _project(self, states: Tensor, weight: Tensor) -> Tensor:
         states = nn.functional.rms_norm(states.float(), states.shape[-1:])

@@ -327,7 +327,10 @@ def test_the_monotonic_likelihood_of_a_batch_is_that_of_its_rows():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"estimator_options": {"monotonic": True, "objective": "expectation"}}, r"monotonic=True with objective='expectation'"),
+        (
+            {"estimator_options": {"monotonic": True, "objective": "expectation"}},
+            r"monotonic=True with objective='expectation'",
+        ),
     ],
 )
 def test_monotonic_needs_the_likelihood(config, message):
