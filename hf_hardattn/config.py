@@ -109,6 +109,11 @@ class SiteConfig:
                     f"scorer '{self.scorer}' chooses in several looks at '{where}'; estimator '{self.estimator}' (needs {', '.join(asks)}) reads "
                     "the scores of one. Use an estimator with gates or a reward ('simple', 'rloo' ...)."
                 )
+            if not estimator.exact_budget and self.estimator != "soft":
+                raise HardAttentionError(
+                    f"estimator '{self.estimator}' at '{where}' keeps a number of its own in training; scorer '{self.scorer}' spreads a count over "
+                    "its looks. Use halting_cost to stop early, with an estimator that keeps exactly its budget ('simple', 'rloo' ...)."
+                )
             if isinstance(self.budget, str):
                 raise HardAttentionError(
                     f"budget={self.budget!r} at '{where}' counts by the scores; scorer '{self.scorer}' needs a count to spread over its looks. "

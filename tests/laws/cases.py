@@ -204,7 +204,9 @@ def mismatch(scorer: str, other: Any) -> bool:
     if not registry.load("scorers", scorer).sequential:
         return False
     if isinstance(other, str) and other in ESTIMATORS:
-        return bool({"teacher", "choices", "target"} & set(registry.load("estimators", other).needs))
+        estimator = registry.load("estimators", other)
+        counts = estimator.exact_budget or other == "soft"
+        return not counts or bool({"teacher", "choices", "target"} & set(estimator.needs))
     return isinstance(other, str)  # threshold and top-p budgets
 
 

@@ -50,7 +50,12 @@ def main(folder: Path) -> None:
 
 
 def load(path):
-    return getattr(transformers, path.name.split("-")[1]).from_pretrained(path)
+    name = path.name.split("-")[1]
+    if not hasattr(transformers, name):  # a backbone of the library's own
+        from hf_hardattn.backbones import gru
+
+        return getattr(gru, name).from_pretrained(path)
+    return getattr(transformers, name).from_pretrained(path)
 
 
 if __name__ == "__main__":

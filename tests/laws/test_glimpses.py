@@ -226,6 +226,10 @@ def test_options_out_of_range_are_refused(config, message):
             r"several looks at 'the top level'; estimator 'distil' \(needs teacher\) reads the scores of one",
         ),
         ({"estimator": "marginal", "budget": 1}, r"estimator 'marginal' \(needs choices\)"),
+        (
+            {"estimator": "hard_concrete"},
+            r"'hard_concrete' .* keeps a number of its own in training; scorer 'recurrent'",
+        ),
         ({"budget": "top_p:0.5"}, r"budget='top_p:0.5' .* needs a count to spread over its looks"),
     ],
 )

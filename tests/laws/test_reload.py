@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from cases import HEADS, Example, all_sites, cases, close, harden, run, stock
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSeq2SeqLM
@@ -24,7 +25,8 @@ def answers(tmp_path_factory):
     """Every case saved here, loaded and run there; one process for all, since starting one is slow."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for architecture, head in HEADS:
-        save(stock(architecture, head), folder / f"stock-{head}")
+        if hasattr(transformers, head):
+            save(stock(architecture, head), folder / f"stock-{head}")
     for number, case in enumerate(CASES):
         example = stock(case.place.architecture, case.head)
         harden(example.model, case.config())
