@@ -36,7 +36,7 @@ def register() -> None:
                 save_config(inner, folder if name == "default" else folder / name)
 
     setattr(hard_save_pretrained, _MARK, True)
-    PeftModel.save_pretrained = hard_save_pretrained
+    PeftModel.save_pretrained = hard_save_pretrained  # type: ignore[method-assign]
 
 
 def save_config(model: Any, folder: Path) -> None:

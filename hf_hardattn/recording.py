@@ -51,14 +51,14 @@ class Recorded(Selection):
         found.__dict__ = selection.__dict__
         return found
 
-    @property  # type: ignore[override]  # a field of the class above, here with a default that costs something
-    def log_prob(self) -> Tensor:
+    @property
+    def log_prob(self) -> Tensor:  # type: ignore[override]  # a field above, here with a default that costs something
         """fp32 ``[B, H, Q]``."""
         known = self.__dict__["log_prob"]
         return self._law().log_prob(self._chosen()) if known is None else known
 
-    @property  # type: ignore[override]
-    def entropy(self) -> Tensor:
+    @property
+    def entropy(self) -> Tensor:  # type: ignore[override]
         """fp32 ``[B, H, Q]``, nats."""
         known = self.__dict__["entropy"]
         return self._law().entropy() if known is None else known

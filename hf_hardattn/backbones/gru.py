@@ -54,14 +54,9 @@ class GruConfig(PreTrainedConfig):
         self.num_layers, self.num_decoder_layers = num_layers, num_decoder_layers
         self.num_hidden_layers = 1  # of a generation cache: one layer reads the source
         self.num_attention_heads, self.feature_size, self.dropout = num_attention_heads, feature_size, dropout
-        super().__init__(
-            pad_token_id=pad_token_id,
-            eos_token_id=eos_token_id,
-            decoder_start_token_id=decoder_start_token_id,
-            is_encoder_decoder=is_encoder_decoder,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        kwargs |= {"pad_token_id": pad_token_id, "eos_token_id": eos_token_id, "is_encoder_decoder": is_encoder_decoder}
+        kwargs |= {"decoder_start_token_id": decoder_start_token_id, "tie_word_embeddings": tie_word_embeddings}
+        super().__init__(**kwargs)
 
 
 class GruEncoderLayer(nn.Module):
@@ -96,8 +91,10 @@ class GruAttention(nn.Module):
             config.d_model // config.num_attention_heads,
         )
         self.scaling, self.layer_idx = self.head_dim**-0.5, 0
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            self.add_module(name, nn.Linear(config.d_model, config.d_model, bias=False))
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.v_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def split(self, states: Tensor) -> Tensor:
         """``[B, N, D]`` to ``[B, H, N, d]``."""
