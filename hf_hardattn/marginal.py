@@ -31,13 +31,19 @@ def marginal_loss(
         fp32 scalar, a mean over labels as the model's own loss.
 
     Raises:
-        HardAttentionError: too many choices, heads that choose for themselves, or queries whose choices meet again later.
+        HardAttentionError: no labels (a contrastive loss, say, in which rows meet), too many choices, heads that choose for
+            themselves, or queries whose choices meet again later.
     """
     n, site, estimator = selection.mask.shape[-1], selection.site, selector.estimator
     architecture = architecture_of(model)
     if selection.mask.shape[1] > 1 or architecture is None:
         raise HardAttentionError(
             f"per_head=True at '{site}'; estimator 'marginal' tries one choice at a time. Use per_head=False."
+        )
+    if architecture.labels(model, inputs) is None:
+        raise HardAttentionError(
+            f"{type(model).__name__} has no labels to weigh at '{site}'; estimator 'marginal' needs labels, one likelihood for each. "
+            "Pass labels, or use estimator 'simple'."
         )
     candidates = selection.valid if selection.required is None else selection.valid & ~selection.required
     k = selector.budget.count(selection.scores.detach(), candidates)

@@ -1,6 +1,6 @@
 """The shoot-out: the same data, budget, steps and seeds for every way to choose, and for not choosing at all.
 
-For each seed a soft trunk is trained once; every variant starts from it and trains equally long. Each run that ends is a file, so
+For each seed (or for all) a soft trunk is trained once; every variant starts from it and trains equally long. Each run that ends is a file, so
 that an interrupted comparison goes on where it stopped.
 """
 
@@ -58,9 +58,11 @@ def compare(
     _, recipe, variants = comparison.settle(quick)
     common = {"task": comparison.task, "task_options": comparison.task_options, "quick": quick}
     trunk = {name: value for name, value in asdict(recipe).items() if name in TRUNK_FIELDS}
-    trunks = [{**common, "recipe": trunk, "seed": seed} for seed in seeds]
+    one = comparison.trunk_seed
+    trunks = [{**common, "recipe": trunk, "seed": seed} for seed in (seeds if one is None else [one])]
+    shared = {} if one is None else {"trunk_seed": one}
     runs = [
-        {**common, "recipe": asdict(recipe), "seed": seed, "variant": name, "hard_attention": fields}
+        {**common, **shared, "recipe": asdict(recipe), "seed": seed, "variant": name, "hard_attention": fields}
         for seed in seeds
         for name, fields in variants.items()
     ]
@@ -130,8 +132,8 @@ def _measure(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def trunk_folder(spec: dict[str, Any], folder: Path) -> Path:
-    """Where the soft model of a seed is saved."""
-    return folder / "trunks" / f"seed-{spec['seed']}"
+    """Where the soft model that a run starts from is saved."""
+    return folder / "trunks" / f"seed-{spec.get('trunk_seed', spec['seed'])}"
 
 
 def run_path(spec: dict[str, Any], folder: Path) -> Path:

@@ -32,12 +32,14 @@ class Comparison:
         recipe: changes to the task's recipe.
         variants: name to the fields of a ``HardAttentionConfig`` that differ from the task's recommendation. Without fields a
             name stands for the control or the estimator of that name. A float ``budget``, the task's own too, is annealed.
+        trunk_seed: of the one soft trunk that all seeds start from; None trains one for each seed.
     """
 
     task: str
     variants: dict[str, dict[str, Any] | None]
     task_options: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    trunk_seed: int | None = None
 
     @classmethod
     def read(cls, path: Path) -> Comparison:

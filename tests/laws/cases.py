@@ -18,7 +18,7 @@ from hf_hardattn.architectures import Example, architecture_of
 
 HEADS = [(a, head) for a in registry.names("architectures") for head in registry.load("architectures", a).heads()]
 SCORERS, ESTIMATORS, BASELINES = map(registry.names, ("scorers", "estimators", "baselines"))
-# one that every choice serves ONE site and needs labels: tests/test_passes.py has its laws
+# one that every choice serves ONE site and needs labels: test_marginal.py has its laws
 ESTIMATORS = tuple(name for name in ESTIMATORS if "choices" not in registry.load("estimators", name).needs)
 BUDGETS = (1, 3, 0.5, "threshold:0.5", "top_p:0.6")
 
