@@ -32,13 +32,18 @@ def marginal_loss(
 
     Raises:
         HardAttentionError: no labels (a contrastive loss, say, in which rows meet), too many choices, heads that choose for
-            themselves, or queries whose choices meet again later.
+            themselves, queries whose choices meet again later, or gradient checkpointing.
     """
     n, site, estimator = selection.mask.shape[-1], selection.site, selector.estimator
     architecture = architecture_of(model)
     if selection.mask.shape[1] > 1 or architecture is None:
         raise HardAttentionError(
             f"per_head=True at '{site}'; estimator 'marginal' tries one choice at a time. Use per_head=False."
+        )
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise HardAttentionError(
+            f"gradient checkpointing is on, and estimator 'marginal' at '{site}' makes the choices of its passes from outside; the passes "
+            "cannot be computed again. Call model.gradient_checkpointing_disable(), or use estimator 'simple'."
         )
     if architecture.labels(model, inputs) is None:
         raise HardAttentionError(
@@ -62,8 +67,9 @@ def marginal_loss(
     law = ConditionalBernoulli(scores, k[:, 0], candidates[:, 0], size)
     log_p = torch.stack([_log_prob(law, subset, candidates[:, 0]) for subset in subsets])  # [S, B, Q]
     likelihoods, counted = [], None
+    required = torch.zeros((), dtype=torch.bool) if selection.required is None else selection.required
     for subset in subsets:
-        with replay(model, {site: subset.expand(selection.mask.shape)}):
+        with replay(model, {site: (subset | required.to(subset.device)).expand(selection.mask.shape)}):
             losses = architecture.token_loss(model, inputs, forward())
         if losses is None:
             raise HardAttentionError(

@@ -154,7 +154,80 @@ def learning() -> str:
         f"{', '.join(shown)}; soft {every['summary']['soft']['metrics'][every['metric']]['mean']:.1%}. "
         f"Failed (raised, diverged or within 2 points of random): {', '.join(failed) or 'none'}.",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *translation(), *found()])
+
+
+def translation() -> list[str]:
+    """The table of the translations: every hard choice beside soft, at its three kinds of site."""
+    lines = [
+        "",
+        "| English to Italian | BLEU | BLEU to soft | chrF | chrF to soft | source kept |",
+        "|---" * 6 + "|",
+    ]
+    notes, soft_shown = [], False
+    for name in ("translation", "translation_one", "translation_tokens"):
+        path = ROOT / "results" / "compare" / f"{name}.json"
+        if not path.exists():
+            continue
+        r = json.loads(path.read_text())
+        soft = r["summary"]["soft"]["metrics"]
+        for variant, row in r["summary"].items():
+            found = row["metrics"]
+            if variant == "soft" and soft_shown:
+                continue
+            soft_shown = True
+            title = f"k = 1, {variant}" if name == "translation_one" and variant != "soft" else variant
+            cells = [
+                cell
+                for metric in ("bleu", "chrf")
+                for cell in (
+                    _spread(found[metric]),
+                    "" if variant == "soft" else f"{found[metric]['mean'] - soft[metric]['mean']:+.1f}",
+                )
+            ]
+            kept = "100%" if "kept" not in found else f"{found['kept']['mean']:.0%}"
+            lines.append(f"| {title} | {' | '.join(cells)} | {kept} |")
+        notes.append(f"{len(r['seeds'])} (`{name}`)")
+        recipe = r["recipe"]
+    if not notes:
+        return []
+    return [
+        *lines,
+        "",
+        f"A T5 of 2 + 1 layers trained from scratch on pairs of Debian's package descriptions, greedy decoding; one soft trunk of "
+        f"{recipe['trunk_steps']:,} steps for all, then {recipe['branch_steps']} steps each, soft too. Seeds of the branches: {', '.join(notes)}.",
+    ]
+
+
+def found() -> list[str]:
+    """The table of the tasks whose informative positions are known."""
+    lines = [
+        "",
+        "| positions are known | accuracy, soft | accuracy, hard | precision | recall | accuracy, random | seeds | failed |",
+        "|---" * 8 + "|",
+    ]
+    empty = len(lines)
+    for name in ("planted_rationale", "associative_recall"):
+        path = ROOT / "results" / "compare" / f"{name}.json"
+        if not path.exists():
+            continue
+        r = json.loads(path.read_text())
+        rows = r["summary"]
+        for variant, row in rows.items():
+            if "precision" not in row["metrics"] or variant in ("random", "first", "static"):
+                continue
+            metrics = row["metrics"]
+            lines.append(
+                f"| {name}, `{variant}` | {_spread(rows['soft']['metrics']['accuracy'], 100)} | {_spread(metrics['accuracy'], 100)} | "
+                f"{_spread(metrics['precision'], 100)} | {_spread(metrics['recall'], 100)} | "
+                f"{_spread(rows['random']['metrics']['accuracy'], 100)} | {row['runs']} | {row['failed']} |"
+            )
+    return lines if len(lines) > empty else []
+
+
+def _spread(value: dict[str, Any], scale: float = 1.0) -> str:
+    text = f"{value['mean'] * scale:.1f}"
+    return text if value["sd"] is None else f"{text} ± {value['sd'] * scale:.1f}"
 
 
 def render(text: str) -> str:

@@ -25,6 +25,7 @@ def command(
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Run this variant only; may be given several times.")] = None,
     retry: Annotated[bool, typer.Option(help="Do failed runs again.")] = False,
+    save: Annotated[bool, typer.Option(help="Keep the trained models, in the folder's 'models'.")] = False,
     quick: Annotated[bool, typer.Option(help="A few steps only: a check that everything runs, not a result.")] = False,
 ) -> None:
     """Compare estimators and controls on a task: same data, budget, steps and seeds; resumable, failed runs counted."""
@@ -48,7 +49,9 @@ def command(
         typer.echo(f"{done:>4} of {total}  {row['variant']} seed {row['seed']}: {result}")
 
     chosen = list(range(first_seed, first_seed + seeds))
-    rows = compare(comparison, chosen, folder, jobs=jobs, threads=threads, quick=quick, retry=retry, tell=tell)
+    rows = compare(
+        comparison, chosen, folder, jobs=jobs, threads=threads, quick=quick, retry=retry, save=save, tell=tell
+    )
     results = report(
         comparison, rows, shlex.join(["hf-hardattn", *sys.argv[1:]]), quick=quick, jobs=jobs, threads=threads
     )

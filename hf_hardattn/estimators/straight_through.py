@@ -9,7 +9,7 @@ from ..errors import unknown
 from ..selection import topk_mask
 from . import Base, Choice, Sampling
 
-SURROGATES = ("sigmoid", "softmax", "identity")
+SURROGATES = ("sigmoid", "balanced", "softmax", "identity")
 
 
 class StraightThrough(Base):
@@ -19,13 +19,15 @@ class StraightThrough(Base):
 
     * ``sigmoid``: ``sigmoid((s_i - c) / T)``, c half-way between the k-th and the (k+1)-th score, a constant: steepest
       where the choice is closest.
+    * ``balanced``: the same with a c that moves with the scores so that the gates' sum stays k:
+      ``(diag(w) - w w^T / sum w) / T``, w the sigmoid's slopes. What one position gains others lose.
     * ``softmax``: ``k softmax(s / T)_i``, which sums to k as the mask does.
     * ``identity``: ``s_i`` (Bengio et al.'s original); has no temperature.
 
     Nothing is sampled, so nothing is explored. Rows without a choice (k = 0, k >= valid count) have zero gradient.
 
     Args:
-        surrogate: ``sigmoid``, ``softmax`` or ``identity``.
+        surrogate: ``sigmoid``, ``balanced``, ``softmax`` or ``identity``.
 
     Raises:
         HardAttentionError: unknown surrogate.
@@ -48,8 +50,12 @@ class StraightThrough(Base):
         mask = topk_mask(scores, k, valid, slots)
         dropped = valid & ~mask
         active = valid & (mask.any(-1, keepdim=True) & dropped.any(-1, keepdim=True))
-        if self.surrogate == "sigmoid":
+        if self.surrogate in ("sigmoid", "balanced"):
             smooth = torch.sigmoid((scores - _midpoint(scores.detach(), mask, dropped)) / sampling.backward)
+            if self.surrogate == "balanced":
+                weight = torch.where(active, (smooth * (1 - smooth)).detach(), 0.0)
+                moved = torch.where(active, smooth - smooth.detach(), 0.0).sum(-1, keepdim=True)
+                smooth = smooth - weight * moved / weight.sum(-1, keepdim=True).clamp(min=1e-30)
         elif self.surrogate == "softmax":
             logits = (scores / sampling.backward).masked_fill(~active, torch.finfo(scores.dtype).min)
             smooth = mask.sum(-1, keepdim=True) * logits.softmax(-1)

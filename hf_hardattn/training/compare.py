@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def compare(
     threads: int = 1,
     quick: bool = False,
     retry: bool = False,
+    save: bool = False,
     tell: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Train what is not trained yet, and return a row for every variant and seed.
@@ -46,6 +48,7 @@ def compare(
         jobs: processes. threads: of PyTorch, in each.
         quick: a few steps and one test batch only.
         retry: do failed runs again.
+        save: keep each model that is trained from now on, in ``folder``'s ``models``.
         tell: called with each row as soon as it is there.
 
     Returns:
@@ -74,7 +77,7 @@ def compare(
     for _ in _each(train_trunk, trunks, folder, jobs, threads):
         pass
     rows = {}
-    for row in _each(train_branch, runs, folder, jobs, threads):
+    for row in _each(partial(train_branch, save=save), runs, folder, jobs, threads):
         rows[row["variant"], row["seed"]] = row
         tell(row)
     return [rows[name, seed] for name in variants for seed in seeds]
@@ -99,7 +102,7 @@ def train_trunk(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     return row
 
 
-def train_branch(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+def train_branch(spec: dict[str, Any], folder: Path, save: bool = False) -> dict[str, Any]:
     """Train a variant from its seed's trunk and test it, unless that was done; a run that raises is a row that says so."""
     path = run_path(spec, folder)
     row = _read(path)
@@ -107,20 +110,22 @@ def train_branch(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         return row
     row = {"variant": spec["variant"], "seed": spec["seed"], "spec": spec}
     try:
-        row |= {"status": "finished", **_measure(spec, folder)}
+        row |= {"status": "finished", **_measure(spec, folder, save)}
     except Exception as error:
         row |= {"status": "failed", "message": f"{type(error).__name__}: {error}"}
     write_json(path, row)
     return row
 
 
-def _measure(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _measure(spec: dict[str, Any], folder: Path, save: bool) -> dict[str, Any]:
     task, recipe = tasks.load(spec["task"], spec["task_options"]), _recipe(spec)
     torch.manual_seed(spec["seed"] + 1)
     model = task.model_class.from_pretrained(trunk_folder(spec, folder), hard_attention=spec["hard_attention"])
     started, processor = time.perf_counter(), time.process_time()
     losses = fit(model, task, recipe, seed=spec["seed"] + 1000, branch=True)
     trained, processor = time.perf_counter(), time.process_time() - processor
+    if save:
+        model.save_pretrained(folder / "models" / run_path(spec, folder).stem)
     metrics = task.evaluate(model, batches=1 if spec["quick"] else None)
     inputs = {name: column[:32] for name, column in next(task.test()).inputs.items()}
     return {

@@ -3,8 +3,6 @@ place, keeps one position, and takes the heads that tell a loss of each label; t
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from cases import PLACES, Case, all_sites, close, hard, has_loss, refusal, run, stock, train_loss
@@ -15,11 +13,15 @@ from hf_hardattn.errors import HardAttentionError
 
 
 def _head(place):
-    """A head of the place with labels; None where there is none."""
+    """A head of the place that tells the loss of each label; None where there is none."""
     for head in place.heads:
         example = stock(place.architecture, head)
-        if has_loss(example) and architecture_of(example.model).labels(example.model, example.batch) is not None:
-            return head
+        if has_loss(example):
+            model, architecture = example.model, architecture_of(example.model)
+            with torch.no_grad():
+                told = architecture.token_loss(model, example.batch, model(**example.batch)) is not None
+            if told and architecture.labels(model, example.batch) is not None:
+                return head
     return None
 
 
@@ -36,10 +38,10 @@ def _cases():
 CASES = list(_cases())
 
 
-def marginal(case, **changes):
+def marginal(case, padded=True, **changes):
     """The example with ``marginal`` at the last site of the place only."""
     site = [s for s in all_sites(stock(case.place.architecture, case.head).model) if s.startswith(case.place.group)][-1]
-    return hard(case, **{"sites": [site], **changes})
+    return hard(case, padded, **{"sites": [site], **changes})
 
 
 def gradients(example):
@@ -55,28 +57,29 @@ def test_every_architecture_and_kind_of_site_is_covered():
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_budget_one_is_the_stock_model(case):
-    """Law 1, the training loss too: all that can be kept is one choice."""
-    soft, example = stock(case.place.architecture, case.head), marginal(case, budget=1.0)
+    """Law 1, the training loss too: all that can be kept is one choice (in rows of one length, as it must be for all)."""
+    soft, example = stock(case.place.architecture, case.head, False), marginal(case, False, budget=1.0)
     close(run(example), run(soft))
     torch.testing.assert_close(train_loss(example), train_loss(soft), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_scorer_learns_and_checkpointing_changes_no_gradient(case):
-    """Law 9, and finite gradients for every parameter of the selector."""
+def test_the_scorer_learns(case):
+    """Every parameter of the selector gets a finite gradient, and one that is not zero."""
     example = marginal(case)
-    again = copy.deepcopy(example)
-    loss, expected = gradients(example)
-    selected = {name: gradient for name, gradient in expected.items() if "selector" in name}
-    wanted = {name for name, _ in example.model.named_parameters() if "selector" in name}
-    assert selected.keys() == wanted and all(gradient.isfinite().all() for gradient in selected.values())
+    _, found = gradients(example)
+    selected = {name: gradient for name, gradient in found.items() if "selector" in name}
+    assert selected.keys() == {name for name, _ in example.model.named_parameters() if "selector" in name}
+    assert all(gradient.isfinite().all() for gradient in selected.values())
     assert max(gradient.abs().max() for name, gradient in selected.items() if "weight" in name) > 0
-    again.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    repeated, found = gradients(again)
-    torch.testing.assert_close(repeated, loss, rtol=1e-5, atol=1e-6)
-    scale = max(1.0, *(gradient.abs().max().item() for gradient in expected.values()))
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=3e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_checkpointing_is_refused():
+    """Law 9: the passes' choices come from outside, so that they could not be replayed when a layer is computed again."""
+    example = marginal(CASES[0])
+    example.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with pytest.raises(HardAttentionError, match="gradient checkpointing is on, .* gradient_checkpointing_disable"):
+        train_loss(example)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,0 +1,161 @@
+"""One contract for every estimator: exactly the budget, gradients that reach every score, noise that decides alone."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from choosing import (
+    LEARNING,
+    NAMES,
+    VARIANTS,
+    build,
+    carrier,
+    choose,
+    mixed_rows,
+)
+
+from hf_hardattn import registry
+from hf_hardattn.errors import HardAttentionError
+from hf_hardattn.estimators import NEEDS
+from hf_hardattn.selection import topk_mask
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_declares_its_facts(name: str) -> None:
+    estimator = registry.load("estimators", name)
+    assert isinstance(estimator.biased, bool) and estimator.source and set(estimator.needs) <= set(NEEDS)
+    assert estimator.trains_gathered is ("gates" not in estimator.needs)
+    assert "Source:" in estimator.__doc__
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+@pytest.mark.parametrize("scale", [4.0, 1e4])
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_keeps_the_contract(name: str, options: dict[str, Any], scale: float, temperature: float) -> None:
+    """Exactly the budget, ones and zeros, finite values and gradients, none where there is no choice: also at huge scores."""
+    estimator = build(name, options)
+    scores, k, valid = mixed_rows(scale)
+    scores.requires_grad_()
+    choice = choose(estimator, options, scores, k, valid, temperature=temperature)
+    assert choice.mask.dtype == torch.bool and choice.mask.shape == scores.shape
+    assert not (choice.mask & ~valid).any()
+    # no choice, no gradient: not even rounding noise
+    fixed = (k == 0) | (k >= valid.sum(-1))
+    if name != "soft":
+        exact = torch.equal(choice.mask.sum(-1), torch.minimum(k, valid.sum(-1)))
+        assert exact or not estimator.exact_budget
+        assert torch.equal(choice.mask[fixed].sum(-1), torch.minimum(k, valid.sum(-1))[fixed])
+    loss = scores.new_zeros(())
+    for value in (choice.gates, choice.log_prob, choice.entropy, choice.penalty):
+        if value is not None:
+            assert value.dtype == torch.float32 and value.isfinite().all()
+            loss = loss + (value * torch.rand(value.shape)).sum()
+    if loss.requires_grad:
+        gradient = torch.autograd.grad(loss, scores)[0]
+        assert gradient.isfinite().all() and (gradient[~valid] == 0).all()
+        assert fixed.any() and (gradient[fixed] == 0).all()
+    if choice.gates is not None and name != "soft":
+        hard = choice.mask if options.get("hard", estimator.exact_budget) else choice.mask & fixed.unsqueeze(-1)
+        assert torch.equal(choice.gates[hard], torch.ones_like(choice.gates[hard]))
+        assert (choice.gates[~valid] == 0).all() and (choice.gates >= 0).all()
+        if estimator.exact_budget:
+            torch.testing.assert_close(choice.gates.sum(-1), choice.mask.sum(-1).float())
+        else:
+            assert torch.equal(choice.gates > 0, choice.mask)
+    for value in (choice.log_prob, choice.entropy, choice.penalty):
+        assert value is None or (value[fixed] == 0).all()
+
+
+# the gradient of these is 0 beyond the border between kept and dropped
+LOCAL = {"entmax", "sparsemax", "imle", "perturbed", "log_gate", "hard_concrete"}
+
+
+@pytest.mark.parametrize(("name", "options"), LEARNING)
+def test_gradient_reaches_every_valid_score(name: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(200, 7, requires_grad=True)
+    valid = torch.arange(7) < 6
+    value = carrier(choose(name, options, scores, 3, valid))
+    gradient = torch.autograd.grad((value * torch.randn(value.shape)).sum(), scores)[0]
+    assert (gradient[:, 6] == 0).all()
+    reached = gradient[:, :6] != 0
+    assert reached.any(0).all() if name in LOCAL else reached.all()
+    # but for scores that are each for themselves: one number added to all changes nothing
+    if name not in ("hard_concrete", "perturbed") and options.get("surrogate") not in ("sigmoid", "identity"):
+        assert gradient.sum(-1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("name", "options"), LEARNING)
+def test_without_a_choice_the_scores_stay_in_the_graph(name: str, options: dict[str, Any]) -> None:
+    """A budget that keeps everything gives a zero gradient, not None (distributed training counts on it)."""
+    scores = torch.randn(2, 4, requires_grad=True)
+    value = carrier(choose(name, options, scores, 4))
+    assert torch.equal(torch.autograd.grad(value.sum(), scores)[0], torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize(("name", "options"), [v for v in VARIANTS if v.values[0] != "soft"])
+def test_evaluation_is_the_deterministic_top_k(name: str, options: dict[str, Any]) -> None:
+    scores, k, valid = mixed_rows()
+    for _ in range(2):
+        choice = choose(name, options, scores, k, valid, training=False)
+        assert torch.equal(choice.mask, topk_mask(scores, k, valid))
+        assert choice.log_prob is None
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_leading_dimensions_do_not_matter(name: str, options: dict[str, Any]) -> None:
+    """A row alone, and a row under dimensions of size 1, as in a batch of one."""
+    scores, weight = torch.randn(6, requires_grad=True), torch.randn(6)
+    results = []
+    for shape in ((1, 6), (6,), (1, 1, 1, 6)):
+        torch.manual_seed(1)
+        choice = choose(name, options, scores.view(shape), 3)
+        value = choice.mask.float() if carrier(choice) is None else carrier(choice)
+        total = (value.view(-1, 1) * weight).sum() + 0 * scores.sum()
+        results.append((choice.mask.view(6), torch.autograd.grad(total, scores)[0]))
+    for mask, gradient in results[1:]:
+        assert torch.equal(mask, results[0][0])
+        torch.testing.assert_close(gradient, results[0][1])
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_same_noise_same_choice(name: str, options: dict[str, Any]) -> None:
+    scores, k, valid = mixed_rows()
+    first, second = (torch.manual_seed(1) and choose(name, options, scores, k, valid) for _ in range(2))
+    assert torch.equal(first.mask, second.mask)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_soft_keeps_everything_valid(training: bool) -> None:
+    scores, k, valid = mixed_rows()
+    choice = choose("soft", {}, scores, k, valid, training=training)
+    assert torch.equal(choice.mask, valid) and torch.equal(choice.gates, valid.float())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("straight_through", {"surrogate": "sigmoyd"}, "unknown surrogate 'sigmoyd'.*'identity'.*mean 'sigmoid'"),
+        ("reinforce", {"law": "plackett"}, "unknown law 'plackett'.*'conditional_bernoulli', 'plackett_luce'"),
+        ("gumbel_rao", {"draws": 0}, "draws=0 is out of range at estimator gumbel_rao; it counts noises, >= 1"),
+        ("perturbed", {"draws": 1}, "draws=1 is out of range.*2 noises or more. The paper takes 500"),
+        ("perturbed", {"sigma": 0.0}, "sigma=0.0 is out of range.*> 0"),
+        ("imle", {"strength": -1.0}, "strength=-1.0 is out of range.*> 0"),
+        ("imle", {"noise": "gumble"}, "unknown noise 'gumble'.*mean 'gumbel'"),
+        ("hard_concrete", {"temper": 0.0}, "temper=0.0 is out of range.*> 0"),
+        ("hard_concrete", {"stiffness": -1.0}, "stiffness=-1.0 is out of range.*>= 0"),
+        ("entmax", {"alpha": 1.0}, "alpha=1.0 is out of range.*1.5 is usual"),
+    ],
+)
+def test_unknown_options(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(HardAttentionError, match=message):
+        registry.load("estimators", name)(**options)
+
+
+def test_sparsemax_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "entmax", None)
+    with pytest.raises(ImportError, match=r"sparsemax needs the package 'entmax'.*hf-hardattn\[entmax\]"):
+        build("sparsemax")
