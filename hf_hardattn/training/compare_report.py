@@ -28,6 +28,7 @@ def report(
         "task": comparison.task,
         "task_options": comparison.task_options,
         "recipe": asdict(recipe),
+        "trunk_seed": comparison.trunk_seed,
         "variants": variants,
         "metric": task.metric,
         "points": task.points,
@@ -151,10 +152,11 @@ def markdown(results: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     seeds, recipe, measured = results["seeds"], results["recipe"], results["measured"]
+    one = " (one for all seeds)" if results.get("trunk_seed") is not None else ""
     lines += [
         "",
         f"`{results['command']}`: {len(seeds)} seed{'s' * (len(seeds) > 1)}, mean ± standard deviation; {recipe['trunk_steps']:,} steps of soft "
-        f"trunk, then {recipe['branch_steps']:,} steps each, batch {recipe['batch']}; seconds on {measured['threads']} CPU thread"
+        f"trunk{one}, then {recipe['branch_steps']:,} steps each, batch {recipe['batch']}; seconds on {measured['threads']} CPU thread"
         f"{'s' * (measured['threads'] > 1)}. Failed: raised, diverged, or within {COLLAPSED:.0f} points of the random choice.",
     ]
     lines += [f"- `{name}`, {message}" for name, row in results["summary"].items() for message in row["messages"]]

@@ -16,17 +16,19 @@ class PlantedRationale(Drawn):
     ``T5ForSequenceClassification`` would hand its decoder the whole row.
 
     Args:
-        length: tokens of a row besides ``</s>``. slots: informative ones. values: of each slot. fillers: tokens that mean nothing.
+        length: tokens of a row besides ``</s>``. slots: informative ones. fillers: tokens that mean nothing.
+        values: of each slot. A choice may drop one value of a slot, whose absence then tells it: with 8 of them a perfect answer
+            needs no more than 97 % of the gold positions, with 64 all but 0.4 %.
         test_rows: of the fixed test set.
     """
 
     site = "encoder.inputs"
     scorer = "mlp"  # no direction separates the informative tokens' random embeddings from the others'
     budget = 4 / 64
-    recipe = Recipe(trunk_steps=300, branch_steps=300, batch=32)
+    recipe = Recipe(trunk_steps=600, branch_steps=400, batch=32)
 
     def __init__(
-        self, length: int = 64, slots: int = 4, values: int = 8, fillers: int = 200, test_rows: int = 1000
+        self, length: int = 64, slots: int = 4, values: int = 64, fillers: int = 200, test_rows: int = 1000
     ) -> None:
         self.length, self.slots, self.values, self.fillers, self.test_rows = length, slots, values, fillers, test_rows
 
