@@ -187,7 +187,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     left.set_xlabel(f"{metric} (points)")
     right.set_ylabel(f"{metric} (points)")
     right.set_xlabel("GFLOPs an example, forward (counted)")
-    right.set_xlim(left=0)
+    right.set_xlim(0, 1.08 * max((row["gflops"] for _, row in shown), default=1.0))
     told = [item for item in shown if item[0] in ("soft", "random")]
     learned = [item for item in shown if item[0] not in CONTROLS]
     if learned:
