@@ -62,7 +62,7 @@ def ends():
         (["vision.tokens.0", "vision.tokens.1"], 0.5, [(17, 17), (9, 9), (5, 5)]),
         (["vision.self.*"], 0.25, [(17, 5)] * 3),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_counted_flops_of_a_vit(sites, budget, rows):
     pixels = {"pixel_values": torch.randn(1, 3, 32, 32)}
@@ -147,7 +147,7 @@ def test_peak_falls_with_the_budget_and_is_never_above_stock():
         (t5, ["encoder.self.*"], 3),
         (t5, ["encoder.inputs"], 0.25),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_nothing_waits_for_the_device_and_it_compiles_whole(build, sites, budget):
     model = build(sites=sites, budget=budget, share_selection="self" in sites[0])
@@ -337,7 +337,7 @@ def test_growth_and_break_even_reports(tmp_path):
 @pytest.mark.parametrize(
     ("build", "sites", "budget"),
     [(vit, ["vision.tokens.0"], 0.25), (encoder, ["encoder.self.*"], 7), (encoder, ["encoder.tokens.0"], 0.5)],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_exported_models_say_the_same(build, sites, budget, tmp_path):
     batch = (
