@@ -84,6 +84,11 @@ def look(
         remaining = remaining & ~choice.mask
         if scorer.monotonic:
             remaining = remaining & _behind(choice.mask)
+    # where everything is kept there is no choice, in whatever order the looks took it
+    chooses = (k < candidates.sum(-1)) | halts
+    gates = None if gates is None else torch.where(chooses.unsqueeze(-1), gates, kept.to(gates.dtype))
+    log_prob = None if log_prob is None else torch.where(chooses, log_prob, 0.0)
+    entropy = None if entropy is None else torch.where(chooses, entropy, 0.0)
     if sampling is not None:
         # the last state decides nothing: a gradient of zero rather than none, since distributed training waits for every parameter
         unread = 0.0 * (state.sum(-1, keepdim=True) + (scorer.go_on(state) if scorer.halts else 0.0))

@@ -37,7 +37,7 @@ def auxiliary_loss(
     Source: Williams (1992), equation 11; entropy bonus: Xu et al. (2015), equation 13; others: Kool et al. (2019).
     """
     terms = []
-    for selection in selections:
+    for selection in (made.own for made in selections):
         selector = selectors[selection.site]
         if selection.penalty is not None:
             terms.append(selection.penalty.mean())

@@ -52,6 +52,12 @@ class Recorded(Selection):
         return found
 
     @property
+    def own(self) -> Selection:
+        found = object.__new__(Selection)
+        found.__dict__ = self.__dict__
+        return found
+
+    @property
     def log_prob(self) -> Tensor:  # type: ignore[override]  # a field above, here with a default that costs something
         """fp32 ``[B, H, Q]``."""
         known = self.__dict__["log_prob"]

@@ -47,6 +47,11 @@ class Selection:
     positions: Tensor | None = None
 
     @property
+    def own(self) -> Selection:
+        """The selection as its site made it: a recording's works out what no estimator gave."""
+        return self
+
+    @property
     def indices(self) -> Tensor:
         """Kept positions, int64 ``[B, H, Q, K]``, ascending; unused slots come last (see ``slot_mask``)."""
         return mask_to_indices(self.mask, self.slots)
