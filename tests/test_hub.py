@@ -422,13 +422,15 @@ def test_the_token_appears_nowhere(hub, folders, tmp_path):
         str(tmp_path / "data"),
     ]
     flags += ["--sites", "vision.tokens.0", "--max_train_steps", "2", "--cpu", "--output_dir", str(tmp_path / "run")]
-    flags += ["--push_to_hub", "--hub_model_id", "sue/trained"]
+    flags += ["--push_to_hub", "--hub_model_id", "sue/trained", "--report_to", "trackio"]
     environment = hub.environment(sentinel, "sue") | {"HF_HOME": str(tmp_path / "hf")}
+    environment["TRACKIO_DIR"] = str(tmp_path / "tracked")
     trained = subprocess.run(
         [sys.executable, script, *flags], env=environment, capture_output=True, text=True, timeout=900
     )
     assert trained.returncode == 0, trained.stderr[-3000:]
     assert "sue/trained" in trained.stderr and (tmp_path / "run" / "card.json").is_file()
+    assert any((tmp_path / "tracked").rglob("*.db"))  # the tracker wrote its record
     assert sue.do("result = huggingface_hub.model_info('sue/trained').card_data.library_name") == "hf-hardattn"
     heard += [trained.stdout, trained.stderr]
     for flag in ("--hub_token",):
