@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .kept import Kept, product
-from .stream import Made, Pass, Stream
+from .resolution import Embedded
+from .stream import Made, Pass, Stream, mask_rows
 
 PASS = "hard_attention_pass"  # keyword that carries the Pass from the model's hook to the towers
 
@@ -72,6 +73,21 @@ class HardLayers(nn.ModuleList):
     def run(self, layer: nn.Module, state: TowerState, index: int, *args: Any, **kwargs: Any) -> Any:
         """Call ``layer`` with the stream's arguments, take the stream it returns, and finish after the last layer."""
         raise NotImplementedError
+
+    def begin(self, state: TowerState, hidden: Any, mask: Tensor | None = None) -> Tensor:
+        """The rows that a tower without padding starts with: as its embeddings made them, or what they chose to make.
+
+        Args:
+            hidden: ``[B, N, D]`` or ``Embedded``. mask: attention mask that the caller gave.
+        """
+        if not isinstance(hidden, Embedded):
+            state.length = hidden.shape[1]
+            state.stream = Stream(valid=mask_rows(mask, hidden.shape[0]))
+            return hidden
+        hidden.refuse(mask)
+        state.length = hidden.length
+        self.take(state, hidden.stream, hidden.made)
+        return hidden.rows
 
     def take(self, state: TowerState, stream: Stream, selections: Made) -> None:
         """Note what a layer selected."""

@@ -199,7 +199,7 @@ def attach(model: nn.Module, config: HardAttentionConfig) -> None:
             tower.final_norm.__class__ = HardLayerNorm
     for site, selector in built.items():
         name, kind, layer = kinds[site]
-        host, attribute = towers[name].host(kind, layer)
+        host, attribute = towers[name].host(kind, layer, selector.scorer.needs_pixels)
         host.register_module(attribute, selector)
     for site, leader in leaders.items():
         name, kind, layer = kinds[site]
@@ -223,6 +223,11 @@ def _selector(site: str, config: SiteConfig, tower: Tower, kind: str, target_siz
     if scorer.needs_grid and (tower.always != "first" or kind != "inputs"):
         raise HardAttentionError(
             f"scorer '{config.scorer}' reads a whole grid of patches; '{site}' has none. Use it at 'vision.inputs', or another scorer here."
+        )
+    if scorer.needs_pixels and (tower.embeddings is None or kind != "inputs"):
+        raise HardAttentionError(
+            f"scorer '{config.scorer}' reads the pixels of an image; '{site}' has none. Use it at 'vision.inputs' of a model of images, or "
+            "another scorer here."
         )
     if rows and (scorer.per_query or config.per_head):
         what = f"scorer '{config.scorer}' chooses per query" if scorer.per_query else "per_head=True chooses per head"
@@ -249,7 +254,7 @@ def _selector(site: str, config: SiteConfig, tower: Tower, kind: str, target_siz
     selector = Selector(
         site,
         config,
-        hidden_size=tower.source_size if cross else tower.hidden_size,
+        hidden_size=tower.channels if scorer.needs_pixels else tower.source_size if cross else tower.hidden_size,
         query_size=tower.hidden_size,
         heads=tower.heads,
         always=None if per_query else tower.source_always if cross else tower.always,

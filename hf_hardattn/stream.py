@@ -66,24 +66,30 @@ class Stream:
         context = selector.context(hidden if states is None else states, valid)
         selection = selector(features, as_keys(valid), as_keys(required), most=self.slots, context=context)
         selection.positions = self.positions
-        n = hidden.shape[1]
-        if selection.gates is None and selection.slots >= n and not selector.data_dependent:
-            return hidden, self, selection  # everything valid is kept
+        stream, indices = self.after(selector, selection, (hidden.shape[0], hidden.shape[1]))
+        return hidden if indices is None else keep_rows(hidden, indices), stream, selection
+
+    def after(self, selector: Selector, selection: Selection, shape: tuple[int, int]) -> tuple[Stream, Tensor | None]:
+        """The stream behind a selection among its rows, and which of them go on, int64 ``[B, K]``; None: all stay in place.
+
+        Args:
+            shape: (B, N) of the rows.
+        """
+        if selection.gates is None and selection.slots >= shape[1] and not selector.data_dependent:
+            return self, None  # everything valid is kept
         if selector.masked:
-            gates, rows = self.gates, selection.mask[:, 0, 0].expand(hidden.shape[:2])
+            gates, rows = self.gates, selection.mask[:, 0, 0].expand(shape)
             if selection.gates is not None:
                 made = selection.gates[:, 0, 0]
-                return (
-                    hidden,
-                    Stream(self.positions, self.valid, made if gates is None else gates * made, selection.slots),
-                    selection,
-                )
-            return hidden, Stream(self.positions, rows, gates, selection.slots), selection
-        indices = selection.indices[:, 0, 0].expand(hidden.shape[0], -1)
-        kept = None if selection.dense else selection.slot_mask[:, 0, 0].expand(hidden.shape[0], -1)
+                return Stream(
+                    self.positions, self.valid, made if gates is None else gates * made, selection.slots
+                ), None
+            return Stream(self.positions, rows, gates, selection.slots), None
+        indices = selection.indices[:, 0, 0].expand(shape[0], -1)
+        kept = None if selection.dense else selection.slot_mask[:, 0, 0].expand(shape[0], -1)
         positions = indices if self.positions is None else self.positions.gather(1, indices)
         gates = None if self.gates is None else self.gates.gather(1, indices)
-        return keep_rows(hidden, indices), Stream(positions, kept, gates, selection.slots), selection
+        return Stream(positions, kept, gates, selection.slots), indices
 
     def finish(self, hidden: Tensor, length: int, restore: bool, keep_gated: bool) -> Tensor:
         """What the tower hands on: an all-zero row means that nothing was computed there.

@@ -6,12 +6,15 @@ The vision tower attends within and between the frames. Which frames: ``vision.i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 from torch import Tensor
 from transformers import BlipConfig
 from transformers.models.blip.modeling_blip import BlipVisionEmbeddings
 
+from .errors import HardAttentionError
 from .selection import Selection
 
 
@@ -27,12 +30,23 @@ class VideoEmbeddings(BlipVisionEmbeddings):
         return torch.cat([frames[:, 0, :1], frames[:, :, 1:].flatten(1, 2)], 1)
 
 
+def _watch(model: Any) -> None:
+    """Give a BLIP, made just now, eyes for videos."""
+    embeddings: Any = model.vision_model.embeddings
+    if getattr(embeddings, "input_selector", None) is not None:
+        raise HardAttentionError(
+            f"scorer '{embeddings.input_selector.config.scorer}' reads the pixels of an image, and {type(model).__name__} takes videos. Use scorer "
+            "'conv' at 'vision.inputs', with its options frames and whole_frames."
+        )
+    embeddings.__class__ = VideoEmbeddings
+
+
 class BlipForVideoCaptioning(transformers.BlipForConditionalGeneration):
     """The stock captioner, its weights and keys, that also takes videos as ``pixel_values`` ``[B, F, C, H, W]``."""
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__(config)
-        self.vision_model.embeddings.__class__ = VideoEmbeddings
+        _watch(self)
 
 
 class BlipForVideoTextRetrieval(transformers.BlipForImageTextRetrieval):
@@ -40,7 +54,7 @@ class BlipForVideoTextRetrieval(transformers.BlipForImageTextRetrieval):
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__(config)
-        self.vision_model.embeddings.__class__ = VideoEmbeddings
+        _watch(self)
 
 
 def kept_frames(selection: Selection, patches: int) -> list[list[int]]:

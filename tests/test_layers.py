@@ -33,6 +33,7 @@ LAYERS = {
     "attention": 5,
     "recording": 5,
     "patches": 5,
+    "resolution": 5,
     "backbones": 0,  # models in Transformers' form, without a word of hard attention
     "stream": 5,
     "sites": 5,

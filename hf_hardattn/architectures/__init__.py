@@ -28,6 +28,8 @@ class Tower:
         source: name of the tower that cross-attention reads.
         restore: whether the output takes its full length again unless the configuration says otherwise.
         final_norm: LayerNorm behind the last layer; it must leave all-zero rows zero.
+        embeddings: module that makes rows of images, for scorers that read pixels; None where there is none.
+        channels: of these images.
     """
 
     root: nn.Module
@@ -45,6 +47,8 @@ class Tower:
     causal: bool = False
     restore: bool = False
     final_norm: Any = None
+    embeddings: nn.Module | None = None
+    channels: int = 0
 
     def sites(self, name: str) -> Iterator[tuple[str, str, int]]:
         """Yield ``(site, kind, layer)`` of the tower called ``name``."""
@@ -55,11 +59,11 @@ class Tower:
                 for layer in range(len(self.layers._modules)):
                     yield f"{name}.{kind}.{layer}", kind, layer
 
-    def host(self, kind: str, layer: int) -> tuple[nn.Module, str]:
-        """The module that holds a site's selector, and the attribute's name."""
+    def host(self, kind: str, layer: int, pixels: bool = False) -> tuple[nn.Module, str]:
+        """The module that holds a site's selector, whose scorer may read ``pixels``, and the attribute's name."""
         block = self.layers[layer]
         if kind == "inputs":
-            return block, "input_selector"
+            return self.embeddings if pixels and self.embeddings is not None else block, "input_selector"
         return (block, "selector") if kind == "tokens" else (self.attention(block, kind), "selector")
 
 

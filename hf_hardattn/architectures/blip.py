@@ -16,7 +16,7 @@ from transformers import (
     BlipVisionModel,
 )
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.models.blip.modeling_blip import BlipAttention, BlipEncoderLayer
+from transformers.models.blip.modeling_blip import BlipAttention, BlipEncoderLayer, BlipVisionEmbeddings
 from transformers.models.blip.modeling_blip_text import (
     BlipTextAttention,
     BlipTextLayer,
@@ -29,9 +29,28 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 from ..attention import as_bool, attend
 from ..layers import HardLayers, TowerState
 from ..patches import replace_patches
+from ..resolution import PatchSite, embed_patches, embed_positions
 from ..sites import AttentionSite, Cache, wants_weights
 from ..stream import Made, Stream, as_keys, pack, place, unpack
 from . import Base, Example, Tower
+
+
+class HardBlipVisionEmbeddings(PatchSite, BlipVisionEmbeddings):
+    """``BlipVisionEmbeddings`` that embeds the patches which a scorer of pixels chose, and no others."""
+
+    def forward(self, pixel_values, interpolate_pos_encoding=False):
+        selector, patch = self.scouting(), (self.patch_size, self.patch_size)
+        fits = (pixel_values.shape[-2] // patch[0]) * (pixel_values.shape[-1] // patch[1]) <= self.num_patches
+        if selector is None or not interpolate_pos_encoding and not fits:  # stock says what is wrong
+            return super().forward(pixel_values, interpolate_pos_encoding)
+        chosen = self.choose(selector, pixel_values, patch)
+        if chosen.patches is None:
+            return chosen.embedded(super().forward(pixel_values, interpolate_pos_encoding))
+        dtype = self.class_embedding.dtype
+        rows = embed_patches(self.patch_embedding, pixel_values.to(dtype), chosen.patches, patch)
+        rows = torch.cat((self.class_embedding.expand(len(rows), -1, -1), rows), 1)
+        grid = chosen.grid if interpolate_pos_encoding else None
+        return chosen.embedded(rows + embed_positions(self.position_embedding, chosen.patches, grid))
 
 
 class HardBlipAttention(AttentionSite, BlipAttention):
@@ -124,7 +143,7 @@ class HardBlipEncoderLayer(BlipEncoderLayer):
 class HardBlipVisionLayers(HardLayers):
     def run(self, layer: nn.Module, state: TowerState, index: int, hidden: Tensor, **kwargs: Any) -> Tensor:
         if index == 0:
-            state.length = hidden.shape[1]
+            hidden = self.begin(state, hidden)
         key_gates = self.key_gates(state, layer.self_attn, state.stream.gates)
         hidden, *leaves = layer(hidden, state.stream.gates, key_gates, kept=state.kept, stream=state.stream, **kwargs)
         self.take(state, *unpack(tuple(leaves)))
@@ -300,13 +319,22 @@ class Blip(Base):
                 root=vision,
                 layers=vision.encoder.layers,
                 hard_layers=HardBlipVisionLayers,
-                classes={BlipAttention: HardBlipAttention, BlipEncoderLayer: HardBlipEncoderLayer},
+                classes={
+                    BlipAttention: HardBlipAttention,
+                    BlipEncoderLayer: HardBlipEncoderLayer,
+                    BlipVisionEmbeddings: HardBlipVisionEmbeddings,
+                },
                 kinds=("inputs", "self", "tokens"),
                 attention=lambda layer, kind: layer.self_attn,
                 hidden_size=vision.config.hidden_size,
                 heads=vision.config.num_attention_heads,
                 always="first",
                 final_norm=vision.post_layernorm,
+                # a class of somebody's own (of videos, say) embeds in its own way
+                embeddings=vision.embeddings
+                if type(vision.embeddings) in (BlipVisionEmbeddings, HardBlipVisionEmbeddings)
+                else None,
+                channels=3,
             )
         if isinstance(model, BlipForQuestionAnswering):
             towers["text"] = _text(model.text_encoder, "vision")

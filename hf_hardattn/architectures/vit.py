@@ -13,13 +13,36 @@ from transformers import (
     ViTForMaskedImageModeling,
     ViTModel,
 )
-from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
+from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, ViTLayer
 
 from ..layers import HardLayers, TowerState
 from ..patches import replace_patches
+from ..resolution import PatchSite, embed_patches, embed_positions
 from ..sites import AttentionSite, wants_weights
-from ..stream import Made, Stream, mask_rows, pack, place, unpack
+from ..stream import Made, Stream, pack, place, unpack
 from . import Base, Example, Tower
+
+
+class HardViTEmbeddings(PatchSite, ViTEmbeddings):
+    """``ViTEmbeddings`` that embeds the patches which a scorer of pixels chose, and no others."""
+
+    def forward(self, pixel_values, bool_masked_pos=None, interpolate_pos_encoding=False):
+        selector, size = self.scouting(), tuple(pixel_values.shape[-2:])
+        if (
+            selector is None or not interpolate_pos_encoding and size != tuple(self.image_size)
+        ):  # stock says what is wrong
+            return super().forward(pixel_values, bool_masked_pos, interpolate_pos_encoding)
+        projection = self.patch_embeddings.projection
+        patch = self.patch_embeddings.patch_size
+        chosen = self.choose(selector, pixel_values, patch)
+        if chosen.patches is None:
+            return chosen.embedded(super().forward(pixel_values, bool_masked_pos, interpolate_pos_encoding))
+        rows = embed_patches(projection, pixel_values, chosen.patches, patch)
+        if bool_masked_pos is not None:
+            rows = torch.where(bool_masked_pos.gather(1, chosen.patches).unsqueeze(-1), self.mask_token, rows)
+        rows = torch.cat((self.cls_token.expand(len(rows), -1, -1), rows), 1)
+        grid = chosen.grid if interpolate_pos_encoding else None
+        return chosen.embedded(self.dropout(rows + embed_positions(self.position_embeddings, chosen.patches, grid)))
 
 
 class HardViTAttention(AttentionSite, ViTAttention):
@@ -91,8 +114,7 @@ class HardViTLayers(HardLayers):
         self, layer: nn.Module, state: TowerState, index: int, hidden: Tensor, mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         if index == 0:
-            state.length = hidden.shape[1]
-            state.stream = Stream(valid=mask_rows(mask, hidden.shape[0]))
+            hidden = self.begin(state, hidden, mask)
         stream = state.stream
         mask = stream.mask(mask, layer.attention.config._attn_implementation, hidden.dtype)
         key_gates = self.key_gates(state, layer.attention, stream.gates)
@@ -115,7 +137,7 @@ class Vit(Base):
             root=vit,
             layers=vit.layers,
             hard_layers=HardViTLayers,
-            classes={ViTAttention: HardViTAttention, ViTLayer: HardViTLayer},
+            classes={ViTAttention: HardViTAttention, ViTLayer: HardViTLayer, ViTEmbeddings: HardViTEmbeddings},
             kinds=("inputs", "self", "tokens"),
             attention=lambda layer, kind: layer.attention,
             hidden_size=vit.config.hidden_size,
@@ -123,6 +145,8 @@ class Vit(Base):
             always="first",
             final_norm=vit.layernorm,
             restore=isinstance(model, ViTForMaskedImageModeling),
+            embeddings=vit.embeddings,
+            channels=vit.config.num_channels,
         )
         return {"vision": tower}
 

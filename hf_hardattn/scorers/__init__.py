@@ -34,6 +34,8 @@ class Base(nn.Module):
         per_query: each query chooses for itself (``score`` gets ``queries``).
         needs_cls: reads a CLS token at position 0 of the same tower.
         needs_grid: reads a whole grid of patches behind a CLS token (``vision.inputs`` only).
+        needs_pixels: reads the image, before any patch is embedded (``vision.inputs`` only): its states are the pixels, averaged to
+            ``cells`` x ``cells`` numbers a patch and channel, ``[B, C, rows * cells, columns * cells]``, and D is C.
         needs_projections: reads the attention's own projections.
         sequential: looks several times (a ``Sequential``).
         monotonic: of looks or queries in a row, none goes back behind the one before. With ``per_query`` the last feature tells
@@ -44,10 +46,12 @@ class Base(nn.Module):
     per_query: ClassVar[bool] = False
     needs_cls: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
+    needs_pixels: ClassVar[bool] = False
     needs_projections: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
     monotonic: bool = False
     features: int = 1
+    cells: int = 1
 
     def __init__(self, hidden_size: int, query_size: int, heads: int = 1):
         super().__init__()

@@ -192,6 +192,8 @@ def refusal(place: Place, scorer: str) -> str | None:
         return f"scorer '{scorer}' reads a CLS token; there is none among the candidates of '{place.group}"
     if member.needs_grid and not (place.cls and place.kind == "inputs"):
         return f"scorer '{scorer}' reads a whole grid of patches; '{place.group}.*' has none"
+    if member.needs_pixels and place.group != "vision.inputs":
+        return f"scorer '{scorer}' reads the pixels of an image; '{place.group}"
     if member.per_query and place.kind in ("tokens", "inputs"):
         return f"scorer '{scorer}' chooses per query; '{place.group}.*' drops whole tokens, one choice per row"
     if member.sequential and place.causal:

@@ -1,0 +1,58 @@
+"""A low-resolution look at the whole image decides where it is worth a close one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HardAttentionError
+from . import Base, Projections
+
+
+class Scout(Base):
+    """Score each patch from its pixels at low resolution and from its 3x3 neighbourhood: ``h = gelu(W1 x + b1)``,
+    ``s = W2 gelu(h + depthwise3x3(h)) + b2``, x the averages of ``cells`` x ``cells`` cells of the patch.
+
+    Nothing else reads the whole image: patches are embedded, and get their positions, only where they were chosen. So an image of
+    4,096 pixels a side costs the tower what its budget costs (an int budget, that is), and the scout ``C cells^2 + 10`` times
+    ``hidden`` multiplications a patch. It knows no places, so it goes with images of any size and shape.
+
+    Args:
+        hidden: width of the hidden layer.
+        cells: a side of the grid of averages that stands for a patch; 1 sees nothing but its mean.
+
+    Source: Katharopoulos & Fleuret 2019, "Processing Megapixel Images with Deep Attention-Sampling Models", arXiv:1905.03711, section 3
+    (attention computed at low resolution, features only where it looks).
+    """
+
+    needs_pixels = True
+
+    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, hidden: int = 32, cells: int = 4):
+        super().__init__(hidden_size, query_size, heads)
+        if cells < 1:
+            raise HardAttentionError(
+                f"cells={cells} is out of range; scorer 'scout' sees a patch as cells x cells averages. Give an int >= 1."
+            )
+        self.cells = cells
+        self.weight_in = nn.Parameter(torch.empty(hidden, hidden_size, cells, cells))
+        self.bias_in = nn.Parameter(torch.empty(hidden))
+        self.kernel = nn.Parameter(torch.empty(hidden, 1, 3, 3))
+        self.weight_out = nn.Parameter(torch.empty(heads, hidden))
+        self.bias_out = nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight_in, std=self.hidden_size**-0.5 / self.cells)
+        nn.init.zeros_(self.bias_in)
+        nn.init.normal_(self.kernel, std=1 / 3)
+        nn.init.normal_(self.weight_out, std=0.02)
+        nn.init.zeros_(self.bias_out)
+
+    def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
+        """Averages ``[B, C, rows * cells, columns * cells]`` to scores ``[B, H, 1 + patches, 1]``; CLS, in front, gets 0."""
+        grid = nn.functional.conv2d(states.float(), self.weight_in.float(), self.bias_in.float(), stride=self.cells)
+        grid = nn.functional.gelu(grid)
+        grid = grid + nn.functional.conv2d(grid, self.kernel.float(), padding=1, groups=grid.shape[1])
+        hidden = nn.functional.gelu(grid).flatten(2).transpose(1, 2)
+        scores = nn.functional.linear(hidden, self.weight_out.float(), self.bias_out.float())
+        return nn.functional.pad(scores, (0, 0, 1, 0)).transpose(1, 2).unsqueeze(-1)
