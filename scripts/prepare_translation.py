@@ -1,6 +1,7 @@
-"""Make sentence pairs of Debian's translated package descriptions, for the task `translation` of `hf-hardattn compare`.
+"""Make sentence pairs of Debian's translated package descriptions, and a small T5 to start from.
 
-python scripts/prepare_translation.py --language it --output outputs/data/translation-it
+python scripts/prepare_translation.py --language it --output outputs/data/translation-it                 # for hf-hardattn compare
+python scripts/prepare_translation.py --language de --longest 12 --output outputs/data/translation-de    # for train_t5.py
 
 Fetches the package lists with apt-get into a folder of its own (the system's stay as they are; 30 MB), or reads those that --lists
 names. The lists state no licence of the texts: use them, do not redistribute them. Needs Debian's apt-get and the package
@@ -18,6 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from hf_hardattn.training.tasks.translation import Translation
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-ZÀ-Þ])")
 HELD_OUT = ("test", "validation")
@@ -124,6 +128,24 @@ def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
     return tokenizer
 
 
+def start(folder: Path, **changes: int) -> None:
+    """Configuration and tokenizer, in ``folder/t5``, of the small T5 that ``compare`` trains from scratch; ``changes`` are of the former."""
+    config = Translation(str(folder)).config()
+    config.update({**changes, "pad_token_id": 0, "eos_token_id": 1})
+    config.save_pretrained(folder / "t5")
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **special).save_pretrained(folder / "t5")
+
+
+def source_packages(lists: Path) -> dict[str, str]:
+    """The source package of each package."""
+    return {
+        fields["Package"]: fields.get("Source", fields["Package"]).split()[0]
+        for fields in records(lists, "Packages")
+        if "Package" in fields
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--language", default="it", help="of the translations: it, fr, de, es ... (default: it)")
@@ -139,18 +161,14 @@ def main() -> None:
     if lists is None:
         lists = output / "lists"
         fetch(lists, arguments.language)
-    source_of = {
-        fields["Package"]: fields.get("Source", fields["Package"]).split()[0]
-        for fields in records(lists, "Packages")
-        if "Package" in fields
-    }
     pairs = list(dict.fromkeys(sentence_pairs(lists, arguments.language, arguments.longest)))
-    parts = split(pairs, source_of, arguments.held_out)
+    parts = split(pairs, source_packages(lists), arguments.held_out)
     for name, rows in parts.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (output / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     texts = [text for row in parts["train"] for text in row.values()]
     train_tokenizer(texts, arguments.vocabulary).save(str(output / "tokenizer.json"))
+    start(output)
     print(f"{output}: " + ", ".join(f"{len(rows):,} {name}" for name, rows in parts.items()) + " sentence pairs")
 
 

