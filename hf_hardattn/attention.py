@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distances
+from .packing import Packing
 
 # A dropped position may outscore the kept ones by this much before its gate's gradient saturates (at e^5): T5's logits are not
 # scaled, and one dropped token that outscores the kept ones by 13 nats would otherwise decide the direction of a whole step.
@@ -68,6 +69,7 @@ def attend(
     bias: Tensor | None = None,
     dropout: float = 0.0,
     weights: bool = False,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention, ``softmax(scale * q k + bias) v`` over the allowed keys.
 
@@ -76,6 +78,7 @@ def attend(
         allowed: bool, broadcastable to ``[B, H, Q, N]``; a row that allows nothing attends to everything, and stays finite.
         bias: broadcastable to ``[B, H, Q, N]``, or a table of distances ``[H, 2N - 1]`` when Q = N (see ``distances``).
         weights: also return the attention weights (then not through PyTorch's fused kernel).
+        logits: ``scale * q k``, ``[B, H, Q, N]``, where they are known already (nor then).
 
     Returns:
         output ``[B, H, Q, d]``, and weights ``[B, H, Q, N]`` or None.
@@ -83,26 +86,60 @@ def attend(
     if allowed is not None:
         allowed = allowed | ~allowed.any(-1, keepdim=True)
     if bias is not None and distances.is_table(bias):
-        if allowed is None and not weights:  # with the queries in reverse order, the bias is a view of its table
+        if (
+            allowed is None and not weights and logits is None
+        ):  # with the queries in reverse order, the bias is a view of its table
             output = nn.functional.scaled_dot_product_attention(
                 query.flip(2), key, value, distances.reversed_rows(bias.to(query.dtype)), dropout_p=dropout, scale=scale
             )
             return output.flip(2), None
         bias = distances.matrix(bias)
-    if not weights:
+    if not weights and logits is None:
         mask = allowed
         if bias is not None:
             mask = bias.to(query.dtype)
             if allowed is not None:
                 mask = mask.masked_fill(~allowed, torch.finfo(query.dtype).min)
         return nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=scale), None
-    logits = query @ key.transpose(-1, -2) * scale
+    logits = query @ key.transpose(-1, -2) * scale if logits is None else logits
     if bias is not None:
         logits = logits + bias
     if allowed is not None:
         logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
     probabilities = nn.functional.dropout(logits.float().softmax(-1).to(query.dtype), dropout)
     return probabilities @ value, probabilities
+
+
+def attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of each row to its own packed keys: the rows of each length are a batch without padding, and need no mask.
+
+    Args:
+        query: ``[1, H, T, d]``, packed like the keys; or ``[B, H, Q, d]``.
+        key, value: ``[1, H, T, d]``.
+        bias: ``[B or 1, H, K or Q, K]``, padded, or None.
+
+    Returns:
+        ``[1, T, H * d]``, or ``[B, Q, H * d]``.
+    """
+    packed, outputs = len(query) == 1, []
+    for rows, (own, keys, values) in packing.batches(query if packed else key, key, value):
+        own, part = own if packed else query.index_select(0, rows), None
+        if bias is not None:
+            part = (bias if len(bias) == 1 else bias.index_select(0, rows))[:, :, : own.shape[2], : keys.shape[2]]
+        output, _ = attend(own, keys, values, scale=scale, bias=part, dropout=dropout)
+        outputs.append(output.transpose(1, 2).flatten(2))
+    if packed:
+        return torch.cat([output.flatten(0, 1) for output in outputs]).unsqueeze(0)
+    return torch.cat(outputs).index_select(0, packing.back)
 
 
 def gated_attend(
@@ -115,6 +152,7 @@ def gated_attend(
     allowed: Tensor | None = None,
     bias: Tensor | None = None,
     dropout: float = 0.0,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention with multiplicative gates, ``w_n = g_n exp(s_n) / sum_m g_m exp(s_m)``.
 
@@ -127,7 +165,7 @@ def gated_attend(
 
     Source: DynamicViT (Rao et al., 2021), equation 11. Cost: dense; saves nothing, feeds every pathwise estimator.
     """
-    logits = (query @ key.transpose(-1, -2)).float() * scale
+    logits = (query @ key.transpose(-1, -2)).float() * scale if logits is None else logits.float()
     if bias is not None:
         logits = logits + (distances.matrix(bias) if distances.is_table(bias) else bias).float()
     if allowed is not None:

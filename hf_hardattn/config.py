@@ -40,6 +40,9 @@ class SiteConfig:
         share_selection: the first ``self`` (or ``cross``) site of a tower chooses for the later ones that are configured alike,
             up to the next ``tokens`` site, which changes what there is to choose from. One scorer, one choice, one gather.
         execution: ``auto`` | ``masked`` | ``gathered``.
+        pack: rows that keep different counts are computed on end to end (gathered, one choice a row), instead of all at the length of
+            the longest. None: where the host must ask for the counts anyway (thresholds, top-p, looks that may stop); True: also
+            where padding alone makes them differ, which waits for the device once a choice and does not compile; False: never.
     """
 
     budget: Any = 0.5
@@ -58,6 +61,7 @@ class SiteConfig:
     per_head: bool = False
     share_selection: bool = False
     execution: str = "auto"
+    pack: bool | None = None
 
     def validate(self, where: str) -> None:
         """Raise ``HardAttentionError`` for anything out of range; ``where`` names the site or pattern."""
@@ -98,6 +102,10 @@ class SiteConfig:
         if not isinstance(self.share_selection, bool):
             raise HardAttentionError(
                 f"share_selection={self.share_selection!r} is not a choice at '{where}'; use True (layers share one selection) or False."
+            )
+        if self.pack not in (None, True, False):
+            raise HardAttentionError(
+                f"pack={self.pack!r} is not a choice at '{where}'; use None (where the host knows the counts), True (always) or False (never)."
             )
         if self.execution not in EXECUTIONS:
             raise unknown("execution", self.execution, EXECUTIONS, where)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .attention import keep_columns
+from .packing import Packing
 from .selection import Selection
 from .stream import as_keys
 
@@ -20,23 +21,26 @@ class Kept:
         used: bool, broadcastable to ``[B, H, 1, K or N]``; None when every key there counts.
         gates: fp32, broadcastable to ``[B, H, 1, N]``, of masked training; None otherwise.
         columns: bias towards the kept keys, ``[B or 1, H, Q, K]``; None where there is none.
+        packing: of the kept keys, where rows keep different counts and the host knows them; None otherwise.
     """
 
     indices: Tensor | None
     used: Tensor | None
     gates: Tensor | None
     columns: Tensor | None = None
+    packing: Packing | None = None
 
     @classmethod
     def of(cls, selection: Selection, columns: Tensor | None = None) -> Kept:
         """Read a selection whose choice serves all queries of a row (Q = 1)."""
-        if selection.masked or selection.slots >= selection.mask.shape[-1]:
+        packing = Packing.of(selection.lengths, selection.slots, selection.mask.device)
+        if packing is None and (selection.masked or selection.slots >= selection.mask.shape[-1]):
             if selection.gates is not None:
                 return cls(None, selection.valid, selection.gates)
             everything = selection.dense and selection.slots >= selection.mask.shape[-1]
             return cls(None, None if everything else selection.mask, None)
         used = None if selection.dense else selection.slot_mask
-        return cls(selection.indices[:, :, 0], used, None, columns)
+        return cls(selection.indices[:, :, 0], used, None, columns, packing)
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
         """The bias towards the kept keys: as an earlier layer gathered it, or gathered from ``bias``."""

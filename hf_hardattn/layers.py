@@ -55,14 +55,14 @@ class HardLayers(nn.ModuleList):
 
     Attributes:
         tower: its name. restore: whether the output takes its full length again. source: tower that cross-attention reads.
-        source_slots: maps the length of ``source`` to the bound of its surviving rows; None when it drops none.
+        source_slots: maps which rows of ``source`` survived, bool ``[B, N]``, to the bound of their number; None when it drops none.
         followed: sites of this tower whose choice later layers share.
     """
 
     tower: str
     restore: bool
     source: str | None
-    source_slots: Callable[[int], int] | None
+    source_slots: Callable[[Tensor], int] | None
     followed: frozenset[str]
 
     def __iter__(self) -> Iterator[Any]:

@@ -303,8 +303,8 @@ def _drops(
     return kind == "self" and any(f"{name}.tokens.{layer}" in resolved for layer in range(start, end))
 
 
-def _source_slots(source: str | None, built: Mapping[str, Selector]) -> Callable[[int], int] | None:
-    """How many rows of the tower ``source`` survive its sites at most, as a function of its length; None when all do."""
+def _source_slots(source: str | None, built: Mapping[str, Selector]) -> Callable[[Tensor], int] | None:
+    """How many rows of the tower ``source`` survive its sites at most, as a function of those that did; None when all do."""
     rows = (
         f"{source}.inputs",
         f"{source}.tokens.",

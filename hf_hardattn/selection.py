@@ -28,6 +28,7 @@ class Selection:
         penalty: fp32 ``[B, H, Q]`` or None; a term of the training loss.
         summary: fp32 ``[B, D]`` or None; mean of the candidates' states, detached, for a learned baseline.
         dense: every row is known to fill all its slots, without asking the device.
+        lengths: kept positions of each of the B rows (H = Q = 1), where the host had to ask; None otherwise.
         masked: all candidates are computed on, and the choice weighs them; False: what was dropped is not computed on.
     """
 
@@ -45,6 +46,7 @@ class Selection:
     dense: bool = False
     masked: bool = False
     positions: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
 
     @property
     def own(self) -> Selection:

@@ -280,7 +280,7 @@ class Selector(nn.Module):
         if forced is not None:
             mask = forced.expand(shape) & valid
             mask = mask if always is None else mask | always
-            slots = max(1, int(mask.sum(-1).max()))
+            slots, full, lengths = self._asked(mask)
             return Selection(
                 self.site,
                 mask,
@@ -288,8 +288,9 @@ class Selector(nn.Module):
                 always,
                 scores,
                 slots=slots,
-                dense=bool((mask.sum(-1) == slots).all()),
+                dense=full,
                 masked=self.masked,
+                lengths=lengths,
             )
         budget = self.budget
         extra = 0 if required is None else 1
@@ -329,10 +330,14 @@ class Selector(nn.Module):
         if penalty is not None and self.target is not None and penalty.shape[-1] == self.target.shape[1] > 1:
             present = (self.target != 0).any(-1)[:, None]  # a padding query has no target to explain
             penalty = penalty * present * (present.numel() / present.sum().clamp(min=1))
+        full, lengths = (
+            dense and not self.loose and not self.scorer.monotonic,
+            None,
+        )  # near the end less is left than the budget
         if self.config.estimator == "soft" or self.loose:
             slots = most - extra
-        elif self.data_dependent and not (self.training and self.masked):
-            slots, extra = max(1, int(mask.sum(-1).max())), 0  # the one place that waits for the device
+        elif (self.data_dependent or self.config.pack) and not (self.training and self.masked):
+            (slots, full, lengths), extra = self._asked(mask), 0
         return Selection(
             self.site,
             mask,
@@ -345,6 +350,16 @@ class Selector(nn.Module):
             penalty,
             None if context is None else context.summary,
             slots=slots + extra,
-            dense=dense and not self.loose and not self.scorer.monotonic,  # near the end less is left than the budget
+            dense=full,
             masked=self.masked,
+            lengths=lengths,
         )
+
+    def _asked(self, mask: Tensor) -> tuple[int, bool, tuple[int, ...] | None]:
+        """Slots that a choice needs, whether every row fills them, and how many positions each row keeps where rows are packed: the one
+        place that waits for the device."""
+        kept = mask.sum(-1)
+        most, least = (int(number) for number in torch.stack((kept.max(), kept.min())).tolist())
+        slots = max(1, most)
+        packs = self.config.pack is not False and not self.masked and kept.shape[1:].numel() == 1 and least < most
+        return slots, least == slots, tuple(kept.flatten().tolist()) if packs else None

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import as_bool, attend, gated_attend, keep_columns, keep_heads, keep_rows
+from .attention import as_bool, attend, attend_packed, gated_attend, keep_columns, keep_heads, keep_rows
 from .glimpses import before
 from .kept import Kept, pick, product, spread
+from .packing import Packing
 from .scorers import Projections
 from .selector import Selector
-from .stream import Made, as_keys, required_rows
+from .stream import Made, Stream, as_keys, required_rows
 
 
 @dataclass
@@ -53,6 +54,7 @@ class AttentionSite:
     site_scale: float
     site_dropout: float
     training: bool
+    config: Any
 
     def project_query(self, states: Tensor) -> Tensor:
         """``[B, Q, D]`` to ``[B, H, Q, d]``."""
@@ -76,6 +78,18 @@ class AttentionSite:
             query=lambda states: self.project_query(before(states)) * self.site_scale,
             key=lambda states: self.project_key(before(states)),
         )
+
+    def packing(self, stream: Stream, gates: Tensor | None, kwargs: dict[str, Any]) -> Packing | None:
+        """How the rows of this layer are packed; None where its attention chooses among them, weighs them, or tells its weights: all
+        three read padded rows."""
+        busy = self.active_selector() is not None or self.follows is not None or gates is not None
+        return None if busy or wants_weights(kwargs, self.config) else stream.packing
+
+    def packed_attend(self, hidden: Tensor, packing: Packing, bias: Tensor | None = None) -> Tensor:
+        """Attend within each row of packed states ``[1, T, D]``; output ``[1, T, H * d]``."""
+        query, key, value = self.project_query(hidden), self.project_key(hidden), self.project_value(hidden)
+        dropout = self.site_dropout if self.training else 0.0
+        return attend_packed(query, key, value, packing, scale=self.site_scale, bias=bias, dropout=dropout)
 
     def site_attend(
         self,
@@ -113,12 +127,14 @@ class AttentionSite:
             gates = product(kept.gates, gates)
         if kept is not None and not filled:
             return self._attend_kept(query, source, kept, gates, bias, cache if cross else None, weights)
-        fresh, cached = None, cache is not None and not (selector is not None and selector.keeps_all)
+        logits = fresh = None
+        reads_logits = selector is not None and selector.scorer.reads_logits
+        cached = cache is not None and not (selector is not None and selector.keeps_all) and not reads_logits
         if cache is not None and cache.filled:
             key, value = cache.read()
         else:
             key, value = self.project_key(source), self.project_value(source)
-            if selector is not None:
+            if selector is not None and not reads_logits:
                 past = 0 if cache is None or cross else cache.past
                 fresh = selector.keys(source, None, past, self.projections())
                 if cached:
@@ -127,12 +143,17 @@ class AttentionSite:
                 key, value = cache.update(key, value)
         key, features = key[..., :size], key[..., size:]
         if filled and (self.follows or selector is not None and selector.once):
-            # kept keys of an earlier step; where an extra column marks the slots in use, it stands for the mask
-            used = features[..., 0].unsqueeze(2) > 0.5 if features.shape[-1] else allowed
+            # kept keys of an earlier step; an extra column marks the slots in use, where not all are
+            used = features[..., 0].unsqueeze(2) > 0.5 if features.shape[-1] else None
+            if used is None and allowed is not None and allowed.shape[-1] == key.shape[2]:
+                used = allowed
             return self._output(query, key, value, used, None, None, weights)
         if selector is None:
             return self._output(query, key, value, allowed, as_keys(gates), bias, weights)
-        if cached:
+        if reads_logits:
+            logits = query @ key.transpose(-1, -2) * self.site_scale
+            features = logits.detach() if selector.estimator.detaches else logits
+        elif cached:
             features = features[:, : selector.heads].float()
         elif fresh is not None and fresh.shape[2] == key.shape[2]:
             features = fresh
@@ -157,16 +178,17 @@ class AttentionSite:
             used = None if selection.dense else selection.slot_mask.expand(key.shape[0], -1, -1, -1)
             output, probabilities = self._output(
                 query,
-                keep_heads(key, indices),
+                keep_heads(key, indices) if logits is None else key,
                 keep_heads(value, indices),
                 used,
                 pick(gates, indices),
                 None if bias is None else keep_columns(bias, indices),
                 weights,
+                None if logits is None else keep_columns(logits, indices),
             )
             return output, spread(probabilities, indices, key.shape[2])
         used = allowed if selection.gates is not None else selection.mask
-        return self._output(query, key, value, used, product(selection.gates, gates), bias, weights)
+        return self._output(query, key, value, used, product(selection.gates, gates), bias, weights, logits)
 
     def _choose(
         self,
@@ -205,6 +227,14 @@ class AttentionSite:
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to what a choice kept; ``gates`` are the choice's and those from upstream together."""
         n, used, indices = source.shape[1], kept.used, kept.indices
+        packing = kept.packing if gates is None and not weights else None
+        if packing is not None and indices is not None:
+            states = packing.to_packed(keep_rows(source, indices[:, 0]))
+            key, value = self.project_key(states), self.project_value(states)
+            if cache is not None:
+                cache.update(_marked(packing.heads_to_padded(key), used), packing.heads_to_padded(value))
+            options: dict[str, Any] = dict(scale=self.site_scale, dropout=self.site_dropout if self.training else 0.0)
+            return attend_packed(query, key, value, packing, bias=kept.bias(bias), **options), None
         if indices is None:
             key, value, total = self.project_key(source), self.project_value(source), gates
         else:
@@ -229,16 +259,14 @@ class AttentionSite:
         gates: Tensor | None,
         bias: Tensor | None,
         weights: bool,
+        logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         dropout = self.site_dropout if self.training else 0.0
+        options: dict[str, Any] = dict(scale=self.site_scale, bias=bias, dropout=dropout, logits=logits)
         if gates is not None:
-            output, spread = gated_attend(
-                query, key, value, gates, scale=self.site_scale, allowed=allowed, bias=bias, dropout=dropout
-            )
+            output, spread = gated_attend(query, key, value, gates, allowed=allowed, **options)
             return output.transpose(1, 2).flatten(2), spread if weights else None
-        output, probabilities = attend(
-            query, key, value, scale=self.site_scale, allowed=allowed, bias=bias, dropout=dropout, weights=weights
-        )
+        output, probabilities = attend(query, key, value, allowed=allowed, weights=weights, **options)
         return output.transpose(1, 2).flatten(2), probabilities if weights else None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import as_bool, keep_rows, restore_rows
+from .packing import Packing
 from .scorers import Projections
 from .selection import Selection, mask_to_indices
 from .selector import Selector
@@ -42,12 +43,14 @@ class Stream:
         valid: bool ``[B, K]``; None when every row counts.
         gates: fp32 ``[B, K]`` of masked training; None otherwise.
         slots: bound of the rows that count; None while nothing was dropped.
+        packing: of the rows that count, where their numbers differ and the host knows them; None otherwise.
     """
 
     positions: Tensor | None = None
     valid: Tensor | None = None
     gates: Tensor | None = None
     slots: int | None = None
+    packing: Packing | None = None
 
     def select(
         self, selector: Selector, hidden: Tensor, states: Tensor | None = None, projections: Projections | None = None
@@ -75,7 +78,8 @@ class Stream:
         Args:
             shape: (B, N) of the rows.
         """
-        if selection.gates is None and selection.slots >= shape[1] and not selector.data_dependent:
+        known = selector.data_dependent or selection.lengths is not None
+        if selection.gates is None and selection.slots >= shape[1] and not known:
             return self, None  # everything valid is kept
         if selector.masked:
             gates, rows = self.gates, selection.mask[:, 0, 0].expand(shape)
@@ -89,7 +93,11 @@ class Stream:
         kept = None if selection.dense else selection.slot_mask[:, 0, 0].expand(shape[0], -1)
         positions = indices if self.positions is None else self.positions.gather(1, indices)
         gates = None if self.gates is None else self.gates.gather(1, indices)
-        return Stream(positions, kept, gates, selection.slots), indices
+        lengths = selection.lengths
+        if lengths is None and self.packing is not None and kept is not None:
+            lengths = tuple(kept.sum(-1).tolist())  # of rows that differed in number before
+        packing = Packing.of(lengths, selection.slots, selection.mask.device)
+        return Stream(positions, kept, gates, selection.slots, packing), indices
 
     def finish(self, hidden: Tensor, length: int, restore: bool, keep_gated: bool) -> Tensor:
         """What the tower hands on: an all-zero row means that nothing was computed there.
@@ -133,7 +141,7 @@ class Stream:
 
     def flatten(self) -> tuple[Any, ...]:
         """Tensors and numbers, to pass through gradient checkpointing."""
-        return self.positions, self.valid, self.gates, self.slots
+        return self.positions, self.valid, self.gates, self.slots, self.packing
 
 
 def place(selections: list[Selection], stream: Stream) -> None:

@@ -82,6 +82,39 @@ def test_counted_flops_of_shared_keys(share):
     assert len(hf_hardattn.selectors(model)) == (1 if share else LAYERS)
 
 
+@pytest.mark.parametrize("site", ["vision.tokens.0", "vision.inputs", "vision.self.*"])
+def test_counted_flops_of_rows_that_keep_different_counts(site):
+    """Each image costs what it keeps, not what the one that keeps most does."""
+    pixels = {"pixel_values": torch.randn(4, 3, 32, 32)}
+    lengths = (3, 9, 9, 17)  # with CLS
+    masks = torch.arange(17) < torch.tensor(lengths)[:, None]
+    keys = site == "vision.self.*"
+
+    def counted(**config):
+        model = vit(sites=[site], budget="threshold:0.5", **config)
+        with hf_hardattn.replay(model, dict.fromkeys(hf_hardattn.selectors(model), masks)):
+            return count_flops(model, pixels)
+
+    def of(lengths):
+        whole = 1 if site == "vision.tokens.0" else 0  # layers before the choice
+        later = sum(layer(17 if keys else kept, kept) for kept in lengths)
+        return len(lengths) * (whole * layer(17, 17) + ends()) + (LAYERS - whole) * later
+
+    assert counted() == of(lengths)
+    assert counted(pack=False) == of([17] * 4)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_the_scorer_attention_costs_no_more_than_attention(per_head):
+    """Its logits are the layer's own, made once; while decoding, only kept values are weighed."""
+    batch = {"input_ids": torch.randint(2, 50, (1, 24)), "decoder_input_ids": torch.randint(2, 50, (1, 9))}
+    config = dict(sites=["decoder.cross.*"], scorer="attention", per_head=per_head)
+    assert count_flops(t5(budget=4, **config), batch) == count_flops(t5(), batch)
+    step = {**batch, "decoder_input_ids": batch["decoder_input_ids"][:, :1]}
+    saved = LAYERS * 2 * (24 - 4) * D  # values of the dropped keys, one query
+    assert count_flops(t5(budget=4, **config), step) == count_flops(t5(), step) - saved
+
+
 def encoder():
     return T5EncoderModel(T5Config(vocab_size=50, d_model=D, d_kv=8, d_ff=F, num_layers=LAYERS, num_heads=4)).eval()
 
@@ -104,6 +137,17 @@ def test_cross_cache_holds_the_kept_keys_alone(share, beams):
     kept, full = (cache_bytes(m.generate(ids, **options)) for m in (model, t5()))
     assert full == 2 * LAYERS * (2 * beams) * 40 * D * 4
     assert kept == full * 6 // 40  # 5 and </s>; no column of marks where every slot is in use
+
+
+def test_cross_cache_holds_the_longest_row_alone():
+    """Under a threshold the encoder's survivors are counted, and the decoder's cache has no place for the others."""
+    torch.manual_seed(0)
+    model, ids = t5(sites=["encoder.tokens.0"], budget="threshold:0.5"), torch.randint(2, 50, (3, 40))
+    options = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    with hf_hardattn.record(model) as selections:
+        kept = cache_bytes(model.generate(ids, **options))
+    longest = int(selections["encoder.tokens.0"][0].mask.sum(-1).max())
+    assert longest < 36 and kept == 2 * LAYERS * 3 * longest * D * 4
 
 
 def test_training_gathered_keeps_activations_of_the_kept_rows_alone():

@@ -40,6 +40,7 @@ LAYERS = {
     "layers": 5,
     "kept": 5,
     "distances": 5,
+    "packing": 5,
     "losses": 5,
     "modes": 5,
     "posterior": 4,

@@ -150,11 +150,15 @@ class Base:
         raise NotImplementedError
 
 
-def slots_after(selectors: list[Selector], n: int) -> int:
-    """Bound of the rows that survive the sites of a tower one after the other."""
+def slots_after(selectors: list[Selector], alive: Tensor) -> int:
+    """Bound of the rows that survive the sites of a tower one after the other; ``alive``: bool ``[B, N]``, those that did. It is read where
+    only scores knew how many (the selectors have waited for the device then, too)."""
+    slots = alive.shape[1]
     for selector in selectors:
-        n = selector.survivors(n)
-    return n
+        slots = selector.survivors(slots)
+    if any(selector.enabled and selector.data_dependent for selector in selectors):
+        slots = min(slots, max(1, int(alive.sum(-1).max())))
+    return slots
 
 
 def architecture_of(model: nn.Module) -> type[Base] | None:

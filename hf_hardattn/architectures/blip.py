@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from ..layers import HardLayers, TowerState
 from ..patches import replace_patches
 from ..resolution import PatchSite, embed_patches, embed_positions
 from ..sites import AttentionSite, Cache, wants_weights
-from ..stream import Made, Stream, as_keys, pack, place, unpack
+from ..stream import Made, as_keys, pack, place, unpack
 from . import Base, Example, Tower
 
 
@@ -81,7 +82,9 @@ class HardBlipAttention(AttentionSite, BlipAttention):
     def project_value(self, states: Tensor) -> Tensor:
         return self._project(states, 2)
 
-    def forward(self, hidden_states, attention_mask=None, gates=None, kept=None, made=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, gates=None, kept=None, made=None, packing=None, **kwargs):
+        if packing is not None:
+            return self.projection(self.packed_attend(hidden_states, packing)), None
         weights = wants_weights(kwargs, self.config)
         if self.active_selector() is None and self.follows is None and gates is None:
             if weights and attention_mask is None:
@@ -117,7 +120,7 @@ class HardBlipEncoderLayer(BlipEncoderLayer):
     def forward(self, hidden_states, gates=None, key_gates=None, stream=None, **kwargs):
         if stream is None:
             return super().forward(hidden_states, **kwargs)
-        stream, made = Stream(stream.positions, stream.valid, gates, stream.slots), Made()
+        stream, made = replace(stream, gates=gates), Made()
         projections = self.self_attn.projections(self.layer_norm1)
         if self.input_selector is not None and self.input_selector.enabled:
             hidden_states, stream, selection = stream.select(
@@ -125,13 +128,16 @@ class HardBlipEncoderLayer(BlipEncoderLayer):
             )
             made.append(selection)
             key_gates = stream.gates
+        packing = self.self_attn.packing(stream, key_gates, kwargs)
         output = super().forward(
-            hidden_states,
+            hidden_states if packing is None else packing.to_packed(hidden_states),
             attention_mask=stream.mask(None, "sdpa", hidden_states.dtype),
             gates=key_gates,
             made=made,
+            packing=packing,
             **kwargs,
         )
+        output = output if packing is None else packing.to_padded(output)
         place(made, stream)
         if self.selector is not None and self.selector.enabled:
             states = hidden_states if self.selector.scorer.needs_projections else None

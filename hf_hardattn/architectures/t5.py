@@ -62,8 +62,11 @@ class HardT5Attention(AttentionSite, T5Attention):
         columns=None,
         kept=None,
         made=None,
+        packing=None,
         **kwargs,
     ):
+        if packing is not None:
+            return self.o(self.packed_attend(hidden_states, packing, position_bias)), position_bias, None
         cross = key_value_states is not None
         gates, kept = cross_gates if cross else gates, (kept or {}).get(self.follows)
         if kept is not None and columns is not None and not cross:
@@ -127,7 +130,7 @@ class HardT5Block(T5Block):
         cross = (encoder_hidden_states, encoder_attention_mask, encoder_decoder_position_bias)
         if stream is None:
             return super().forward(hidden_states, attention_mask, position_bias, *cross, **kwargs)
-        stream, made = Stream(stream.positions, stream.valid, gates, stream.slots), Made()
+        stream, made = replace(stream, gates=gates), Made()
         attention, norm = self.layer[0].SelfAttention, self.layer[0].layer_norm
         if self.input_selector is not None and self.input_selector.enabled:
             before = stream.positions
@@ -138,8 +141,9 @@ class HardT5Block(T5Block):
             made.append(selection)
             key_gates = stream.gates
             position_bias = left(position_bias, stream, before, selection)
+        packing = attention.packing(stream, key_gates, kwargs)
         output, position_bias, cross_bias = super().forward(
-            hidden_states,
+            hidden_states if packing is None else packing.to_packed(hidden_states),
             attention_mask,
             position_bias,
             *cross,
@@ -147,8 +151,10 @@ class HardT5Block(T5Block):
             cross_gates=cross_gates,
             columns=columns,
             made=made,
+            packing=packing,
             **kwargs,
         )
+        output = output if packing is None else packing.to_padded(output)
         place(made, stream)
         if self.selector is not None and self.selector.enabled:
             states = hidden_states if self.selector.scorer.needs_projections else None
@@ -228,7 +234,7 @@ class HardT5Layers(HardLayers):
             return source, Stream(valid=alive, slots=source.shape[1]).mask(
                 None, attention.config._attn_implementation, source.dtype
             )
-        slots = min(self.source_slots(source.shape[1]), source.shape[1])
+        slots = self.source_slots(alive)
         used = torch.arange(slots, device=source.device) < alive.sum(-1, keepdim=True)
         cached = isinstance(past_key_values, EncoderDecoderCache) and past_key_values.is_updated.get(
             attention.layer_idx

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,7 +69,9 @@ class HardViTAttention(AttentionSite, ViTAttention):
     def project_value(self, states: Tensor) -> Tensor:
         return self._split(self.v_proj(states))
 
-    def forward(self, hidden_states, attention_mask=None, gates=None, kept=None, made=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, gates=None, kept=None, made=None, packing=None, **kwargs):
+        if packing is not None:
+            return self.o_proj(self.packed_attend(hidden_states, packing)), None
         if self.active_selector() is None and self.follows is None and gates is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
         output, weights = self.site_attend(
@@ -89,7 +92,7 @@ class HardViTLayer(ViTLayer):
     def forward(self, hidden_states, attention_mask=None, gates=None, key_gates=None, stream=None, **kwargs):
         if stream is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        stream, made = Stream(stream.positions, stream.valid, gates, stream.slots), Made()
+        stream, made = replace(stream, gates=gates), Made()
         projections = self.attention.projections(self.layernorm_before)
         if self.input_selector is not None and self.input_selector.enabled:
             hidden_states, stream, selection = stream.select(
@@ -100,7 +103,10 @@ class HardViTLayer(ViTLayer):
             )
             made.append(selection)
             key_gates = stream.gates
-        output = super().forward(hidden_states, attention_mask, gates=key_gates, made=made, **kwargs)
+        packing = self.attention.packing(stream, key_gates, kwargs)
+        rows = hidden_states if packing is None else packing.to_packed(hidden_states)
+        output = super().forward(rows, attention_mask, gates=key_gates, made=made, packing=packing, **kwargs)
+        output = output if packing is None else packing.to_padded(output)
         place(made, stream)
         if self.selector is not None and self.selector.enabled:
             states = hidden_states if self.selector.scorer.needs_projections else None

@@ -37,6 +37,7 @@ class Base(nn.Module):
         needs_pixels: reads the image, before any patch is embedded (``vision.inputs`` only): its states are the pixels, averaged to
             ``cells`` x ``cells`` numbers a patch and channel, ``[B, C, rows * cells, columns * cells]``, and D is C.
         needs_projections: reads the attention's own projections.
+        reads_logits: ``score`` gets the attention's logits ``[B, heads of the attention, Q, N]`` in place of features; ``keys`` is not asked.
         sequential: looks several times (a ``Sequential``).
         monotonic: of looks or queries in a row, none goes back behind the one before. With ``per_query`` the last feature tells
             which positions were passed (1) in earlier steps of decoding.
@@ -48,6 +49,7 @@ class Base(nn.Module):
     needs_grid: ClassVar[bool] = False
     needs_pixels: ClassVar[bool] = False
     needs_projections: ClassVar[bool] = False
+    reads_logits: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
     monotonic: bool = False
     features: int = 1
