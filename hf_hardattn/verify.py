@@ -144,7 +144,7 @@ def _site(
     elif leak == 0.0:
         verdict = "did not influence the output in this batch (bit-identical under noise, constant and swap)"
     else:
-        through = _channel(site, kind, tower) if reader is None else reader
+        through = _channel(site, tower, _shared(model, architecture, site)) if reader is None else reader
         verdict = (
             f"still changes outputs by up to {leak:.2g} in {int(rows.sum())} of {len(rows)} rows, through {through}"
         )
@@ -152,15 +152,30 @@ def _site(
     return SiteReport(site, kept_ratio, leak, leak == 0.0, sentence)
 
 
-def _channel(site: str, kind: str, tower: str) -> str:
-    """What carries dropped content past a site: the layers that mixed it into kept rows before, the residual stream after."""
-    layer = int(site.rsplit(".", 1)[1])
+def _channel(site: str, tower: str, shared: bool) -> str:
+    """What carries dropped content past a site: the layers that mixed it into kept rows before, the residual stream after, and attention that
+    does not share its choice."""
+    _, kind, number = site.split(".")
+    layer = int(number)
     if kind == "tokens":
         return f"earlier layers ({_layers(layer)} mixed it into the kept tokens)"
     if kind == "cross":
-        return f"the {tower}'s layers (they mixed it into the kept rows) and the other layers' cross-attention"
+        others = "" if shared else " and the other layers' cross-attention"
+        return f"the {tower}'s layers (they mixed it into the kept rows){others}"
     mixed = "" if layer == 0 else f"earlier layers ({_layers(layer - 1)} mixed it into the kept tokens) and "
-    return f"{mixed}the residual stream (its own row goes on, and later layers read it)"
+    return f"{mixed}the residual stream (its own row goes on{'' if shared else ', and later layers read it'})"
+
+
+def _shared(model: nn.Module, architecture: Any, site: str) -> bool:
+    """Whether all other attention that could read what a ``self`` or ``cross`` site dropped shares its choice."""
+    name, kind, number = site.split(".")
+    owner = architecture.towers(model)[name]
+    readers = [
+        owner.host(kind, layer)[0]
+        for _, other, layer in owner.sites(name)
+        if other == kind and (layer > int(number) or kind == "cross" and layer != int(number))
+    ]
+    return all(getattr(module, "follows", None) == site for module in readers)
 
 
 def _layers(last: int) -> str:

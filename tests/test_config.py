@@ -58,6 +58,7 @@ SITES = ["vision.inputs", *(f"vision.{kind}.{layer}" for kind in ("self", "token
         ),
         ({"entropy_weight": -1}, "a loss weight is negative"),
         ({"execution": "dense"}, "unknown execution 'dense'"),
+        ({"pack": "yes"}, "pack='yes' is not a choice at .*; use None .where the host knows the counts., True"),
         ({"sites": []}, "sites is empty"),
         (
             {"sites": {"vision.tokens.3": {"budgt": 1}}},

@@ -295,7 +295,7 @@ def test_allocator_settings_survive_a_restart():
 
 
 def test_suites_are_read_and_multiply_out():
-    assert {"quick", "targets", "break_even", "growth"} <= set(suites.names())
+    assert {"quick", "targets", "break_even", "growth", "export"} <= set(suites.names())
     assert all(suites.load(name).groups for name in suites.names())
     with pytest.raises(HardAttentionError, match="unknown suite 'qick'.*Did you mean 'quick'"):
         suites.load("qick")
@@ -394,6 +394,23 @@ def test_exported_models_say_the_same(build, sites, budget, tmp_path):
     torch.testing.assert_close(torch.from_numpy(export.onnx_call(path, batch)()[0]), expected, rtol=0, atol=1e-4)
     program = export.export_program(model, batch)
     torch.testing.assert_close(program.module()(**batch)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_the_saving_of_exported_models_is_measured_beside_pytorch(tmp_path):
+    rows = [{"name": "vision.inputs keep 1", "hard": {"sites": ["vision.inputs"], "budget": 1}}]
+    group = {"name": "tiny", "model": "vit", "layers": 1, "size": 64, "rows": rows}
+    suite = tmp_path / "exported.yaml"
+    suite.write_text(json.dumps({"title": "Exported", "runtime": "onnxruntime", "groups": [group]}))
+    common = ["--rounds", "2", "--threads", "1", "--no-fixed-allocator", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, ["bench", "--suite", str(suite), *common])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "exported.json").read_text())["groups"][0]["rows"]
+    assert list(rows) == ["stock", "exact", "vision.inputs keep 1"]
+    hard = rows["vision.inputs keep 1"]
+    assert hard["flops"] < rows["stock"]["flops"] and hard["largest_difference"] < 1e-4
+    assert rows["stock"]["against_stock"]["median"] == rows["stock"]["pytorch_against_stock"]["median"] == 1.0
+    assert hard["pytorch_seconds"] > 0 and hard["file_bytes"] > 1_000_000
+    assert "| tiny | vision.inputs keep 1 |" in (tmp_path / "exported.md").read_text()
 
 
 def test_a_budget_that_only_the_scores_know_is_not_exported(tmp_path):

@@ -132,6 +132,17 @@ def test_the_leak_names_its_channel() -> None:
     )  # measured, though rows were dropped before
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_that_shares_the_choice_carries_nothing(shared: bool) -> None:
+    fields = {"budget": 2, "share_selection": shared}
+    model, batch = example(T5, "T5ForConditionalGeneration", {"decoder.cross.*": fields, "encoder.self.*": fields})
+    report = {found.site: found for found in hf_hardattn.verify(model, batch).sites}
+    assert ("and the other layers' cross-attention" in report["decoder.cross.0"].statement) is not shared
+    assert "the encoder's layers (they mixed it into the kept rows)" in report["decoder.cross.0"].statement
+    assert ("and later layers read it" in report["encoder.self.0"].statement) is not shared
+    assert "through the residual stream (its own row goes on" in report["encoder.self.0"].statement
+
+
 # -- broken on purpose -------------------------------------------------------------------------------------------------------------
 
 

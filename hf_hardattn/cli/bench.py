@@ -15,7 +15,7 @@ from ..errors import HardAttentionError
 
 def command(
     suite: Annotated[
-        str, typer.Option(help="quick, targets, break_even, growth, or a YAML file like theirs.")
+        str, typer.Option(help="quick, targets, break_even, growth, export, peers, or a YAML file like theirs.")
     ] = "quick",
     model: Annotated[
         str | None, typer.Option(help="Measure this instead: vit, t5_encoder, ... or a checkpoint.")
@@ -55,7 +55,7 @@ def command(
         allocator.restart_with_settings()
     import torch
 
-    from ..efficiency import bench, report, suites
+    from ..efficiency import bench, bench_exported, report, suites
     from ..efficiency.imported import cost_of_import
     from ..efficiency.pictures import draw
 
@@ -74,8 +74,11 @@ def command(
     path = output / f"{chosen.name}.json"
     before = json.loads(path.read_text()) if path.exists() and only != "*" else {"groups": []}
     made = {group["name"]: group for group in before["groups"]}
-    growing = chosen.picture == "growth"
-    measured = bench.run(groups, rounds=rounds, seconds=seconds, layers_too=growing)
+    exported, limits = chosen.runtime == "onnxruntime", {"rounds": rounds, "seconds": seconds}
+    if exported:
+        measured = bench_exported.run(groups, threads=threads, **limits)
+    else:
+        measured = bench.run(groups, layers_too=chosen.picture == "growth", **limits)
     made |= {group["name"]: group for group in measured}
     results = {
         "command": " ".join(["hf-hardattn", *sys.argv[1:]]) if only == "*" else f"hf-hardattn bench --suite {suite}",
@@ -86,6 +89,9 @@ def command(
         "import": cost_of_import(threads, 56) if import_cost else before.get("import"),
     }
     path.write_text(json.dumps(results, indent=1) + "\n")
+    if exported:
+        path.with_suffix(".md").write_text(report.exported(results))
+        return typer.echo(report.exported(results))
     path.with_suffix(".md").write_text(report.markdown(results))
     draw(results, path.with_suffix(".png"))
     _show(results)

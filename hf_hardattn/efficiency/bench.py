@@ -51,19 +51,18 @@ def measure(group: Group, *, rounds: int, seconds: float | None = None, layers_t
         (None: not measured), cache, speed-ups with their quartiles, and the limit that the stock model's profile sets.
     """
     workload = group.workload
-    stock = workload.build()
-    models: dict[str, nn.Module] = {STOCK: stock} if group.stock else {}
-    first = HardAttentionConfig.parse(group.rows[0].hard)
-    models[EXACT] = apply(share_weights(stock), _exact(first)).eval()
-    models |= {row.name: apply(share_weights(stock), row.hard).eval() for row in group.rows}
+    models = models_of(group)
+    stock = models[STOCK]
     inputs = workload.inputs(stock)
+    if not group.stock:
+        del models[STOCK]
     calls = {name: partial(workload.call, model, inputs) for name, model in models.items()}
     resident = {name: peak_resident_bytes(call) for name, call in calls.items()}  # and the first call, which warms up
     timed = interleaved_seconds(calls, rounds=rounds, warmup=0, seconds=seconds)
     profiles = {name: profile_call(call) for name, call in calls.items()}
     shares = profiles[STOCK].shares if group.stock else None
     to_stock, to_exact = ratios(timed, STOCK) if group.stock else None, ratios(timed, EXACT)
-    executed = {name: _work(workload, model, inputs) for name, model in models.items()}
+    executed = {name: work_of(workload, model, inputs) for name, model in models.items()}
     targets = {row.name: row.targets for row in group.rows}
     entries = {}
     for name, model in models.items():
@@ -72,16 +71,16 @@ def measure(group: Group, *, rounds: int, seconds: float | None = None, layers_t
             selector.masked for selector in selectors(model).values()
         ):  # computes on everything it keeps no place for
             with execution(model, "gathered"):
-                nominal = _work(workload, model, inputs)
+                nominal = work_of(workload, model, inputs)
         median = statistics.median(timed[name])
         limit = amdahl(shares, executed[STOCK], executed[name]) if shares is not None else None
-        against_stock = _spread(to_stock[name]) if to_stock is not None else None
+        against_stock = spread(to_stock[name]) if to_stock is not None else None
         entries[name] = {
-            "seconds": {"median": median, "quartiles": _quartiles(timed[name]), "rounds": len(timed[name])},
+            "seconds": {"median": median, "quartiles": quartiles(timed[name]), "rounds": len(timed[name])},
             "throughput": workload.batch * max(1, workload.new_tokens if workload.model == "t5_decode" else 1) / median,
-            "flops": {"executed": _flops(executed[name]), "nominal": _flops(nominal)},
+            "flops": {"executed": flops(executed[name]), "nominal": flops(nominal)},
             "against_stock": against_stock,
-            "against_exact": _spread(to_exact[name]),
+            "against_exact": spread(to_exact[name]),
             "limit": limit,
             "share_of_limit": against_stock["median"] / limit if against_stock and limit else None,
             "peak_bytes": profiles[name].peak_bytes,
@@ -107,6 +106,14 @@ def measure(group: Group, *, rounds: int, seconds: float | None = None, layers_t
     return result
 
 
+def models_of(group: Group) -> dict[str, nn.Module]:
+    """Stock, exact and every row's model by name, which share their weights."""
+    stock = group.workload.build()
+    first = HardAttentionConfig.parse(group.rows[0].hard)
+    models = {STOCK: stock, EXACT: apply(share_weights(stock), _exact(first)).eval()}
+    return models | {row.name: apply(share_weights(stock), row.hard).eval() for row in group.rows}
+
+
 def _exact(config: HardAttentionConfig) -> HardAttentionConfig:
     """The same sites, keeping everything."""
     whole = {"budget": 1.0}
@@ -114,23 +121,24 @@ def _exact(config: HardAttentionConfig) -> HardAttentionConfig:
     return config.replace(sites=sites or None, **whole)
 
 
-def _work(workload: Workload, model: nn.Module, inputs: dict[str, Any]) -> dict[str, int]:
+def work_of(workload: Workload, model: nn.Module, inputs: dict[str, Any]) -> dict[str, int]:
     call: Callable[[], object] = partial(workload.call, model, inputs)
     if not workload.generates:
         call = partial(model, **inputs)
-    return work(call, fake=not workload.generates)
+    asks = any(selector.data_dependent or selector.config.pack for selector in selectors(model).values())
+    return work(call, fake=not (workload.generates or asks))
 
 
-def _flops(parts: dict[str, int]) -> int:
+def flops(parts: dict[str, int]) -> int:
     return sum(value for part, value in parts.items() if part != "other")
 
 
-def _quartiles(values: list[float]) -> list[float]:
+def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "quartiles": _quartiles(values)}
+def spread(values: list[float]) -> dict[str, Any]:
+    return {"median": statistics.median(values), "quartiles": quartiles(values)}
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from ..errors import HardAttentionError
 from ..registration import apply
-from .bench import _quartiles, _spread
+from .bench import quartiles, spread
 from .counting import work
 from .limits import profile_call
 from .peers.evit import EViT
@@ -54,8 +54,8 @@ def run(folder: Path, columns: dict[str, Any], *, batch: int, rounds: int) -> di
             "weights": weights,
             "accuracy": float(right.float().mean()),
             "images_per_second": batch / statistics.median(timed[name]),
-            "against_soft": _spread(against[name]),
-            "seconds": {"median": statistics.median(timed[name]), "quartiles": _quartiles(timed[name])},
+            "against_soft": spread(against[name]),
+            "seconds": {"median": statistics.median(timed[name]), "quartiles": quartiles(timed[name])},
             "flops": {"executed": executed, "nominal": executed - round((1 - share) * parts["attention"])},
             "peak_bytes": profile_call(calls[name]).peak_bytes,
         }

@@ -119,7 +119,7 @@ def work(call: Callable[[], object], *, fake: bool = True) -> dict[str, int]:
     """The work of ``call`` by part: FLOPs of ``linear``, ``attention`` and ``convolution``, written elements of ``other``.
 
     Args:
-        fake: trace shapes only, without computing; a ``generate()`` reads values, and must compute.
+        fake: trace shapes only, without computing; a ``generate()`` and rows that are packed read values, and must compute.
     """
     with torch.no_grad():
         if not fake:

@@ -135,6 +135,33 @@ def break_even(groups: list[dict[str, Any]]) -> Iterator[list[str]]:
         ]
 
 
+def exported(results: dict[str, Any]) -> str:
+    """The table of the exported models, with the same rows' speed-up in PyTorch beside it."""
+    lines = [
+        f"# {results['title']}",
+        "",
+        f"`{results['command']}`",
+        "",
+        conditions(results["machine"]).split(" Random weights")[0]
+        + f", onnxruntime {results['groups'][0]['onnxruntime']}. Random weights; medians of interleaved rounds of both runtimes, quartiles in brackets. "
+        "Each runtime has its own stock as baseline.",
+        "",
+        "| workload | model | ms | × stock, exported | × exact, exported | ms in PyTorch | × stock, PyTorch | GFLOPs | largest difference to PyTorch |",
+        "|---" * 9 + "|",
+    ]
+    for group in results["groups"]:
+        for name, row in group["rows"].items():
+            (low, _, high), (low_torch, _, high_torch) = (
+                row[f"{k}against_stock"]["quartiles"] for k in ("", "pytorch_")
+            )
+            lines.append(
+                f"| {group['name']} | {name} | {1e3 * row['seconds']['median']:,.1f} | {row['against_stock']['median']:.2f} ({low:.2f}-{high:.2f}) | "
+                f"{row['against_exact']['median']:.2f} | {1e3 * row['pytorch_seconds']:,.1f} | {row['pytorch_against_stock']['median']:.2f} "
+                f"({low_torch:.2f}-{high_torch:.2f}) | {row['flops'] / 1e9:,.1f} | {row['largest_difference']:.1g} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def peers(results: dict[str, Any]) -> str:
     """The table of the comparison with other methods, the fastest first."""
     lines = [

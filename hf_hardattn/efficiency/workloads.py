@@ -37,7 +37,8 @@ class Workload:
         model: ``vit``, ``t5_encoder``, ``t5_decode`` (cross-attention over given encoder states), ``blip_vision``, ``blip_caption``,
             all of the base size with random weights; or the place of a checkpoint, a ViT or T5 that ``AutoModel`` loads.
         size: pixels a side, or source tokens.
-        batch: examples a call. dtype: ``float32`` | ``bfloat16`` | ``float16``.
+        batch: examples a call. shortest: length of its shortest row by ``size``, in (0, 1]; the others lie evenly between, padded (T5's encoder).
+        dtype: ``float32`` | ``bfloat16`` | ``float16``.
         layers: of each tower (12 in the base size).
         new_tokens: written by ``t5_decode`` and ``blip_caption``.
     """
@@ -48,6 +49,7 @@ class Workload:
     dtype: str = "float32"
     layers: int = 12
     new_tokens: int = 0
+    shortest: float = 1.0
 
     @property
     def generates(self) -> bool:
@@ -71,7 +73,12 @@ class Workload:
             states = torch.randn(self.batch, self.size, model.config.d_model).to(place)  # type: ignore[union-attr, arg-type]
             return {"encoder_outputs": BaseModelOutput(last_hidden_state=states)}
         if self.model == "t5_encoder" or getattr(model.config, "model_type", "") == "t5":
-            return {"input_ids": torch.randint(2, 32000, (self.batch, self.size), device=place.device)}
+            ids = torch.randint(2, 32000, (self.batch, self.size), device=place.device)
+            if self.shortest == 1.0:
+                return {"input_ids": ids}
+            lengths = torch.linspace(self.size, self.shortest * self.size, self.batch, device=place.device).round()
+            mask = (torch.arange(self.size, device=place.device) < lengths[:, None]).long()
+            return {"input_ids": ids * mask, "attention_mask": mask}
         return {"pixel_values": torch.randn(self.batch, 3, self.size, self.size).to(place)}
 
     def call(self, model: nn.Module, inputs: dict[str, Any]) -> Any:

@@ -49,12 +49,14 @@ class Suite:
 
     Attributes:
         picture: ``pareto`` | ``growth`` | ``break_even``.
+        runtime: ``pytorch``, or ``onnxruntime`` for exported models (no picture).
     """
 
     name: str
     title: str
     groups: tuple[Group, ...]
     picture: str = "pareto"
+    runtime: str = "pytorch"
 
 
 def names() -> list[str]:
@@ -75,7 +77,7 @@ def parse(data: dict[str, Any], name: str) -> Suite:
     groups = tuple(group for item in data["groups"] for group in _groups(item))
     if not groups:
         raise HardAttentionError(f"suite {name!r} has no groups; name a model, its size and rows.")
-    return Suite(name, data.get("title", name), groups, data.get("picture", "pareto"))
+    return Suite(name, data.get("title", name), groups, data.get("picture", "pareto"), data.get("runtime", "pytorch"))
 
 
 def _groups(item: dict[str, Any]) -> Iterator[Group]:
