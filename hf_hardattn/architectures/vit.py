@@ -20,7 +20,7 @@ from ..layers import HardLayers, TowerState
 from ..patches import replace_patches
 from ..resolution import PatchSite, embed_patches, embed_positions
 from ..sites import AttentionSite, wants_weights
-from ..stream import Made, Stream, pack, place, unpack
+from ..stream import Made, pack, place, unpack
 from . import Base, Example, Tower
 
 

@@ -74,11 +74,11 @@ def command(
     path = output / f"{chosen.name}.json"
     before = json.loads(path.read_text()) if path.exists() and only != "*" else {"groups": []}
     made = {group["name"]: group for group in before["groups"]}
-    exported, limits = chosen.runtime == "onnxruntime", {"rounds": rounds, "seconds": seconds}
+    exported, growing = chosen.runtime == "onnxruntime", chosen.picture == "growth"
     if exported:
-        measured = bench_exported.run(groups, threads=threads, **limits)
+        measured = bench_exported.run(groups, rounds=rounds, seconds=seconds, threads=threads)
     else:
-        measured = bench.run(groups, layers_too=chosen.picture == "growth", **limits)
+        measured = bench.run(groups, rounds=rounds, seconds=seconds, layers_too=growing)
     made |= {group["name"]: group for group in measured}
     results = {
         "command": " ".join(["hf-hardattn", *sys.argv[1:]]) if only == "*" else f"hf-hardattn bench --suite {suite}",

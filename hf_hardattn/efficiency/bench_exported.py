@@ -37,7 +37,7 @@ def measure(group: Group, *, rounds: int, seconds: float | None, threads: int) -
         FLOPs, the file's bytes, and the largest difference of its first output to PyTorch's.
     """
     workload = group.workload
-    models = models_of(group)
+    models: dict[str, Any] = models_of(group)
     inputs = workload.inputs(models[STOCK])
     calls: dict[str, Any] = {}
     entries: dict[str, dict[str, Any]] = {}
