@@ -19,7 +19,7 @@ from hf_hardattn.attention import attend
 from hf_hardattn.cli import app
 from hf_hardattn.efficiency import allocator, export, joules, report, suites
 from hf_hardattn.efficiency.counting import count_flops, work
-from hf_hardattn.efficiency.limits import amdahl, profile_call
+from hf_hardattn.efficiency.limits import amdahl, profile_call, streaming_rows
 from hf_hardattn.efficiency.memory import activation_bytes, peak_resident_bytes
 from hf_hardattn.efficiency.timing import ratios, speedups
 from hf_hardattn.efficiency.workloads import Workload, cache_bytes, share_weights
@@ -257,6 +257,16 @@ def test_amdahl_by_hand():
     assert amdahl(shares, before, after) == pytest.approx(1 / (0.25 + 0.1 + 0.1))
     with pytest.raises(HardAttentionError, match="no limit follows from them"):
         amdahl(dict.fromkeys(shares, 0.0), before, after)
+
+
+def test_reading_the_weights_is_no_saving():
+    """A product of few rows takes as long as reading its weights: fewer of them leave the limit where it is."""
+    weight, shares = torch.randn(8, 5), {"linear": 1.0, "attention": 0.0, "convolution": 0.0, "other": 0.0}
+    found = [work(lambda rows=rows: torch.randn(rows, 8) @ weight, least_rows=4) for rows in (1, 3, 8)]
+    assert [w["linear"] for w in found] == [2 * rows * 8 * 5 for rows in (1, 3, 8)]
+    assert [w["streamed"] for w in found] == [2 * rows * 8 * 5 for rows in (4, 4, 8)]
+    assert amdahl(shares, found[1], found[0]) == 1.0 and amdahl(shares, found[2], found[0]) == 2.0
+    assert streaming_rows(torch.float32, size=64, many=8) >= 1.0
 
 
 def test_no_speedup_without_its_baseline():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from ..registration import apply
 from . import allocator
 from .counting import work
 from .joules import joules_per_call
-from .limits import amdahl, profile_call
+from .limits import amdahl, profile_call, streaming_rows
 from .memory import peak_resident_bytes
-from .overhead import later_layers_seconds, selection_overhead
+from .overhead import later_layers, selection_overhead
 from .suites import Group
 from .timing import interleaved_seconds, ratios
-from .workloads import Workload, cache_bytes, share_weights
+from .workloads import DTYPES, Workload, cache_bytes, share_weights
 
 STOCK, EXACT = "stock", "exact"
 
@@ -58,11 +58,14 @@ def measure(group: Group, *, rounds: int, seconds: float | None = None, layers_t
         del models[STOCK]
     calls = {name: partial(workload.call, model, inputs) for name, model in models.items()}
     resident = {name: peak_resident_bytes(call) for name, call in calls.items()}  # and the first call, which warms up
-    timed = interleaved_seconds(calls, rounds=rounds, warmup=0, seconds=seconds)
+    with ExitStack() as stack:
+        later = {name: stack.enter_context(later_layers(model)) for name, model in models.items()} if layers_too else {}
+        timed = interleaved_seconds(calls, rounds=rounds, warmup=0, seconds=seconds)
     profiles = {name: profile_call(call) for name, call in calls.items()}
     shares = profiles[STOCK].shares if group.stock else None
     to_stock, to_exact = ratios(timed, STOCK) if group.stock else None, ratios(timed, EXACT)
-    executed = {name: work_of(workload, model, inputs) for name, model in models.items()}
+    least_rows = streaming_rows(DTYPES[workload.dtype])
+    executed = {name: work_of(workload, model, inputs, least_rows) for name, model in models.items()}
     targets = {row.name: row.targets for row in group.rows}
     entries = {}
     for name, model in models.items():
@@ -90,12 +93,13 @@ def measure(group: Group, *, rounds: int, seconds: float | None = None, layers_t
         }
         if workload.generates:
             entries[name]["cross_cache_bytes"] = cache_bytes(profiles[name].output)
-        elif layers_too:
-            entries[name]["later_layers_seconds"] = later_layers_seconds(model, calls[name])
+        if later.get(name):
+            entries[name]["later_layers_seconds"] = statistics.median(later[name])
     result = {
         "name": group.name,
         "workload": vars(workload),
         "time_shares": shares,
+        "streaming_rows": least_rows,
         "rows": entries,
         "hard": {row.name: row.hard for row in group.rows},
         "measured_at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
@@ -121,16 +125,15 @@ def _exact(config: HardAttentionConfig) -> HardAttentionConfig:
     return config.replace(sites=sites or None, **whole)
 
 
-def work_of(workload: Workload, model: nn.Module, inputs: dict[str, Any]) -> dict[str, int]:
-    call: Callable[[], object] = partial(workload.call, model, inputs)
-    if not workload.generates:
-        call = partial(model, **inputs)
+def work_of(workload: Workload, model: nn.Module, inputs: dict[str, Any], least_rows: float = 1.0) -> dict[str, Any]:
+    """Work of one call by part, see ``counting.work``."""
     asks = any(selector.data_dependent or selector.config.pack for selector in selectors(model).values())
-    return work(call, fake=not (workload.generates or asks))
+    return work(partial(workload.run, model, inputs), fake=not (workload.generates or asks), least_rows=least_rows)
 
 
-def flops(parts: dict[str, int]) -> int:
-    return sum(value for part, value in parts.items() if part != "other")
+def flops(parts: dict[str, Any]) -> int:
+    """All matrix products of ``work_of``."""
+    return sum(parts[part] for part in ("linear", "attention", "convolution"))
 
 
 def quartiles(values: list[float]) -> list[float]:

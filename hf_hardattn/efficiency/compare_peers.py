@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from ..errors import HardAttentionError
 from ..registration import apply
-from .bench import quartiles, spread
+from .bench import flops, quartiles, spread
 from .counting import work
 from .limits import profile_call
 from .peers.evit import EViT
@@ -48,7 +48,7 @@ def run(folder: Path, columns: dict[str, Any], *, batch: int, rounds: int) -> di
     for name, (weights, model) in methods.items():
         right = torch.cat([_forward(model, part).logits.argmax(-1) for part in pixels.split(250)]) == labels
         parts = work(partial(model, pixel_values=pixels[:1]))
-        executed = sum(flops for part, flops in parts.items() if part != "other")
+        executed = flops(parts)
         share = getattr(model, "nominal_share", lambda n: 1.0)(65)
         found[name] = {
             "weights": weights,

@@ -78,11 +78,20 @@ def flops_by_part(call: Callable[[], object]) -> dict[str, int]:
 
 class ElementCounter(TorchDispatchMode):
     """Counts the elements that operations write, views and matrix products left out: norms, activations, copies, gathers. What selectors
-    write is left out too: it is the price of a saving, not a part of what is left to do."""
+    write is left out too: it is the price of a saving, not a part of what is left to do.
 
-    def __init__(self) -> None:
+    Args:
+        least_rows: products of weights with fewer rows than this cost as much as with so many: the time goes into reading the weights.
+
+    Attributes:
+        elements: counted so far. linear: FLOPs of the products of weights, those with few rows at the cost of ``least_rows``.
+    """
+
+    def __init__(self, least_rows: float = 1.0) -> None:
         super().__init__()
+        self.least_rows = least_rows
         self.elements = 0
+        self.linear = 0.0
         self.choosing = False
 
     def __enter__(self) -> ElementCounter:
@@ -108,15 +117,19 @@ class ElementCounter(TorchDispatchMode):
         return call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        output = func(*args, **(kwargs or {}))
+        if PARTS.get(name) == "linear" and not self.choosing:
+            (rows, inner), (_, columns) = (t.shape for t in args[-2:])
+            self.linear += 2 * max(rows, self.least_rows) * inner * columns
         if not self.choosing and not func.is_view and name not in PARTS and "scaled_dot_product" not in name:
             self.elements += sum(leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
         return output
 
 
-def work(call: Callable[[], object], *, fake: bool = True) -> dict[str, int]:
-    """The work of ``call`` by part: FLOPs of ``linear``, ``attention`` and ``convolution``, written elements of ``other``.
+def work(call: Callable[[], object], *, fake: bool = True, least_rows: float = 1.0) -> dict[str, Any]:
+    """The work of ``call`` by part: FLOPs of ``linear``, ``attention`` and ``convolution``, written elements of ``other``; and ``streamed``,
+    the FLOPs of ``linear`` with few rows at the cost of ``least_rows`` (see ``limits.streaming_rows``).
 
     Args:
         fake: trace shapes only, without computing; a ``generate()`` and rows that are packed read values, and must compute.
@@ -124,11 +137,11 @@ def work(call: Callable[[], object], *, fake: bool = True) -> dict[str, int]:
     with torch.no_grad():
         if not fake:
             parts = flops_by_part(call)
-            with ElementCounter() as counter:
+            with ElementCounter(least_rows) as counter:
                 call()
         else:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 parts = flops_by_part(call)
-            with FakeTensorMode(allow_non_fake_inputs=True), ElementCounter() as counter:
+            with FakeTensorMode(allow_non_fake_inputs=True), ElementCounter(least_rows) as counter:
                 call()
-    return {**parts, "other": counter.elements}
+    return {**parts, "other": counter.elements, "streamed": counter.linear}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from ..errors import HardAttentionError
 from .memory import peak_of
+from .timing import interleaved_seconds
 
 # operators that compute, by part; every other operator is "other"
 OPERATORS = {
@@ -55,12 +59,26 @@ def profile_call(call: Callable[[], object]) -> Profile:
     return Profile({part: value / total for part, value in seconds.items()}, peak, output)
 
 
+def streaming_rows(dtype: torch.dtype, size: int = 4096, many: int = 128) -> float:
+    """Rows at which a product with weights takes as long on this machine as reading them: with fewer (decoding), fewer FLOPs are no saving."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight = torch.randn(size, size, device=device, dtype=dtype)
+    rows = {n: torch.randn(n, size, device=device, dtype=dtype) for n in (1, many)}
+    with torch.inference_mode():
+        calls = {str(n): partial(nn.functional.linear, states, weight) for n, states in rows.items()}
+        timed = interleaved_seconds(calls, rounds=5, warmup=1)
+    one, all_ = (statistics.median(timed[str(n)]) for n in rows)
+    return max(1.0, one / (all_ / many))
+
+
 def amdahl(shares: Mapping[str, float], before: Mapping[str, float], after: Mapping[str, float]) -> float:
     """The largest speed-up that less work allows: ``1 / sum_p share_p * after_p / before_p``.
 
     Args:
-        shares: of the baseline's time, by part. before, after: work of the baseline and of the variant, by part (see ``counting.work``).
+        shares: of the baseline's time, by part. before, after: work of the baseline and of the variant, by part (see ``counting.work``); where
+            it tells ``streamed``, that stands for ``linear``.
     """
+    before, after = ({**work, "linear": work.get("streamed", work.get("linear", 0))} for work in (before, after))
     left = sum(share * (after[part] / before[part] if before[part] else 1.0) for part, share in shares.items())
     if left <= 0:
         raise HardAttentionError(f"the parts' shares of the time are {dict(shares)}; no limit follows from them.")

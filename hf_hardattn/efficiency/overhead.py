@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,23 +53,29 @@ def selection_overhead(
     return {**median, "share": share[len(share) // 2]}
 
 
-def later_layers_seconds(model: nn.Module, call: Callable[[], object], rounds: int = 3) -> float | None:
-    """Seconds that ``call`` spends in the layers of its first tower behind the first one, the median of some calls: the part that a
-    selection before them makes cheaper."""
+@contextmanager
+def later_layers(model: nn.Module) -> Iterator[list[float]]:
+    """Collect, call by call inside the block, the seconds that ``model`` spends in the layers of its first tower behind the first one: the part
+    that a selection before them makes cheaper. Empty where there is no such tower."""
+    found: list[float] = []
     architecture = architecture_of(model)
     if architecture is None:
-        return None
+        yield found
+        return
     tower = next(iter(architecture.towers(model).values()))
-    first, last = list(tower.layers._modules.values())[0], list(tower.layers._modules.values())[-1]
-    times: dict[str, float] = {}
+    layers = list(tower.layers._modules.values())
+    started = 0.0
+
+    def start(*_: Any) -> None:
+        nonlocal started
+        started = time.perf_counter()
+
     handles = [
-        first.register_forward_hook(lambda *_: times.update(start=time.perf_counter())),
-        last.register_forward_hook(lambda *_: times.update(end=time.perf_counter())),
+        layers[0].register_forward_hook(start),
+        layers[-1].register_forward_hook(lambda *_: found.append(time.perf_counter() - started)),
     ]
-    found = []
-    for _ in range(rounds):
-        call()
-        found.append(times["end"] - times["start"])
-    for handle in handles:
-        handle.remove()
-    return statistics.median(found)
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
