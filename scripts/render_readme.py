@@ -66,7 +66,7 @@ def bench() -> str:
         "| workload | selection | ms, stock | ms | × stock | limit here | asked | × exact | peak memory of stock's |",
         "|---" * 9 + "|",
     ]
-    for group in r["groups"]:
+    for group in [*r["groups"], *_suite("packing"), *_suite("eviction")]:
         stock = group["rows"]["stock"]
         asked = [row["targets"].get("exact_against_stock") for row in group["rows"].values()]
         for name, row in group["rows"].items():
@@ -97,6 +97,7 @@ def bench() -> str:
             f" A stock ViT with the library imported runs at {1 / i['relative_time']:.3f} × its speed without, outputs "
             f"{'bit-identical' if i['identical_outputs'] else 'DIFFERENT'}."
         )
+    lines += ["", " ".join(filter(None, (break_even(), growth(), exported())))]
     peers = json.loads((ROOT / "results" / "bench" / "peers.json").read_text())["methods"]
     best = max((name for name in peers if name.startswith("ToMe")), key=lambda name: peers[name]["images_per_second"])
     ours = next(name for name in peers if name.startswith("ours, "))
@@ -118,6 +119,66 @@ TASKS = {  # results file to what the README calls it
     "cluttered_digits_100": "cluttered digits 100x100, 12 %",
     "cluttered_fashion": "cluttered Fashion-MNIST 84x84, 25 %",
 }
+
+
+def _suite(name: str) -> list[dict[str, Any]]:
+    """Groups of a suite's results; none where it was not run."""
+    path = ROOT / "results" / "bench" / f"{name}.json"
+    return json.loads(path.read_text())["groups"] if path.exists() else []
+
+
+def break_even() -> str:
+    """From which length on each kind of selection pays, in a sentence."""
+    found: dict[str, dict[int, float]] = {}
+    for group in _suite("break_even"):
+        for name in group["hard"]:
+            found.setdefault(name, {})[group["workload"]["size"]] = group["rows"][name]["against_stock"]["median"]
+    if not found:
+        return ""
+    shown = []
+    for name, speeds in found.items():
+        if " keep 0.25" in name:
+            pays = [size for size in speeds if all(speeds[other] >= 1 for other in speeds if other >= size)]
+            longest = max(speeds)
+            start = f"from {min(pays):,} tokens on" if pays else "at no length tried"
+            shown.append(f"`{name}` {start} ({speeds[longest]:.2f} × at {longest:,})")
+    return f"Break-even against stock, T5 ([table](results/bench/break_even.md), losses included): {'; '.join(shown)}."
+
+
+def growth() -> str:
+    """What a fixed number of kept positions costs at the shortest and at the longest input, in a sentence."""
+    groups, shown = _suite("growth"), []
+    for model, unit in (("t5_encoder", "tokens"), ("vit", "px")):
+        held = [group for group in groups if group["workload"]["model"] == model]
+        if len(held) < 2:
+            continue
+        (name,) = held[0]["hard"]
+        ends = (held[0], held[-1])
+        cells = [
+            f"{1e3 * group['rows'][name]['later_layers_seconds']:,.0f} ms of {1e3 * group['rows'][name]['seconds']['median']:,.0f} at "
+            f"{group['workload']['size']:,} {unit}"
+            for group in ends
+        ]
+        last = [group for group in held if "stock" in group["rows"]][-1]
+        stock = last["rows"]["stock"]["seconds"]["median"]
+        shown.append(f"`{name}` {' and '.join(cells)} (stock {1e3 * stock:,.0f} ms at {last['workload']['size']:,})")
+    if not shown:
+        return ""
+    return (
+        f"At a fixed count the layers behind the choice cost the same at every length; what grows is the embedding, the scorer and the choice, which "
+        f"read all positions ([picture](results/bench/growth.png)): {'; '.join(shown)}."
+    )
+
+
+def exported() -> str:
+    """The saving in onnxruntime, in a sentence."""
+    shown = [
+        f"{group['name']}, {name}: {row['against_stock']['median']:.2f} × (PyTorch {row['pytorch_against_stock']['median']:.2f} ×)"
+        for group in _suite("export")
+        for name, row in group["rows"].items()
+        if name not in ("stock", "exact")
+    ]
+    return f"Exported to ONNX, against the exported stock model in onnxruntime: {'; '.join(shown)}." if shown else ""
 
 
 def learning() -> str:

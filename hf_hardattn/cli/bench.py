@@ -15,7 +15,10 @@ from ..errors import HardAttentionError
 
 def command(
     suite: Annotated[
-        str, typer.Option(help="quick, targets, break_even, growth, export, peers, or a YAML file like theirs.")
+        str,
+        typer.Option(
+            help="quick, targets, packing, eviction, break_even, growth, export, peers, or a YAML file like theirs."
+        ),
     ] = "quick",
     model: Annotated[
         str | None, typer.Option(help="Measure this instead: vit, t5_encoder, ... or a checkpoint.")
