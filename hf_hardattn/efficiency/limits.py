@@ -59,7 +59,7 @@ def profile_call(call: Callable[[], object]) -> Profile:
     return Profile({part: value / total for part, value in seconds.items()}, peak, output)
 
 
-def streaming_rows(dtype: torch.dtype, size: int = 4096, many: int = 128) -> float:
+def streaming_rows(dtype: torch.dtype, size: int = 4096, many: int = 64) -> float:
     """Rows at which a product with weights takes as long on this machine as reading them: with fewer (decoding), fewer FLOPs are no saving."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.randn(size, size, device=device, dtype=dtype)
