@@ -97,7 +97,8 @@ def bench() -> str:
             f" A stock ViT with the library imported runs at {1 / i['relative_time']:.3f} × its speed without, outputs "
             f"{'bit-identical' if i['identical_outputs'] else 'DIFFERENT'}."
         )
-    lines += ["", " ".join(filter(None, (break_even(), growth(), exported())))]
+    others = " ".join(filter(None, (break_even(), growth(), exported())))
+    lines += ["", others] if others else []
     peers = json.loads((ROOT / "results" / "bench" / "peers.json").read_text())["methods"]
     best = max((name for name in peers if name.startswith("ToMe")), key=lambda name: peers[name]["images_per_second"])
     ours = next(name for name in peers if name.startswith("ours, "))
