@@ -65,6 +65,27 @@ def test_moving_average_momentum() -> None:
             registry.load("baselines", "moving_average")(momentum=momentum)
 
 
+def test_whitening_keeps_its_digits_far_from_zero() -> None:
+    """One over the deviation that the averages of reward and squared reward have in float64, in whatever pieces a step comes."""
+    generator = torch.Generator().manual_seed(0)
+    steps = [100 + 0.1 * torch.randn(16, generator=generator) for _ in range(5)]
+    mean = square = None
+    whole, cut = (registry.load("baselines", "moving_average")(whiten=True) for _ in range(2))
+    cut.deferred = True
+    assert whole.scale() is None
+    for rewards in steps:
+        whole(rewards)
+        for piece in rewards.split([3, 8, 5]):
+            cut(piece)
+        cut.update()
+        exact = rewards.double()
+        mean = exact.mean() if mean is None else 0.9 * mean + 0.1 * exact.mean()
+        square = exact.square().mean() if square is None else 0.9 * square + 0.1 * exact.square().mean()
+        expected = float((square - mean.square()).rsqrt())
+        assert whole.scale().item() == pytest.approx(expected, rel=1e-4)
+        assert cut.scale().item() == pytest.approx(whole.scale().item(), rel=1e-5)
+
+
 def _rank(rank: int, meeting_point: str, results: str) -> None:
     torch.set_num_threads(1)  # a forked process must not wait for its parent's threads
     distributed.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)

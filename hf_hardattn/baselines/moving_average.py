@@ -23,8 +23,8 @@ class MovingAverage(Base):
             of the gradient then does not depend on the reward's unit.
 
     Attributes:
-        value, square: fp32 scalars, or None before the first training batch: average reward and squared reward. Not in the
-            state dict: they describe the run, not the model.
+        value, variance: fp32 scalars, or None before the first training batch: average of the rewards and average square of their
+            distance from it. Not in the state dict: they describe the run, not the model.
 
     Raises:
         HardAttentionError: momentum out of range.
@@ -34,7 +34,7 @@ class MovingAverage(Base):
     """
 
     value: Tensor | None
-    square: Tensor | None
+    variance: Tensor | None
 
     def __init__(self, momentum: float = 0.9, whiten: bool = False) -> None:
         super().__init__()
@@ -46,18 +46,18 @@ class MovingAverage(Base):
         self.momentum, self.whiten = momentum, whiten
         # None, not zeros: from_pretrained fills buffers that no checkpoint holds with whatever the memory held
         self.register_buffer("value", None, persistent=False)
-        self.register_buffer("square", None, persistent=False)
-        self._seen: Tensor | None = (
-            None  # sums of reward, squared reward and examples of this rank since the last update
-        )
+        self.register_buffer("variance", None, persistent=False)
+        # of this rank's examples since the last update: their number, the mean reward, the sum of squared distances from it
+        self._seen: Tensor | None = None
 
     def forward(self, reward: Tensor, greedy: Tensor | None = None, summary: Tensor | None = None) -> Tensor:
         """Return the average before this batch, fp32 ``[B]``, the same for every example; in training, then move it."""
         before = reward.new_zeros(()) if self.value is None else self.value.to(reward)
         if self.training:
             reward = reward.detach()
-            sums = torch.stack([reward.sum(), reward.square().sum(), torch.full_like(reward.sum(), reward.numel())])
-            self._seen = sums if self._seen is None else self._seen + sums
+            mean = reward.mean()
+            seen = torch.stack([torch.full_like(mean, reward.numel()), mean, (reward - mean).square().sum()])
+            self._seen = seen if self._seen is None else _together(self._seen, seen)
             if not self.deferred:
                 self.update()
         return before.expand(reward.shape)
@@ -67,16 +67,27 @@ class MovingAverage(Base):
         """Move the average by the rewards of all ranks since the last update."""
         if self._seen is None:
             return
-        total, squares, count = sum_over_ranks(self._seen)
-        self._seen = None
-        self.value = self._moved(self.value, total / count)
-        self.square = self._moved(self.square, squares / count)
+        (count, mean, distance), self._seen = self._seen, None
+        total, rewards = sum_over_ranks(torch.stack([count, count * mean]))
+        middle = rewards / total
+        spread = sum_over_ranks(distance + count * (mean - middle).square()) / total
+        if self.value is None or self.variance is None:
+            self.value, self.variance = middle, spread
+            return
+        # what the averages of reward and squared reward would say, without the difference of two large numbers
+        moved = self.momentum * (1 - self.momentum) * (self.value.to(middle) - middle).square()
+        self.variance = torch.lerp(spread, self.variance.to(spread), self.momentum) + moved
+        self.value = torch.lerp(middle, self.value.to(middle), self.momentum)
 
     def scale(self) -> Tensor | None:
         """One over the standard deviation of earlier rewards; None before the first batch, or without ``whiten``."""
-        if not self.whiten or self.value is None or self.square is None:
-            return None
-        return (self.square - self.value.square()).clamp(min=1e-8).rsqrt()
+        return self.variance.clamp(min=1e-8).rsqrt() if self.whiten and self.variance is not None else None
 
-    def _moved(self, average: Tensor | None, mean: Tensor) -> Tensor:
-        return mean if average is None else torch.lerp(mean, average.to(mean), self.momentum)
+
+def _together(a: Tensor, b: Tensor) -> Tensor:
+    """Number, mean and squared distances of two groups together: the sum of squares less the squared mean would lose most of its digits.
+
+    Source: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
+    """
+    count, gap = a[0] + b[0], b[1] - a[1]
+    return torch.stack([count, a[1] + gap * b[0] / count, a[2] + b[2] + gap.square() * a[0] * b[0] / count])

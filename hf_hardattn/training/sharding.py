@@ -1,0 +1,35 @@
+"""What FSDP must know of a model with hard layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from ..architectures import architecture_of
+
+
+def without_peft(model: Any) -> Any:
+    """The model itself, without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def name_fsdp_units(accelerator: Accelerator, model: nn.Module) -> None:
+    """Make FSDP units of the layers of the model's towers, by the class names that they have now.
+
+    Accelerate finds units by name, and a hard layer has another than the stock one that a configuration names. Its own guess,
+    all of ``_no_split_modules``, fails on any ViT: it shards the patch embedding within the embeddings, then once more by itself.
+    """
+    plugin, model = getattr(accelerator.state, "fsdp_plugin", None), without_peft(model)
+    architecture = architecture_of(model)
+    if plugin is None or architecture is None:
+        return
+    layers = {
+        type(layer) for tower in architecture.towers(model).values() for layer in nn.ModuleList.__iter__(tower.layers)
+    }
+    wanted = plugin.transformer_cls_names_to_wrap
+    plugin.transformer_cls_names_to_wrap = (
+        sorted(cls.__name__ for cls in layers if not wanted or {base.__name__ for base in cls.__mro__} & set(wanted))
+        or wanted
+    )
