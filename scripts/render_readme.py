@@ -292,6 +292,91 @@ def _spread(value: dict[str, Any], scale: float = 1.0) -> str:
     return text if value["sd"] is None else f"{text} ± {value['sd'] * scale:.1f}"
 
 
+RUNS = {  # of results/finetuning, to what the README calls them
+    "vit_stamps": "ViT-S/14, classes of stamps",
+    "vit_fashion": "ViT-S/14, Fashion-MNIST on clutter",
+    "translation_de": "T5 from scratch, English to German",
+    "translation_fr": "T5 from scratch, English to French",
+    "summarisation": "T5 from scratch, descriptions to synopses",
+    "captioning": "BLIP, captions of stamps",
+    "retrieval": "BLIP, stamps and captions by each other",
+    "video_captioning": "tiny BLIP, captions of videos",
+    "video_retrieval": "tiny BLIP, videos and captions by each other",
+}
+METRICS = {
+    "accuracy": "accuracy",
+    "bleu": "BLEU",
+    "rougeL": "ROUGE-L",
+    "cider_regex_tokens": "CIDEr / 10",
+    "exact_match": "exact match",
+    "mean_recall": "mean recall",
+}
+
+
+def finetuning() -> str:
+    """The table of the scripts' runs on real data: hard beside soft, with what it loses in points and what it saves in time."""
+    lines = [
+        "| run | metric | soft | hard | hard - soft | at most 0.5 lost | random | kept | × stock (measured) | seeds |",
+        "|---" * 10 + "|",
+    ]
+    notes, timing = [], None
+    for name, title in RUNS.items():
+        path = ROOT / "results" / "finetuning" / f"{name}.json"
+        if not path.exists():
+            continue
+        r = json.loads(path.read_text())
+        arms, metric, scale = r["arms"], r["metric"], r["points_per_unit"]
+        cells = {arm: _spread(row[metric], scale) for arm, row in arms.items()}
+        lost, timing = r["hard_minus_soft"], r["timing"] or timing
+        works = {} if r["timing"] is None else r["timing"]["works"]
+        speed = "; ".join(f"{work} {row['stock_over_hard']:.2f}" for work, row in works.items()) or "not measured"
+        lines.append(
+            f"| {title} | {METRICS[metric]} | {cells.get('soft', '')} | {cells['hard']} | "
+            f"{'' if lost is None else _signed(lost)} | {'yes' if r['target']['held'] else 'no'} | {cells.get('random', '')} | "
+            f"{arms['hard']['kept']['mean']:.0%} | {speed} | {len(r['seeds']['hard'])} |"
+        )
+        notes.append(_beside(name, arms))
+    steps = "; ".join(
+        f"{name} {r['steps']['trunk']:,} + {r['steps']['branch']:,}"
+        for name, r in (
+            (n, json.loads((ROOT / "results" / "finetuning" / f"{n}.json").read_text()))
+            for n in RUNS
+            if (ROOT / "results" / "finetuning" / f"{n}.json").exists()
+        )
+    )
+    lines += [
+        "",
+        f"One soft trunk each, then soft, hard and random branches of equally many steps ({steps}). "
+        + " ".join(filter(None, notes)),
+    ]
+    if timing is not None:
+        lines[-1] += (
+            f" Speed: {timing['threads']} {timing['device'].upper()} threads, {timing['dtype']}, medians of {timing['rounds']} interleaved rounds."
+        )
+    return "\n".join(lines)
+
+
+def _beside(name: str, arms: dict[str, Any]) -> str:
+    """The other metrics of a task, soft and hard, in a sentence."""
+    shown = {"bleu4_regex_tokens": "BLEU-4", "chrf": "chrF", "frame_recall": "planted frames kept"}
+    shown |= {
+        f"{way}_recall@{rank}": f"{way.replace('_', ' ')} R@{rank}"
+        for way in ("image_to_text", "text_to_image")
+        for rank in (1, 5)
+    }
+    found = [
+        f"{title} {_spread(arms['soft'][metric], 100 if metric == 'frame_recall' else 1)} / {_spread(arms['hard'][metric], 100 if metric == 'frame_recall' else 1)}"
+        for metric, title in shown.items()
+        if metric in arms["hard"] and "soft" in arms
+    ]
+    return f"{RUNS[name]}, soft / hard: {', '.join(found)}." if found else ""
+
+
+def _signed(value: dict[str, Any]) -> str:
+    text = f"{value['mean']:+.1f}"
+    return text if value["sd"] is None else f"{text} ± {value['sd']:.1f}"
+
+
 def render(text: str) -> str:
     """README text with each table between its markers made anew."""
     for table in (demo, real_weights):
@@ -305,7 +390,7 @@ def render(text: str) -> str:
                 text,
                 flags=re.S,
             )
-    for whole in (learning, bench):
+    for whole in (learning, finetuning, bench):
         name, body = whole.__name__, whole()
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",

@@ -246,7 +246,10 @@ def test_blip_trains_with_lora_from_a_trained_base(blip: Path, captions: Path, t
     tuned = run(
         "train_blip", "--model_name_or_path", base, *flags, "--processor_name", blip, "--max_train_steps", 2,
         *("--gradient_checkpointing", "--output_dir", tmp_path / "lora"),
+        *("--use_rslora", "--use_dora", "--lora_modules_to_save", "post_layernorm"),
     )  # fmt: skip
+    adapter = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert adapter["use_rslora"] and adapter["use_dora"] and "post_layernorm" in adapter["modules_to_save"]
     assert tuned["metrics"]["hard"]["kept_ratio"]["vision.tokens.0"] == pytest.approx(5 / 9)
     again = run(
         "evaluate", "--model_name_or_path", tmp_path / "lora", "--validation_file", captions, *shared[2:],
@@ -328,6 +331,9 @@ def test_resume_refuses_another_batch_size(vit_flags: list[Any], tmp_path: Path)
         (["--push_to_hub"], "--push_to_hub needs a repository"),
         (["--checkpointing_steps", "often"], "checkpointing_steps='often' is no interval"),
         (["--logging_steps", "0"], "logging_steps=0 is out of range"),
+        (["--adam_beta2", "1"], "adam_beta2=1.0 is out of range; it is a share"),
+        (["--lr_scheduler_kwargs", "x"], "lr_scheduler_kwargs='x' is no JSON"),
+        (["--lr_scheduler_kwargs", "[1]"], "is no mapping; write its settings by name"),
         ([], "the data comes from none; name exactly one source"),
         (["--train_dir", "a", "--train_file", "b"], "comes from --train_dir .* and --train_file"),
         (["--train_dir", "{tmp}/nowhere"], "nowhere is no folder"),
@@ -389,6 +395,51 @@ def test_booleans_are_real_and_yaml_values_are_checked(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("seed: many\n")
     with pytest.raises(SystemExit):
         parse(arguments, ["--config", str(tmp_path / "b.yaml")])
+
+
+def test_yaml_sets_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_hardattn.training.parsing import expand
+
+    monkeypatch.setenv("HARDATTN_TEST", "old")
+    (tmp_path / "a.yaml").write_text("env: {HARDATTN_TEST: 3}\nseed: 1\n")
+    assert expand(["--config", str(tmp_path / "a.yaml")]) == ["--seed=1"] and os.environ["HARDATTN_TEST"] == "3"
+    (tmp_path / "a.yaml").write_text("env: [HARDATTN_TEST]\n")
+    with pytest.raises(hf_hardattn.HardAttentionError, match="env in .*a.yaml is no mapping"):
+        expand(["--config", str(tmp_path / "a.yaml")])
+
+
+def test_settings_of_optimizer_schedule_and_order_arrive(
+    vit_flags: list[Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW's numbers, the schedule's own, the weights' type, an order of its own, an evaluation before the first step."""
+    from hf_hardattn.training import loop
+
+    seen: dict[str, Any] = {}
+
+    class Watched(loop.Training):
+        def run_steps(self, *args: Any) -> None:
+            group = self.optimizer.param_groups[0]
+            seen.update(betas=group["betas"], eps=group["eps"], places=list(self.order)[:4])
+            seen["dtypes"] = {p.dtype for p in self.model.parameters()}
+            super().run_steps(*args)
+
+    monkeypatch.setattr(loop, "Training", Watched)
+    monkeypatch.setattr(loop, "enable_full_determinism", lambda seed: seen.update(determined=seed))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda kind: seen.update(precision=kind))
+    flags = [*vit_flags, "--validation_dir", photos, "--max_train_steps", 6, "--seed", 5, "--no_evaluate_each_epoch"]
+    flags += ["--adam_beta1", 0.8, "--adam_beta2", 0.99, "--adam_epsilon", 1e-6, "--dtype", "bfloat16"]
+    flags += ["--lr_scheduler_type", "cosine_with_restarts", "--lr_scheduler_kwargs", '{"num_cycles": 3}']
+    flags += ["--full_determinism", "--allow_tf32", "--eval_on_start", "--data_seed", 1]
+    run("train_vit", *flags, "--output_dir", tmp_path / "one")
+    assert seen["betas"] == (0.8, 0.99) and seen["eps"] == 1e-6 and seen["dtypes"] == {torch.bfloat16}
+    assert seen["determined"] == 5 and seen["precision"] == "high"
+    rows = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
+    assert rows[0]["step"] == 0 and "eval_accuracy" in rows[0]
+    rates = [row["learning_rate"] for row in rows if "learning_rate" in row]
+    assert rates[1] == pytest.approx(1e-3)  # the second of three cosines begins
+    places = seen["places"]
+    run("train_vit", *vit_flags, "--max_train_steps", 6, "--seed", 1, "--output_dir", tmp_path / "two")
+    assert seen["places"] == places
 
 
 @pytest.mark.parametrize("name", ["vit", "t5", "blip", "evaluate"])

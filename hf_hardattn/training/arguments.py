@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,12 +29,18 @@ class ModelArguments:
     model_revision: str = flag("main", "Branch, tag or commit on the Hub.")
     cache_dir: str | None = flag(None, "Where downloads and prepared data go.")
     attn_implementation: str | None = flag(None, "eager | sdpa | ...; the library's choice by default.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = flag(None, "Of the weights; the checkpoint's by default.")
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, more time.")
     use_peft: bool = flag(False, "Train LoRA adapters and the selectors; the backbone stays as it is.")
     lora_r: int = flag(16, "Rank of the adapters.")
     lora_alpha: int = flag(32, "Scale of the adapters.")
     lora_dropout: float = flag(0.05, "Dropout in the adapters.")
     lora_target_modules: list[str] | None = flag(None, "Modules that get an adapter; queries and values by default.")
+    lora_modules_to_save: list[str] | None = flag(
+        None, "Modules that are trained whole besides the selectors and the task's head."
+    )
+    use_rslora: bool = flag(False, "Scale adapters by the root of their rank.")
+    use_dora: bool = flag(False, "Train the size of each weight apart from its direction.")
     train_selectors_only: bool = flag(False, "Train the selectors; everything else stays as it is.")
 
 
@@ -84,17 +91,25 @@ class LoopArguments:
     per_device_eval_batch_size: int = flag(8, "The same in evaluation.")
     learning_rate: float = flag(5e-5, "Peak learning rate of everything but the selectors.")
     weight_decay: float = flag(0.0, "AdamW's; biases and norms have none.")
+    adam_beta1: float = flag(0.9, "Share of the old mean of gradients, in [0, 1).")
+    adam_beta2: float = flag(0.999, "Share of the old mean of squared gradients, in [0, 1).")
+    adam_epsilon: float = flag(1e-8, "Added to the root of the latter.")
     num_train_epochs: float = flag(3.0, "Passes over the training data.")
     max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.")
     gradient_accumulation_steps: int = flag(1, "Micro-batches per optimizer step.")
     lr_scheduler_type: str = flag("linear", "linear | cosine | constant | constant_with_warmup | ...")
+    lr_scheduler_kwargs: str | None = flag(None, 'Its other settings as JSON, e.g. {"num_cycles": 2}.')
     num_warmup_steps: int = flag(0, "Optimizer steps in which the learning rate rises.")
     max_grad_norm: float = flag(1.0, "Clip gradients to this norm; 0 never clips.")
     seed: int = flag(42, "Of the weights, the data order and the noise.")
+    data_seed: int | None = flag(None, "Of the data order alone; seed by default.")
+    full_determinism: bool = flag(False, "Use deterministic kernels only: slower, and an error where there is none.")
+    allow_tf32: bool = flag(False, "Let matrix products of float32 round to TF32 on GPUs that have it: faster.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "What accelerate launch says by default.")
     cpu: bool = flag(False, "Stay on the CPU.")
     logging_steps: int = flag(10, "Optimizer steps between two log rows.")
     evaluate_each_epoch: bool = flag(True, "Evaluate after each epoch, besides the end.")
+    eval_on_start: bool = flag(False, "Evaluate before the first step too.")
     eval_steps: int | None = flag(None, "Evaluate every N optimizer steps instead.")
     load_best_model_at_end: bool = flag(False, "Keep the model of the best evaluation, not of the last step.")
     metric_for_best_model: str | None = flag(None, "What best means: loss, or a metric; the task's first by default.")
@@ -109,6 +124,7 @@ class LoopArguments:
     )
     with_tracking: bool = flag(False, "Log to every tracker that is installed, or to --report_to.")
     report_to: str = flag("none", "trackio | tensorboard | wandb | ... | none")
+    logging_dir: str | None = flag(None, "Where trackers write; output_dir by default.")
     push_to_hub: bool = flag(False, "Upload the trained model; log in first with: hf auth login")
     hub_model_id: str | None = flag(None, "Repository to upload to, e.g. me/vit-hard.")
     hub_private_repo: bool = flag(True, "Make it private.")
@@ -128,7 +144,8 @@ def validate(args: ScriptArguments) -> None:
     """Raise for values that the types let through.
 
     Raises:
-        HardAttentionError: a count below 1, or a checkpoint interval that is neither a count nor 'epoch'.
+        HardAttentionError: a count below 1, a share outside [0, 1), a checkpoint interval that is neither a count nor 'epoch', or settings of
+            the schedule that are no mapping.
     """
     for name in (
         *("logging_steps", "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
@@ -137,6 +154,10 @@ def validate(args: ScriptArguments) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise HardAttentionError(f"{name}={value} is out of range; it is a count, >= 1.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise HardAttentionError(f"{name}={getattr(args, name)} is out of range; it is a share, in [0, 1).")
+    schedule_settings(args)
     interval = args.checkpointing_steps
     if interval is not None and interval != "epoch" and not (interval.isdigit() and int(interval)):
         raise HardAttentionError(
@@ -146,3 +167,20 @@ def validate(args: ScriptArguments) -> None:
         raise HardAttentionError("--train_selectors_only leaves LoRA adapters nothing to do; drop it or --use_peft.")
     if args.push_to_hub and not args.hub_model_id:  # now, not after the training
         raise HardAttentionError("--push_to_hub needs a repository; name it with --hub_model_id me/my-model.")
+
+
+def schedule_settings(args: LoopArguments) -> dict[str, Any]:
+    """What ``lr_scheduler_kwargs`` says.
+
+    Raises:
+        HardAttentionError: it is no JSON mapping.
+    """
+    try:
+        found = json.loads(args.lr_scheduler_kwargs or "{}")
+    except json.JSONDecodeError as error:
+        raise HardAttentionError(f"lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} is no JSON; {error}.") from error
+    if not isinstance(found, dict):
+        raise HardAttentionError(
+            f'lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} is no mapping; write its settings by name, e.g. {{"num_cycles": 2}}.'
+        )
+    return found

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import get_scheduler
+from transformers import enable_full_determinism, get_scheduler
 
 from ..architectures import architecture_of
 from ..errors import HardAttentionError
 from ..noise import keyed, mix_number
 from . import checkpoints
-from .arguments import ScriptArguments
+from .arguments import ScriptArguments, schedule_settings
 from .driver import Driver
 from .evaluation import Predict, Score, compare, measure
 from .interruption import TERMINATED, Interruption
@@ -35,6 +35,7 @@ from .order import Order, Streamed
 from .pictures import draw
 from .publishing import push, save_model
 from .results import Log, describe_data, describe_run, write_json
+from .sharding import name_fsdp_units, without_peft
 
 logger = get_logger(__name__)
 
@@ -77,12 +78,16 @@ def start(args: ScriptArguments) -> Accelerator:
         # each process reads its own share of a stream; the main process would have to send rows of one shape
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
         log_with=None if tracked == "none" else tracked,
-        project_dir=args.output_dir,
+        project_dir=args.logging_dir or args.output_dir,
     )
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("hf_hardattn").setLevel(level)
     set_seed(args.seed)
+    if args.full_determinism:
+        enable_full_determinism(args.seed)
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
     return accelerator
 
 
@@ -138,18 +143,31 @@ class Training:
                 "the training data is streamed, so nobody knows how long an epoch is; give --max_train_steps."
             )
         self.steps = args.max_train_steps or math.ceil(args.num_train_epochs * (self.examples or 0) / self.batch)
-        self.order = Streamed(task.train) if self.examples is None else Order(self.examples, args.seed)
-        _name_fsdp_units(accelerator, task.model)
+        data_seed = args.seed if args.data_seed is None else args.data_seed
+        self.order = Streamed(task.train) if self.examples is None else Order(self.examples, data_seed)
+        name_fsdp_units(accelerator, task.model)
         self.model, self.optimizer, self.batches = accelerator.prepare(
             task.model,
-            torch.optim.AdamW(parameter_groups(task.model, args), lr=args.learning_rate),
+            torch.optim.AdamW(
+                parameter_groups(task.model, args),
+                lr=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+            ),
             _loader(args, task.train, task, args.per_device_train_batch_size, self.order),
         )
         self.inner = accelerator.unwrap_model(self.model)
-        self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.num_warmup_steps, self.steps)
+        self.scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            self.optimizer,
+            args.num_warmup_steps,
+            self.steps,
+            scheduler_specific_kwargs=schedule_settings(args),
+        )
         self.driver = Driver(self.inner, args.selector_warmup_steps, self.steps)
         self.run = checkpoints.RunState(
             {"batch of all devices": self.batch, "training examples": self.examples or 0, "seed": args.seed}
+            | ({} if args.data_seed is None else {"data_seed": args.data_seed})
         )
         accelerator.register_for_checkpointing(self.scheduler, self.driver, self.run)
         if args.resume_from_checkpoint:
@@ -183,6 +201,8 @@ class Training:
         )
         self.order.start, self.order.stop = run.step * self.batch, self.steps * self.batch
         bar = tqdm(total=self.steps, initial=run.step, desc="train", disable=not self.accelerator.is_local_main_process)
+        if args.eval_on_start and run.step == 0 and self.task.validation is not None:
+            self.evaluate()
         started, before, ended = time.perf_counter(), run.seconds, False
         self.model.train()
         for micro_batches in _windows(self.batches, self.accumulation):
@@ -237,7 +257,7 @@ class Training:
         A model's loss is the mean over its own labels, and micro-batches of texts hold different numbers of them; without the
         shares a step would depend on how its batch is cut. None where every example has one label.
         """
-        model = _base(self.inner)
+        model = without_peft(self.inner)
         architecture, parts = architecture_of(model), self.accumulation * self.accelerator.num_processes
         if parts == 1 or architecture is None:
             return [None] * len(micro_batches)
@@ -266,15 +286,20 @@ class Training:
             draw(self.accelerator, self.inner, task, args, run.step)
         timely = run.step % args.eval_steps == 0 if args.eval_steps else args.evaluate_each_epoch and epoch_ended
         if task.validation is not None and (timely or (last and args.keeps_best)) and (args.keeps_best or not last):
-            found = _measure(self.accelerator, args, task, self.model, measure)
-            row = {**self.place(), **{f"eval_{name}": value for name, value in found.items()}}
-            logger.info("%s", row)
-            self.write(row)
+            found = self.evaluate()
             stop = args.keeps_best and self.judge(found)
         every = args.checkpointing_steps or ""
         if (run.step % int(every) == 0) if every.isdigit() else every == "epoch" and (epoch_ended or last or stop):
             self.save()
         return stop
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measure the model where it stands, and log it."""
+        found = _measure(self.accelerator, self.args, self.task, self.model, measure)
+        row = {**self.place(), **{f"eval_{name}": value for name, value in found.items()}}
+        logger.info("%s", row)
+        self.write(row)
+        return found
 
     def judge(self, found: dict[str, Any]) -> bool:
         """Keep the best model by what an evaluation found; whether patience is at its end."""
@@ -348,31 +373,6 @@ def _finish(
 def _measure(accelerator: Accelerator, args: ScriptArguments, task: Task, model: nn.Module, how: Any) -> dict[str, Any]:
     loader = accelerator.prepare_data_loader(_loader(args, task.validation, task, args.per_device_eval_batch_size))
     return how(accelerator, model, loader, task.predict, task.score)
-
-
-def _base(model: Any) -> Any:
-    """The model itself, without PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _name_fsdp_units(accelerator: Accelerator, model: nn.Module) -> None:
-    """Make FSDP units of the layers of the model's towers, by the class names that they have now.
-
-    Accelerate finds units by name, and a hard layer has another than the stock one that a configuration names. Its own guess,
-    all of ``_no_split_modules``, fails on any ViT: it shards the patch embedding within the embeddings, then once more by itself.
-    """
-    plugin, model = getattr(accelerator.state, "fsdp_plugin", None), _base(model)
-    architecture = architecture_of(model)
-    if plugin is None or architecture is None:
-        return
-    layers = {
-        type(layer) for tower in architecture.towers(model).values() for layer in nn.ModuleList.__iter__(tower.layers)
-    }
-    wanted = plugin.transformer_cls_names_to_wrap
-    plugin.transformer_cls_names_to_wrap = (
-        sorted(cls.__name__ for cls in layers if not wanted or {base.__name__ for base in cls.__mro__} & set(wanted))
-        or wanted
-    )
 
 
 def _windows(batches: Any, size: int) -> Iterator[list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate.logging import get_logger
 from torch import nn
@@ -115,6 +116,7 @@ def load_model(
     name = args.model_name_or_path
     directory = Path(name) if name is not None and Path(name).is_dir() else None
     extra = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    extra |= {"dtype": args.dtype} if args.dtype else {}
     model: Any
     has_weights = directory is None or any(f.suffix in (".safetensors", ".bin") for f in directory.iterdir())
     if directory is not None and (directory / "adapter_config.json").is_file():
@@ -124,6 +126,7 @@ def load_model(
         if args.attn_implementation:
             config._attn_implementation = args.attn_implementation
         model = model_class(config)
+        model = model.to(getattr(torch, args.dtype)) if args.dtype else model
         logger.info("weights: NONE in %s: training %s from scratch", name or args.config_name, model_class.__name__)
     else:
         hub = {"revision": args.model_revision, "cache_dir": args.cache_dir}
@@ -161,7 +164,9 @@ def _add_lora(model: nn.Module, args: ScriptArguments, heads: Iterable[str]) -> 
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=args.lora_target_modules,
-        modules_to_save=sorted(whole),
+        modules_to_save=sorted(whole | set(args.lora_modules_to_save or ())),
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
     )
     model = get_peft_model(model, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

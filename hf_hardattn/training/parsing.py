@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -21,7 +22,8 @@ SECRETS = ("hub_token", "token", "use_auth_token", "hf_token", "auth_token")
 
 
 def expand(argv: Sequence[str]) -> list[str]:
-    """Replace ``--config file.yaml`` by the flags it stands for, in front of the others, so that those win."""
+    """Replace ``--config file.yaml`` by the flags it stands for, in front of the others, so that those win; set the environment
+    variables under its key ``env``."""
     rest, files = [], []
     words = iter(argv)
     for word in words:
@@ -92,6 +94,12 @@ def _from_file(file: str) -> list[str]:
         raise HardAttentionError(
             f"{file} holds a {type(data).__name__}; a config is a mapping, one 'name: value' a line."
         )
+    environment = data.pop("env", None) or {}
+    if not isinstance(environment, dict):
+        raise HardAttentionError(
+            f"env in {file} is no mapping; it sets environment variables, one 'NAME: value' a line."
+        )
+    os.environ.update({name: str(value) for name, value in environment.items()})
     words = []
     for name, value in data.items():
         if isinstance(value, list):
