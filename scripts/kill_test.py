@@ -2,10 +2,12 @@
 
     python scripts/kill_test.py --kills 50 --output results/kills.json
 
-The training saves a checkpoint after every optimizer step, keeps one, and its model is written at the end. A kill aims at the save of
-a random step, or of the model, and falls up to 0.08 seconds later, in that save, its end, or a step behind it. After each SIGKILL the directory must hold: a newest checkpoint whose files are all there, at least as far
-as the one before; a log without a broken row but the last; and, where there is a config.json, a model that loads. The killed
-training is then resumed and killed again; when it reaches its end, its last checkpoints are removed and another begins beside its model.
+The training saves a checkpoint after every optimizer step, keeps one, and its model is written at the end. Half of the kills fall at any
+moment of a process's life: while it reads its data, builds or resumes, trains, saves, or writes the model. The others aim at the save
+of a random step, or of the model, and fall up to 0.08 seconds later, in that save, its end, or a step behind it. After each SIGKILL
+the directory must hold: a newest checkpoint whose files are all there, at least as far as the one before; a log without a broken row but the
+last; and, where there is a config.json, a model that loads. The killed training is then resumed and killed again; when it reaches its
+end, its last checkpoints are removed and another begins beside its model.
 The process that trains is forked from one that has made the imports.
 """
 
@@ -20,6 +22,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +82,45 @@ def appeared(path: Path, began: float) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Aim:
+    """When to kill: ``wait`` seconds after ``due``, which is told the time of the start. last: the model itself is being written then."""
+
+    due: Callable[[float], bool]
+    wait: float
+    said: dict[str, Any]
+    last: bool = False
+
+
+def at_a_save(draw: random.Random, output: Path, before: int) -> Aim:
+    """In the save of a step that is left, or in the writing of the model behind the last one."""
+    target, wait = min(before + draw.randint(1, 4), STEPS + 1), draw.uniform(0.0, 0.08)
+    places, last = output / "checkpoints", target > STEPS
+    signs = (output / ".partial" if last else places / f"partial_step_{target:08d}", places / f"step_{target:08d}")
+    said = {"aimed_at_step": target, "seconds_later": round(wait, 4)}
+    return Aim(lambda began: any(appeared(sign, began) for sign in signs), wait, said, last)
+
+
+def at_any_moment(draw: random.Random, life: float) -> Aim:
+    """Anywhere in a life of ``life`` seconds."""
+    wait = draw.uniform(0.0, life)
+    return Aim(lambda began: True, wait, {"seconds_after_the_start": round(wait, 3)})
+
+
+def strike(child: int, aim: Aim) -> tuple[bool, int]:
+    """Kill ``child``: whether it had ended by itself, and its status."""
+    began, until, ended, status = time.time(), None, 0, 0
+    while not ended and (until is None or time.time() < until):
+        if until is None and aim.due(began):
+            until = time.time() + aim.wait
+        ended, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.001)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    return bool(ended), status
+
+
 def check(output: Path, before: int) -> dict[str, Any]:
     """What stands in ``output``; raises when it is not usable.
 
@@ -117,37 +160,35 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         flags, output = prepare(folder), folder / "out"
+        began = time.monotonic()
+        _, status = os.waitpid(start(flags, folder / "log"), 0)  # one that nobody kills: how long they live
+        life = time.monotonic() - began
+        if status:
+            raise RuntimeError((folder / "log").read_text()[-3000:])
+        shutil.rmtree(output)
         finished = before = 0
         while len(kills) < args.kills:
-            began = time.time()
-            child = start(flags, folder / "log")
-            # a step that is left, or the writing of the model after the last; then a moment within it
-            target, wait = min(before + draw.randint(1, 4), STEPS + 1), draw.uniform(0.0, 0.08)
-            sign = output / ".partial" if target > STEPS else output / "checkpoints" / f"partial_step_{target:08d}"
-            done = output / "checkpoints" / f"step_{target:08d}"
-            status = ended = 0
-            while not ended and not appeared(sign, began) and not appeared(done, began):
-                ended, status = os.waitpid(child, os.WNOHANG)
-                time.sleep(0.002)
-            if not ended:
-                time.sleep(wait)
-                os.kill(child, signal.SIGKILL)
-                _, status = os.waitpid(child, 0)
+            aim = at_a_save(draw, output, before) if draw.random() < 0.5 else at_any_moment(draw, life)
+            ended, status = strike(start(flags, folder / "log"), aim)
             if os.waitstatus_to_exitcode(status) == -signal.SIGKILL:
                 found = check(output, before)
-                kills.append({"aimed_at_step": target, "seconds_later": round(wait, 4), **found})
+                kills.append({**aim.said, **found})
                 before = found["step"]
-                if target <= STEPS:
+                if not aim.last:
                     continue
                 status = 0
             if os.waitstatus_to_exitcode(status):  # it resumed from what a kill had left: that must never fail
                 raise RuntimeError((folder / "log").read_text()[-3000:])
-            finished += bool(ended)
+            finished += ended
             check(output, before)
-            shutil.rmtree(output / "checkpoints")  # the model stays, and is overwritten by the next training
+            shutil.rmtree(
+                output / "checkpoints", ignore_errors=True
+            )  # the model stays; the next training overwrites it
             before = 0
     results = {
         "kills": len(kills),
+        "at_any_moment": sum("seconds_after_the_start" in kill for kill in kills),
+        "aimed_at_a_save": sum("aimed_at_step" in kill for kill in kills),
         "unusable": 0,
         "finished_trainings": finished,
         "with_a_checkpoint_half_written_or_half_removed": sum(bool(kill["partial"]) for kill in kills),

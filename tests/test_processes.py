@@ -167,10 +167,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.mark.parametrize("estimator", EQUAL)
 @pytest.mark.parametrize("layout", ["accumulated", "two"])
 def test_a_step_does_not_depend_on_how_its_batch_is_cut(runs: Runs, estimator: str, layout: str) -> None:
-    """1 x 16 = 2 x 8 = two accumulated 8: gradients, 20 losses, examples and selections; the baseline moves by the step."""
+    """1 x 16 = 2 x 8 = two accumulated 8: gradients, 20 losses, examples and selections; the baseline moves by the step.
+
+    Whitened losses are near 10, where 1e-5 is ten units of fp32's last place: of those, two millionths count as equal.
+    """
     one, other = f"{estimator}_one", f"{estimator}_{layout}"
     assert len(runs.losses(one)) == 20
-    assert runs.losses(other) == pytest.approx(runs.losses(one), abs=1e-5)
+    assert runs.losses(other) == pytest.approx(runs.losses(one), abs=1e-5, rel=2e-6)
     assert runs.kept(other) == runs.kept(one) and len(runs.kept(one)[0]) == 16
     first, second = (torch.load(runs.folder / name / "gradients.pt") for name in (one, other))
     assert first.keys() == second.keys() and any("selector" in name for name in first)
