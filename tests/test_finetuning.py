@@ -557,3 +557,34 @@ def test_stream_gives_the_rows_of_the_file(name: str, models: Path, data: Path) 
         torch.testing.assert_close(batches(streamed)[key], rows)
     with pytest.raises(hf_hardattn.HardAttentionError, match="validation_fraction=0.5 of a stream is unknown"):
         make(name, models, data, streaming=True, validation_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "picture"),
+    [
+        ("captioning", "text.cross.*", "step_00000003.png"),
+        ("summarisation", "encoder.tokens.0", "step_00000003.html"),
+        ("summarisation", "decoder.cross.*", None),
+    ],
+)
+def test_picture_of_validation_examples(
+    name: str, site: str, picture: str | None, models: Path, data: Path, tmp_path: Path
+) -> None:
+    """Patches that a caption reads, and a text's kept tokens, marked in what the tokenizer makes of it; choices of each query: none."""
+    from hf_hardattn.training.pictures import draw
+
+    scorer = "attention" if site.startswith("decoder") else "linear"
+    task = make(name, models, data, sites=[site], scorer=scorer, budget="0.5", num_validation_examples=2)
+    draw(Accelerator(cpu=True), task.model, task, task.collate.__self__.args.__class__(
+        output_dir=str(tmp_path), num_validation_examples=2
+    ), 3)  # fmt: skip
+    made = [path.name for path in (tmp_path / "validation").iterdir()]
+    assert made == ([] if picture is None else [picture])
+    if picture == "step_00000003.html":
+        text = (tmp_path / "validation" / picture).read_text()
+        assert (
+            text.count('class="hfha"') == 2
+            and "<mark>" in text
+            and "<s>" in text
+            and "encoder.tokens.0, step 3" in text
+        )

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "accelerate"
 NAMES = ("ddp", "fsdp2", "multi_node", "zero2", "zero3")
@@ -38,6 +38,18 @@ def test_fsdp2_configuration_builds_a_plugin(monkeypatch: pytest.MonkeyPatch) ->
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.transformer_cls_names_to_wrap is None
     assert plugin.state_dict_type.name == "SHARDED_STATE_DICT" and plugin.reshard_after_forward is True
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_configuration_builds_a_plugin(stage: int) -> None:
+    """Accelerate's plugin takes every setting of the section, and DeepSpeed's own configuration says the same."""
+    section = load_config_from_file(str(FOLDER / f"zero{stage}.yaml")).deepspeed_config
+    plugin = DeepSpeedPlugin(**section)
+    made = plugin.deepspeed_config
+    assert made["zero_optimization"]["stage"] == stage == plugin.zero_stage
+    assert made["gradient_accumulation_steps"] == 1 and made["gradient_clipping"] == 1.0
+    assert made["zero_optimization"]["offload_optimizer"]["device"] == "none" and plugin.zero3_init_flag is False
+    assert made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is (stage == 3)
 
 
 def test_job_files_parse_and_name_real_flags() -> None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 def draw(accelerator: Accelerator, model: nn.Module, task: Task, args: ScriptArguments, step: int) -> None:
     """Draw the first validation examples with their selections: ``output_dir/validation/step_*.png``, or ``.html`` for texts.
 
+    Drawn are the patches that the last site of the vision tower kept, or else those that a text reads, where its tokens share a choice; of
+    texts, the tokens that the last site of the encoder kept. Choices that differ from query to query have no one picture.
+
     All processes take part in the forward pass, since the model may be spread over them; one draws. Trackers that take
     images get the picture too.
     """
@@ -37,6 +40,7 @@ def draw(accelerator: Accelerator, model: nn.Module, task: Task, args: ScriptArg
     path = Path(args.output_dir) / "validation" / f"step_{step:08d}"
     path.parent.mkdir(parents=True, exist_ok=True)
     seen = [site for site in recording.sites if site.startswith(("vision.inputs", "vision.tokens"))]
+    seen = seen or [s for s in recording.sites if s.startswith("text.cross") and recording[s][0].mask.shape[2] == 1]
     read = [site for site in recording.sites if site.startswith("encoder.")]
     if seen and batch["pixel_values"].dim() == 4:
         _draw_images(accelerator, model, batch, recording, seen[-1], path.with_suffix(".png"), step)
