@@ -91,9 +91,12 @@ def main() -> None:
     groups = {"right answers": right.nonzero()[:, 0], "all answers": torch.arange(len(gold))}
     results = {}
     for name, rows in groups.items():
+        if not len(rows):
+            print(f"left out: {name}, there are none among {len(gold)} rows")
+            continue
         asked = {key: value[rows] for key, value in inputs.items()}
         results[name] = measure(Probe(subject.model, asked, answer_tokens=tokens), gold[rows])
-    figure = faithfulness_curves(results["right answers"]["explanations"])
+    figure = faithfulness_curves(next(iter(results.values()))["explanations"])
     figure.savefig(args.output_dir / f"{args.name}_faithfulness.png", dpi=110)
     written = {"command": shlex.join(["python", *sys.argv]), **results}
     path = args.output_dir / f"{args.name}_faithfulness.json"

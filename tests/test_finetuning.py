@@ -302,6 +302,49 @@ def test_missing_column_and_empty_split(models: Path, data: Path, tmp_path: Path
         make("captioning", models, data, max_train_samples=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", "", "rows.jsonl holds no rows; .* Check the file"),
+        ("rows.csv", "", "rows.csv holds no rows"),
+        ("rows.csv", "source,target\n", "rows.csv holds no rows"),
+        ("rows.jsonl", '{"source": "a", "target": "b"}\n{"source": "a", "targ', r"rows.jsonl cannot be read as json \(.*line|row|column.*Mend the file"),
+        ("rows.csv", 'source,target\na,b\na,b,c,d\n', r"rows.csv cannot be read as csv \(.*line 3.*Mend the file"),
+        ("photos/none.txt", "x", "photos holds no rows"),
+    ],
+)  # fmt: skip
+def test_files_without_rows_or_with_broken_ones(
+    name: str, content: str, message: str, models: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    where = (
+        {"train_file": str(path)} if path.parent == tmp_path else {"train_dir": str(path.parent), "train_file": None}
+    )
+    flags = {**where, "validation_file": None, "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(hf_hardattn.HardAttentionError, match=message):
+        make("translation" if path.parent == tmp_path else "image_classification", models, tmp_path, **flags)
+
+
+def test_validation_is_checked_before_training_too(models: Path, tmp_path: Path) -> None:
+    """A label that training does not have, a picture that is none: the row is named, of the validation data."""
+    good = bad(tmp_path)["train_file"]
+    other = tmp_path / "validation.jsonl"
+    for changes, message in (
+        ({"label": "c"}, "row 1 of the validation data .*label 'c' is none of the model's 2; it has: 'a', 'b'"),
+        ({"image": "text.png"}, "row 1 of the validation data .*text.png cannot be read"),
+    ):
+        row = {"image": "0.png", "label": "a"}
+        other.write_text("".join(json.dumps(r) + "\n" for r in (row, {**row, **changes})))
+        flags = {"train_file": good, "validation_file": str(other), "cache_dir": str(tmp_path / "cache")}
+        with pytest.raises(hf_hardattn.HardAttentionError, match=message):
+            make("image_classification", models, tmp_path, **flags)
+    flags = {"train_file": good, "validation_file": good, "max_eval_samples": 0}
+    with pytest.raises(hf_hardattn.HardAttentionError, match="the validation data has no rows"):
+        make("image_classification", models, tmp_path, **flags)
+
+
 def test_answer_outside_its_context(models: Path, data: Path, tmp_path: Path) -> None:
     row = {"question": "on", "context": "big red square", "answers": {"text": ["red"], "answer_start": [4]}}
     wrong = {**row, "answers": {"text": ["red"], "answer_start": [5]}}

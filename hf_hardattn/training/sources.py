@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, get_dataset_split_names, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from ..errors import HardAttentionError, unknown
 from .arguments import ScriptArguments
@@ -64,10 +65,37 @@ def _load(args: ScriptArguments) -> tuple[Any, Any]:
     data = {
         split: _stream(kind, split="train", **options)
         if args.streaming and split == "train"
-        else load_dataset(kind, split="train", cache_dir=args.cache_dir, **options)
+        else _whole(kind, options, args)
         for split, (kind, options) in files.items()
     }
     return data.get("train"), data.get("validation")
+
+
+def _whole(kind: str, options: dict[str, Any], args: ScriptArguments) -> Any:
+    """All rows of a file or folder.
+
+    Raises:
+        HardAttentionError: it holds none, or is none of its kind.
+    """
+    path = options["data_files"].removesuffix("/**")
+    try:
+        return load_dataset(kind, split="train", cache_dir=args.cache_dir, **options)
+    except (DatasetGenerationError, FileNotFoundError, ValueError, StopIteration) as error:
+        cause = error.__cause__ or error
+        empty = (
+            isinstance(error, (FileNotFoundError, StopIteration))
+            or "no data" in str(error)
+            or "No columns" in str(cause)
+        )
+        if empty:
+            raise HardAttentionError(
+                f"{path} holds no rows; nothing can be learned or measured on it. Check the file or folder, or name another."
+            ) from error
+        what = " ".join(str(cause).split())
+        raise HardAttentionError(
+            f"{path} cannot be read as {kind} ({type(cause).__name__}: {what}); every row needs the same columns, and every column one type. "
+            "Mend the file, or take the row out."
+        ) from error
 
 
 def _stream(*where: Any, **options: Any) -> IterableDataset:
