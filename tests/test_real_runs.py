@@ -102,7 +102,16 @@ def test_timing_runs_what_was_trained(
 
 
 def test_checkpoint_is_trained_drawn_and_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Path(__file__).parents[1] / "scripts" / "configs" / "compare" / "cluttered_digits.yaml"
+    config = tmp_path / "tiny.yaml"
+    options = "{test_images: 40, clutter: 2, layers: 1, heads: 1}"
+    config.write_text(
+        f"task: cluttered_digits\ntask_options: {options}\nvariants: {{robust: {{recipe: robust}}, random: null}}\n"
+    )
+    trio = script(
+        "train_checkpoint"
+    ).trio  # the fresh process and the many rounds of its timing have tests of their own
+    monkeypatch.setattr(trio, "_reload", lambda *args: {})
+    monkeypatch.setattr(trio, "interleaved_seconds", lambda calls, rounds: {name: [1.0] for name in calls})
     words = [
         "train_checkpoint.py",
         "--name",
