@@ -30,8 +30,9 @@ class Comparison:
     Attributes:
         task: its name. task_options: its keyword options.
         recipe: changes to the task's recipe.
+        budget: the ratio to keep of variants that name none; None is the task's own.
         variants: name to the fields of a ``HardAttentionConfig`` that differ from the task's recommendation. Without fields a
-            name stands for the control or the estimator of that name. A float ``budget``, the task's own too, is annealed.
+            name stands for the control or the estimator of that name. A float ``budget`` is annealed.
         trunk_seed: of the one soft trunk that all seeds start from; None trains one for each seed.
     """
 
@@ -39,6 +40,7 @@ class Comparison:
     variants: dict[str, dict[str, Any] | None]
     task_options: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    budget: float | None = None
     trunk_seed: int | None = None
 
     @classmethod
@@ -77,10 +79,13 @@ class Comparison:
         recipe = replace(task.recipe, **self.recipe)
         if quick:
             recipe = replace(recipe, trunk_steps=3, branch_steps=3)
-        return task, recipe, {name: _hard(name, given, task, recipe) for name, given in self.variants.items()}
+        budget = task.budget if self.budget is None else self.budget
+        return task, recipe, {name: _hard(name, given, task, budget, recipe) for name, given in self.variants.items()}
 
 
-def _hard(name: str, given: dict[str, Any] | None, task: tasks.Base, recipe: tasks.Recipe) -> dict[str, Any] | None:
+def _hard(
+    name: str, given: dict[str, Any] | None, task: tasks.Base, budget: float, recipe: tasks.Recipe
+) -> dict[str, Any] | None:
     if given is None and name in CONTROLS:
         given = CONTROLS[name]
         if given is None:
@@ -89,7 +94,7 @@ def _hard(name: str, given: dict[str, Any] | None, task: tasks.Base, recipe: tas
         if name not in registry.names("estimators"):
             raise unknown("variant without fields:", name, {*CONTROLS, *registry.names("estimators")}, task.site)
         given = {"estimator": name}
-    base: dict[str, Any] = {"sites": [task.site], "budget": task.budget, "scorer": task.scorer}
+    base: dict[str, Any] = {"sites": [task.site], "budget": budget, "scorer": task.scorer}
     if given.get("scorer", task.scorer) == task.scorer:
         base["scorer_options"] = task.scorer_options
     fields = {**base, **given}

@@ -42,7 +42,7 @@ class Translation(Base):
     metric = "bleu"
     points = 1.0
     recipe = Recipe(
-        trunk_steps=4000, branch_steps=120, batch=32, learning_rate=3e-3, weight_decay=0.01, trunk_warmup=200
+        trunk_steps=4000, branch_steps=200, batch=32, learning_rate=3e-3, weight_decay=0.01, trunk_warmup=200
     )
 
     def __init__(self, folder: str | None = None, split: str = "test") -> None:
