@@ -124,13 +124,15 @@ class Selector(nn.Module):
         )
 
     def survivors(self, n: int) -> int:
-        """Bound of the rows of a residual stream that are there after this site, of ``n`` before: the loosest budget, and the row kept always."""
+        """Bound of the rows of a residual stream that are there after this site, of ``n`` before, the row kept always among them; in
+        training that of a schedule's loosest budget, so that shapes stay the same."""
         if not self.enabled or self.config.estimator == "soft" or self.loose:
             return n
         if self.replayed is not None:
             return min(n, self.replayed)
-        schedule = self.budget_schedule
-        budget = self.budget if schedule is None else Budget.parse(float(max(schedule.start, schedule.end)), self.site)
+        schedule, budget = self.budget_schedule, self.budget
+        if schedule is not None and self.training:
+            budget = Budget.parse(float(max(schedule.start, schedule.end)), self.site)
         return min(n, budget.slots(n - 1) + 1)
 
     @property

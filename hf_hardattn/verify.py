@@ -123,6 +123,9 @@ def _site(
         for places in (selections.candidates(made), selections.kept(made))
     )
     dropped = candidates & ~kept & lengths[tower]
+    if kept_ratio < 1.0 and not bool(dropped.any()):
+        why = "every position is kept for some query or head, so that none is dropped altogether"
+        return SiteReport(site, kept_ratio, None, False, f"{site}: keeps {kept_ratio:.1%}; not measured ({why})")
     # nothing replaced, yet written like the replacements: another memory layout alone can change a convolution's last bits
     same = architecture.replace_inputs(model, dict(batch), {tower: torch.zeros_like(dropped)}, "zero", seed)
     with replay(model, selections):

@@ -150,6 +150,15 @@ def test_cross_cache_holds_the_longest_row_alone():
     assert longest < 36 and kept == 2 * LAYERS * 3 * longest * D * 4
 
 
+@pytest.mark.parametrize("site", ["encoder.inputs", "encoder.tokens.0"])
+def test_a_trained_models_cross_cache_follows_the_end_of_its_schedule(site):
+    """What a recipe leaves in the config: the decoder's keys are as few as the encoder's surviving rows, not as the schedule's start."""
+    model = t5(sites=[site], budget={"start": 1.0, "end": 0.25, "steps": 0.4})
+    ids = torch.randint(2, 50, (2, 41))
+    made = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert cache_bytes(made) == 2 * LAYERS * 2 * (10 + 1) * D * 4  # a quarter of 40, and </s>
+
+
 def test_training_gathered_keeps_activations_of_the_kept_rows_alone():
     """Everything that grows with the rows shrinks with them; the patch embedding and the scorer see all rows."""
     pixels = {"pixel_values": torch.randn(8, 3, 32, 32), "labels": torch.arange(8) % CLASSES}
