@@ -25,6 +25,7 @@ from hf_hardattn.interpret.html import Html, page, paragraph, table
 from hf_hardattn.interpret.overlay import difference_overlay, layer_overlay
 from hf_hardattn.interpret.rationale import (
     character_spans,
+    frame_places,
     frame_times,
     kept_per_token,
     kept_places,
@@ -33,6 +34,7 @@ from hf_hardattn.interpret.rationale import (
 )
 from hf_hardattn.interpret.tokens import mark_spans, token_highlight
 from hf_hardattn.recording import Recording
+from hf_hardattn.video import BlipForVideoCaptioning
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 
@@ -212,7 +214,7 @@ def test_characters_boxes_seconds() -> None:
     with pytest.raises(HardAttentionError, match="7 places do not fit 3 x 3 patches"):
         pixel_boxes(kept, 4, (12, 12))
     assert frame_times(torch.tensor([1, 0, 1, 1], dtype=torch.bool), [0.0, 0.5, 1.0]) == [0.0, 1.0]
-    with pytest.raises(HardAttentionError, match="3 timestamps for 2 places"):
+    with pytest.raises(HardAttentionError, match="3 frames for 2 places"):
         frame_times(torch.ones(2, dtype=torch.bool), [0.0, 0.5, 1.0])
 
 
@@ -293,6 +295,29 @@ def test_frame_strip_of_a_video_read_as_embeddings() -> None:
     seconds = frame_times(kept_places(recording, "encoder.inputs")[0], times)
     assert [t for t in titles if "kept" in t] == [f"{s:.2f} s (kept)" for s in seconds] and len(seconds) == 3
     assert drawn(figure) > 2000
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_frame_strip_of_a_video_read_as_patches(whole: bool) -> None:
+    """BLIP reads every frame's patches in one row behind CLS: a frame is kept where a patch of it is."""
+    torch.manual_seed(0)
+    made = Blip.heads()["BlipForConditionalGeneration"]()
+    batch, model = made.batch, BlipForVideoCaptioning(made.model.config).eval()
+    site = {"budget": 0.25, "scorer": "conv", "scorer_options": {"frames": 4, "whole_frames": whole}}
+    hf_hardattn.apply(model, {"sites": {"vision.inputs": site}})
+    patches = (batch["pixel_values"].shape[-1] // 4) ** 2
+    frames = torch.rand(4, 3, *batch["pixel_values"].shape[-2:])
+    recording = recorded(model, {"pixel_values": frames[None], "input_ids": batch["input_ids"][:1]})
+    kept = frame_places(kept_places(recording, "vision.inputs")[0], 4)
+    assert kept.shape == (4, patches) and kept.sum() == patches
+    assert frame_times(kept_places(recording, "vision.inputs")[0], [0.0, 0.5, 1.0, 1.5]) == [
+        0.5 * f for f in kept.any(-1).nonzero().flatten().tolist()
+    ]
+    figure = frame_strip(frames, recording)
+    titles = [axis.get_title() for axis in figure.axes]
+    shares = [float(frame.float().mean()) for frame in kept]
+    assert titles == [f"{i} (kept)" if s == 1 else f"{i} ({s:.0%})" if s else f"{i}" for i, s in enumerate(shares)]
+    assert drawn(figure) > 2000 and (not whole or sorted(shares) == [0, 0, 0, 1])
 
 
 def test_heat_map_and_curves() -> None:

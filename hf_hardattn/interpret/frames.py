@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..recording import Recording
-from .overlay import faded, shown
-from .rationale import kept_places
+from .overlay import faded, lit_image, shown
+from .rationale import frame_places, kept_places
 from .style import KEPT, new_figure
 
 
@@ -21,17 +22,18 @@ def frame_strip(
     row: int = 0,
     columns: int = 8,
 ) -> Any:
-    """Draw the frames of a video in order; the kept ones stay whole in a thick frame, the others fade.
+    """Draw the frames of a video in order: what was kept stays, the rest fades, and a frame that keeps something has a thick border.
 
     Args:
-        frames: ``[F, C, height, width]``; frame f is place f of the site's input (a T5 encoder given one embedding a frame).
+        frames: ``[F, C, height, width]``; in the site's input a frame is its patches (BLIP's vision tower) or one place (a T5 encoder
+            given one embedding a frame).
         recording: of one forward. timestamps: seconds, one a frame. site: the recording's first by default.
 
     Returns:
         matplotlib figure.
     """
     kept = kept_places(recording, site or recording.sites[0])
-    chosen = kept[min(row, len(kept) - 1), : len(frames)].tolist()
+    chosen = frame_places(kept[min(row, len(kept) - 1)].cpu(), len(frames))
     columns = min(columns, len(frames))
     rows = -(-len(frames) // columns)
     figure = new_figure(1.35 * columns, 1.5 * rows)
@@ -41,9 +43,17 @@ def frame_strip(
         if index >= len(frames):
             axis.set_axis_off()
             continue
-        frame = shown(frames[index])
-        axis.imshow((frame if chosen[index] else faded(frame)).numpy())
-        axis.spines[:].set(color=KEPT if chosen[index] else "#c8c8c8", linewidth=4 if chosen[index] else 0.8)
+        held, share = bool(chosen[index].any()), float(chosen[index].float().mean())
+        axis.imshow(_lit(frames[index], chosen[index]).numpy())
+        axis.spines[:].set(color=KEPT if held else "#c8c8c8", linewidth=4 if held else 0.8)
         when = f"{timestamps[index]:.2f} s" if index < len(timestamps) else f"{index}"
-        axis.set_title(f"{when} (kept)" if chosen[index] else when, fontsize=8)
+        axis.set_title(f"{when} ({'kept' if share == 1.0 else f'{share:.0%}'})" if held else when, fontsize=8)
     return figure
+
+
+def _lit(frame: Tensor, kept: Tensor) -> Tensor:
+    """A frame, ``[height, width, 3]``, faded where its places ``[P]`` are not kept; they are square patches, or the whole frame."""
+    if len(kept) == 1:
+        return shown(frame) if bool(kept[0]) else faded(shown(frame))
+    side = round((frame[0].numel() / len(kept)) ** 0.5)
+    return lit_image(frame, torch.nn.functional.pad(kept, (1, 0)), side)

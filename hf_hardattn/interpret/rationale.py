@@ -114,9 +114,23 @@ def pixel_boxes(
     return [(p % across * x, p // across * y, (p % across + 1) * x, (p // across + 1) * y) for p in places]
 
 
+def frame_places(kept: Tensor, frames: int) -> Tensor:
+    """The kept places of a video by frame, bool ``[F, P]``: P patches of each frame, or 1 where a frame is one place.
+
+    Args:
+        kept: bool, one row of ``kept_places``: ``[1 + F * P]`` of a vision tower that reads videos, CLS first; or one place a frame and
+            perhaps others behind (``</s>``).
+        frames: F.
+    """
+    patches, rest = divmod(len(kept) - 1, frames)
+    if rest == 0 and patches > 1:
+        return kept[1:].unflatten(0, (frames, patches))
+    if len(kept) < frames:
+        raise HardAttentionError(f"{frames} frames for {len(kept)} places; a frame is one place or more.")
+    return kept[:frames, None]
+
+
 def frame_times(kept: Tensor, timestamps: Sequence[float]) -> list[float]:
-    """Seconds of the kept frames: ``timestamps`` of the places that ``kept``, bool ``[P]``, names; a place behind the last
-    timestamp (``</s>``) is no frame."""
-    if len(timestamps) > len(kept):
-        raise HardAttentionError(f"{len(timestamps)} timestamps for {len(kept)} places; each frame is one place.")
-    return [time for keep, time in zip(kept.tolist(), timestamps, strict=False) if keep]
+    """Seconds of the frames that keep a place; ``kept`` as in ``frame_places``, a timestamp for each frame."""
+    held = frame_places(kept, len(timestamps)).any(-1).tolist()
+    return [time for keep, time in zip(held, timestamps, strict=True) if keep]
