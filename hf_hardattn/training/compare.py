@@ -125,7 +125,10 @@ def _measure(spec: dict[str, Any], folder: Path, save: bool) -> dict[str, Any]:
     losses = fit(model, task, recipe, seed=spec["seed"] + 1000, branch=True)
     trained, processor = time.perf_counter(), time.process_time() - processor
     if save:
-        model.save_pretrained(folder / "models" / run_path(spec, folder).stem)
+        place = folder / "models" / run_path(spec, folder).stem
+        model.save_pretrained(place)
+        if (processor := task.processor()) is not None:
+            processor.save_pretrained(place)
     metrics = task.evaluate(model, batches=1 if spec["quick"] else None)
     inputs = {name: column[:32] for name, column in next(task.test()).inputs.items()}
     return {

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ... import registry
 from ...errors import unknown
@@ -117,6 +117,10 @@ class Base:
     def score(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
         """Metrics by name; by default the share that is right, in [0, 1]."""
         return accuracy(predictions, references)
+
+    def processor(self) -> PreTrainedTokenizerBase | None:
+        """What turns a person's input into the model's, to be saved beside it; None where inputs are made up."""
+        return None
 
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel, batches: int | None = None) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class Drawn(Base):
 
     model_class = T5ForConditionalGeneration
     test_rows: int
+    sizes: ClassVar[dict[str, Any]] = {}  # of the T5, where they differ
 
     @property
     def vocabulary(self) -> int:
@@ -29,17 +31,9 @@ class Drawn(Base):
         raise NotImplementedError
 
     def config(self) -> PreTrainedConfig:
+        sizes = dict(d_model=64, d_kv=16, d_ff=128, num_layers=1, num_decoder_layers=1, num_heads=4, dropout_rate=0.0)
         return AutoConfig.for_model(
-            "t5",
-            vocab_size=self.vocabulary,
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=1,
-            num_decoder_layers=1,
-            num_heads=4,
-            dropout_rate=0.0,
-            decoder_start_token_id=PAD,
+            "t5", vocab_size=self.vocabulary, decoder_start_token_id=PAD, **(sizes | self.sizes)
         )
 
     def draw(self, size: int, generator: torch.Generator, difficulty: float = 1.0) -> dict[str, Tensor]:

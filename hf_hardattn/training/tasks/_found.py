@@ -28,6 +28,7 @@ class Found:
             return
         chosen = selection.mask if selection.required is None else selection.mask & ~selection.required
         right = chosen & gold[:, None]
+        chosen = chosen.expand_as(right)  # a choice that serves all queries is one for each of them
         self._note("precision", right.sum(), chosen.sum())
         if self.one_is_enough:
             self._note("recall", right.any(-1).sum(), right[..., 0].numel())

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, T5ForConditionalGeneration
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from ...errors import HardAttentionError
 from ..metrics import bleu
@@ -86,6 +86,10 @@ class Translation(Base):
 
     def score(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         return bleu(predictions, references)
+
+    def processor(self) -> PreTrainedTokenizerFast:
+        special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        return PreTrainedTokenizerFast(tokenizer_object=read_tokenizer(self.folder), **special)
 
     def _texts(self, ids: Tensor) -> list[str]:
         return read_tokenizer(self.folder).decode_batch(ids.tolist(), skip_special_tokens=True)
