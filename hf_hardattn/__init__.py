@@ -11,7 +11,7 @@ from .config import HardAttentionConfig, SiteConfig
 from .diagnostics import Diagnosis, diagnose
 from .errors import HardAttentionError
 from .losses import auxiliary_loss
-from .modes import execution, soft
+from .modes import execution, sampled, soft
 from .patching import register
 from .recording import Recording, record, replay, selectors
 from .registration import apply, freeze_backbone, remove, set_reward, set_step, status
@@ -47,6 +47,7 @@ __all__ = [
     "record",
     "remove",
     "replay",
+    "sampled",
     "save",
     "selectors",
     "set_reward",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import hf_hardattn
 from hf_hardattn import HardAttentionConfig, apply, replay
 from hf_hardattn.errors import HardAttentionError
 from hf_hardattn.selection import Selection
@@ -181,3 +182,30 @@ def test_held_out_sentences_have_no_near_duplicate_in_training(tmp_path):
     assert len(parts["train"]) > 300
     for part in ("test", "validation"):
         assert not seen & {template(row["source"], names) for row in parts[part]}
+
+
+def test_drawn_choices_stand_beside_the_likeliest_under_the_name_of_their_number():
+    task = tasks.load("transduction", {"test_words": 20, "longest": 6})
+    torch.manual_seed(0)
+    model = apply(
+        task.model_class(task.config()), {"sites": [task.site], "scorer": "query_key", "estimator": "rloo", "budget": 1}
+    )
+    assert {"exact", "exact_mc8"} <= task.evaluate(model).keys()
+    task.samples = 0
+    assert not [name for name in task.evaluate(model) if "_mc" in name]
+
+
+def test_sampled_draws_by_the_law_at_the_end_of_training_and_leaves_no_trace():
+    task = tasks.load("planted_rationale", {"test_rows": 4})
+    config = {"sites": ["encoder.inputs"], "estimator": "rloo", "budget": {"start": 1.0, "end": 0.1, "steps": 0.4}}
+    torch.manual_seed(0)
+    model = apply(task.model_class(task.config()), config).eval()
+    inputs = next(task.test()).inputs
+    with torch.no_grad(), hf_hardattn.record(model) as drawn, hf_hardattn.sampled(model):
+        for _ in range(4):
+            model(**inputs)
+    assert all((s.kept_ratio <= 7 / 64).all() for s in drawn)  # the schedule's end, though nobody told the step
+    assert len({s.mask.cpu().numpy().tobytes() for s in drawn}) == 4 and not model.training
+    (selector,) = hf_hardattn.selectors(model).values()
+    assert (selector.training, selector.step, selector.steps) == (False, None, None)
+    assert len(task.predict_drawn(model, inputs, 3)) == len(task.references(inputs))

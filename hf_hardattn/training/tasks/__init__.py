@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ... import registry
 from ...errors import unknown
+from ...modes import sampled
 from ...recording import record, selectors
 from ..metrics import accuracy
 from ._found import Found
@@ -70,6 +71,7 @@ class Base:
         recipe: the recommended training.
         metric: the main one of ``evaluate``, higher = better. points: what turns it into points of a hundred.
         one_is_enough: one position of ``gold`` holds the whole answer.
+        samples: draws of the Monte-Carlo metric ``<metric>_mc<samples>`` beside that of the likeliest choice; 0: none.
 
     Args of a subclass: keyword options, all with defaults.
     """
@@ -83,6 +85,7 @@ class Base:
     metric: ClassVar[str] = "accuracy"
     points: ClassVar[float] = 100.0
     one_is_enough: ClassVar[bool] = False
+    samples: ClassVar[int] = 0
 
     def config(self) -> PreTrainedConfig:
         """The model's configuration."""
@@ -109,6 +112,12 @@ class Base:
         """Predictions of a batch; by default the likeliest label wherever there is one."""
         return model(**inputs).logits.argmax(-1)[inputs["labels"] != -100].tolist()
 
+    def predict_drawn(self, model: PreTrainedModel, inputs: dict[str, Tensor], samples: int) -> list[Any]:
+        """What ``predict`` says, from the mean of the labels' probabilities over ``samples`` drawn choices."""
+        with sampled(model):
+            drawn = torch.stack([model(**inputs).logits.float().softmax(-1) for _ in range(samples)])
+        return drawn.mean(0).argmax(-1)[inputs["labels"] != -100].tolist()
+
     def references(self, inputs: dict[str, Tensor]) -> list[Any]:
         """What ``predict`` should say."""
         labels = inputs["labels"]
@@ -128,10 +137,12 @@ class Base:
 
         Returns:
             the metrics of ``score``, and for a hard model ``kept``, the mean share of the candidates that it kept at the task's
-            site, with ``precision`` and ``recall`` of what it kept where the gold positions are known; all in [0, 1].
+            site, with ``precision`` and ``recall`` of what it kept where the gold positions are known; all in [0, 1]. With
+            ``samples`` also the main metric of the Monte-Carlo prediction.
         """
         model.eval()
         predictions: list[Any] = []
+        drawn: list[Any] = []
         references: list[Any] = []
         found = Found(self.one_is_enough)
         site = next(iter(selectors(model)), None)
@@ -143,8 +154,13 @@ class Base:
                     predictions += self.predict(model, batch.inputs)
                 for selection in selections[site]:
                     found.add(selection, batch.gold)
+                if self.samples:
+                    drawn += self.predict_drawn(model, batch.inputs, self.samples)
             references += self.references(batch.inputs)
-        return {**self.score(predictions, references), **found.metrics()}
+        metrics = self.score(predictions, references)
+        if drawn:
+            metrics[f"{self.metric}_mc{self.samples}"] = self.score(drawn, references)[self.metric]
+        return {**metrics, **found.metrics()}
 
 
 def names() -> tuple[str, ...]:

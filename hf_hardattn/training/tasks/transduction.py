@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...backbones.gru import GruConfig, GruForConditionalGeneration
+from ...modes import sampled
 from . import TEST_SEED, Base, Batch, Recipe
 
 PAD, END, FIRST = 0, 1, 2
@@ -34,6 +35,7 @@ class Transduction(Base):
     scorer = "query_key"
     budget = 0.05  # one letter
     metric = "exact"
+    samples = 8
     recipe = Recipe(trunk_steps=1500, branch_steps=700, batch=32, learning_rate=2e-3, weight_decay=0.0)
 
     def __init__(
@@ -80,9 +82,18 @@ class Transduction(Base):
     def predict(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Any]:
         """What is written letter by letter, and, for the choices that are recorded, what the labels would have been read from."""
         model(**inputs)
+        return self._write(model, inputs)
+
+    def predict_drawn(self, model: PreTrainedModel, inputs: dict[str, Tensor], samples: int) -> list[Any]:
+        """The word that most of ``samples`` writings with drawn choices agree on; the first of them where none is ahead."""
+        with sampled(model):
+            drawn = [self._write(model, inputs) for _ in range(samples)]
+        return [max(words, key=words.count) for words in zip(*drawn, strict=True)]
+
+    def _write(self, model: Any, inputs: dict[str, Tensor]) -> list[list[int]]:
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         limit = inputs["labels"].shape[1] + 3
-        return [_text(row) for row in model.generate(**given, do_sample=False, max_new_tokens=limit)[:, 1:].tolist()]  # type: ignore[operator]
+        return [_text(row) for row in model.generate(**given, do_sample=False, max_new_tokens=limit)[:, 1:].tolist()]
 
     def references(self, inputs: dict[str, Tensor]) -> list[Any]:
         return [_text(row) for row in inputs["labels"].tolist()]
