@@ -1,6 +1,6 @@
 """Cluttered scenes: one labelled item among fragments of others, a task whose signal is sparse.
 
-The item lies on the patch grid, so that it fills whole patches; the fragments, crops of other items of the same split, lie at
+The item lies on the patch grid, so that it fills whole patches, unless the scene says otherwise; the fragments, crops of other items of the same split, lie at
 arbitrary pixels, under the item's box where they meet it.
 """
 
@@ -16,12 +16,18 @@ from ..errors import HardAttentionError
 
 @dataclass(frozen=True)
 class Scene:
-    """Sizes in pixels, all of squares: ``item`` and ``canvas`` are multiples of ``patch``; ``fragment`` is at most ``item``."""
+    """Sizes in pixels, all of squares: ``canvas`` is a multiple of ``patch``, and ``item`` too where it lies on the grid; ``fragment`` is at
+    most ``item``.
+
+    Attributes:
+        step: pixels from a place of the item to the next; None: ``patch``, the grid.
+    """
 
     canvas: int
     patch: int
     item: int
     fragment: int
+    step: int | None = None
 
     @property
     def grid(self) -> int:
@@ -48,7 +54,7 @@ def draw_scenes(bank: Bank, scene: Scene, size: int, clutter: int, generator: to
 
     Returns:
         ``pixel_values`` float32 ``[B, 1, canvas, canvas]`` in [-1, 1], ``labels`` int64 ``[B]``, and ``box`` int64 ``[B, 4]``: the
-        item's (top, left, bottom, right) in patches, bottom and right exclusive.
+        patches (top, left, bottom, right) that the item touches, bottom and right exclusive.
 
     Raises:
         HardAttentionError: a size out of range.
@@ -57,12 +63,13 @@ def draw_scenes(bank: Bank, scene: Scene, size: int, clutter: int, generator: to
         raise HardAttentionError(f"size={size}, clutter={clutter} is out of range; size is >= 1 and clutter >= 0.")
     canvas, patch, side, fragment = scene.canvas, scene.patch, scene.item, scene.fragment
     copies, count = bank.images.shape[:2]
-    span = side // patch
+    step = scene.step or patch
+    places = (canvas - side) // step + 1
 
     def draw(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=generator)
 
-    item, top, left = draw(count, size), draw(scene.grid - span + 1, size), draw(scene.grid - span + 1, size)
+    item, top, left = draw(count, size), draw(places, size) * step, draw(places, size) * step
     image = torch.zeros(size, canvas * canvas)
     if clutter:
         other = (item[:, None] + 1 + draw(count - 1, size, clutter)) % count  # never the item itself
@@ -74,11 +81,11 @@ def draw_scenes(bank: Bank, scene: Scene, size: int, clutter: int, generator: to
         where = _flat(draw(free, size, clutter), draw(free, size, clutter), fragment, canvas)
         image.scatter_reduce_(1, where.view(size, -1), pixels.view(size, -1), "amax")
     pixels = bank.images[draw(copies, size), item] / bank.white
-    image.scatter_(1, _flat(top * patch, left * patch, side, canvas), pixels.view(size, -1))
+    image.scatter_(1, _flat(top, left, side, canvas), pixels.view(size, -1))
     return {
         "pixel_values": image.view(size, 1, canvas, canvas) * 2 - 1,
         "labels": bank.labels[item],
-        "box": torch.stack([top, left, top + span, left + span], 1),
+        "box": torch.stack([top // patch, left // patch, -(-(top + side) // patch), -(-(left + side) // patch)], 1),
     }
 
 
