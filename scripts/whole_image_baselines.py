@@ -20,7 +20,7 @@ from hf_hardattn.training.tasks import Base
 
 
 def networks(canvas: int) -> dict[str, nn.Module]:
-    """Sizes of Mnih et al. 2014, arXiv:1406.6247, section 4.1."""
+    """The two kinds of baseline of Mnih et al. 2014, arXiv:1406.6247."""
     side = (canvas - 10) // 5 + 1
     convolution = nn.Sequential(nn.Conv2d(1, 16, 10, 5), nn.ReLU(), nn.Flatten())
     return {

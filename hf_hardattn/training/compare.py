@@ -130,7 +130,7 @@ def _measure(spec: dict[str, Any], folder: Path, save: bool) -> dict[str, Any]:
         if (processor := task.processor()) is not None:
             processor.save_pretrained(place)
     metrics = task.evaluate(model, batches=1 if spec["quick"] else None)
-    inputs = {name: column[:32] for name, column in next(task.test()).inputs.items()}
+    inputs = {name: c[:32] if isinstance(c, torch.Tensor) else c for name, c in next(task.test()).inputs.items()}
     return {
         "metrics": metrics,
         "gflops": count_flops(model, inputs) / 1e9 / len(next(iter(inputs.values()))),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 
@@ -44,7 +44,7 @@ class Needle(Cluttered):
         config.image_size = TRAINED
         return config
 
-    def draw(self, size: int, generator: torch.Generator, difficulty: float = 1.0) -> dict[str, Tensor]:
+    def draw(self, size: int, generator: torch.Generator, difficulty: float = 1.0) -> dict[str, Any]:
         return {**super().draw(size, generator, difficulty), **self._places()}
 
     def test(self) -> Iterator[Batch]:
