@@ -174,6 +174,16 @@ def cost(name: str, size: int, stock: bool, rounds: int, threads: int) -> dict[s
     return row
 
 
+def costs(models: list[str], rounds: int, threads: int) -> Iterator[dict[str, Any]]:
+    """``cost`` of every size of some models, each in a process of its own."""
+    for model in models:
+        for size in COSTS[model][1]:
+            command = [sys.executable, __file__, "one", "--model", model, "--size", str(size)]
+            command += ["--rounds", str(rounds), "--threads", str(threads)]
+            told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            yield json.loads(told.splitlines()[-1])
+
+
 def _call(model: nn.Module, batch: dict[str, Tensor]) -> Any:
     with torch.inference_mode():
         return model(**batch)
@@ -253,29 +263,18 @@ def main() -> None:
     if args.what == "one":
         print(json.dumps(cost(args.model, args.size, COSTS[args.model][1][args.size], args.rounds, args.threads)))
         return
-    results = read_json(RESULTS) if RESULTS.exists() else {}
-    if args.what == "accuracy":
-        results["accuracy"] = accuracy(args.seeds, args.folder)
-    elif args.what == "cost":
-        before = results.get("cost", {"rows": []})["rows"]
-        rows = [row for row in before if args.model not in (None, row["model"])]
-        for model in [args.model] if args.model else COSTS:
-            for size in COSTS[model][1]:
-                command = [sys.executable, __file__, "one", "--model", model, "--size", str(size)]
-                command += ["--rounds", str(args.rounds), "--threads", str(args.threads)]
-                told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                rows.append(json.loads(told.splitlines()[-1]))
-                print(rows[-1], flush=True)
-        results["cost"] = {
-            "rows": rows,
-            "machine": machine(args.threads),
-            "limit_bytes": LIMIT,
-            "kept": SCOUT["budget"],
-        }
     if args.what == "draw":
-        draw(results, RESULTS.with_suffix(".png"))
+        draw(read_json(RESULTS), RESULTS.with_suffix(".png"))
+        return
+    made: dict[str, Any]
+    if args.what == "accuracy":
+        made = {"accuracy": accuracy(args.seeds, args.folder)}
     else:
-        write_json(RESULTS, results)
+        rows = list(costs([args.model] if args.model else list(COSTS), args.rounds, args.threads))
+        made = {"cost": {"machine": machine(args.threads), "limit_bytes": LIMIT, "kept": SCOUT["budget"]}}
+        before = read_json(RESULTS).get("cost", {}).get("rows", []) if RESULTS.exists() and args.model else []
+        made["cost"]["rows"] = [row for row in before if row["model"] != args.model] + rows
+    write_json(RESULTS, {**(read_json(RESULTS) if RESULTS.exists() else {}), **made})
 
 
 if __name__ == "__main__":
