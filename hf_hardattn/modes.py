@@ -42,9 +42,9 @@ def sampled(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        for selector, (training, *state) in zip(found, before, strict=True):
+        for selector, (training, step, steps, target) in zip(found, before, strict=True):
             selector.train(training)
-            selector.step, selector.steps, selector.target = state
+            selector.step, selector.steps, selector.target = step, steps, target
 
 
 @contextmanager

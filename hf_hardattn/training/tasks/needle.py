@@ -56,5 +56,5 @@ class Needle(Cluttered):
             gold = pad(patches_in_box(columns.pop("box"), self.scene.grid), (1, 0))[:, None]
             yield Batch({**columns, **self._places()}, gold)
 
-    def _places(self) -> dict[str, bool]:
+    def _places(self) -> dict[str, Any]:
         return {"interpolate_pos_encoding": True} if self.scene.canvas != TRAINED else {}
