@@ -127,8 +127,8 @@ def _measure(spec: dict[str, Any], folder: Path, save: bool) -> dict[str, Any]:
     if save:
         place = folder / "models" / run_path(spec, folder).stem
         model.save_pretrained(place)
-        if (processor := task.processor()) is not None:
-            processor.save_pretrained(place)
+        if (tokenizer := task.processor()) is not None:
+            tokenizer.save_pretrained(place)
     metrics = task.evaluate(model, batches=1 if spec["quick"] else None)
     inputs = {name: c[:32] if isinstance(c, torch.Tensor) else c for name, c in next(task.test()).inputs.items()}
     return {
