@@ -10,7 +10,10 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+
+from hf_hardattn.errors import HardAttentionError
+from hf_hardattn.training.sharding import check_warmup
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "accelerate"
 NAMES = ("ddp", "fsdp2", "multi_node", "zero2", "zero3")
@@ -52,6 +55,15 @@ def test_deepspeed_configuration_builds_a_plugin(stage: int) -> None:
     assert made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is (stage == 3)
 
 
+def test_deepspeed_refuses_a_warm_up_of_selectors() -> None:
+    check_warmup(DistributedType.DEEPSPEED, 0)
+    check_warmup(DistributedType.FSDP, 5)
+    with pytest.raises(
+        HardAttentionError, match="selector_warmup_steps=5 has no effect under DeepSpeed; .*--train_selectors_only"
+    ):
+        check_warmup(DistributedType.DEEPSPEED, 5)
+
+
 def test_job_files_parse_and_name_real_flags() -> None:
     subprocess.run(["bash", "-n", FOLDER / "train.slurm"], check=True)
     task: dict[str, Any] = yaml.safe_load((FOLDER / "train.sky.yaml").read_text())
@@ -75,7 +87,6 @@ def test_train_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     from typer.testing import CliRunner
 
     from hf_hardattn.cli import app
-    from hf_hardattn.errors import HardAttentionError
 
     runner = CliRunner()
     assert "Exit code 143" in runner.invoke(app, ["train", "--help"]).output.replace("\n", " ")

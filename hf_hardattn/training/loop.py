@@ -35,7 +35,7 @@ from .order import Order, Streamed
 from .pictures import draw
 from .publishing import push, save_model
 from .results import Log, describe_data, describe_run, write_json
-from .sharding import name_fsdp_units, without_peft
+from .sharding import check_warmup, name_fsdp_units, without_peft
 
 logger = get_logger(__name__)
 
@@ -143,6 +143,7 @@ class Training:
                 "the training data is streamed, so nobody knows how long an epoch is; give --max_train_steps."
             )
         self.steps = args.max_train_steps or math.ceil(args.num_train_epochs * (self.examples or 0) / self.batch)
+        check_warmup(accelerator.distributed_type, args.selector_warmup_steps)
         data_seed = args.seed if args.data_seed is None else args.data_seed
         self.order = Streamed(task.train) if self.examples is None else Order(self.examples, data_seed)
         name_fsdp_units(accelerator, task.model)

@@ -1,13 +1,15 @@
-"""What FSDP must know of a model with hard layers."""
+"""What FSDP and DeepSpeed must know of a model with hard layers, and what they cannot do with it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from ..architectures import architecture_of
+from ..errors import HardAttentionError
 
 
 def without_peft(model: Any) -> Any:
@@ -33,3 +35,16 @@ def name_fsdp_units(accelerator: Accelerator, model: nn.Module) -> None:
         sorted(cls.__name__ for cls in layers if not wanted or {base.__name__ for base in cls.__mro__} & set(wanted))
         or wanted
     )
+
+
+def check_warmup(distributed_type: DistributedType, steps: int) -> None:
+    """Raise where the gradients of a warm-up cannot be held back.
+
+    Raises:
+        HardAttentionError: DeepSpeed, and ``steps`` > 0.
+    """
+    if steps and distributed_type == DistributedType.DEEPSPEED:
+        raise HardAttentionError(
+            f"selector_warmup_steps={steps} has no effect under DeepSpeed; its engine takes the step inside the backward pass, before the gradients "
+            "of everything else can be dropped. Train a first run with --train_selectors_only, or use DDP or FSDP2."
+        )
