@@ -316,61 +316,49 @@ METRICS = {
 
 def finetuning() -> str:
     """The table of the scripts' runs on real data: hard beside soft, with what it loses in points and what it saves in time."""
+    found = {name: ROOT / "results" / "finetuning" / f"{name}.json" for name in RUNS}
+    runs = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
     lines = [
         "| run | metric | soft | hard | hard - soft | at most 0.5 lost | random | kept | × stock (measured) | seeds |",
         "|---" * 10 + "|",
     ]
-    notes, timing = [], None
-    for name, title in RUNS.items():
-        path = ROOT / "results" / "finetuning" / f"{name}.json"
-        if not path.exists():
-            continue
-        r = json.loads(path.read_text())
-        arms, metric, scale = r["arms"], r["metric"], r["points_per_unit"]
-        cells = {arm: _spread(row[metric], scale) for arm, row in arms.items()}
-        lost, timing = r["hard_minus_soft"], r["timing"] or timing
+    for name, r in runs.items():
+        arms, metric, scale, lost = r["arms"], r["metric"], r["points_per_unit"], r["hard_minus_soft"]
+        soft, hard, chance = (
+            _spread(arms[arm][metric], scale) if arm in arms else "" for arm in ("soft", "hard", "random")
+        )
         works = {} if r["timing"] is None else r["timing"]["works"]
         speed = "; ".join(f"{work} {row['stock_over_hard']:.2f}" for work, row in works.items()) or "not measured"
+        held = "" if lost is None else "yes" if r["target"]["held"] else "no"
         lines.append(
-            f"| {title} | {METRICS[metric]} | {cells.get('soft', '')} | {cells['hard']} | "
-            f"{'' if lost is None else _signed(lost)} | {'yes' if r['target']['held'] else 'no'} | {cells.get('random', '')} | "
+            f"| {RUNS[name]} | {METRICS[metric]} | {soft} | {hard} | {'' if lost is None else _signed(lost)} | {held} | {chance} | "
             f"{arms['hard']['kept']['mean']:.0%} | {speed} | {len(r['seeds']['hard'])} |"
         )
-        notes.append(_beside(name, arms))
-    steps = "; ".join(
-        f"{name} {r['steps']['trunk']:,} + {r['steps']['branch']:,}"
-        for name, r in (
-            (n, json.loads((ROOT / "results" / "finetuning" / f"{n}.json").read_text()))
-            for n in RUNS
-            if (ROOT / "results" / "finetuning" / f"{n}.json").exists()
-        )
-    )
-    lines += [
-        "",
-        f"One soft trunk each, then soft, hard and random branches of equally many steps ({steps}). "
-        + " ".join(filter(None, notes)),
-    ]
+    steps = "; ".join(f"{RUNS[n]} {r['steps']['trunk']:,} + {r['steps']['branch']:,}" for n, r in runs.items())
+    lines += ["", f"One soft trunk each, then branches of equally many steps from it ({steps})."]
+    lines[-1] += "".join(f" {text}" for name, r in runs.items() for text in _beside(RUNS[name], r["arms"]))
+    timing = next((r["timing"] for r in runs.values() if r["timing"] is not None), None)
     if timing is not None:
         lines[-1] += (
-            f" Speed: {timing['threads']} {timing['device'].upper()} threads, {timing['dtype']}, medians of {timing['rounds']} interleaved rounds."
+            f" Speed: {timing['threads']} {timing['device'].upper()} threads, {timing['dtype']}, test rows, medians of "
         )
+        lines[-1] += f"{timing['rounds']} interleaved rounds."
     return "\n".join(lines)
 
 
-def _beside(name: str, arms: dict[str, Any]) -> str:
-    """The other metrics of a task, soft and hard, in a sentence."""
-    shown = {"bleu4_regex_tokens": "BLEU-4", "chrf": "chrF", "frame_recall": "planted frames kept"}
-    shown |= {
-        f"{way}_recall@{rank}": f"{way.replace('_', ' ')} R@{rank}"
-        for way in ("image_to_text", "text_to_image")
-        for rank in (1, 5)
-    }
-    found = [
-        f"{title} {_spread(arms['soft'][metric], 100 if metric == 'frame_recall' else 1)} / {_spread(arms['hard'][metric], 100 if metric == 'frame_recall' else 1)}"
-        for metric, title in shown.items()
-        if metric in arms["hard"] and "soft" in arms
+BESIDE = {"bleu4_regex_tokens": ("BLEU-4", 1), "chrf": ("chrF", 1), "frame_recall": ("planted frames kept, %", 100)}
+BESIDE |= {"image_to_text_recall@1": ("image to text R@1", 1), "image_to_text_recall@5": ("R@5", 1)}
+BESIDE |= {"text_to_image_recall@1": ("text to image R@1", 1), "text_to_image_recall@5": ("R@5", 1)}
+
+
+def _beside(title: str, arms: dict[str, Any]) -> list[str]:
+    """The other metrics of a run, soft and hard, in a sentence; none where it has none."""
+    shown = [
+        f"{name} {_spread(arms['soft'][metric], scale)} / {_spread(arms['hard'][metric], scale)}"
+        for metric, (name, scale) in BESIDE.items()
+        if "soft" in arms and metric in arms["hard"]
     ]
-    return f"{RUNS[name]}, soft / hard: {', '.join(found)}." if found else ""
+    return [f"{title}, soft / hard: {', '.join(shown)}."] if shown else []
 
 
 def _signed(value: dict[str, Any]) -> str:
