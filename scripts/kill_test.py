@@ -23,9 +23,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -82,8 +81,7 @@ def appeared(path: Path, began: float) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class Aim:
+class Aim(NamedTuple):
     """When to kill: ``wait`` seconds after ``due``, which is told the time of the start. last: the model itself is being written then."""
 
     due: Callable[[float], bool]
