@@ -337,12 +337,12 @@ def finetuning() -> str:
     steps = "; ".join(f"{RUNS[n]} {r['steps']['trunk']:,} + {r['steps']['branch']:,}" for n, r in runs.items())
     lines += ["", f"One soft trunk each, then branches of equally many steps from it ({steps})."]
     lines[-1] += "".join(f" {text}" for name, r in runs.items() for text in _beside(RUNS[name], r["arms"]))
-    timing = next((r["timing"] for r in runs.values() if r["timing"] is not None), None)
-    if timing is not None:
+    timed = {n: r["timing"] for n, r in runs.items() if r["timing"] is not None}
+    if timed:
+        how = "; ".join(f"{RUNS[n]} threads {t['threads']}, rounds {t['rounds']}" for n, t in timed.items())
         lines[-1] += (
-            f" Speed: {timing['threads']} {timing['device'].upper()} threads, {timing['dtype']}, test rows, medians of "
+            f" Speed: CPU, float32, test rows, medians of interleaved rounds, other work on the machine ({how})."
         )
-        lines[-1] += f"{timing['rounds']} interleaved rounds."
     return "\n".join(lines)
 
 
