@@ -173,6 +173,9 @@ def test_what_cannot_be_explained(tmp_path: Path, photos: Path) -> None:
         read_inputs(str(tmp_path / "t.csv"), "txt")
     assert read_inputs("no such file, so a text") == ["no such file, so a text"]
     assert len(read_inputs(str(photos), limit=2)) == 2
+    (photos / "table.csv").write_text("image,text\n0.png,a cat\nnone.png,a dog\n")
+    first, missing = read_inputs(str(photos / "table.csv"), "image")
+    assert first.size == read_inputs(str(photos / "0.png"))[0].size and missing == "none.png"
 
 
 def test_every_form_of_a_checkpoint_is_explained(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ def read_inputs(given: str, column: str | None = None, limit: int = 8) -> list[A
 
     Args:
         given: path of an image, of a folder of images, of a csv, tsv, json, jsonl or parquet file, or of a data set saved by
-            ``save_to_disk``; anything else is the text itself. column: of the file or data set. limit: inputs at most.
+            ``save_to_disk``; anything else is the text itself. column: of the file or data set; paths of images in it, from the
+            file's folder on, are read. limit: inputs at most.
 
     Raises:
         HardAttentionError: a file of another kind, an empty folder, a missing column.
@@ -28,7 +29,7 @@ def read_inputs(given: str, column: str | None = None, limit: int = 8) -> list[A
             raise HardAttentionError(
                 f"no column {column!r} in {given}; it has: {', '.join(rows.column_names)}. Name another with --column."
             )
-        return [rows[i][column] for i in range(min(limit, len(rows)))]
+        return [_value(rows[i][column], path.parent) for i in range(min(limit, len(rows)))]
     if len(given) > 250 or not path.exists():
         return [given]
     if path.is_dir():
@@ -61,6 +62,12 @@ def read_table(given: str) -> Any:
     raise HardAttentionError(
         f"{given} is no data set; name a {', '.join(FILES)} file or a folder saved by save_to_disk."
     )
+
+
+def _value(value: Any, folder: Path) -> Any:
+    """A cell of a table, opened where it is the path of an image."""
+    names_image = isinstance(value, str) and value.lower().endswith(IMAGES) and (folder / value).is_file()
+    return _image(folder / value) if names_image else value
 
 
 def _image(path: Path) -> Any:

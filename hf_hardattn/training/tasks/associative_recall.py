@@ -33,7 +33,7 @@ class AssociativeRecall(Drawn):
         "tie_word_embeddings": False,
         "initializer_factor": 0.1,
     }
-    recipe = Recipe(trunk_steps=1200, branch_steps=300, learning_rate=5e-3, weight_decay=0.0, trunk_warmup=1, ramp=0.7)
+    recipe = Recipe(trunk_steps=3000, branch_steps=300, learning_rate=5e-3, weight_decay=0.0, trunk_warmup=1, ramp=0.7)
 
     def __init__(
         self, facts: int = 16, queries: int = 8, keys: int = 32, values: int = 16, test_rows: int = 500
