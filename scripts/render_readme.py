@@ -250,15 +250,15 @@ def translation() -> list[str]:
             ]
             kept = "100%" if "kept" not in found else f"{found['kept']['mean']:.0%}"
             lines.append(f"| {title} | {' | '.join(cells)} | {kept} |")
-        notes.append(f"{len(r['seeds'])} (`{name}`)")
         recipe = r["recipe"]
+        notes.append(f"`{name}` {len(r['seeds'])} x {recipe['branch_steps']} steps")
     if not notes:
         return []
     return [
         *lines,
         "",
         f"A T5 of 2 + 1 layers trained from scratch on pairs of Debian's package descriptions, greedy decoding; one soft trunk of "
-        f"{recipe['trunk_steps']:,} steps for all, then {recipe['branch_steps']} steps each, soft too. Seeds of the branches: {', '.join(notes)}.",
+        f"{recipe['trunk_steps']:,} steps for all, then branches of equal length, soft too: seeds x steps are {', '.join(notes)}.",
     ]
 
 
