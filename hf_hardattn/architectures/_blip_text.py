@@ -146,11 +146,14 @@ class HardBlipTextLayers(HardLayers):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        gates, mask = self.source_gates(state), as_bool(encoder_attention_mask)
-        if source is not None and self.source_slots is not None and gates is None:
-            if index == 0:
-                state.source = as_keys((source != 0).any(-1))  # an all-zero row was dropped
-            mask = state.source if mask is None else mask & state.source
+        gates = self.source_gates(state)
+        if index == 0:  # once for all layers
+            mask, alive = as_bool(encoder_attention_mask), None
+            if source is not None and self.source_slots is not None and gates is None:
+                alive = as_keys((source != 0).any(-1))  # an all-zero row was dropped
+                mask = alive if mask is None else mask & alive
+            state.source = as_bool(attention_mask), mask, alive
+        attention_mask, mask, alive = state.source
         if source is not None:
             gates = self.key_gates(state, layer.crossattention.self, gates)
         hidden, *leaves = layer(
@@ -161,7 +164,7 @@ class HardBlipTextLayers(HardLayers):
             past_key_values,
             self.key_gates(state, layer.attention.self, None),
             gates,
-            state.source,
+            alive,
             kept=state.kept,
             stream=state.stream,
             **kwargs,
