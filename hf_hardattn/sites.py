@@ -120,8 +120,10 @@ class AttentionSite:
             output ``[B, Q, H * d]``; attention weights ``[B, H, Q, N]`` when asked for.
         """
         query, selector = self.project_query(hidden), self.active_selector()
-        size, allowed = query.shape[-1], as_bool(mask)
-        filled = cache is not None and cache.filled
+        size, filled = query.shape[-1], cache is not None and cache.filled
+        settled = filled and (self.follows is not None or selector is not None and selector.once)
+        plain = selector is None and gates is None and bias is None and mask is not None and mask.dtype == query.dtype
+        allowed = None if settled or plain else as_bool(mask)
         if selector is not None and selector.once and not filled:
             kept = self._choose(source, selector, allowed, made, gates, bias)
             gates = product(kept.gates, gates)
@@ -142,12 +144,15 @@ class AttentionSite:
             if cache is not None:
                 key, value = cache.update(key, value)
         key, features = key[..., :size], key[..., size:]
-        if filled and (self.follows or selector is not None and selector.once):
-            # kept keys of an earlier step; an extra column marks the slots in use, where not all are
-            used = features[..., 0].unsqueeze(2) > 0.5 if features.shape[-1] else None
-            if used is None and allowed is not None and allowed.shape[-1] == key.shape[2]:
-                used = allowed
+        if settled:
+            # kept keys of an earlier step; an extra column marks the slots in use, where not all are: as a bias, which needs no mask made
+            if features.shape[-1]:
+                unused = (features[..., 0].unsqueeze(2) - 1) * torch.finfo(key.dtype).max
+                return self._output(query, key, value, None, None, unused, weights)
+            used = as_bool(mask) if mask is not None and mask.shape[-1] == key.shape[2] else None
             return self._output(query, key, value, used, None, None, weights)
+        if plain:  # an additive mask, as the kernel takes it
+            return self._output(query, key, value, None, None, mask, weights)
         if selector is None:
             return self._output(query, key, value, allowed, as_keys(gates), bias, weights)
         if reads_logits:

@@ -152,8 +152,8 @@ class HardBlipTextLayers(HardLayers):
             if source is not None and self.source_slots is not None and gates is None:
                 alive = as_keys((source != 0).any(-1))  # an all-zero row was dropped
                 mask = alive if mask is None else mask & alive
-            state.source = as_bool(attention_mask), mask, alive
-        attention_mask, mask, alive = state.source
+            state.source = mask, alive
+        mask, alive = state.source
         if source is not None:
             gates = self.key_gates(state, layer.crossattention.self, gates)
         hidden, *leaves = layer(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -59,16 +58,25 @@ def profile_call(call: Callable[[], object]) -> Profile:
     return Profile({part: value / total for part, value in seconds.items()}, peak, output)
 
 
-def streaming_rows(dtype: torch.dtype, size: int = 4096, many: int = 64) -> float:
-    """Rows at which a product with weights takes as long on this machine as reading them: with fewer (decoding), fewer FLOPs are no saving."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    weight = torch.randn(size, size, device=device, dtype=dtype)
-    rows = {n: torch.randn(n, size, device=device, dtype=dtype) for n in (1, many)}
+def streaming_rows(dtype: torch.dtype, size: int = 4096, copies: int = 8, many: int = 64) -> float:
+    """Rows at which a product with weights takes as long on this machine as reading them: with fewer (decoding), fewer FLOPs are no saving.
+
+    Args:
+        size: a side of the weights. copies: of them, read in turn, together more than any cache holds.
+    """
+    place = dict(device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
+    weights = [torch.ones(size, size, **place) for _ in range(copies)]
+    one, rows = torch.ones(1, size, **place), torch.ones(many, size, **place)
+
+    def read() -> None:
+        for weight in weights:
+            nn.functional.linear(one, weight)
+
     with torch.inference_mode():
-        calls = {str(n): partial(nn.functional.linear, states, weight) for n, states in rows.items()}
+        calls = {"read": read, "compute": lambda: nn.functional.linear(rows, weights[0])}
         timed = interleaved_seconds(calls, rounds=5, warmup=1)
-    one, all_ = (statistics.median(timed[str(n)]) for n in rows)
-    return max(1.0, one / (all_ / many))
+    reading, computing = (statistics.median(timed[name]) for name in ("read", "compute"))
+    return max(1.0, reading / copies / (computing / many))
 
 
 def amdahl(shares: Mapping[str, float], before: Mapping[str, float], after: Mapping[str, float]) -> float:

@@ -63,6 +63,8 @@ def pareto(results: dict[str, Any], path: Path) -> None:
 def growth(results: dict[str, Any], path: Path) -> None:
     """Seconds and peak memory against length, log-log; one column a model."""
     plt = _pyplot()
+    from matplotlib.ticker import LogLocator
+
     models = list(dict.fromkeys(group["workload"]["model"] for group in results["groups"]))
     figure, axes = plt.subplots(2, len(models), figsize=(5 * len(models), 7), layout="constrained", squeeze=False)
     for column, model in enumerate(models):
@@ -88,6 +90,8 @@ def growth(results: dict[str, Any], path: Path) -> None:
         for axis, what in ((axes[0][column], "seconds"), (axes[1][column], "peak memory, MiB")):
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
             every = sorted({group["workload"]["size"] for group in groups})
             axis.set_xticks(every, [f"{size:,}" for size in every], fontsize=8)
             axis.minorticks_off()
