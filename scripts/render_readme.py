@@ -144,31 +144,32 @@ def break_even() -> str:
             longest = max(speeds)
             start = f"from {min(pays):,} tokens on" if pays else "at no length tried"
             shown.append(f"`{name}` {start} ({speeds[longest]:.2f} × at {longest:,})")
-    return f"Break-even against stock, T5 ([table](results/bench/break_even.md), losses included): {'; '.join(shown)}."
+    return f"Break-even against stock, four layers of T5-base ([table](results/bench/break_even.md), losses included): {'; '.join(shown)}."
 
 
 def growth() -> str:
-    """What a fixed number of kept positions costs at the shortest and at the longest input, in a sentence."""
+    """What a fixed number of kept positions costs from the shortest to the longest input, in a sentence."""
     groups, shown = _suite("growth"), []
     for model, unit in (("t5_encoder", "tokens"), ("vit", "px")):
         held = [group for group in groups if group["workload"]["model"] == model]
         if len(held) < 2:
             continue
         (name,) = held[0]["hard"]
-        ends = (held[0], held[-1])
-        cells = [
-            f"{1e3 * group['rows'][name]['later_layers_seconds']:,.0f} ms of {1e3 * group['rows'][name]['seconds']['median']:,.0f} at "
-            f"{group['workload']['size']:,} {unit}"
-            for group in ends
-        ]
-        last = [group for group in held if "stock" in group["rows"]][-1]
-        stock = last["rows"]["stock"]["seconds"]["median"]
-        shown.append(f"`{name}` {' and '.join(cells)} (stock {1e3 * stock:,.0f} ms at {last['workload']['size']:,})")
+        sizes = [group["workload"]["size"] for group in held]
+        later = [1e3 * group["rows"][name]["later_layers_seconds"] for group in held]
+        whole, stock = (
+            [1e3 * group["rows"][row]["seconds"]["median"] for group in held if row in group["rows"]]
+            for row in (name, "stock")
+        )
+        shown.append(
+            f"`{name}` from {sizes[0]:,} to {sizes[-1]:,} {unit}: {min(later):,.0f} to {max(later):,.0f} ms behind the choice, "
+            f"{whole[0]:,.0f} to {whole[-1]:,.0f} ms in all (stock {stock[0]:,.0f} to {stock[-1]:,.0f})"
+        )
     if not shown:
         return ""
     return (
-        f"At a fixed count the layers behind the choice cost the same at every length; what grows is the embedding, the scorer and the choice, which "
-        f"read all positions ([picture](results/bench/growth.png)): {'; '.join(shown)}."
+        "At a fixed count, what lies behind the choice costs the same at every length; the embedding, the scorer and the choice read all positions and "
+        f"grow ([picture](results/bench/growth.png), two layers): {'; '.join(shown)}."
     )
 
 

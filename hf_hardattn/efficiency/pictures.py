@@ -133,7 +133,7 @@ def break_even(results: dict[str, Any], path: Path) -> None:
     axis.set_yticks([0.5, 1, 2, 4, 8], ["0.5×", "1×", "2×", "4×", "8×"])
     axis.set_xlabel("tokens")
     axis.set_ylabel("speed against stock (below 1: a loss)")
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    axis.legend(fontsize=7, handlelength=3.5, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
