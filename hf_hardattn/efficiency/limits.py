@@ -64,7 +64,7 @@ def streaming_rows(dtype: torch.dtype, size: int = 4096, copies: int = 8, many: 
     Args:
         size: a side of the weights. copies: of them, read in turn, together more than any cache holds.
     """
-    place = dict(device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
+    place: dict[str, Any] = dict(device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
     weights = [torch.ones(size, size, **place) for _ in range(copies)]
     one, rows = torch.ones(1, size, **place), torch.ones(many, size, **place)
 
