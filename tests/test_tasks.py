@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import hf_hardattn
 from hf_hardattn import HardAttentionConfig, apply, replay
@@ -46,6 +47,12 @@ def data(tmp_path_factory):
     finally:
         sys.path.remove(str(SCRIPTS))
     train_tokenizer([text for row in rows for text in row.values()], 60).save(str(pairs / "tokenizer.json"))
+    stamps = tmp_path_factory.mktemp("stamps")
+    for split, start in (("train", 0), ("test", 40), ("validation", 80)):
+        captions = [{"caption": f"A stamp of the number {n}."} for n in range(start, start + 40)]
+        (stamps / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+        save_file({"features": torch.randn(40, 9, 5, generator=draw).half()}, stamps / f"{split}.safetensors")
+    train_tokenizer([row["caption"] for row in captions], 60).save(str(stamps / "tokenizer.json"))
     digits = tmp_path_factory.mktemp("digits")
     for digit in range(10):
         pixels = torch.rand(20 * 28 * 28, generator=draw).mul(99).round().div(99)
@@ -55,6 +62,7 @@ def data(tmp_path_factory):
     few["translated_digits"]["folder"] = str(digits)
     few |= {name: {"test_rows": 30} for name in ("planted_rationale", "associative_recall")}
     few["cluttered_fashion"]["folder"], few["translation"] = str(fashion), {"folder": str(pairs)}
+    few["stamp_captions"] = {"folder": str(stamps)}
     return few
 
 
@@ -94,7 +102,7 @@ class TestEveryTask:
 
 
 def _rows(inputs):
-    column = inputs.get("pixel_values", inputs.get("input_ids"))
+    column = next(inputs[name] for name in ("pixel_values", "input_ids", "inputs_embeds") if name in inputs)
     return {tuple(row[row != 0].tolist()) for row in column.flatten(1)}
 
 
