@@ -46,17 +46,17 @@ from hf_hardattn.training.results import read_json, write_json
 RESULTS = Path("results/needle.json")
 LIMIT = 8 * 2**30  # bytes a model may allocate
 # kind: comparison that trained it, its hard variant, positions to keep, and size to (test examples, the soft model runs too)
-TESTS: dict[str, tuple[str, str, int, dict[int, tuple[int, bool]]]] = {
+TESTS: dict[str, tuple[str, str, tuple[int, ...], dict[int, tuple[int, bool]]]] = {
     "image": (
         "needle",
         "scout",
-        8,
+        (8, 64),
         {256: (500, True), 512: (500, True), 1024: (300, True), 2048: (200, False), 4096: (100, False)},
     ),
     "text": (
         "long_text",
         "simple",
-        16,
+        (16,),
         {
             1024: (300, True),
             2048: (300, True),
@@ -82,23 +82,22 @@ def accuracy(kinds: list[str], seeds: int, folder: Path) -> dict[str, list[dict[
     """Test the trained models at every size."""
     found: dict[str, list[dict[str, Any]]] = {}
     for kind in kinds:
-        comparison, variant, budget, sizes = TESTS[kind]
+        comparison, variant, budgets, sizes = TESTS[kind]
         found[kind] = []
         for seed in range(seeds):
-            models = {
-                name: load(kind, folder / comparison / "models" / f"{name}-{seed}")
-                for name in ("soft", "random", variant)
-            }
-            for name, model in models.items():
-                for selector in hf_hardattn.selectors(model).values():
-                    selector.config = hf_hardattn.SiteConfig(**{**vars(selector.config), "budget": budget})
-                    selector.budget_schedule = None
-                for size, (count, whole) in sizes.items():
-                    if name != variant and not whole:  # a choice at random is not better for a larger haystack
-                        continue
-                    row = {"model": "hard" if name == variant else name, "seed": seed, "size": size, "examples": count}
-                    found[kind].append(row | right(kind, model, size, count))
-                    print(found[kind][-1], flush=True)
+            for name in ("soft", "random", variant):
+                model = load(kind, folder / comparison / "models" / f"{name}-{seed}")
+                for keep in budgets if name == variant else budgets[:1]:
+                    for selector in hf_hardattn.selectors(model).values():
+                        selector.config = hf_hardattn.SiteConfig(**{**vars(selector.config), "budget": keep})
+                        selector.budget_schedule = None
+                    for size, (count, whole) in sizes.items():
+                        if name != variant and not whole:  # a random choice is no better in a larger haystack
+                            continue
+                        told = "hard" if name == variant else name
+                        row = {"model": told, "keep": keep, "seed": seed, "size": size, "examples": count}
+                        found[kind].append(row | right(kind, model, size, count))
+                        print(found[kind][-1], flush=True)
     return found
 
 
@@ -198,19 +197,25 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Accuracy, time, FLOPs and memory against size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 6.2), layout="constrained")
-    axes = figure.subplots(2, 4)
-    for line, kind in zip(axes, ("image", "text"), strict=True):
+    kinds = list(results["accuracy"])
+    figure = Figure(figsize=(13, 3.2 * len(kinds)), layout="constrained")
+    axes = figure.subplots(len(kinds), 4, squeeze=False)
+    for line, kind in zip(axes, kinds, strict=True):
         rows, unit = results["accuracy"][kind], "pixels a side" if kind == "image" else "tokens"
-        for model, colour in (("soft", "0.45"), ("hard", "C0"), ("random", "C1")):
-            sizes = sorted({row["size"] for row in rows if row["model"] == model})
-            share = [statistics.fmean(r["exact"] for r in rows if (r["model"], r["size"]) == (model, s)) for s in sizes]
-            line[0].plot(sizes, [100 * value for value in share], "o-", color=colour, label=model, markersize=4)
+        colours = {"soft": "0.45", "random": "C1", "hard": "C0"}
+        for model, keep in dict.fromkeys((row["model"], row["keep"]) for row in rows):
+            held = [row for row in rows if (row["model"], row["keep"]) == (model, keep)]
+            sizes = sorted({row["size"] for row in held})
+            share = [100 * statistics.fmean(row["exact"] for row in held if row["size"] == size) for size in sizes]
+            style = "o--" if keep != TESTS[kind][2][0] else "o-"
+            name = model if model == "soft" else f"{model}, {keep} kept"
+            line[0].plot(sizes, share, style, color=colours[model], label=name, markersize=4)
         line[0].set_ylabel("right, %" if kind == "image" else "all needles right, %")
         line[0].set_ylim(0, 102)
         line[0].legend(fontsize=8)
-        for index, name in enumerate([n for n in COSTS if (n == "T5 encoder") == (kind == "text")]):
-            held = [row for row in results["cost"]["rows"] if row["model"] == name]
+        measured = [row for row in results["cost"]["rows"] if (row["model"] == "T5 encoder") == (kind == "text")]
+        for index, name in enumerate(dict.fromkeys(row["model"] for row in measured)):
+            held = [row for row in measured if row["model"] == name]
             for key, style in (("stock", ":"), ("hard", "-")):
                 for axis, what, scale in (
                     (line[1], "seconds", 1.0),

@@ -385,24 +385,22 @@ def needles() -> list[str]:
     if not path.exists():
         return []
     r = json.loads(path.read_text())
-    lines = [
-        "| one needle in | size | soft | hard | needle kept by hard | random | examples × seeds |",
-        "|---" * 7 + "|",
-    ]
+    lines = ["| needles in | soft | random | hard | with the needles kept | examples × seeds |", "|---" * 6 + "|"]
     for kind, rows in r["accuracy"].items():
         for size in sorted({row["size"] for row in rows}):
             here = [row for row in rows if row["size"] == size]
-
-            def mean(model: str, what: str = "exact", here: list[dict[str, Any]] = here) -> str:
-                values = [row[what] for row in here if row["model"] == model]
-                return f"{statistics.fmean(values):.1%}" if values else "not run"
-
-            seeds = {row["seed"] for row in here}
-            unit = f"{size:,} px" if kind == "image" else f"{size:,} tokens"
-            name = "images, 8 patches kept" if kind == "image" else "documents of four, 16 tokens kept"
+            keeps = sorted({row["keep"] for row in here if row["model"] == "hard"})
+            cells = []
+            for model, what in (("soft", "exact"), ("random", "exact"), ("hard", "exact"), ("hard", "needle_kept")):
+                each = [
+                    [row[what] for row in here if row["model"] == model and row["keep"] == keep]
+                    for keep in (keeps if model == "hard" else keeps[:1])
+                ]
+                cells.append(" / ".join(f"{statistics.fmean(values):.1%}" for values in each if values) or "not run")
+            unit, what = ("px", "image, patches") if kind == "image" else ("tokens", "document, tokens")
             lines.append(
-                f"| {name} | {unit} | {mean('soft')} | {mean('hard')} | {mean('hard', 'needle_kept')} | {mean('random')} | "
-                f"{here[0]['examples']} × {len(seeds)} |"
+                f"| {what} kept {' / '.join(map(str, keeps))} of {size:,} {unit} | {' | '.join(cells)} | "
+                f"{here[0]['examples']} × {len({row['seed'] for row in here})} |"
             )
     if "cost" not in r:
         return lines
