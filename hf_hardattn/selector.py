@@ -283,6 +283,8 @@ class Selector(nn.Module):
             mask = forced.expand(shape) & valid
             mask = mask if always is None else mask | always
             slots, full, lengths = self._asked(mask)
+            if not (self.data_dependent or self.config.pack):
+                lengths = None  # as the choice itself runs: what is compared with it must not differ in its last bits
             return Selection(
                 self.site,
                 mask,

@@ -136,9 +136,12 @@ def test_explain_a_caption(tmp_path: Path, photos: Path) -> None:
     subject = Subject.load(str(blip(tmp_path / "blip")))
     made = explain(subject, read_inputs(str(photos / "0.png")), measure=False)
     assert made.count("<img") == 2 and "For each word, the patches" in made
-    # so small a model may leak nothing on a batch; either way the page says which
-    leaks = "the vision&#x27;s layers (they mixed it into the kept rows)" in made
-    assert "text.cross.0: keeps " in made and (leaks or "did not influence the output in this batch" in made)
+    # so small a model may leak nothing on a batch, and its queries may keep every patch between them; the page says which
+    known = (
+        "the vision&#x27;s layers (they mixed it into the kept rows)",
+        "did not influence the output in this batch",
+    )
+    assert "text.cross.0: keeps " in made and any(text in made for text in (*known, "none is dropped altogether"))
 
 
 def test_a_comparison_that_is_left_out_is_named(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
