@@ -283,8 +283,6 @@ class Selector(nn.Module):
             mask = forced.expand(shape) & valid
             mask = mask if always is None else mask | always
             slots, full, lengths = self._asked(mask)
-            if not (self.data_dependent or self.config.pack):
-                lengths = None  # as the choice itself runs: what is compared with it must not differ in its last bits
             return Selection(
                 self.site,
                 mask,
@@ -334,10 +332,8 @@ class Selector(nn.Module):
         if penalty is not None and self.target is not None and penalty.shape[-1] == self.target.shape[1] > 1:
             present = (self.target != 0).any(-1)[:, None]  # a padding query has no target to explain
             penalty = penalty * present * (present.numel() / present.sum().clamp(min=1))
-        full, lengths = (
-            dense and not self.loose and not self.scorer.monotonic,
-            None,
-        )  # near the end less is left than the budget
+        # of monotonic choices the last find less left than the budget
+        full, lengths = dense and not self.loose and not self.scorer.monotonic, None
         if self.config.estimator == "soft" or self.loose:
             slots = most - extra
         elif (self.data_dependent or self.config.pack) and not (self.training and self.masked):
@@ -361,9 +357,10 @@ class Selector(nn.Module):
 
     def _asked(self, mask: Tensor) -> tuple[int, bool, tuple[int, ...] | None]:
         """Slots that a choice needs, whether every row fills them, and how many positions each row keeps where rows are packed: the one
-        place that waits for the device."""
+        place that waits for the device. A replayed choice is packed where the choice itself would be, or last bits would differ."""
         kept = mask.sum(-1)
         most, least = (int(number) for number in torch.stack((kept.max(), kept.min())).tolist())
         slots = max(1, most)
-        packs = self.config.pack is not False and not self.masked and kept.shape[1:].numel() == 1 and least < most
+        wanted = self.data_dependent if self.config.pack is None else self.config.pack
+        packs = wanted and not self.masked and kept.shape[1:].numel() == 1 and least < most
         return slots, least == slots, tuple(kept.flatten().tolist()) if packs else None

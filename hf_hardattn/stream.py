@@ -53,24 +53,34 @@ class Stream:
     packing: Packing | None = None
 
     def select(
-        self, selector: Selector, hidden: Tensor, states: Tensor | None = None, projections: Projections | None = None
-    ) -> tuple[Tensor, Stream, Selection]:
-        """Choose among the rows of ``hidden`` ``[B, N, D]``; gathered execution drops the others.
+        self,
+        selector: Selector | None,
+        hidden: Tensor,
+        made: Made,
+        projections: Projections | None = None,
+        states: Tensor | None = None,
+    ) -> tuple[Tensor, Stream]:
+        """Choose among the rows of ``hidden`` ``[B, N, D]``, and note the choice in ``made``; gathered execution drops the others. No selector, or
+        one that is switched off, leaves all as it is.
 
         Args:
-            states: what the scorer reads, ``[B, N, D]``; ``hidden`` by default.
+            states: what a scorer reads that asks for the attention's projections, ``[B, N, D]``; ``hidden`` by default.
         """
+        if selector is None or not selector.enabled:
+            return hidden, self
         valid = self.valid
         if self.gates is not None:
             present = self.gates.detach() > 0
             valid = present if valid is None else valid & present
-        features = selector.keys(hidden if states is None else states, valid, projections=projections)
+        states = states if states is not None and selector.scorer.needs_projections else hidden
+        features = selector.keys(states, valid, projections=projections)
         required = required_rows(selector.always, (hidden.shape[0], hidden.shape[1]), valid, hidden.device)
-        context = selector.context(hidden if states is None else states, valid)
+        context = selector.context(states, valid)
         selection = selector(features, as_keys(valid), as_keys(required), most=self.slots, context=context)
         selection.positions = self.positions
+        made.append(selection)
         stream, indices = self.after(selector, selection, (hidden.shape[0], hidden.shape[1]))
-        return hidden if indices is None else keep_rows(hidden, indices), stream, selection
+        return hidden if indices is None else keep_rows(hidden, indices), stream
 
     def after(self, selector: Selector, selection: Selection, shape: tuple[int, int]) -> tuple[Stream, Tensor | None]:
         """The stream behind a selection among its rows, and which of them go on, int64 ``[B, K]``; None: all stay in place.

@@ -102,11 +102,8 @@ class HardBlipEncoderLayer(BlipEncoderLayer):
             return super().forward(hidden_states, **kwargs)
         stream, made = replace(stream, gates=gates), Made()
         projections = self.self_attn.projections(self.layer_norm1)
-        if self.input_selector is not None and self.input_selector.enabled:
-            hidden_states, stream, selection = stream.select(
-                self.input_selector, hidden_states, projections=projections
-            )
-            made.append(selection)
+        hidden_states, stream = stream.select(self.input_selector, hidden_states, made, projections)
+        if made:
             key_gates = stream.gates
         packing = self.self_attn.packing(stream, key_gates, kwargs)
         output = super().forward(
@@ -119,10 +116,7 @@ class HardBlipEncoderLayer(BlipEncoderLayer):
         )
         output = output if packing is None else packing.to_padded(output)
         place(made, stream)
-        if self.selector is not None and self.selector.enabled:
-            states = hidden_states if self.selector.scorer.needs_projections else None
-            output, stream, selection = stream.select(self.selector, output, states, projections)
-            made.append(selection)
+        output, stream = stream.select(self.selector, output, made, projections, states=hidden_states)
         return output, *pack(stream, made)
 
 

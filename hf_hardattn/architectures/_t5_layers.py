@@ -13,7 +13,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5Block
 from .. import distances
 from ..attention import keep_rows
 from ..layers import HardLayers, TowerState
-from ..selection import Selection, mask_to_indices
+from ..selection import mask_to_indices
 from ..sites import AttentionSite, Cache, wants_weights
 from ..stream import Made, Stream, mask_rows, pack, place, unpack
 
@@ -120,16 +120,14 @@ class HardT5Block(T5Block):
         if stream is None:
             return super().forward(hidden_states, attention_mask, position_bias, *cross, **kwargs)
         stream, made = replace(stream, gates=gates), Made()
-        attention, norm = self.layer[0].SelfAttention, self.layer[0].layer_norm
-        if self.input_selector is not None and self.input_selector.enabled:
-            before = stream.positions
-            hidden_states, stream, selection = stream.select(
-                self.input_selector, hidden_states, projections=attention.projections(norm)
-            )
+        attention = self.layer[0].SelfAttention
+        projections = attention.projections(self.layer[0].layer_norm)
+        before = stream.positions
+        hidden_states, stream = stream.select(self.input_selector, hidden_states, made, projections)
+        position_bias = left(position_bias, stream, before, made)
+        if made:
             attention_mask = stream.mask(attention_mask, attention.config._attn_implementation, hidden_states.dtype)
-            made.append(selection)
             key_gates = stream.gates
-            position_bias = left(position_bias, stream, before, selection)
         packing = attention.packing(stream, key_gates, kwargs)
         output, position_bias, cross_bias = super().forward(
             hidden_states if packing is None else packing.to_packed(hidden_states),
@@ -145,12 +143,9 @@ class HardT5Block(T5Block):
         )
         output = output if packing is None else packing.to_padded(output)
         place(made, stream)
-        if self.selector is not None and self.selector.enabled:
-            states = hidden_states if self.selector.scorer.needs_projections else None
-            before = stream.positions
-            output, stream, selection = stream.select(self.selector, output, states, attention.projections(norm))
-            made.append(selection)
-            position_bias = left(position_bias, stream, before, selection)
+        before = stream.positions
+        output, stream = stream.select(self.selector, output, made, projections, states=hidden_states)
+        position_bias = left(position_bias, stream, before, made)
         return output, position_bias, cross_bias, *pack(stream, made)
 
 
@@ -245,11 +240,11 @@ def distance_table(attention: T5Attention, length: int) -> Tensor:
     return attention.relative_attention_bias(bucket).t().contiguous()
 
 
-def left(bias: Tensor | None, stream: Stream, before: Tensor | None, selection: Selection) -> Tensor | None:
-    """The bias between the rows that a selection left; ``before``: their positions until then."""
+def left(bias: Tensor | None, stream: Stream, before: Tensor | None, made: Made) -> Tensor | None:
+    """The bias between the rows that the last selection left; ``before``: their positions until then."""
     if bias is None or stream.positions is before:  # dropped nothing, or runs masked
         return bias
-    indices = selection.indices[:, 0, 0].expand(len(stream.positions), -1)
+    indices = made[-1].indices[:, 0, 0].expand(len(stream.positions), -1)
     return distances.pairs(bias, indices) if distances.is_table(bias) else keep_pairs(bias, indices)
 
 

@@ -94,24 +94,18 @@ class HardViTLayer(ViTLayer):
             return super().forward(hidden_states, attention_mask, **kwargs)
         stream, made = replace(stream, gates=gates), Made()
         projections = self.attention.projections(self.layernorm_before)
-        if self.input_selector is not None and self.input_selector.enabled:
-            hidden_states, stream, selection = stream.select(
-                self.input_selector, hidden_states, projections=projections
-            )
+        hidden_states, stream = stream.select(self.input_selector, hidden_states, made, projections)
+        if made:
             attention_mask = stream.mask(
                 attention_mask, self.attention.config._attn_implementation, hidden_states.dtype
             )
-            made.append(selection)
             key_gates = stream.gates
         packing = self.attention.packing(stream, key_gates, kwargs)
         rows = hidden_states if packing is None else packing.to_packed(hidden_states)
         output = super().forward(rows, attention_mask, gates=key_gates, made=made, packing=packing, **kwargs)
         output = output if packing is None else packing.to_padded(output)
         place(made, stream)
-        if self.selector is not None and self.selector.enabled:
-            states = hidden_states if self.selector.scorer.needs_projections else None
-            output, stream, selection = stream.select(self.selector, output, states, projections)
-            made.append(selection)
+        output, stream = stream.select(self.selector, output, made, projections, states=hidden_states)
         return output, *pack(stream, made)
 
 

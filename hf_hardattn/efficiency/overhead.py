@@ -12,7 +12,7 @@ from torch import nn
 
 from ..architectures import architecture_of
 from ..recording import selectors
-from ..stream import Stream
+from ..stream import Made, Stream
 from .timing import interleaved_seconds, ratios
 from .workloads import Workload
 
@@ -45,7 +45,7 @@ def selection_overhead(
         hidden = seen["args"][0]
         calls = {
             "layer": lambda: block(*seen["args"], **seen["kwargs"]),
-            "selection": lambda: Stream().select(selector, hidden),
+            "selection": lambda: Stream().select(selector, hidden, Made()),
         }
         timed = interleaved_seconds(calls, rounds=9, warmup=2, seconds=20.0)
     share = sorted(1 / ratio for ratio in ratios(timed, "layer")["selection"])
