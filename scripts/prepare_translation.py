@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from hf_hardattn.training.tasks.translation import Translation
 
@@ -130,11 +129,11 @@ def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
 
 def start(folder: Path, **changes: int) -> None:
     """Configuration and tokenizer, in ``folder/t5``, of the small T5 that ``compare`` trains from scratch; ``changes`` are of the former."""
-    config = Translation(str(folder)).config()
+    task = Translation(str(folder))
+    config = task.config()
     config.update({**changes, "pad_token_id": 0, "eos_token_id": 1})
     config.save_pretrained(folder / "t5")
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **special).save_pretrained(folder / "t5")
+    task.processor().save_pretrained(folder / "t5")
 
 
 def source_packages(lists: Path) -> dict[str, str]:

@@ -26,7 +26,7 @@ class AssociativeRecall(Drawn):
     site = "decoder.cross.0"
     scorer = "attention"
     budget = 0.03  # of 17 positions: one
-    sizes = {  # noqa: RUF012  # 500 tokens are learned one by one: fast with untied embeddings of a small scale
+    sizes = {  # 500 tokens are learned one by one: fast with untied embeddings of a small scale
         "num_layers": 0,
         "num_heads": 1,
         "d_kv": 64,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,25 +13,16 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, T5ForConditionalGeneration
 
-from ...errors import HardAttentionError
-from ..metrics import bleu
-from . import Base, Batch, Recipe
+from . import Batch, Recipe
+from ._texts import Texts
 
-FOLDER = "outputs/data/translation-it"  # what scripts/prepare_translation.py writes
-VARIABLE = "TRANSLATION_DATA"
 PAD = 0
 LONGEST = 40  # tokens of a sentence to train on: the few longer ones would set the length of their whole batch
 
 
-class Translation(Base):
+class Translation(Texts):
     """Translate sentences by greedy ``generate()``; BLEU and chrF in [0, 100]. Nobody knows the gold positions.
 
     Args:
@@ -41,23 +31,21 @@ class Translation(Base):
         split: to test on. Tune on ``validation``.
     """
 
+    place = "outputs/data/translation-it"
+    variable = "TRANSLATION_DATA"
+    maker = "python scripts/prepare_translation.py --language it"
     model_class = T5ForConditionalGeneration
     site = "decoder.cross.*"
     scorer = "attention"  # from a soft trunk it starts with a choice that means something
     budget = 0.25
-    metric = "bleu"
-    points = 1.0
     recipe = Recipe(
         trunk_steps=4000, branch_steps=200, batch=32, learning_rate=3e-3, weight_decay=0.01, trunk_warmup=200
     )
 
-    def __init__(self, folder: str | None = None, split: str = "test") -> None:
-        self.folder, self.split = folder or os.environ.get(VARIABLE) or FOLDER, split
-
     def config(self) -> PreTrainedConfig:
         return AutoConfig.for_model(
             "t5",
-            vocab_size=read_tokenizer(self.folder).get_vocab_size(),
+            vocab_size=self.tokenizer.get_vocab_size(),
             d_model=128,
             d_kv=32,
             d_ff=256,
@@ -71,7 +59,7 @@ class Translation(Base):
         )
 
     def draw(self, size: int, generator: torch.Generator, difficulty: float = 1.0) -> dict[str, Tensor]:
-        pairs = read_pairs(self.folder, "train")
+        pairs = self._pairs("train")
         # sentences of like length, so that little of the batch is padding: a random stretch of a sorted random sample
         sample = torch.randint(len(pairs), (8 * size,), generator=generator).tolist()
         sample.sort(key=lambda index: len(pairs[index].source) + len(pairs[index].target))
@@ -79,26 +67,16 @@ class Translation(Base):
         return _collate([pairs[index] for index in sample[start : start + size]])
 
     def test(self) -> Iterator[Batch]:
-        pairs = sorted(read_pairs(self.folder, self.split), key=lambda pair: len(pair.source))
+        pairs = sorted(self._pairs(self.split), key=lambda pair: len(pair.source))
         for start in range(0, len(pairs), 50):
             yield Batch(_collate(pairs[start : start + 50]))
 
     def predict(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[str]:
         sources: Any = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        return self._texts(model.generate(**sources, do_sample=False, num_beams=1, max_new_tokens=64))  # type: ignore[operator]
+        return self.texts(model.generate(**sources, do_sample=False, num_beams=1, max_new_tokens=64))  # type: ignore[operator]
 
-    def references(self, inputs: dict[str, Tensor]) -> list[str]:
-        return self._texts(inputs["labels"].clamp(min=PAD))
-
-    def score(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        return bleu(predictions, references)
-
-    def processor(self) -> PreTrainedTokenizerFast:
-        special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-        return PreTrainedTokenizerFast(tokenizer_object=read_tokenizer(self.folder), **special)
-
-    def _texts(self, ids: Tensor) -> list[str]:
-        return read_tokenizer(self.folder).decode_batch(ids.tolist(), skip_special_tokens=True)
+    def _pairs(self, split: str) -> list[Pair]:
+        return read_pairs(self.file(f"{split}.jsonl"), self.tokenizer, LONGEST if split == "train" else None)
 
 
 @dataclass(frozen=True)
@@ -110,29 +88,13 @@ class Pair:
 
 
 @cache
-def read_tokenizer(folder: str) -> Tokenizer:
-    """Read ``tokenizer.json`` of ``folder``."""
-    return Tokenizer.from_file(str(_existing(folder, "tokenizer.json")))
-
-
-@cache
-def read_pairs(folder: str, split: str) -> list[Pair]:
-    """Read and tokenize a split of ``folder``; of ``train`` the sentences of at most ``LONGEST`` tokens."""
-    rows = [json.loads(line) for line in _existing(folder, f"{split}.jsonl").read_text("utf-8").splitlines()]
+def read_pairs(path: str, tokenizer: Tokenizer, longest: int | None) -> list[Pair]:
+    """Read and tokenize a split; those of at most ``longest`` tokens, or all."""
+    rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
     sides = ([row[side] for row in rows] for side in ("source", "target"))
-    sources, targets = (read_tokenizer(folder).encode_batch(texts) for texts in sides)
+    sources, targets = (tokenizer.encode_batch(texts) for texts in sides)
     pairs = [Pair(source.ids, target.ids) for source, target in zip(sources, targets, strict=True)]
-    return [pair for pair in pairs if split != "train" or max(len(pair.source), len(pair.target)) <= LONGEST]
-
-
-def _existing(folder: str, name: str) -> Path:
-    path = Path(folder) / name
-    if not path.is_file():
-        raise HardAttentionError(
-            f"{path} is not there; the task 'translation' reads what a script fetches. Make it with: "
-            f"python scripts/prepare_translation.py --language it --output {folder}; or name its folder in ${VARIABLE}."
-        )
-    return path
+    return [pair for pair in pairs if longest is None or max(len(pair.source), len(pair.target)) <= longest]
 
 
 def _collate(pairs: list[Pair]) -> dict[str, Tensor]:
