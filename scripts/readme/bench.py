@@ -1,0 +1,123 @@
+"""What selection saves, measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import read
+
+
+def table() -> str:
+    """The Speed section: every row of the suite `targets` beside its two baselines, held or not."""
+    r = read("bench/targets.json")
+    lines = [
+        "| workload | selection | ms, stock | ms | × stock | limit here | asked | × exact | peak memory of stock's |",
+        "|---" * 9 + "|",
+    ]
+    for group in [*r["groups"], *suite("packing"), *suite("eviction")]:
+        stock = group["rows"]["stock"]
+        asked = [row["targets"].get("exact_against_stock") for row in group["rows"].values()]
+        for name, row in group["rows"].items():
+            if name == "stock":
+                continue
+            target = next(filter(None, asked), None) if name == "exact" else row["targets"].get("stock")
+            wanted = "" if target is None else f"{target} {'✓' if row['against_stock']['median'] >= target else '✗'}"
+            limit = "" if name == "exact" else f"{row['limit']:.2f}"
+            cache = row.get("cross_cache_bytes")
+            cached = f", cross cache {cache / stock['cross_cache_bytes']:.1%}" if cache and name != "exact" else ""
+            lines.append(
+                f"| {group['name']} | {'none (exact)' if name == 'exact' else name}{cached} | {1e3 * stock['seconds']['median']:,.0f} | "
+                f"{1e3 * row['seconds']['median']:,.0f} | {row['against_stock']['median']:.2f} | {limit} | {wanted} | "
+                f"{row['against_exact']['median']:.2f} | {row['peak_bytes'] / stock['peak_bytes']:.0%} |"
+            )
+    shares = [o["share"] for group in r["groups"] for o in group["selection_overhead"].values()]
+    i = r["import"]
+    m = r["machine"]
+    lines += [
+        "",
+        f"{m['processor']} ({m['cpu_capability']}), {m['threads']} threads, torch {m['torch']}, batch 1 unless said, random weights, medians of "
+        "interleaved rounds, glibc's allocator fixed (`bench` restarts itself with the settings). The targets were set on a processor with bfloat16 "
+        f"matrix units; this one {'has' if m['native_bfloat16'] else 'has none and emulates bfloat16'}. The limit is Amdahl's, from a profile of stock "
+        f"here. Scorer, top-k and gather take {min(shares):.1%} to {max(shares):.1%} of a stock layer's time.",
+    ]
+    if i:
+        lines[-1] += (
+            f" A stock ViT with the library imported runs at {1 / i['relative_time']:.3f} × its speed without, outputs "
+            f"{'bit-identical' if i['identical_outputs'] else 'DIFFERENT'}."
+        )
+    others = " ".join(filter(None, (break_even(), growth(), exported())))
+    lines += ["", others] if others else []
+    peers = read("bench/peers.json")["methods"]
+    best = max((name for name in peers if name.startswith("ToMe")), key=lambda name: peers[name]["images_per_second"])
+    ours = next(name for name in peers if name.startswith("ours, "))
+    shown = [
+        f"{name}: {peers[name]['accuracy']:.1%} at {peers[name]['against_soft']['median']:.2f} ×"
+        for name in (ours, best)
+    ]
+    lines += [
+        "",
+        "The machine was shared: quartiles, in `results/bench/targets.md`, are wide, and a row above its limit says how wide. Rows of the suite that do not "
+        f"stand here were not measured. On the demo's trained ViT (soft {peers['soft']['accuracy']:.1%}), the fastest ToMe in the same run: {'; '.join(shown)} "
+        "the soft model's speed.",
+    ]
+    return "\n".join(lines)
+
+
+def suite(name: str) -> list[dict[str, Any]]:
+    """Groups of a suite's results; none where it was not run."""
+    return (read(f"bench/{name}.json") or {"groups": []})["groups"]
+
+
+def break_even() -> str:
+    """From which length on each kind of selection pays, in a sentence."""
+    found: dict[str, dict[int, float]] = {}
+    for group in suite("break_even"):
+        for name in group["hard"]:
+            found.setdefault(name, {})[group["workload"]["size"]] = group["rows"][name]["against_stock"]["median"]
+    if not found:
+        return ""
+    shown = []
+    for name, speeds in found.items():
+        if " keep 0.25" in name:
+            pays = [size for size in speeds if all(speeds[other] >= 1 for other in speeds if other >= size)]
+            longest = max(speeds)
+            start = f"from {min(pays):,} tokens on" if pays else "at no length tried"
+            shown.append(f"`{name}` {start} ({speeds[longest]:.2f} × at {longest:,})")
+    return f"Break-even against stock, four layers of T5-base ([table](results/bench/break_even.md), losses included): {'; '.join(shown)}."
+
+
+def growth() -> str:
+    """What a fixed number of kept positions costs from the shortest to the longest input, in a sentence."""
+    groups, shown = suite("growth"), []
+    for model, unit in (("t5_encoder", "tokens"), ("vit", "px")):
+        held = [group for group in groups if group["workload"]["model"] == model]
+        if len(held) < 2:
+            continue
+        (name,) = held[0]["hard"]
+        sizes = [group["workload"]["size"] for group in held]
+        later = [1e3 * group["rows"][name]["later_layers_seconds"] for group in held]
+        whole, stock = (
+            [1e3 * group["rows"][row]["seconds"]["median"] for group in held if row in group["rows"]]
+            for row in (name, "stock")
+        )
+        shown.append(
+            f"`{name}` from {sizes[0]:,} to {sizes[-1]:,} {unit}: {min(later):,.0f} to {max(later):,.0f} ms behind the choice, "
+            f"{whole[0]:,.0f} to {whole[-1]:,.0f} ms in all (stock {stock[0]:,.0f} to {stock[-1]:,.0f})"
+        )
+    if not shown:
+        return ""
+    return (
+        "At a fixed count, what lies behind the choice costs the same at every length; the embedding, the scorer and the choice read all positions and "
+        f"grow ([picture](results/bench/growth.png), two layers): {'; '.join(shown)}."
+    )
+
+
+def exported() -> str:
+    """The saving in onnxruntime, in a sentence."""
+    shown = [
+        f"{group['name']}, {name}: {row['against_stock']['median']:.2f} × (PyTorch {row['pytorch_against_stock']['median']:.2f} ×)"
+        for group in suite("export")
+        for name, row in group["rows"].items()
+        if name not in ("stock", "exact")
+    ]
+    return f"Exported to ONNX, against the exported stock model in onnxruntime: {'; '.join(shown)}." if shown else ""

@@ -1,0 +1,25 @@
+"""What `make demo` says."""
+
+from __future__ import annotations
+
+from . import read
+
+
+def table() -> str:
+    r = read("demo.json")
+    lines = [
+        "| model | accuracy | patches kept | GFLOPs an image (counted) | images/s (measured) | × soft |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in r["models"].items():
+        lines.append(
+            f"| {name} | {row['accuracy']:.1%} | {row['kept']:.0%} | {row['gflops']:.4f} | {row['images_per_second']:,.0f} | {row['speedup']:.2f} |"
+        )
+    m, site = r["measured"], r["certificate"]["sites"][0]
+    lines += [
+        "",
+        f"Measured on {m['threads']} {m['device'].upper()} threads, batch {m['batch']}, {m['dtype']}, median of {m['rounds']} interleaved rounds; "
+        f"{r['recipe']['test_images']:,} test images; {r['seconds'] / 60:.1f} minutes in all. The hard model kept {r['found']:.0%} of the digits' own "
+        f"patches, and read the same {r['reload']['accuracy']:.1%} after a reload in a fresh process. `verify` says: *{site['statement']}*.",
+    ]
+    return "\n".join(lines)

