@@ -1,6 +1,6 @@
 """The baselines of the glimpse models' paper on the data of `translated_digits`: they look at the whole image.
 
-python scripts/whole_image_baselines.py --config scripts/configs/compare/cluttered_digits_60.yaml
+python scripts/whole_image_baselines.py --config scripts/configs/compare/cluttered_mnist_60.yaml
 
 Trains FC-256 and a convolutional network of one layer of 16 filters 10x10 with stride 5 and 256 hidden units as often as the comparison
 trains its models (trunk and branch), and adds them to the JSON of its results.

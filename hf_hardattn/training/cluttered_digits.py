@@ -1,7 +1,7 @@
 """Cluttered digits: one real handwritten digit among fragments of others.
 
 The digits are scikit-learn's 1,797 real 8x8 images (``load_digits``), enlarged: 16x16 pixels on a 64x64 canvas of 8-pixel
-patches, or 20x20 on 100x100 with 10-pixel patches; either way the digit fills exactly 4 patches. Nothing is downloaded.
+patches, or 20x20 on 60x60 or 100x100 with 10-pixel patches; either way the digit fills exactly 4 patches. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from ..errors import missing_extra, unknown
 from .cluttered import Bank, Scene, draw_scenes
 
+SMALL = Scene(canvas=60, patch=10, item=20, fragment=10)
 SCENE = Scene(canvas=64, patch=8, item=16, fragment=8)
 LARGE = Scene(canvas=100, patch=10, item=20, fragment=10)
 SPLITS = ("train", "test")
