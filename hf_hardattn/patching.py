@@ -65,7 +65,7 @@ def register() -> None:
     if "hard_attention" in PreTrainedConfig.__dict__:
         return
     PreTrainedConfig.hard_attention = None  # from_pretrained takes keywords its config has an attribute for
-    post_init, init_weights = PreTrainedModel.post_init, PreTrainedModel._init_weights
+    post_init, initialize_weights = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
     from_pretrained, to_dict = PreTrainedModel.from_pretrained.__func__, PreTrainedConfig.to_dict
 
     @functools.wraps(post_init)
@@ -80,12 +80,13 @@ def register() -> None:
         if wanted is not None and known:
             name_units(self)
 
-    @functools.wraps(init_weights)
-    def hard_init_weights(self: PreTrainedModel, module: nn.Module) -> None:
-        if isinstance(module, Selector):
+    @functools.wraps(initialize_weights)
+    def hard_initialize_weights(self: PreTrainedModel, module: nn.Module, is_custom_code: bool = False) -> None:
+        if not isinstance(module, Selector):
+            initialize_weights(self, module, is_custom_code)
+        elif not getattr(module, "_is_hf_initialized", False):  # one without weights of its own: never skip it
             module.reset_parameters()
-        else:
-            init_weights(self, module)
+            module._is_hf_initialized = True  # type: ignore[assignment]
 
     @functools.wraps(from_pretrained)
     def hard_from_pretrained(
@@ -105,6 +106,6 @@ def register() -> None:
         return data
 
     PreTrainedModel.post_init = hard_post_init
-    PreTrainedModel._init_weights = hard_init_weights
+    PreTrainedModel._initialize_weights = hard_initialize_weights
     PreTrainedModel.from_pretrained = classmethod(hard_from_pretrained)
     PreTrainedConfig.to_dict = hard_to_dict

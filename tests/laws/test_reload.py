@@ -55,6 +55,15 @@ def test_a_fresh_process_loads_it_hard(answers, number):
     assert all(torch.equal(mask, s.mask) for (_, mask), s in zip(masks, selections, strict=True))
 
 
+@pytest.fixture
+def nan_in_fresh_memory():
+    """What nobody initialises is NaN, and not by luck the zeros of a new page."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_in_fresh_memory")
 @pytest.mark.parametrize(("architecture", "head"), HEADS)
 def test_every_way_in_is_hard(architecture, head, tmp_path):
     example = stock(architecture, head)
