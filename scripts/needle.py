@@ -51,7 +51,7 @@ TESTS: dict[str, tuple[str, str, tuple[int, ...], dict[int, tuple[int, bool]]]] 
         "needle",
         "scout",
         (8, 64),
-        {256: (500, True), 512: (500, True), 1024: (300, True), 2048: (200, False), 4096: (100, False)},
+        {256: (500, True), 512: (500, True), 1024: (300, True), 2048: (200, True), 4096: (100, False)},
     ),
     "text": (
         "long_text",
