@@ -86,7 +86,7 @@ def register() -> None:
             initialize_weights(self, module, is_custom_code)
         elif not getattr(module, "_is_hf_initialized", False):  # one without weights of its own: never skip it
             module.reset_parameters()
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            module._is_hf_initialized = True
 
     @functools.wraps(from_pretrained)
     def hard_from_pretrained(
