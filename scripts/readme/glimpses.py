@@ -108,14 +108,17 @@ def transduction() -> list[str]:
     r = read("compare/transduction.json")
     if r is None:
         return []
-    lines = [
-        "",
-        "| transduction, one letter read at a time | exact words, % | of 8 drawn readings | letters read where they stood, % | failed |",
-        "|---" * 5 + "|",
-    ]
+    titles = {
+        "exact": "exact words, %",
+        "exact_mc8": "of 8 drawn readings",
+        "recall": "letters read where they stood, %",
+    }
+    titles = {name: title for name, title in titles.items() if any(name in v["metrics"] for v in r["summary"].values())}
+    lines = ["", f"| transduction, one letter read at a time | {' | '.join(titles.values())} | failed |"]
+    lines.append("|---" * (2 + len(titles)) + "|")
     for variant, row in r["summary"].items():
         found = row["metrics"]
-        cells = [spread(found[name], 100) if name in found else "" for name in ("exact", "exact_mc8", "precision")]
+        cells = [spread(found[name], 100) if name in found else "" for name in titles]
         lines.append(f"| {variant} | {' | '.join(cells)} | {row['failed']} of {row['runs']} |")
     recipe = r["recipe"]
     return [

@@ -152,8 +152,10 @@ class Base:
             else:
                 with record(model) as selections:
                     predictions += self.predict(model, batch.inputs)
+                once = selectors(model)[site].once
                 for selection in selections[site]:
-                    found.add(selection, batch.gold)
+                    whole = once or batch.gold is None or selection.mask.shape[2] == batch.gold.shape[1]
+                    found.add(selection, batch.gold if whole else None)  # a step of generate() knows no gold
                 if self.samples:
                     drawn += self.predict_drawn(model, batch.inputs, self.samples)
             references += self.references(batch.inputs)

@@ -28,7 +28,7 @@ class Found:
             return
         chosen = selection.mask if selection.required is None else selection.mask & ~selection.required
         right = chosen & gold[:, None]
-        chosen = chosen.expand_as(right)  # a choice that serves all queries is one for each of them
+        chosen = chosen & gold.any(-1, keepdim=True)[:, None]  # one for each query, padding apart
         self._note("precision", right.sum(), chosen.sum())
         if self.one_is_enough:
             self._note("recall", right.any(-1).sum(), right[..., 0].numel())
