@@ -84,7 +84,7 @@ def register() -> None:
     def hard_initialize_weights(self: PreTrainedModel, module: nn.Module, is_custom_code: bool = False) -> None:
         if not isinstance(module, Selector):
             initialize_weights(self, module, is_custom_code)
-        elif not getattr(module, "_is_hf_initialized", False):  # one without weights of its own: never skip it
+        elif not getattr(module, "_is_hf_initialized", False):  # a custom class (the GRU, the retrievers) would skip it
             module.reset_parameters()
             module._is_hf_initialized = True
 
