@@ -154,9 +154,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     codes = dict(zip(launches, json.loads((folder / "codes.json").read_text()), strict=True))
-    for name, found in codes.items():
+    for number, (name, found) in enumerate(codes.items()):
         expected = {"kill": -9, "terminate": TERMINATED}.get(name.partition("_")[0], 0)
-        logs = "".join(file.read_text()[-2500:] for file in folder.glob("plan.*.log"))
+        logs = "".join(file.read_text()[-2500:] for file in folder.glob(f"plan.{number}.*.log"))
         fine = (
             expected in found if expected == -9 else set(found) == {expected}
         )  # the other may notice before it is killed

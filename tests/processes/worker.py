@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -131,20 +132,27 @@ def process(launch: dict[str, Any], rank: int, ports: list[int]) -> None:
             traces[-1].close()
 
 
+def free_port() -> int:
+    """A port for a later job. Not one of those the kernel hands out: by then another connection may well have it."""
+    while True:
+        port = random.randrange(12_000, 32_000)
+        with socket.socket() as candidate:
+            try:
+                candidate.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
 def run(launch: dict[str, Any], log: Path) -> list[int]:
     """Fork the processes of a launch; when one ends badly the others do too, as under torchrun. Returns their exit codes."""
-    sockets = [socket.socket() for _ in launch["jobs"]]
-    for free in sockets:
-        free.bind(("127.0.0.1", 0))
-    ports = [free.getsockname()[1] for free in sockets]
-    for free in sockets:
-        free.close()
+    ports = [free_port() for _ in launch["jobs"]]
     children = {}
     for rank in range(launch["processes"]):
         child = os.fork()
         if child == 0:
             code = 1
-            with log.with_suffix(f".{rank}.log").open("a") as file:
+            with log.with_name(f"{log.name}.{rank}.log").open("a") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             try:
@@ -173,6 +181,6 @@ def run(launch: dict[str, Any], log: Path) -> list[int]:
 if __name__ == "__main__":
     plan = Path(sys.argv[1])
     codes = []
-    for launch in json.loads(plan.read_text()):
-        codes.append(run(launch, plan))
+    for number, launch in enumerate(json.loads(plan.read_text())):
+        codes.append(run(launch, plan.with_suffix(f".{number}")))
         plan.with_name("codes.json").write_text(json.dumps(codes))
