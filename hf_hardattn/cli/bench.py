@@ -46,9 +46,10 @@ def command(
     import_cost: Annotated[
         bool, typer.Option(help="Also measure what importing the library costs a stock model.")
     ] = False,
-    demo: Annotated[Path, typer.Option(help="Where `hf-hardattn demo` left its models; for peers.")] = Path(
+    models: Annotated[Path, typer.Option(help="Where a training left its models 'soft' and 'hard'; for peers.")] = Path(
         "outputs/demo"
     ),
+    task: Annotated[str, typer.Option(help="Their task; for peers.")] = "cluttered_digits",
     output: Annotated[Path, typer.Option(help="Folder for SUITE.json, .md and .png.")] = Path("outputs/bench"),
 ) -> None:
     """Measure what selection saves, beside stock Transformers and this library at budget 1.0, in one interleaved run."""
@@ -64,7 +65,7 @@ def command(
 
     torch.set_num_threads(threads)
     if suite == "peers":
-        return _peers(demo, rounds, threads, output)
+        return _peers(models, task, rounds, threads, output)
     if model is None:
         chosen = suites.load(suite)
     else:
@@ -101,24 +102,24 @@ def command(
     typer.echo(f"results: {path}")
 
 
-def _peers(demo: Path, rounds: int, threads: int, output: Path) -> None:
-    """The demo's models beside other methods; the test set is the demo's."""
+def _peers(models: Path, name: str, rounds: int, threads: int, output: Path) -> None:
+    """Trained models beside other methods on the test set of their task."""
     from ..efficiency import bench, compare_peers, report
     from ..efficiency.pictures import accuracy_and_speed
     from ..training import tasks
 
-    task: Any = tasks.load("cluttered_digits", {"layers": 3, "heads": 4})
-    found = compare_peers.run(demo, columns := task.columns(), batch=64, rounds=rounds)
+    task: Any = tasks.load(name, {})
+    found = compare_peers.run(models, columns := task.columns(), batch=64, rounds=rounds)
     results = {
         "command": " ".join(["hf-hardattn", *sys.argv[1:]]),
-        "title": "Ways to spare tokens, on the demo's trained ViT",
+        "title": f"Ways to spare tokens, on a trained ViT: {name.replace('_', ' ')}",
         "images": len(columns["labels"]),
         "batch": 64,
         "machine": bench.machine(threads),
         "methods": found,
     }
     output.mkdir(parents=True, exist_ok=True)
-    path = output / "peers.json"
+    path = output / ("peers.json" if name == "cluttered_digits" else f"peers_{name}.json")
     path.write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(report.peers(results))
     accuracy_and_speed(results, path.with_suffix(".png"))

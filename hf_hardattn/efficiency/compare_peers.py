@@ -1,4 +1,4 @@
-"""The demo's trained models beside other ways to spare tokens: accuracy and measured speed of each, in one run."""
+"""Trained models, soft and hard, beside other ways to spare tokens: accuracy and measured speed of each, in one run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from ..errors import HardAttentionError
+from ..recording import selectors
 from ..registration import apply
 from .bench import flops, quartiles, spread
 from .counting import work
@@ -24,7 +25,7 @@ from .workloads import share_weights
 
 
 def run(folder: Path, columns: dict[str, Any], *, batch: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Measure every method on the models that ``hf-hardattn demo`` left in ``folder``.
+    """Measure every method on the models ``soft`` and ``hard`` of ``folder``, from one trunk; the methods without training keep as much.
 
     Args:
         columns: the test set, ``pixel_values`` and ``labels``. batch: images of a timed call.
@@ -36,7 +37,8 @@ def run(folder: Path, columns: dict[str, Any], *, batch: int, rounds: int) -> di
     missing = [name for name in ("soft", "hard") if not (folder / name).is_dir()]
     if missing:
         raise HardAttentionError(
-            f"{folder} holds no {' and no '.join(map(repr, missing))} model; the peers are compared on the demo's. Run: hf-hardattn demo --output {folder}"
+            f"{folder} holds no {' and no '.join(map(repr, missing))} model; the peers are compared on those of a training. Run: hf-hardattn demo "
+            f"--output {folder}, or train them with scripts/train_checkpoint.py and name their folder."
         )
     soft, hard = (AutoModelForImageClassification.from_pretrained(folder / name).eval() for name in ("soft", "hard"))
     methods = _methods(soft, hard)
@@ -49,7 +51,7 @@ def run(folder: Path, columns: dict[str, Any], *, batch: int, rounds: int) -> di
         right = torch.cat([_forward(model, part).logits.argmax(-1) for part in pixels.split(250)]) == labels
         parts = work(partial(model, pixel_values=pixels[:1]))
         executed = flops(parts)
-        share = getattr(model, "nominal_share", lambda n: 1.0)(65)
+        share = getattr(model, "nominal_share", lambda n: 1.0)(1 + _patches(soft))
         found[name] = {
             "weights": weights,
             "accuracy": float(right.float().mean()),
@@ -68,10 +70,13 @@ def _methods(soft: Any, hard: nn.Module) -> dict[str, tuple[str, nn.Module]]:
             share_weights(soft), {"sites": [site], "scorer": scorer, "budget": budget, "scorer_options": options}
         ).eval()
 
-    methods: dict[str, tuple[str, nn.Module]] = {"soft": ("soft", soft), "ours, vision.inputs keep .14": ("hard", hard)}
+    site, selector = next(iter(selectors(hard).items()))
+    budget = selector.budget
+    ours = round(budget.value if budget.kind == "ratio" else budget.value / _patches(soft), 2)
+    methods: dict[str, tuple[str, nn.Module]] = {"soft": ("soft", soft), f"ours, {site} keep {ours}": ("hard", hard)}
     for r in (4, 8, 12, 16, 24):
         methods[f"ToMe r={r}"] = ("soft", ToMe(soft, r).eval())
-    for keep in (0.7, 0.5, 0.25, 0.14):
+    for keep in sorted({0.7, 0.5, 0.25, ours}, reverse=True):
         methods[f"EViT after layer 0 keep {keep}"] = ("soft", EViT(soft, keep).eval())
         methods[f"random after layer 0 keep {keep}"] = ("soft", chosen("random", "vision.tokens.0", keep))
         methods[f"key norm after layer 0 keep {keep}"] = ("soft", chosen("key_norm", "vision.tokens.0", keep))
@@ -79,9 +84,13 @@ def _methods(soft: Any, hard: nn.Module) -> dict[str, tuple[str, nn.Module]]:
             "soft",
             chosen("cls_attention", "vision.tokens.0", keep),
         )
-    for keep in (0.25, 0.14):
+    for keep in sorted({0.25, ours}, reverse=True):
         methods[f"per-query top-k mask keep {keep}"] = ("soft", TopKMask(soft, keep).eval())
     return methods
+
+
+def _patches(model: Any) -> int:
+    return int(model.config.image_size // model.config.patch_size) ** 2
 
 
 def _forward(model: nn.Module, pixels: torch.Tensor) -> Any:
