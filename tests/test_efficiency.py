@@ -17,7 +17,7 @@ import hf_hardattn
 from hf_hardattn import HardAttentionError, distances
 from hf_hardattn.attention import attend
 from hf_hardattn.cli import app
-from hf_hardattn.efficiency import allocator, export, joules, report, suites
+from hf_hardattn.efficiency import allocator, bench, export, joules, report, suites
 from hf_hardattn.efficiency.counting import count_flops, work
 from hf_hardattn.efficiency.limits import amdahl, profile_call, streaming_rows
 from hf_hardattn.efficiency.memory import activation_bytes, peak_resident_bytes
@@ -276,6 +276,18 @@ def test_reading_the_weights_is_no_saving():
     assert [w["streamed"] for w in found] == [2 * rows * 8 * 5 for rows in (4, 4, 8)]
     assert amdahl(shares, found[1], found[0]) == 1.0 and amdahl(shares, found[2], found[0]) == 2.0
     assert streaming_rows(torch.float32, size=64, copies=2, many=8) >= 1.0
+
+
+def test_a_floor_bounds_what_its_group_can_gain():
+    """Keeping one position takes 2 of stock's 10 seconds: a tenth and 25 of 100 positions can at best take 2.8 and 4."""
+    rows = [{"name": "a", "hard": {"budget": 0.1}}, {"name": "b", "hard": {"budget": 25}}]
+    floor = {"name": "one", "floor": True, "hard": {"budget": 1}}
+    item = {"name": "g", "model": "t5_decode", "size": 100, "rows": [*rows, floor]}
+    seconds = {"stock": 10.0, "exact": 9.0, "one": 2.0, "a": 3.0, "b": 4.0}
+    (group,) = suites.parse({"groups": [item]}, "x").groups
+    assert bench.limits_above_floor(group, seconds) == pytest.approx({"a": 10 / 2.8, "b": 2.5})
+    (group,) = suites.parse({"groups": [{**item, "rows": rows}]}, "x").groups
+    assert bench.limits_above_floor(group, seconds) == {}
 
 
 def test_no_speedup_without_its_baseline():

@@ -22,7 +22,7 @@ from ..registration import apply
 from . import allocator
 from .counting import work
 from .joules import joules_per_call
-from .limits import amdahl, profile_call, streaming_rows
+from .limits import amdahl, between, profile_call, streaming_rows
 from .memory import peak_resident_bytes
 from .overhead import later_layers, selection_overhead
 from .suites import Group
@@ -48,7 +48,7 @@ def measure(group: Group, *, rounds: int, seconds: float | None = None, layers_t
 
     Returns:
         JSON: the workload, and for ``stock``, ``exact`` and every row its time, throughput, FLOPs (executed and nominal), peak memory, energy
-        (None: not measured), cache, speed-ups with their quartiles, and the limit that the stock model's profile sets.
+        (None: not measured), cache, speed-ups with their quartiles, and the limit: that of the stock model's profile, or between it and the group's floor.
     """
     workload = group.workload
     models = models_of(group)
@@ -67,6 +67,7 @@ def measure(group: Group, *, rounds: int, seconds: float | None = None, layers_t
     least_rows = streaming_rows(DTYPES[workload.dtype])
     executed = {name: work_of(workload, model, inputs, least_rows) for name, model in models.items()}
     targets = {row.name: row.targets for row in group.rows}
+    limits = limits_above_floor(group, {name: statistics.median(times) for name, times in timed.items()})
     entries = {}
     for name, model in models.items():
         nominal = executed[name]
@@ -76,7 +77,7 @@ def measure(group: Group, *, rounds: int, seconds: float | None = None, layers_t
             with execution(model, "gathered"):
                 nominal = work_of(workload, model, inputs)
         median = statistics.median(timed[name])
-        limit = amdahl(shares, executed[STOCK], executed[name]) if shares is not None else None
+        limit = limits.get(name, amdahl(shares, executed[STOCK], executed[name])) if shares is not None else None
         against_stock = spread(to_stock[name]) if to_stock is not None else None
         entries[name] = {
             "seconds": {"median": median, "quartiles": quartiles(timed[name]), "rounds": len(timed[name])},
@@ -129,6 +130,18 @@ def work_of(workload: Workload, model: nn.Module, inputs: dict[str, Any], least_
     """Work of one call by part, see ``counting.work``."""
     asks = any(selector.data_dependent or selector.config.pack for selector in selectors(model).values())
     return work(partial(workload.run, model, inputs), fake=not (workload.generates or asks), least_rows=least_rows)
+
+
+def limits_above_floor(group: Group, seconds: dict[str, float]) -> dict[str, float]:
+    """Limits of the rows by name, from the times of stock and of the row that is the group's floor; empty where none is."""
+    floor = next((row.name for row in group.rows if row.floor), None)
+    if floor is None or not group.stock:
+        return {}
+    budgets = {row.name: row.hard["budget"] for row in group.rows if row.name != floor}
+    shares = {
+        name: budget if isinstance(budget, float) else budget / group.workload.size for name, budget in budgets.items()
+    }
+    return {name: between(seconds[STOCK], seconds[floor], keep) for name, keep in shares.items()}
 
 
 def flops(parts: dict[str, Any]) -> int:

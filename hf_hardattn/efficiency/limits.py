@@ -91,3 +91,8 @@ def amdahl(shares: Mapping[str, float], before: Mapping[str, float], after: Mapp
     if left <= 0:
         raise HardAttentionError(f"the parts' shares of the time are {dict(shares)}; no limit follows from them.")
     return 1 / left
+
+
+def between(whole: float, floor: float, keep: float) -> float:
+    """The largest speed-up of keeping the share ``keep`` where time falls evenly from ``whole`` (everything kept) to ``floor`` (next to nothing)."""
+    return whole / (floor + keep * (whole - floor))

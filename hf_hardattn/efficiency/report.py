@@ -107,7 +107,7 @@ def conditions(machine: dict[str, Any]) -> str:
         f"{machine['processor']} ({machine['cpu_capability']}{bf16}), {machine['threads']} threads, torch {machine['torch']}, transformers "
         f"{machine['transformers']}, {kept}. Random weights; medians of interleaved rounds, quartiles in brackets. `stock` is Transformers' own path "
         "(SDPA; BLIP has eager attention only), `exact` is this library's at budget 1.0. The limit is Amdahl's, from a profile of `stock` and the "
-        "work left (reading weights, which few rows wait for, is no less). FLOPs count matrix products; peak MiB is the allocator's, RSS MiB the process's, both beyond the weights."
+        "work left (reading weights, which few rows wait for, is no less); in decoding with a control that keeps 1, between stock's time and that control's. FLOPs count matrix products; peak MiB is the allocator's, RSS MiB the process's, both beyond the weights."
     )
 
 
