@@ -1,0 +1,292 @@
+"""The recurrent attention model, in Transformers' form: it sees nothing of an image but a few glimpses, and chooses where each of them is.
+
+A glimpse model of its own kind: hard attention is what it is made of, so nothing is applied to it or taken out of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+POLICIES = ("gaussian", "table", "random")
+STARTS = ("centre", "learned", "random")
+ESTIMATORS = ("reinforce", "rloo")
+REWARDS = ("right", "loss")
+
+
+class RamConfig(PreTrainedConfig):
+    """Sizes of a ``RamForImageClassification``, and how it is trained.
+
+    Args:
+        image_size: pixels a side. num_channels: of the image.
+        glimpses: T >= 1. patch: pixels a side of a window as it is seen; even. scales: windows of ``patch``, 2 ``patch``, 4 ``patch``, ...
+            pixels of the image a glimpse.
+        step: pixels from a centre to the next, of those that can be looked at.
+        background: what lies outside the image.
+        hidden_size: of the state and of a glimpse. part_size: of what is seen and of where it is, before they meet.
+        policy: ``"gaussian"``: centres near a point that the state predicts, by the normal density; ``"table"``: a free score of
+            each row and of each column; ``"random"``: any centre, always (the control).
+        sigma: > 0, of ``"gaussian"``, in half sides of the image.
+        start: the first glimpse: ``"centre"``; ``"learned"``, by the policy from the first state; ``"random"``, any centre in training
+            and where choices are drawn, else the centre.
+        estimator: ``"reinforce"`` with a learned baseline; ``"rloo"``, ``samples`` >= 2 draws an image, each the others' baseline.
+        reward: ``"right"``: 1 where the class is right, else 0; ``"loss"``: minus the cross-entropy.
+        policy_weight: >= 0, of the score-function term in the loss.
+    """
+
+    model_type = "hardattn_ram"
+
+    def __init__(
+        self,
+        image_size: int = 60,
+        num_channels: int = 1,
+        glimpses: int = 8,
+        patch: int = 12,
+        scales: int = 3,
+        step: int = 2,
+        background: float = -1.0,
+        hidden_size: int = 256,
+        part_size: int = 128,
+        cell: str = "gru",
+        policy: str = "gaussian",
+        sigma: float = 0.15,
+        start: str = "centre",
+        estimator: str = "reinforce",
+        samples: int = 4,
+        reward: str = "right",
+        policy_weight: float = 1.0,
+        **kwargs: Any,
+    ):
+        if min(glimpses, scales, step) < 1 or patch < 2 or patch % 2 or sigma <= 0 or samples < 2:
+            raise ValueError(
+                f"glimpses={glimpses}, scales={scales}, step={step}, patch={patch}, sigma={sigma}, samples={samples} is out of range. Give "
+                "glimpses, scales and step >= 1, an even patch, sigma > 0 and samples >= 2."
+            )
+        for name, value, known in (
+            ("policy", policy, POLICIES),
+            ("start", start, STARTS),
+            ("estimator", estimator, ESTIMATORS),
+            ("reward", reward, REWARDS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}='{value}' is unknown. Give one of: {', '.join(known)}.")
+        self.image_size, self.num_channels = image_size, num_channels
+        self.glimpses, self.patch, self.scales, self.step = glimpses, patch, scales, step
+        self.background, self.hidden_size, self.part_size = background, hidden_size, part_size
+        self.cell = cell
+        self.policy, self.sigma, self.start = policy, sigma, start
+        self.estimator, self.samples, self.reward, self.policy_weight = estimator, samples, reward, policy_weight
+        super().__init__(**kwargs)
+
+
+@dataclass
+class RamOutput(ModelOutput):
+    """Attributes:
+    loss: scalar, when labels were given. logits: ``[B, C]``. locations: int64 ``[B, T, 2]``, the pixel (row, column) that each window's
+        centre lies in front of. log_prob: ``[B]``, of all choices together; None where none was drawn. By ``"rloo"`` in training these
+        are of each image's first draw.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    locations: Tensor | None = None
+    log_prob: Tensor | None = None
+
+
+class Retina(nn.Module):
+    """Square windows of ``patch``, 2 ``patch``, 4 ``patch``, ... pixels around a place, each averaged to ``patch`` x ``patch``."""
+
+    def __init__(self, config: RamConfig):
+        super().__init__()
+        self.patch, self.scales, self.step, self.background = config.patch, config.scales, config.step, config.background
+        self.margin = config.patch * 2 ** (config.scales - 1) // 2
+
+    def pyramid(self, pixels: Tensor) -> list[Tensor]:
+        """Images ``[B, C, S, S]`` to the means of the squares of 1, 2, 4, ... pixels a side, ``[B, C, M, M]`` each.
+
+        Above the background: most of an image is background, and of zeros it makes no difference to the first map. The squares begin at every pixel where a window can need one, so that a window is a gather wherever it lies.
+        """
+        level = nn.functional.pad(pixels - self.background, (self.margin,) * 4)
+        levels, apart = [level], 1
+        for scale in range(1, self.scales):
+            half = 2 ** (scale - 1) // apart  # squares from one to the next half of a larger one
+            thin = math.gcd(self.step, 2**scale) // apart
+            level = (level[..., :-half, :] + level[..., half:, :])[..., ::thin, :]
+            level = (level[..., :-half] + level[..., half:])[..., ::thin] * 0.25
+            apart *= thin
+            levels.append(level)
+        return levels
+
+    def forward(self, levels: list[Tensor], locations: Tensor) -> Tensor:
+        """A pyramid and int64 locations ``[B, 2]``, multiples of ``step`` in 0 ... S, to ``[B, scales * C * patch * patch]``."""
+        seen = []
+        for scale, level in enumerate(levels):
+            side, width = 2**scale, level.shape[-1]
+            apart = math.gcd(self.step, side)
+            corner = (locations + (self.margin - self.patch * side // 2)) // apart
+            inside = torch.arange(self.patch, device=locations.device) * (side // apart)
+            inside = (inside[:, None] * width + inside).view(-1)
+            index = (corner[:, :1] * width + corner[:, 1:]) + inside
+            seen.append(level.flatten(2).gather(2, index[:, None].expand(-1, level.shape[1], -1)).flatten(1))
+        return torch.cat(seen, 1)
+
+
+class Rect(nn.Module):
+    def __init__(self, size: int):
+        super().__init__()
+        self.given, self.held = nn.Linear(size, size), nn.Linear(size, size)
+
+    def forward(self, given: Tensor, state: Tensor) -> Tensor:
+        return (self.given(given) + self.held(state)).relu()
+
+
+class RamForImageClassification(PreTrainedModel):
+    """Name an image's class from T glimpses.
+
+    Hard attention with a discrete choice: of the centres of a grid, by a law that reads the state alone, so that it never sees what it did
+    not look at. The published policy is a normal distribution; ``"gaussian"`` is the same on the grid's points.
+
+    Source: Mnih et al. 2014, "Recurrent Models of Visual Attention", arXiv:1406.6247; with a GRU for the core.
+    """
+
+    config_class = RamConfig
+    base_model_prefix = "ram"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: RamConfig):
+        super().__init__(config)
+        size, part = config.hidden_size, config.part_size
+        self.retina = Retina(config)
+        self.what = nn.Linear(config.scales * config.num_channels * config.patch**2, part)
+        self.where = nn.Linear(2, part)
+        self.glimpse = nn.Linear(2 * part, size)  # of both side by side: the sum of the published two maps
+        self.core = nn.GRUCell(size, size) if config.cell == "gru" else Rect(size)
+        self.initial = nn.Parameter(torch.zeros(size))
+        self.side = config.image_size // config.step + 1
+        if config.policy != "random":
+            self.locate = nn.Linear(size, 2 if config.policy == "gaussian" else 2 * self.side)
+        self.baseline = nn.Linear(size, 1)
+        self.classifier = nn.Linear(size, config.num_labels)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.kaiming_uniform_(module.weight, a=1.0)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.GRUCell):
+            nn.init.xavier_uniform_(module.weight_ih)
+            nn.init.orthogonal_(module.weight_hh)
+            nn.init.zeros_(module.bias_ih)
+            nn.init.zeros_(module.bias_hh)
+        elif isinstance(module, RamForImageClassification):
+            nn.init.zeros_(module.initial)
+            if module.config.policy != "random":
+                module.locate.weight.mul_(0.1)  # begins near the centre, or near no centre
+
+    def places(self) -> Tensor:
+        """Pixels that a centre's row or column can be: int64 ``[side]``."""
+        return torch.arange(self.side, device=self.device) * self.config.step
+
+    def scaled(self, locations: Tensor) -> Tensor:
+        """Pixels to the interval from -1 to 1."""
+        return (locations * (2 / self.config.image_size) - 1).to(self.dtype)
+
+    def law(self, state: Tensor) -> Tensor:
+        """Log-probability of each row, and of each column, ``[B, 2, side]``: a centre's is their sum."""
+        found = self.locate(state)
+        if self.config.policy == "gaussian":
+            apart = (found.tanh()[..., None] - self.scaled(self.places())) / self.config.sigma
+            return (-0.5 * apart.square()).log_softmax(-1)
+        return found.unflatten(1, (2, self.side)).log_softmax(-1)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        sample: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Look, and name the class.
+
+        Args:
+            pixel_values: ``[B, C, S, S]``. labels: int64 ``[B]``.
+            sample: draw the choices rather than take the likeliest; None: in training.
+
+        Returns:
+            ``RamOutput``. In training the loss has the policy's and the baseline's terms too, else it is the cross-entropy.
+        """
+        config = self.config
+        if pixel_values.shape[1:] != (config.num_channels, config.image_size, config.image_size):
+            raise ValueError(
+                f"pixel_values {list(pixel_values.shape)} are not [B, {config.num_channels}, {config.image_size}, {config.image_size}], the "
+                "sizes of the config."
+            )
+        sample = self.training if sample is None else sample
+        count = len(pixel_values)
+        learns = self.training and labels is not None
+        samples = config.samples if learns and config.estimator == "rloo" else 1
+        levels = self.retina.pyramid(pixel_values.to(self.dtype).repeat(samples, 1, 1, 1))
+        state = self.initial.expand(count * samples, -1)
+        middle = self.places()[(self.side - 1) // 2].expand(len(state), 2)
+        locations, log_probs, values = [], [], []
+        for turn in range(config.glimpses):
+            fixed = turn == 0 and config.start != "learned"
+            if config.policy == "random" or (fixed and config.start == "random" and sample):
+                location = torch.randint(self.side, (len(state), 2), device=self.device) * config.step
+            elif fixed:
+                location = middle
+            else:
+                law = self.law(state)
+                index = _draw(law) if sample else law.argmax(-1)
+                location = index * config.step
+                log_probs.append(law.gather(2, index[..., None]).sum((1, 2)))
+                values.append(self.baseline(state.detach())[:, 0])
+            locations.append(location)
+            what, where = self.what(self.retina(levels, location)), self.where(self.scaled(location))
+            state = self.core(self.glimpse(torch.cat((what, where), 1).relu()).relu(), state)
+        logits = self.classifier(state)
+        log_prob = torch.stack(log_probs, 1) if log_probs else None  # [B, choices]
+        loss = None
+        if labels is not None:
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            losses = nn.functional.cross_entropy(wide, labels.repeat(samples), reduction="none")
+            loss = losses.mean()
+            if learns and log_prob is not None:
+                right = (logits.argmax(-1) == labels.repeat(samples)).to(losses)
+                reward = right if config.reward == "right" else -losses.detach()
+                loss = loss + self._policy_loss(reward, log_prob, torch.stack(values, 1), samples)
+        output = RamOutput(
+            loss=loss,
+            logits=logits[:count],
+            locations=torch.stack(locations, 1)[:count],
+            log_prob=log_prob.sum(1)[:count] if log_prob is not None and sample else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _policy_loss(self, reward: Tensor, log_prob: Tensor, values: Tensor, samples: int) -> Tensor:
+        """Minus the surrogate of the expected reward, and the baseline's error: of ``[B]``, ``[B, choices]`` and ``[B, choices]``."""
+        if samples > 1:
+            drawn = reward.view(samples, -1)
+            advantage = ((drawn - drawn.mean(0)) * samples / (samples - 1)).view(-1, 1)
+            lesson = 0.0 * values.sum()  # a gradient of zero rather than none: distributed training waits for every parameter
+        else:
+            advantage = reward[:, None] - values.detach()
+            lesson = (values - reward[:, None]).square().mean()
+        return lesson - self.config.policy_weight * (advantage * log_prob).sum(1).mean()
+
+
+def _draw(scores: Tensor) -> Tensor:
+    """An index of each row of logits ``[..., N]``, by Gumbel's trick: int64 ``[...]``."""
+    return (scores - torch.empty_like(scores).exponential_().log()).argmax(-1)
+
+
+AutoConfig.register("hardattn_ram", RamConfig)
+AutoModelForImageClassification.register(RamConfig, RamForImageClassification)
