@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--scales", type=int, default=3)
     parser.add_argument("--estimator", choices=ESTIMATORS, default="reinforce")
     parser.add_argument("--random", action="store_true", help="the control: random places, in training too")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--every", type=int, default=500, help="steps from one line of progress to the next")
     parser.add_argument("--output", type=Path, help="JSON of the results; the comparison's by default")
     args = parser.parse_args()

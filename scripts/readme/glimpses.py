@@ -83,7 +83,7 @@ def published_glimpses() -> list[str]:
     empty = len(lines)
     for name, title in names.items():
         r = read(f"compare/{name}.json")
-        if r is None:
+        if r is None or "summary" not in r:  # a glimpse model alone was run
             continue
         ours = [row for row in r.get("glimpse_models", []) if row["model"] == "ram"]
         control = [row for row in r.get("glimpse_models", []) if row["model"] != "ram"]
