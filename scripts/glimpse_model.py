@@ -41,7 +41,7 @@ def train(model: RamForImageClassification, task: Base, args: argparse.Namespace
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         schedule.step()
-        losses += float(output.loss)
+        losses += float(output.loss.detach())
         right += float((output.logits.argmax(-1) == columns["labels"]).float().mean())
         if step % args.every == 0 or step == args.steps:
             count = (step - 1) % args.every + 1
