@@ -3,13 +3,15 @@
 python scripts/glimpse_model.py --config scripts/configs/compare/cluttered_mnist_60.yaml --steps 20000
 python scripts/glimpse_model.py --config scripts/configs/compare/cluttered_mnist_60.yaml --steps 20000 --random
 
-Trains `RamForImageClassification` (with `--random`: the control, which looks at random places) and adds its rows to the JSON of the
-comparison's results, after each seed. Accuracy is that of the likeliest places; `accuracy_mc8` that of the mean prediction over 8 draws.
+Trains `RamForImageClassification` (with `--random`: the control, which looks at random places) and adds its rows to
+results/glimpse_models.json, after each seed. Accuracy is that of the likeliest places; `accuracy_mc8` that of the mean prediction over 8 draws.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -67,12 +69,12 @@ def evaluate(model: RamForImageClassification, task: Base, draws: int = 8) -> di
     return {"accuracy": right / total, f"accuracy_mc{draws}": right_mean / total}
 
 
-def add(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to ``glimpse_models``, in place of an earlier run of the same model."""
+def add(path: Path, name: str, row: dict[str, Any]) -> None:
+    """Add a row to those of the comparison ``name``, in place of an earlier run of the same model."""
     results = read_json(path) if path.exists() else {}
     same = ("model", "estimator", "glimpses", "scales", "seed")
-    rows = [old for old in results.get("glimpse_models", []) if any(old[name] != row[name] for name in same)]
-    write_json(path, {**results, "glimpse_models": [*rows, row]})
+    rows = [old for old in results.get(name, []) if any(old[field] != row[field] for field in same)]
+    write_json(path, {**results, name: [*rows, row]})
 
 
 def main() -> None:
@@ -87,10 +89,9 @@ def main() -> None:
     parser.add_argument("--random", action="store_true", help="the control: random places, in training too")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--every", type=int, default=500, help="steps from one line of progress to the next")
-    parser.add_argument("--output", type=Path, help="JSON of the results; the comparison's by default")
+    parser.add_argument("--output", type=Path, default=Path("results/glimpse_models.json"), help="JSON to add to")
     args = parser.parse_args()
     task, _, _ = Comparison.read(args.config).settle()
-    path = args.output or Path("results/compare") / f"{args.config.stem}.json"
     for seed in range(args.seeds):
         torch.manual_seed(seed)
         config = RamConfig(
@@ -105,6 +106,7 @@ def main() -> None:
         start = time.perf_counter()
         train(model, task, args, seed)
         row = {
+            "command": shlex.join(["python", *sys.argv]),
             "model": "ram, random glimpses" if args.random else "ram",
             "estimator": None if args.random else args.estimator,
             "glimpses": args.glimpses,
@@ -117,7 +119,7 @@ def main() -> None:
             **evaluate(model, task),
         }
         print(row, flush=True)
-        add(path, row)
+        add(args.output, args.config.stem, row)
 
 
 if __name__ == "__main__":

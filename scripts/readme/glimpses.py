@@ -82,11 +82,12 @@ def published_glimpses() -> list[str]:
     ]
     empty = len(lines)
     for name, title in names.items():
-        r = read(f"compare/{name}.json")
-        if r is None or "summary" not in r:  # a glimpse model alone was run
+        r = read(f"compare/{name}.json") or {}
+        glimpse_models = (read("glimpse_models.json") or {}).get(name, [])
+        if not r and not glimpse_models:
             continue
-        ours = [row for row in r.get("glimpse_models", []) if row["model"] == "ram"]
-        control = [row for row in r.get("glimpse_models", []) if row["model"] != "ram"]
+        ours = [row for row in glimpse_models if row["model"] == "ram"]
+        control = [row for row in glimpse_models if row["model"] != "ram"]
         errors = [
             [row["accuracy"] for row in ours],
             [row["accuracy_mc8"] for row in ours],
