@@ -167,7 +167,7 @@ class RamForImageClassification(PreTrainedModel):
         if config.policy != "random":
             self.locate = nn.Linear(size, 2 if config.policy == "gaussian" else 2 * self.side)
         self.baseline = nn.Linear(size, 1)
-        self.classifier = nn.Linear(size, config.num_labels or 2)
+        self.classifier = nn.Linear(size, config.num_labels or 2)  # two is the default of Transformers
         self.post_init()
 
     @torch.no_grad()
