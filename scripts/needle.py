@@ -55,7 +55,7 @@ TESTS: dict[str, tuple[str, str, tuple[int, ...], dict[int, tuple[int, bool]]]] 
     ),
     "text": (
         "long_text",
-        "simple",
+        "narrowing",
         (16,),
         {
             1024: (300, True),

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_hardattn.training.comparison import Comparison
 from hf_hardattn.training.results import read_json, write_json
@@ -29,6 +29,11 @@ def networks(canvas: int) -> dict[str, nn.Module]:
     }
 
 
+def brightness(pixels: Tensor) -> Tensor:
+    """From 0, the background, to 1: with thousands of inputs at -1 the fully connected network does not start to learn."""
+    return (pixels + 1) / 2
+
+
 def train(model: nn.Module, task: Base, steps: int, batch: int, seed: int) -> float:
     """Train and return the accuracy on the task's test set."""
     generator = torch.Generator().manual_seed(seed)
@@ -36,7 +41,7 @@ def train(model: nn.Module, task: Base, steps: int, batch: int, seed: int) -> fl
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in range(steps):
         columns = task.draw(batch, generator)
-        loss = nn.functional.cross_entropy(model(columns["pixel_values"]), columns["labels"])
+        loss = nn.functional.cross_entropy(model(brightness(columns["pixel_values"])), columns["labels"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -45,7 +50,7 @@ def train(model: nn.Module, task: Base, steps: int, batch: int, seed: int) -> fl
     with torch.no_grad():
         for batch_ in task.test():
             labels = batch_.inputs["labels"]
-            right += int((model(batch_.inputs["pixel_values"]).argmax(-1) == labels).sum())
+            right += int((model(brightness(batch_.inputs["pixel_values"])).argmax(-1) == labels).sum())
             total += len(labels)
     return right / total
 
