@@ -197,11 +197,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Accuracy, time, FLOPs and memory against size."""
     from matplotlib.figure import Figure
 
-    kinds = list(results["accuracy"])
+    kinds = ("image", "text")
     figure = Figure(figsize=(13, 3.2 * len(kinds)), layout="constrained")
     axes = figure.subplots(len(kinds), 4, squeeze=False)
     for line, kind in zip(axes, kinds, strict=True):
-        rows, unit = results["accuracy"][kind], "pixels a side" if kind == "image" else "tokens"
+        rows, unit = results["accuracy"].get(kind, []), "pixels a side" if kind == "image" else "tokens"
         colours = {"soft": "0.45", "random": "C1", "hard": "C0"}
         for model, keep in dict.fromkeys((row["model"], row["keep"]) for row in rows):
             held = [row for row in rows if (row["model"], row["keep"]) == (model, keep)]
@@ -210,9 +210,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
             style = "o--" if keep != TESTS[kind][2][0] else "o-"
             name = model if model == "soft" else f"{model}, {keep} kept"
             line[0].plot(sizes, share, style, color=colours[model], label=name, markersize=4)
-        line[0].set_ylabel("right, %" if kind == "image" else "all needles right, %")
-        line[0].set_ylim(0, 102)
-        line[0].legend(fontsize=8)
+        if rows:
+            line[0].set_ylabel("right, %" if kind == "image" else "all needles right, %")
+            line[0].set_ylim(0, 102)
+            line[0].legend(fontsize=8)
+        else:
+            line[0].set_axis_off()
         measured = [row for row in results["cost"]["rows"] if (row["model"] == "T5 encoder") == (kind == "text")]
         for index, name in enumerate(dict.fromkeys(row["model"] for row in measured)):
             held = [row for row in measured if row["model"] == name]
@@ -233,13 +236,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
             for row in held:
                 if row.get("does_not_fit"):
                     line[3].axvline(row["size"], color=f"C{3 * index}", alpha=0.4, linewidth=1)
-                    line[3].annotate(
-                        f"stock {name}: more than 8 GiB",
-                        (row["size"], line[3].get_ylim()[0]),
+                    line[3].text(
+                        row["size"],
+                        0.97,
+                        f"stock {name}: more than 8 GiB ",
+                        transform=line[3].get_xaxis_transform(),
                         rotation=90,
                         fontsize=6,
                         ha="right",
-                        va="bottom",
+                        va="top",
                     )
                     break
         for axis, what in zip(line[1:], ("seconds", "GFLOPs (counted)", "peak memory of a call, MiB"), strict=True):
@@ -247,7 +252,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axis.set_ylabel(what)
         line[1].legend(fontsize=7)
         for axis in line:
-            every = sorted({row["size"] for row in rows})
+            every = sorted({row["size"] for row in [*rows, *measured]})
             axis.set_xscale("log", base=2)
             axis.set_xticks(every, [f"{size:,}" for size in every], fontsize=7)
             axis.minorticks_off()
