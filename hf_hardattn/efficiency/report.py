@@ -31,6 +31,7 @@ def cells(group: dict[str, Any]) -> Iterator[list[str]]:
     for name, row in group["rows"].items():
         exact = speedup(group, name, "exact")
         target = row["targets"].get("stock")
+        unlimited = name == "stock" or name.startswith("control")
         yield [
             group["name"],
             name,
@@ -38,8 +39,8 @@ def cells(group: dict[str, Any]) -> Iterator[list[str]]:
             f"{row['throughput']:,.2f}",
             speedup(group, name, "stock"),
             exact,
-            "" if row["limit"] is None or name == "stock" else f"{row['limit']:.2f}",
-            "" if row["share_of_limit"] is None or name == "stock" else f"{row['share_of_limit']:.0%}",
+            "" if row["limit"] is None or unlimited else f"{row['limit']:.2f}",
+            "" if row["share_of_limit"] is None or unlimited else f"{row['share_of_limit']:.0%}",
             "" if target is None else f"{target} {'held' if row['against_stock']['median'] >= target else 'NOT HELD'}",
             f"{row['flops']['executed'] / 1e9:,.1f}",
             f"{row['flops']['nominal'] / 1e9:,.1f}",

@@ -24,7 +24,7 @@ def table() -> str:
                 continue
             target = next(filter(None, asked), None) if name == "exact" else row["targets"].get("stock")
             wanted = "" if target is None else f"{target} {'✓' if row['against_stock']['median'] >= target else '✗'}"
-            limit = "" if name == "exact" else f"{row['limit']:.2f}"
+            limit = "" if name == "exact" or name.startswith("control") else f"{row['limit']:.2f}"
             cache = row.get("cross_cache_bytes")
             cached = f", cross cache {cache / stock['cross_cache_bytes']:.1%}" if cache and name != "exact" else ""
             lines.append(
