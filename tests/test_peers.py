@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,12 @@ def vit() -> ViTForImageClassification:
     sizes = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=3, num_labels=4)
     config = AutoConfig.for_model("vit", image_size=32, patch_size=8, num_channels=1, initializer_range=0.3, **sizes)
     return ViTForImageClassification(config).eval()
+
+
+def projected(layer: Any, hidden: torch.Tensor) -> list[torch.Tensor]:
+    """Queries, keys and values of an image's 17 rows, 3 heads of 8."""
+    normed, attention = layer.layernorm_before(hidden)[0], layer.attention
+    return [p(normed).view(17, 3, 8) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
 
 
 @pytest.mark.parametrize(("peer", "nothing"), [(ToMe, 0), (TopKMask, 1.0)])
@@ -62,11 +69,10 @@ def test_evit_keeps_what_cls_attends_to_and_fuses_the_rest() -> None:
     with torch.no_grad():
         hidden = model.vit.embeddings(pixels)
         short = EViT(model, 0.25).layer(0, layer, hidden)
-        attention, normed = layer.attention, layer.layernorm_before(hidden)[0]
-        query, key, value = (p(normed).view(17, 3, 8) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        query, key, value = projected(layer, hidden)
         weights = torch.stack([(query[:, h] @ key[:, h].T * 8**-0.5).softmax(-1) for h in range(3)])
         mixed = torch.stack([weights[h] @ value[:, h] for h in range(3)], 1)
-        joined = hidden[0] + attention.o_proj(mixed.view(17, 24))
+        joined = hidden[0] + layer.attention.o_proj(mixed.view(17, 24))
         paid = weights[:, 0, 1:].mean(0)
         order = paid.argsort(descending=True)
         kept, others = 1 + order[:4], order[4:]  # a quarter of 16 patches
@@ -82,20 +88,19 @@ def test_top_k_masking_keeps_k_keys_of_each_query() -> None:
     with torch.no_grad():
         hidden = model.vit.embeddings(pixels)
         found = TopKMask(model, 0.3).layer(0, layer, hidden)
-        attention, normed = layer.attention, layer.layernorm_before(hidden)[0]
-        query, key, value = (p(normed).view(17, 3, 8) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        query, key, value = projected(layer, hidden)
         mixed = torch.zeros(17, 3, 8)
         for head in range(3):
             for place in range(17):
                 logits = key[:, head] @ query[place, head] * 8**-0.5
                 best = logits.argsort(descending=True)[: round(0.3 * 17)]
                 mixed[place, head] = logits[best].softmax(0) @ value[best, head]
-        joined = hidden + attention.o_proj(mixed.view(1, 17, 24))
+        joined = hidden + layer.attention.o_proj(mixed.view(1, 17, 24))
         torch.testing.assert_close(found, joined + layer.mlp(layer.layernorm_after(joined)))
 
 
 def test_the_peers_of_a_task_run_on_its_trained_models(tmp_path: Path) -> None:
-    """The command end to end, on models of the Fashion task's shape; its images need no files here."""
+    """Every method, on untrained models in the place of trained ones."""
     task = tasks.load("cluttered_digits", {"test_images": 8})
     torch.manual_seed(0)
     soft = ViTForImageClassification(task.config()).eval()

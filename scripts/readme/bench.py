@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_hardattn.efficiency.report import is_control
+
 from . import read
 
 PEERS = {"peers": "the demo's trained ViT", "peers_cluttered_fashion": "the ViT trained on cluttered Fashion-MNIST"}
@@ -24,7 +26,7 @@ def table() -> str:
                 continue
             target = next(filter(None, asked), None) if name == "exact" else row["targets"].get("stock")
             wanted = "" if target is None else f"{target} {'✓' if row['against_stock']['median'] >= target else '✗'}"
-            limit = "" if name == "exact" or name.startswith("control") else f"{row['limit']:.2f}"
+            limit = "" if name == "exact" or is_control(group, name) else f"{row['limit']:.2f}"
             cache = row.get("cross_cache_bytes")
             cached = f", cross cache {cache / stock['cross_cache_bytes']:.1%}" if cache and name != "exact" else ""
             lines.append(
