@@ -38,15 +38,14 @@ def test_retina_sees_what_a_loop_sees(step: int) -> None:
             assert math.isclose(float(seen[example, scale, channel, i, j]), sum(inside) / side**2, abs_tol=1e-12)
 
 
-@pytest.mark.parametrize("policy", ["gaussian", "table"])
 @pytest.mark.parametrize(("estimator", "draws"), [("reinforce", 1), ("rloo", 2)])
 @pytest.mark.parametrize("reward", ["loss", "right"])
 def test_gradient_is_that_of_the_expectation(
-    monkeypatch: pytest.MonkeyPatch, policy: str, estimator: str, draws: int, reward: str
+    monkeypatch: pytest.MonkeyPatch, estimator: str, draws: int, reward: str
 ) -> None:
     """Every choice of two glimpses among four centres, weighted by its probability."""
     torch.manual_seed(1)
-    config = tiny(policy=policy, estimator=estimator, samples=2, reward=reward)
+    config = tiny(estimator=estimator, samples=2, reward=reward)
     model = RamForImageClassification(config).double().train()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
@@ -106,7 +105,7 @@ def test_what_was_not_looked_at_changes_nothing() -> None:
     assert not seen.all() and not gradient[0, 0][~seen].any() and gradient[0, 0][seen].any()
 
 
-@pytest.mark.parametrize("policy", ["gaussian", "table", "random"])
+@pytest.mark.parametrize("policy", ["gaussian", "random"])
 def test_a_saved_model_says_the_same(tmp_path: object, policy: str) -> None:
     torch.manual_seed(0)
     model = RamForImageClassification(tiny(policy=policy, step=1)).eval()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-POLICIES = ("gaussian", "table", "random")
-STARTS = ("centre", "learned", "random")
+POLICIES = ("gaussian", "random")
+STARTS = ("centre", "learned")
 ESTIMATORS = ("reinforce", "rloo")
 REWARDS = ("right", "loss")
 
@@ -30,11 +30,10 @@ class RamConfig(PreTrainedConfig):
         step: pixels from a centre to the next, of those that can be looked at.
         background: what lies outside the image.
         hidden_size: of the state and of a glimpse. part_size: of what is seen and of where it is, before they meet.
-        policy: ``"gaussian"``: centres near a point that the state predicts, by the normal density; ``"table"``: a free score of
-            each row and of each column; ``"random"``: any centre, always (the control).
+        policy: ``"gaussian"``: centres near a point that the state predicts, by the normal density; ``"random"``: any centre, always (the
+            control).
         sigma: > 0, of ``"gaussian"``, in half sides of the image.
-        start: the first glimpse: ``"centre"``; ``"learned"``, by the policy from the first state; ``"random"``, any centre in training
-            and where choices are drawn, else the centre.
+        start: the first glimpse: ``"centre"``; ``"learned"``, by the policy from the first state.
         estimator: ``"reinforce"`` with a learned baseline; ``"rloo"``, ``samples`` >= 2 draws an image, each the others' baseline.
         reward: ``"right"``: 1 where the class is right, else 0; ``"loss"``: minus the cross-entropy.
         policy_weight: >= 0, of the score-function term in the loss. The policy's own map hears nothing else, and Adam does not heed its size; it
@@ -165,7 +164,7 @@ class RamForImageClassification(PreTrainedModel):
         self.initial = nn.Parameter(torch.zeros(size))
         self.side = config.image_size // config.step + 1
         if config.policy != "random":
-            self.locate = nn.Linear(size, 2 if config.policy == "gaussian" else 2 * self.side)
+            self.locate = nn.Linear(size, 2)
         self.baseline = nn.Linear(size, 1)
         self.classifier = nn.Linear(size, config.num_labels or 2)  # two is the default of Transformers
         self.post_init()
@@ -183,7 +182,7 @@ class RamForImageClassification(PreTrainedModel):
         elif isinstance(module, RamForImageClassification):
             nn.init.zeros_(module.initial)
             if module.config.policy != "random":
-                module.locate.weight.mul_(0.1)  # begins near the centre, or near no centre
+                module.locate.weight.mul_(0.1)  # begins near the centre
 
     def places(self) -> Tensor:
         """Pixels that a centre's row or column can be: int64 ``[side]``."""
@@ -195,11 +194,8 @@ class RamForImageClassification(PreTrainedModel):
 
     def law(self, state: Tensor) -> Tensor:
         """Log-probability of each row, and of each column, ``[B, 2, side]``: a centre's is their sum."""
-        found = self.locate(state)
-        if self.config.policy == "gaussian":
-            apart = (found.tanh()[..., None] - self.scaled(self.places())) / self.config.sigma
-            return (-0.5 * apart.square()).log_softmax(-1)
-        return found.unflatten(1, (2, self.side)).log_softmax(-1)
+        apart = (self.locate(state).tanh()[..., None] - self.scaled(self.places())) / self.config.sigma
+        return (-0.5 * apart.square()).log_softmax(-1)
 
     def forward(
         self,
@@ -233,10 +229,9 @@ class RamForImageClassification(PreTrainedModel):
         middle = self.places()[(self.side - 1) // 2].expand(len(state), 2)
         locations, log_probs, values = [], [], []
         for turn in range(config.glimpses):
-            fixed = turn == 0 and config.start != "learned"
-            if config.policy == "random" or (fixed and config.start == "random" and sample):
+            if config.policy == "random":
                 location = torch.randint(self.side, (len(state), 2), device=self.device) * config.step
-            elif fixed:
+            elif turn == 0 and config.start == "centre":
                 location = middle
             else:
                 law = self.law(state)
