@@ -2,7 +2,7 @@
 
     hf-hardattn compare --config scripts/configs/compare/needle.yaml --seeds 3 --save
     hf-hardattn compare --config scripts/configs/compare/long_text.yaml --seeds 3 --save
-    python scripts/needle.py accuracy --seeds 3      # the models trained above, at sizes they were not trained at; --kind: image or text
+    python scripts/needle.py accuracy --seeds 3      # the models trained above, at sizes they were not trained at; --kind, --size: of one
     python scripts/needle.py cost                    # time, counted FLOPs and memory of wider models with random weights; --model: of one
     python scripts/needle.py draw
 
@@ -50,8 +50,8 @@ TESTS: dict[str, tuple[str, str, tuple[int, ...], dict[int, tuple[int, bool]]]] 
     "image": (
         "needle",
         "scout",
-        (8, 64),
-        {256: (500, True), 512: (500, True), 1024: (300, True), 2048: (200, True), 4096: (100, False)},
+        (8, 64, 256),
+        {256: (500, True), 512: (500, True), 1024: (300, True), 2048: (200, True), 4096: (60, True)},
     ),
     "text": (
         "long_text",
@@ -78,8 +78,8 @@ COSTS: dict[str, tuple[dict[str, Any], dict[int, bool]]] = {
 }
 
 
-def accuracy(kinds: list[str], seeds: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Test the trained models at every size."""
+def accuracy(kinds: list[str], only: int | None, seeds: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Test the trained models at every size, or at one."""
     found: dict[str, list[dict[str, Any]]] = {}
     for kind in kinds:
         comparison, variant, budgets, sizes = TESTS[kind]
@@ -92,6 +92,8 @@ def accuracy(kinds: list[str], seeds: int, folder: Path) -> dict[str, list[dict[
                         selector.config = hf_hardattn.SiteConfig(**{**vars(selector.config), "budget": keep})
                         selector.budget_schedule = None
                     for size, (count, whole) in sizes.items():
+                        if only not in (None, size):
+                            continue
                         if name != variant and not whole:  # a random choice is no better in a larger haystack
                             continue
                         told = "hard" if name == variant else name
@@ -268,7 +270,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--kind", choices=tuple(TESTS))
     parser.add_argument("--model", choices=tuple(COSTS))
-    parser.add_argument("--size", type=int)
+    parser.add_argument("--size", type=int, help="pixels a side, or tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -280,9 +282,12 @@ def main() -> None:
         return
     made: dict[str, Any]
     if args.what == "accuracy":
-        tested = accuracy([args.kind] if args.kind else list(TESTS), args.seeds, args.folder)
-        before = read_json(RESULTS).get("accuracy", {}) if RESULTS.exists() else {}
-        made = {"accuracy": {**before, **tested}}
+        made = {"accuracy": read_json(RESULTS).get("accuracy", {}) if RESULTS.exists() else {}}
+        for kind, rows in accuracy(
+            [args.kind] if args.kind else list(TESTS), args.size, args.seeds, args.folder
+        ).items():
+            others = [row for row in made["accuracy"].get(kind, []) if args.size not in (None, row["size"])]
+            made["accuracy"][kind] = others + rows
     else:
         rows = list(costs([args.model] if args.model else list(COSTS), args.rounds, args.threads))
         made = {"cost": {"machine": machine(args.threads), "limit_bytes": LIMIT, "kept": SCOUT["budget"]}}
