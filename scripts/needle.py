@@ -209,7 +209,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             held = [row for row in rows if (row["model"], row["keep"]) == (model, keep)]
             sizes = sorted({row["size"] for row in held})
             share = [100 * statistics.fmean(row["exact"] for row in held if row["size"] == size) for size in sizes]
-            style = "o--" if keep != TESTS[kind][2][0] else "o-"
+            style = ("o-", "o--", "o:")[TESTS[kind][2].index(keep)]
             name = model if model == "soft" else f"{model}, {keep} kept"
             line[0].plot(sizes, share, style, color=colours[model], label=name, markersize=4)
         if rows:
