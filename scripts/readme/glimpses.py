@@ -58,7 +58,7 @@ def needles() -> list[str]:
     machine = r["cost"]["machine"]
     told = {
         "image": "A handwritten digit fills one patch of 32 px among fragments of others (trained at 256 px).",
-        "text": "Four informative tokens stand in a document, and all four are to be said (`mlp` at `encoder.inputs`, trained at 160 tokens).",
+        "text": "Four informative tokens stand in a document, and all four are to be said (`mlp` at `encoder.inputs`, trained at 160 tokens by a schedule that was chosen on one of these seeds).",
     }
     lines += [
         "",
