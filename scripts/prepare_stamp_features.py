@@ -48,11 +48,10 @@ def main() -> None:
     for split in ("train", "validation", "test"):  # train first: it says what is usual
         lines = (arguments.stamps / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
+        found = features(model, processor, [arguments.stamps / row["image"] for row in rows])
         if split == "train":
             tokenizer = train_tokenizer([row["caption"] for row in rows], arguments.vocabulary)
             tokenizer.save(str(arguments.output / "tokenizer.json"))
-        found = features(model, processor, [arguments.stamps / row["image"] for row in rows])
-        if split == "train":
             mean, deviation = found.mean((0, 1)), found.std((0, 1))
         save_file({"features": ((found - mean) / deviation).half()}, arguments.output / f"{split}.safetensors")
         kept = "".join(json.dumps({"caption": row["caption"]}, ensure_ascii=False) + "\n" for row in rows)

@@ -14,18 +14,7 @@ from ..errors import HardAttentionError
 from .cluttered import Bank
 
 PREFIXES = {"train": "train", "test": "t10k"}
-NAMES = (
-    "T-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)  # Fashion's
+FASHION_NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..cluttered import Bank, Scene
-from ..mnist import NAMES, fashion_bank
+from ..mnist import FASHION_NAMES, fashion_bank
 from . import Recipe
 from ._cluttered import Cluttered
 
@@ -15,7 +15,7 @@ class ClutteredFashion(Cluttered):
         folder: of the data set's files; see ``mnist.fashion_bank``.
     """
 
-    names = NAMES
+    names = FASHION_NAMES
     scene = Scene(canvas=84, patch=14, item=28, fragment=14)
     budget = 9 / 36
     recipe = Recipe(trunk_steps=2000, branch_steps=560, batch=32, ramp=2 / 3)
