@@ -275,7 +275,8 @@ class Selector(nn.Module):
         n = scores.shape[-1]
         dense = valid is None and not self.data_dependent
         valid = torch.ones((1, 1, 1, n), dtype=torch.bool, device=scores.device) if valid is None else valid
-        shape = torch.broadcast_shapes(scores.shape, valid.shape)
+        # torch.broadcast_shapes would take longer than the choice
+        shape = tuple(size if other == 1 else other for size, other in zip(scores.shape, valid.shape, strict=True))
         scores, valid = scores.expand(shape), valid.expand(shape)
         candidates = valid if required is None else valid & ~required
         always = None if required is None else valid & required

@@ -124,7 +124,10 @@ class HardBlipVisionLayers(HardLayers):
     def run(self, layer: nn.Module, state: TowerState, index: int, hidden: Tensor, **kwargs: Any) -> Tensor:
         if index == 0:
             hidden = self.begin(state, hidden)
-        key_gates = self.key_gates(state, layer.self_attn, state.stream.gates)
-        hidden, *leaves = layer(hidden, state.stream.gates, key_gates, kept=state.kept, stream=state.stream, **kwargs)
-        self.take(state, *unpack(tuple(leaves)))
+        if self.plain(state, layer, layer.self_attn):
+            hidden = layer(hidden, attention_mask=state.stream.mask(None, "sdpa", hidden.dtype), **kwargs)
+        else:
+            stream, key_gates = state.stream, self.key_gates(state, layer.self_attn, state.stream.gates)
+            hidden, *leaves = layer(hidden, stream.gates, key_gates, kept=state.kept, stream=stream, **kwargs)
+            self.take(state, *unpack(tuple(leaves)))
         return self.finish(state, hidden) if index == len(self) - 1 else hidden

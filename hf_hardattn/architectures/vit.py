@@ -117,9 +117,12 @@ class HardViTLayers(HardLayers):
             hidden = self.begin(state, hidden, mask)
         stream = state.stream
         mask = stream.mask(mask, layer.attention.config._attn_implementation, hidden.dtype)
-        key_gates = self.key_gates(state, layer.attention, stream.gates)
-        hidden, *leaves = layer(hidden, mask, stream.gates, key_gates, kept=state.kept, stream=stream, **kwargs)
-        self.take(state, *unpack(tuple(leaves)))
+        if self.plain(state, layer, layer.attention):
+            hidden = layer(hidden, mask, **kwargs)
+        else:
+            key_gates = self.key_gates(state, layer.attention, stream.gates)
+            hidden, *leaves = layer(hidden, mask, stream.gates, key_gates, kept=state.kept, stream=stream, **kwargs)
+            self.take(state, *unpack(tuple(leaves)))
         return self.finish(state, hidden) if index == len(self) - 1 else hidden
 
 
