@@ -86,8 +86,8 @@ def attend(
     if allowed is not None:
         allowed = allowed | ~allowed.any(-1, keepdim=True)
     if bias is not None and distances.is_table(bias):
-        if allowed is None and not weights and logits is None:
-            # with the queries in reverse order, the bias is a view of its table
+        if allowed is None and not weights and logits is None and not query.is_cuda:
+            # with the queries in reverse order, the bias is a view of its table; CUDA's kernels want aligned rows, and would copy it
             output = nn.functional.scaled_dot_product_attention(
                 query.flip(2), key, value, distances.reversed_rows(bias.to(query.dtype)), dropout_p=dropout, scale=scale
             )

@@ -110,6 +110,7 @@ def side_by_side(task: str, root: Path = Path("outputs")) -> dict[str, Any]:
         "data": first["data"],
         "versions": first["versions"],
         "platform": first["platform"],
+        "device": first["device"],
     }
 
 

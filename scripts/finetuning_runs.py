@@ -3,6 +3,7 @@
     python scripts/finetuning_runs.py captioning                              # the trunk, then all arms of three seeds
     python scripts/finetuning_runs.py captioning --arms trunk
     python scripts/finetuning_runs.py captioning --arms soft hard --seeds 1
+    python scripts/finetuning_runs.py captioning --jobs 3                     # three branches at a time, as on one GPU
     python scripts/finetuning_runs.py captioning --try 20                     # 20 steps of each, on 40 examples, into outputs/try
 
 Each run is one call of a training script with the files of `scripts/configs/finetuning`, into `outputs/TASK-trunk` or `outputs/TASK-ARM-SEED`; one
@@ -16,6 +17,7 @@ import argparse
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CONFIGS = Path(__file__).parent / "configs" / "finetuning"
@@ -55,19 +57,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--try", dest="steps", type=int, help="take so few steps, to see that it works and how long it takes"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="branches at a time (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     arguments = parser.parse_args(argv)
     root = Path("outputs/try") if arguments.steps else Path("outputs")
     short = ["--max_train_steps", str(arguments.steps), "--max_eval_samples", "40"] if arguments.steps else []
+
+    def run(task: str, arm: str, seed: int) -> None:
+        command = [sys.executable, *flags(task, arm, seed, root), *short]
+        if (folder(task, arm, seed, root) / "results.json").is_file():
+            return
+        print(shlex.join(["python", *command[1:]]) + "\n", end="", flush=True)  # in one piece, beside other branches
+        if not arguments.dry_run:
+            subprocess.run(command, check=True)
+
     for task in arguments.task:
-        runs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms if arm != "trunk"]
-        for arm, seed in ([("trunk", 0)] if "trunk" in arguments.arms else []) + runs:
-            command = [sys.executable, *flags(task, arm, seed, root), *short]
-            if (folder(task, arm, seed, root) / "results.json").is_file():
-                continue
-            print(shlex.join(["python", *command[1:]]), flush=True)
-            if not arguments.dry_run:
-                subprocess.run(command, check=True)
+        if "trunk" in arguments.arms:
+            run(task, "trunk", 0)
+        branches = [(task, arm, seed) for seed in arguments.seeds for arm in arguments.arms if arm != "trunk"]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for ended in [pool.submit(run, *branch) for branch in branches]:
+                ended.result()
 
 
 if __name__ == "__main__":

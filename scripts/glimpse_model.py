@@ -13,12 +13,15 @@ import argparse
 import shlex
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from hf_hardattn.backbones.ram import ESTIMATORS, RamConfig, RamForImageClassification
+from hf_hardattn.devices import default_device
 from hf_hardattn.training.comparison import Comparison
 from hf_hardattn.training.results import read_json, write_json
 from hf_hardattn.training.tasks import Base
@@ -34,17 +37,21 @@ def train(model: RamForImageClassification, task: Base, args: argparse.Namespace
         optimizer, lambda step: min((step + 1) / WARM_UP, 1.0) * (1 - step / args.steps)
     )
     model.train()
-    start, losses, right = time.perf_counter(), 0.0, 0.0
+    start = time.perf_counter()
+    losses = right = torch.zeros((), device=model.device)
+    painter = ThreadPoolExecutor(1)  # one batch ahead of a GPU
+    coming = painter.submit(task.draw, args.batch, generator)
     for step in range(1, args.steps + 1):
-        columns = task.draw(args.batch, generator)
+        columns = send_to_device(coming.result(), model.device)
+        coming = painter.submit(task.draw, args.batch, generator)
         output = model(**columns)
         optimizer.zero_grad()
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         schedule.step()
-        losses += float(output.loss.detach())
-        right += float((output.logits.argmax(-1) == columns["labels"]).float().mean())
+        losses = losses + output.loss.detach()  # on the device: reading it would wait for it
+        right = right + (output.logits.argmax(-1) == columns["labels"]).float().mean()
         if step % args.every == 0 or step == args.steps:
             count = (step - 1) % args.every + 1
             seconds = time.perf_counter() - start
@@ -52,7 +59,7 @@ def train(model: RamForImageClassification, task: Base, args: argparse.Namespace
                 f"seed {seed} step {step} loss {losses / count:.4f} accuracy {right / count:.4f} s {seconds:.0f}",
                 flush=True,
             )
-            losses = right = 0.0
+            losses = right = torch.zeros((), device=model.device)
 
 
 @torch.no_grad()
@@ -61,7 +68,8 @@ def evaluate(model: RamForImageClassification, task: Base, draws: int = 8) -> di
     model.eval()
     right = right_mean = total = 0
     for batch in task.test():
-        pixels, labels = batch.inputs["pixel_values"], batch.inputs["labels"]
+        inputs = batch.to(model.device).inputs
+        pixels, labels = inputs["pixel_values"], inputs["labels"]
         right += int((model(pixels).logits.argmax(-1) == labels).sum())
         mean = torch.stack([model(pixels, sample=True).logits.softmax(-1) for _ in range(draws)]).mean(0)
         right_mean += int((mean.argmax(-1) == labels).sum())
@@ -83,6 +91,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--glimpses", type=int, default=8)
     parser.add_argument("--scales", type=int, default=3)
     parser.add_argument("--estimator", choices=ESTIMATORS, default="reinforce")
@@ -92,7 +101,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/glimpse_models.json"), help="JSON to add to")
     args = parser.parse_args()
     task, _, _ = Comparison.read(args.config).settle()
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         torch.manual_seed(seed)
         config = RamConfig(
             image_size=task.config().image_size,
@@ -102,7 +111,7 @@ def main() -> None:
             estimator=args.estimator,
             policy="random" if args.random else "gaussian",
         )
-        model = RamForImageClassification(config)
+        model = RamForImageClassification(config).to(default_device())
         start = time.perf_counter()
         train(model, task, args, seed)
         row = {
@@ -116,6 +125,7 @@ def main() -> None:
             "learning_rate": args.learning_rate,
             "seconds": round(time.perf_counter() - start, 1),
             "seed": seed,
+            "device": model.device.type,
             **evaluate(model, task),
         }
         print(row, flush=True)

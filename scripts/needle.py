@@ -36,6 +36,7 @@ from transformers import (
 )
 
 import hf_hardattn
+from hf_hardattn.devices import default_device
 from hf_hardattn.efficiency.bench import machine
 from hf_hardattn.efficiency.counting import work
 from hf_hardattn.efficiency.memory import peak_resident_bytes
@@ -105,7 +106,7 @@ def accuracy(kinds: list[str], only: int | None, seeds: int, folder: Path) -> di
 
 def load(kind: str, place: Path) -> PreTrainedModel:
     cls = ViTForImageClassification if kind == "image" else T5ForConditionalGeneration
-    return cls.from_pretrained(place).eval()
+    return cls.from_pretrained(place).eval().to(default_device())
 
 
 @torch.no_grad()
@@ -113,6 +114,7 @@ def right(kind: str, model: PreTrainedModel, size: int, count: int) -> dict[str,
     """Share of examples answered right (a text: all its needles), and of those whose needle was kept."""
     answered = kept = 0
     for batch in examples(kind, size, count):
+        batch = batch.to(model.device)
         with hf_hardattn.record(model) if hf_hardattn.selectors(model) else torch.no_grad() as selections:
             answer = model(**batch.inputs).logits.argmax(-1)
         labels = batch.inputs["labels"]

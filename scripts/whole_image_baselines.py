@@ -12,8 +12,10 @@ import argparse
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from hf_hardattn.devices import default_device
 from hf_hardattn.training.comparison import Comparison
 from hf_hardattn.training.results import read_json, write_json
 from hf_hardattn.training.tasks import Base
@@ -40,7 +42,7 @@ def train(model: nn.Module, task: Base, steps: int, batch: int, seed: int) -> fl
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in range(steps):
-        columns = task.draw(batch, generator)
+        columns = send_to_device(task.draw(batch, generator), default_device())
         loss = nn.functional.cross_entropy(model(brightness(columns["pixel_values"])), columns["labels"])
         optimizer.zero_grad()
         loss.backward()
@@ -49,8 +51,9 @@ def train(model: nn.Module, task: Base, steps: int, batch: int, seed: int) -> fl
     right = total = 0
     with torch.no_grad():
         for batch_ in task.test():
-            labels = batch_.inputs["labels"]
-            right += int((model(brightness(batch_.inputs["pixel_values"])).argmax(-1) == labels).sum())
+            inputs = batch_.to(default_device()).inputs
+            labels = inputs["labels"]
+            right += int((model(brightness(inputs["pixel_values"])).argmax(-1) == labels).sum())
             total += len(labels)
     return right / total
 
@@ -68,7 +71,7 @@ def main() -> None:
         torch.manual_seed(seed)
         for name, model in networks(task.config().image_size).items():
             found.setdefault(name, []).append(
-                train(model, task, recipe.trunk_steps + recipe.branch_steps, recipe.batch, seed)
+                train(model.to(default_device()), task, recipe.trunk_steps + recipe.branch_steps, recipe.batch, seed)
             )
             print(name, seed, found[name][-1], flush=True)
     write_json(path, {**results, "whole_image_baselines": found})

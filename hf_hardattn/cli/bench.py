@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,9 @@ def command(
     fixed_allocator: Annotated[
         bool, typer.Option(help="Restart with glibc's allocator fixed; page faults move ratios.")
     ] = True,
+    cuda_graphs: Annotated[
+        bool, typer.Option(help="Time calls as CUDA graphs, the baselines too: what the GPU does, without the host.")
+    ] = False,
     import_cost: Annotated[
         bool, typer.Option(help="Also measure what importing the library costs a stock model.")
     ] = False,
@@ -75,24 +79,26 @@ def command(
         known = ", ".join(repr(group.name) for group in chosen.groups)
         raise HardAttentionError(f"no group of suite {chosen.name!r} matches --only {only!r}; it has: {known}.")
     output.mkdir(parents=True, exist_ok=True)
-    path = output / f"{chosen.name}.json"
+    path = output / f"{chosen.name}{'_graphs' * cuda_graphs}.json"
     before = json.loads(path.read_text()) if path.exists() and only != "*" else {"groups": []}
     made = {group["name"]: group for group in before["groups"]}
     exported, growing = chosen.runtime == "onnxruntime", chosen.picture == "growth"
     if exported:
-        measured = bench_exported.run(groups, rounds=rounds, seconds=seconds, threads=threads)
+        measured: Iterator[dict[str, Any]] = bench_exported.run(groups, rounds=rounds, seconds=seconds, threads=threads)
     else:
-        measured = bench.run(groups, rounds=rounds, seconds=seconds, layers_too=growing)
-    made |= {group["name"]: group for group in measured}
-    results = {
+        measured = bench.run(groups, rounds=rounds, seconds=seconds, layers_too=growing, graphs=cuda_graphs)
+    results: dict[str, Any] = {
         "command": " ".join(["hf-hardattn", *sys.argv[1:]]) if only == "*" else f"hf-hardattn bench --suite {suite}",
         "title": chosen.title,
         "picture": chosen.picture,
         "machine": bench.machine(threads),
-        "groups": [made[group.name] for group in chosen.groups if group.name in made],
+        "groups": [],
         "import": cost_of_import(threads, 56) if import_cost else before.get("import"),
     }
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    for group in measured:  # written as they come: an interrupted run keeps what it has
+        made[group["name"]] = group
+        results["groups"] = [made[known.name] for known in chosen.groups if known.name in made]
+        path.write_text(json.dumps(results, indent=1) + "\n")
     if exported:
         path.with_suffix(".md").write_text(report.exported(results))
         return typer.echo(report.exported(results))
@@ -110,7 +116,7 @@ def _peers(models: Path, name: str, rounds: int, threads: int, output: Path) -> 
 
     task: Any = tasks.load(name, {})
     found = compare_peers.run(models, columns := task.columns(), batch=64, rounds=rounds)
-    results = {
+    results: dict[str, Any] = {
         "command": " ".join(["hf-hardattn", *sys.argv[1:]]),
         "title": f"Ways to spare tokens, on a trained ViT: {name.replace('_', ' ')}",
         "images": len(columns["labels"]),

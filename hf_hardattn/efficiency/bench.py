@@ -5,9 +5,9 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import HardAttentionConfig
+from ..devices import default_device, device_name, graphed
 from ..modes import execution
 from ..recording import selectors
 from ..registration import apply
@@ -30,14 +31,20 @@ from .timing import interleaved_seconds, ratios
 from .workloads import DTYPES, Workload, cache_bytes, share_weights
 
 STOCK, EXACT = "stock", "exact"
+SECONDS_OF_ENERGY = 1.0  # at least: a GPU's counter moves some ten times a second
 
 
-def run(groups: list[Group], *, rounds: int, seconds: float | None, layers_too: bool = False) -> list[dict[str, Any]]:
+def run(
+    groups: list[Group], *, rounds: int, seconds: float | None, layers_too: bool = False, graphs: bool = False
+) -> Iterator[dict[str, Any]]:
     """Measure groups one after the other; see ``measure``."""
-    return [measure(group, rounds=rounds, seconds=seconds, layers_too=layers_too) for group in tqdm(groups, "bench")]
+    for group in tqdm(groups, "bench"):
+        yield measure(group, rounds=rounds, seconds=seconds, layers_too=layers_too, graphs=graphs)
 
 
-def measure(group: Group, *, rounds: int, seconds: float | None = None, layers_too: bool = False) -> dict[str, Any]:
+def measure(
+    group: Group, *, rounds: int, seconds: float | None = None, layers_too: bool = False, graphs: bool = False
+) -> dict[str, Any]:
     """Measure one workload with its rows.
 
     Every speed-up is the median, over rounds in which each model had its turn, of the baseline's time by the row's in that round.
@@ -45,6 +52,7 @@ def measure(group: Group, *, rounds: int, seconds: float | None = None, layers_t
     Args:
         rounds: at most. seconds: of timing, after which no further round starts (two are run at least).
         layers_too: also time the layers behind the first one by themselves.
+        graphs: time calls as CUDA graphs, the baselines too: a small model on a GPU else waits for the host to launch its kernels.
 
     Returns:
         JSON: the workload, and for ``stock``, ``exact`` and every row its time, throughput, FLOPs (executed and nominal), peak memory, energy
@@ -58,10 +66,12 @@ def measure(group: Group, *, rounds: int, seconds: float | None = None, layers_t
         del models[STOCK]
     calls = {name: partial(workload.call, model, inputs) for name, model in models.items()}
     resident = {name: peak_resident_bytes(call) for name, call in calls.items()}  # and the first call, which warms up
+    profiles = {name: profile_call(call) for name, call in calls.items()}
+    if graphs and not workload.generates:
+        calls = {name: graphed(call) for name, call in calls.items()}  # type: ignore[misc]
     with ExitStack() as stack:
         later = {name: stack.enter_context(later_layers(model)) for name, model in models.items()} if layers_too else {}
         timed = interleaved_seconds(calls, rounds=rounds, warmup=0, seconds=seconds)
-    profiles = {name: profile_call(call) for name, call in calls.items()}
     shares = profiles[STOCK].shares if group.stock else None
     to_stock, to_exact = ratios(timed, STOCK) if group.stock else None, ratios(timed, EXACT)
     least_rows = streaming_rows(DTYPES[workload.dtype])
@@ -89,7 +99,7 @@ def measure(group: Group, *, rounds: int, seconds: float | None = None, layers_t
             "share_of_limit": against_stock["median"] / limit if against_stock and limit else None,
             "peak_bytes": profiles[name].peak_bytes,
             "peak_resident_bytes": resident[name],
-            "joules": joules_per_call(calls[name], rounds),
+            "joules": joules_per_call(calls[name], max(rounds, int(SECONDS_OF_ENERGY / median) + 1)),
             "targets": targets.get(name, {}),
         }
         if workload.generates:
@@ -160,8 +170,8 @@ def spread(values: list[float]) -> dict[str, Any]:
 def machine(threads: int) -> dict[str, Any]:
     """Where and with what the numbers were made."""
     return {
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "device": default_device().type,
+        "processor": device_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "native_bfloat16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         "threads": threads,
@@ -170,11 +180,3 @@ def machine(threads: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +22,10 @@ from .timing import interleaved_seconds, ratios
 TORCH = "PyTorch, "  # calls of the same models, timed in the same rounds
 
 
-def run(groups: list[Group], *, rounds: int, seconds: float | None, threads: int) -> list[dict[str, Any]]:
+def run(groups: list[Group], *, rounds: int, seconds: float | None, threads: int) -> Iterator[dict[str, Any]]:
     """Measure groups one after the other; see ``measure``."""
-    return [measure(group, rounds=rounds, seconds=seconds, threads=threads) for group in tqdm(groups, "export")]
+    for group in tqdm(groups, "export"):
+        yield measure(group, rounds=rounds, seconds=seconds, threads=threads)
 
 
 def measure(group: Group, *, rounds: int, seconds: float | None, threads: int) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from ..devices import wait_for_device
+
 _RAPL = Path("/sys/class/powercap")
 
 
@@ -24,6 +26,7 @@ def joules_per_call(call: Callable[[], object], calls: int) -> float | None:
         return None
     for _ in range(calls):
         call()
+    wait_for_device()
     end = read_joules()
     return None if end is None or end <= start else (end - start) / calls
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from ..devices import default_device
 from ..errors import HardAttentionError
 from .memory import peak_of
 from .timing import interleaved_seconds
@@ -18,8 +20,16 @@ from .timing import interleaved_seconds
 # operators that compute, by part; every other operator is "other"
 OPERATORS = {
     "linear": ("addmm", "mm", "mkldnn_linear", "_mkl_linear", "linear"),
-    "attention": ("bmm", "baddbmm", "_softmax", "_scaled_dot_product", "_flash_attention", "_efficient_attention"),
-    "convolution": ("convolution", "mkldnn_convolution", "thnn_conv2d", "_slow_conv2d"),
+    "attention": (
+        "bmm",
+        "baddbmm",
+        "_softmax",
+        "_scaled_dot_product",
+        "_flash_attention",
+        "_efficient_attention",
+        "_cudnn_attention",
+    ),
+    "convolution": ("convolution", "mkldnn_convolution", "cudnn_convolution", "thnn_conv2d", "_slow_conv2d"),
 }
 
 
@@ -40,7 +50,7 @@ class Profile:
 
 def profile_call(call: Callable[[], object]) -> Profile:
     """Run ``call`` once under the profiler."""
-    gpu = torch.cuda.is_available()
+    gpu = default_device().type == "cuda"
     before = 0
     if gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -50,6 +60,8 @@ def profile_call(call: Callable[[], object]) -> Profile:
         output = call()
     seconds = dict.fromkeys((*OPERATORS, "other"), 0.0)
     for event in profiler.key_averages():
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel by itself: its time stands at the operator that launched it, too
         name = event.key.removeprefix("aten::")
         part = next((part for part, names in OPERATORS.items() if name.startswith(names)), "other")
         seconds[part] += event.self_device_time_total if gpu else event.self_cpu_time_total
@@ -64,7 +76,7 @@ def streaming_rows(dtype: torch.dtype, size: int = 4096, copies: int = 8, many: 
     Args:
         size: a side of the weights. copies: of them, read in turn, together more than any cache holds.
     """
-    place: dict[str, Any] = dict(device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
+    place: dict[str, Any] = dict(device=default_device(), dtype=dtype)
     weights = [torch.ones(size, size, **place) for _ in range(copies)]
     one, rows = torch.ones(1, size, **place), torch.ones(many, size, **place)
 

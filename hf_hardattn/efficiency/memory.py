@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..devices import default_device
+
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -25,10 +27,14 @@ def peak_of(profiler: Any) -> int:
 
 
 def peak_resident_bytes(call: Callable[[], object]) -> int | None:
-    """Rise of the process's resident memory to its high-water mark in ``call``; None where the system cannot tell (not Linux).
+    """Rise of the process's resident memory to its high-water mark in ``call``; None where the system cannot tell (not Linux), and
+    where it would tell nothing (the model is on a GPU).
 
     Freed pages are handed back first, and the mark is set back: a later call of the same process is measured like the first.
     """
+    if default_device().type == "cuda":
+        call()
+        return None
     try:
         ctypes.CDLL(None).malloc_trim(0)
         _CLEAR.write_text("5")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..architectures import architecture_of
+from ..devices import wait_for_device
 from ..recording import selectors
 from ..stream import Made, Stream
 from .timing import interleaved_seconds, ratios
@@ -68,11 +69,16 @@ def later_layers(model: nn.Module) -> Iterator[list[float]]:
 
     def start(*_: Any) -> None:
         nonlocal started
+        wait_for_device()
         started = time.perf_counter()
+
+    def stop(*_: Any) -> None:
+        wait_for_device()
+        found.append(time.perf_counter() - started)
 
     handles = [
         layers[0].register_forward_hook(start),
-        layers[-1].register_forward_hook(lambda *_: found.append(time.perf_counter() - started)),
+        layers[-1].register_forward_hook(stop),
     ]
     try:
         yield found

@@ -102,16 +102,17 @@ def markdown(results: dict[str, Any]) -> str:
 
 def conditions(machine: dict[str, Any]) -> str:
     """The machine in a sentence."""
-    fixed = all(machine["allocator"].values())
-    kept = "glibc's allocator keeps freed pages" if fixed else "the system's default allocator"
-    bf16 = (
-        ""
-        if machine["native_bfloat16"]
-        else "; this processor has no bfloat16 arithmetic, matrix products in it are emulated"
-    )
+    versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
+    if machine["device"] == "cuda":
+        place = f"{machine['processor']}, {versions}"
+    else:
+        emulated = "; this processor has no bfloat16 arithmetic, matrix products in it are emulated"
+        bf16 = "" if machine["native_bfloat16"] else emulated
+        fixed = all(machine["allocator"].values())
+        kept = "glibc's allocator keeps freed pages" if fixed else "the system's default allocator"
+        place = f"{machine['processor']} ({machine['cpu_capability']}{bf16}), {machine['threads']} threads, {versions}, {kept}"
     return (
-        f"{machine['processor']} ({machine['cpu_capability']}{bf16}), {machine['threads']} threads, torch {machine['torch']}, transformers "
-        f"{machine['transformers']}, {kept}. Random weights; medians of interleaved rounds, quartiles in brackets. `stock` is Transformers' own path "
+        f"{place}. Random weights; medians of interleaved rounds, quartiles in brackets. `stock` is Transformers' own path "
         "(SDPA; BLIP has eager attention only), `exact` is this library's at budget 1.0. The limit is Amdahl's, from a profile of `stock` and the "
         "work left (reading weights, which few rows wait for, is no less); in decoding with a control that keeps 1, between stock's time and that control's. FLOPs count matrix products; peak MiB is the allocator's, RSS MiB the process's, both beyond the weights."
     )

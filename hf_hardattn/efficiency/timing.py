@@ -6,8 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
-import torch
-
+from ..devices import wait_for_device
 from ..errors import HardAttentionError
 
 
@@ -29,8 +28,7 @@ def interleaved_seconds(
         for name, call in calls.items():
             start = time.perf_counter()
             call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            wait_for_device()
             if round_ >= warmup:
                 found[name].append(time.perf_counter() - start)
         if seconds is not None and round_ >= warmup + 1 and sum(map(sum, found.values())) > seconds:

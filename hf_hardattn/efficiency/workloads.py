@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..devices import default_device
 from ..errors import HardAttentionError, unknown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,13 +58,13 @@ class Workload:
         return self.model in ("t5_decode", "blip_caption")
 
     def build(self) -> nn.Module:
-        """The stock model, in evaluation mode; the same weights at every call."""
+        """The stock model on the default device, in evaluation mode; the same weights at every call."""
         torch.manual_seed(0)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         build = _MODELS.get(self.model)
         made = build(self) if build else _checkpoint(self)
-        return made.to(DTYPES[self.dtype]).eval()
+        return made.to(default_device(), DTYPES[self.dtype]).eval()
 
     def inputs(self, model: nn.Module) -> dict[str, Any]:
         """Keyword inputs of one call, the same at every call."""

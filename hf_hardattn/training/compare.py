@@ -20,6 +20,7 @@ from urllib.parse import quote
 import torch
 import transformers
 
+from ..devices import default_device
 from ..efficiency.counting import count_flops
 from . import tasks
 from .comparison import Comparison
@@ -93,7 +94,7 @@ def train_trunk(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     task, recipe = tasks.load(spec["task"], spec["task_options"]), _recipe(spec)
     started, processor = time.perf_counter(), time.process_time()
     torch.manual_seed(spec["seed"])
-    model = task.model_class(task.config())
+    model = task.model_class(task.config()).to(default_device())  # type: ignore[arg-type]  # Transformers wraps it
     losses = fit(model, task, recipe, seed=spec["seed"], branch=False)
     model.save_pretrained(place)
     seconds = {"train": time.perf_counter() - started, "processor": time.process_time() - processor}
@@ -121,6 +122,7 @@ def _measure(spec: dict[str, Any], folder: Path, save: bool) -> dict[str, Any]:
     task, recipe = tasks.load(spec["task"], spec["task_options"]), _recipe(spec)
     torch.manual_seed(spec["seed"] + 1)
     model = task.model_class.from_pretrained(trunk_folder(spec, folder), hard_attention=spec["hard_attention"])
+    model.to(default_device())  # type: ignore[arg-type]
     started, processor = time.perf_counter(), time.process_time()
     losses = fit(model, task, recipe, seed=spec["seed"] + 1000, branch=True)
     trained, processor = time.perf_counter(), time.process_time() - processor
@@ -130,11 +132,13 @@ def _measure(spec: dict[str, Any], folder: Path, save: bool) -> dict[str, Any]:
         if (tokenizer := task.processor()) is not None:
             tokenizer.save_pretrained(place)
     metrics = task.evaluate(model, batches=1 if spec["quick"] else None)
-    inputs = {name: c[:32] if isinstance(c, torch.Tensor) else c for name, c in next(task.test()).inputs.items()}
+    first = next(task.test()).to(model.device).inputs
+    inputs = {name: c[:32] if isinstance(c, torch.Tensor) else c for name, c in first.items()}
     return {
         "metrics": metrics,
         "gflops": count_flops(model, inputs) / 1e9 / len(next(iter(inputs.values()))),
         "seconds": {"train": trained - started, "processor": processor, "test": time.perf_counter() - trained},
+        "device": model.device.type,
         "losses": _thin(losses),
     }
 

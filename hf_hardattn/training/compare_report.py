@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..devices import default_device, device_name
 from ..errors import missing_extra
 from .comparison import CONTROLS, Comparison
 from .results import describe_run
@@ -35,7 +35,7 @@ def report(
         "seeds": sorted({row["seed"] for row in rows}),
         "summary": summarise(rows, task.metric, task.points),
         "runs": rows,
-        "measured": {"device": "cpu", "processor": platform.machine(), "threads": threads, "jobs": jobs},
+        "measured": {"device": default_device().type, "processor": device_name(), "threads": threads, "jobs": jobs},
         "versions": run["versions"],
         "platform": run["platform"],
     }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,7 +28,7 @@ def fit(
     branch: bool,
     tell: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Train ``model`` in place: the soft trunk at a constant learning rate, or a branch from it with a linear decay.
+    """Train ``model`` in place, on its device: the soft trunk at a constant learning rate, or a branch from it with a linear decay.
 
     Args:
         seed: of the batches. branch: whether this is a branch. tell: called with the step and its loss.
@@ -50,7 +52,8 @@ def fit(
     losses = []
     for step in range(steps):
         set_step(model, step, steps)
-        batch = task.draw(recipe.batch, generator, min(1.0, step / ramp) if ramp else 1.0)
+        drawn = task.draw(recipe.batch, generator, min(1.0, step / ramp) if ramp else 1.0)
+        batch: dict[str, Any] = send_to_device(drawn, model.device)
         loss = model(**batch).loss
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):

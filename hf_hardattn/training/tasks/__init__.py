@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,6 +61,10 @@ class Batch:
 
     inputs: dict[str, Tensor]
     gold: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on ``device``."""
+        return Batch(send_to_device(self.inputs, device), send_to_device(self.gold, device))
 
 
 class Base:
@@ -133,7 +138,7 @@ class Base:
 
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel, batches: int | None = None) -> dict[str, float]:
-        """Test ``model`` in evaluation mode, on the first ``batches`` of the test set or on all.
+        """Test ``model`` on its device, in evaluation mode, on the first ``batches`` of the test set or on all.
 
         Returns:
             the metrics of ``score``, and for a hard model ``kept``, the mean share of the candidates that it kept at the task's
@@ -147,6 +152,7 @@ class Base:
         found = Found(self.one_is_enough)
         site = next(iter(selectors(model)), None)
         for batch in itertools.islice(self.test(), batches):
+            batch = batch.to(model.device)
             if site is None:
                 predictions += self.predict(model, batch.inputs)
             else:
