@@ -13,12 +13,14 @@ PEERS = {"peers": "the demo's trained ViT", "peers_cluttered_fashion": "the ViT 
 
 def table() -> str:
     """The Speed section: every row of the suite `targets` beside its two baselines, held or not."""
-    r = read("bench/targets.json")
+    r, amx = read("bench/targets.json"), read("bench/amx/targets.json")
     lines = [
-        "| workload | selection | ms, stock | ms | × stock | limit here | asked | × exact | peak memory of stock's |",
-        "|---" * 9 + "|",
+        "| on | workload | selection | ms, stock | ms | × stock | limit here | asked | × exact | peak memory of stock's |",
+        "|---" * 10 + "|",
     ]
-    for group in [*r["groups"], *suite("packing"), *suite("eviction")]:
+    groups = [("A", group) for group in [*r["groups"], *suite("packing"), *suite("eviction")]]
+    groups += [("B", group) for group in amx["groups"]]
+    for place, group in groups:
         stock = group["rows"]["stock"]
         asked = [row["targets"].get("exact_against_stock") for row in group["rows"].values()]
         for name, row in group["rows"].items():
@@ -30,25 +32,29 @@ def table() -> str:
             cache = row.get("cross_cache_bytes")
             cached = f", cross cache {cache / stock['cross_cache_bytes']:.1%}" if cache and name != "exact" else ""
             lines.append(
-                f"| {group['name']} | {'none (exact)' if name == 'exact' else name}{cached} | {1e3 * stock['seconds']['median']:,.0f} | "
+                f"| {place} | {group['name']} | {'none (exact)' if name == 'exact' else name}{cached} | {1e3 * stock['seconds']['median']:,.0f} | "
                 f"{1e3 * row['seconds']['median']:,.0f} | {row['against_stock']['median']:.2f} | {limit} | {wanted} | "
                 f"{row['against_exact']['median']:.2f} | {row['peak_bytes'] / stock['peak_bytes']:.0%} |"
             )
-    shares = [o["share"] for group in r["groups"] for o in group["selection_overhead"].values()]
+    shares = {
+        place: [o["share"] for group in found["groups"] for o in group["selection_overhead"].values()]
+        for place, found in (("A", r), ("B", amx))
+    }
     i = r["import"]
-    m = r["machine"]
     lines += [
         "",
-        f"{m['processor']} ({m['cpu_capability']}), {m['threads']} threads, torch {m['torch']}, batch 1 unless said, random weights, medians of "
-        "interleaved rounds, glibc's allocator fixed (`bench` restarts itself with the settings). The targets were set on a processor with bfloat16 "
-        f"matrix units; this one {'has' if m['native_bfloat16'] else 'has none and emulates bfloat16'}. The limit is Amdahl's, from a profile of stock "
-        f"here, and in decoding between stock and the floor, one position kept. Controls take the first positions and score nothing. Scorer, top-k and gather take {min(shares):.1%} to {max(shares):.1%} of a stock layer's time.",
+        f"{' '.join(f'{place}: {processor(found)}' for place, found in (('A', r), ('B', amx)))} Two threads, batch 1 unless said, random "
+        "weights, medians of interleaved rounds, glibc's allocator fixed (`bench` restarts itself with the settings). The targets were set on a "
+        "processor with bfloat16 matrix units, as B's. B's rows were timed beside other work on the other cores of its machine. The limit is Amdahl's, from a profile of stock "
+        "here, and in decoding between stock and the floor, one position kept. Controls take the first positions and score nothing. Scorer, top-k and gather take "
+        f"{' and '.join(f'{min(each):.1%} to {max(each):.1%} ({place})' for place, each in shares.items())} of a stock layer's time.",
     ]
     if i:
         lines[-1] += (
             f" A stock ViT with the library imported runs at {1 / i['relative_time']:.3f} × its speed without, outputs "
             f"{'bit-identical' if i['identical_outputs'] else 'DIFFERENT'}."
         )
+    lines += ["", *gpu()]
     others = " ".join(filter(None, (break_even(), growth(), exported())))
     lines += ["", others] if others else []
     lines += [
@@ -57,6 +63,40 @@ def table() -> str:
         f"stand here were not measured. {' '.join(filter(None, map(peers, PEERS)))}",
     ]
     return "\n".join(lines)
+
+
+def processor(found: dict[str, Any]) -> str:
+    m = found["machine"]
+    units = "bfloat16 matrix units" if m["native_bfloat16"] else "no bfloat16 arithmetic"
+    return f"{m['processor']} ({m['cpu_capability']}, {units}), torch {m['torch']}."
+
+
+def gpu() -> list[str]:
+    """What a GPU makes of it: a table and what it says."""
+    r = read("bench/gpu.json")
+    lines = [
+        "| on a GPU | selection | ms, stock | ms | × stock | limit | × exact | joules, stock | joules | peak memory of stock's |",
+        "|---" * 10 + "|",
+    ]
+    for group in r["groups"]:
+        stock = group["rows"]["stock"]
+        for name, row in group["rows"].items():
+            if name == "stock":
+                continue
+            limit = "" if name == "exact" or is_control(group, name) else f"{row['limit']:.2f}"
+            lines.append(
+                f"| {group['name']} | {'none (exact)' if name == 'exact' else name} | {1e3 * stock['seconds']['median']:.1f} | "
+                f"{1e3 * row['seconds']['median']:.1f} | {row['against_stock']['median']:.2f} | {limit} | {row['against_exact']['median']:.2f} | "
+                f"{stock['joules']:.1f} | {row['joules']:.1f} | {row['peak_bytes'] / stock['peak_bytes']:.0%} |"
+            )
+    m = r["machine"]
+    return [
+        *lines,
+        "",
+        f"{m['processor']}, torch {m['torch']}; a call's joules from the card's own counter. Where the GPU computes for long (float32) the saving is "
+        "there. In bfloat16 energy falls more than time: the GPU waits for the host, which launches kernel after kernel. A single image gets slower, and a "
+        "choice of keys in every layer is a loss. `bench --cuda-graphs` times the GPU without the host.",
+    ]
 
 
 def peers(trained: str) -> str:

@@ -51,8 +51,15 @@ def table() -> str:
             f"| {RUNS[name]} | {METRICS[metric]} | {soft} | {hard} | {'' if lost is None else signed(lost)} | {held} | {chance} | "
             f"{arms['hard']['kept']['mean']:.0%} | {speed} | {len(r['seeds']['hard'])} |"
         )
+    devices = {
+        device: [RUNS[n] for n, r in runs.items() if r.get("device", "cpu") == device] for device in ("cuda", "cpu")
+    }
     steps = "; ".join(f"{RUNS[n]} {r['steps']['trunk']:,} + {r['steps']['branch']:,}" for n, r in runs.items())
     lines += ["", f"One soft trunk each, then branches of equally many steps from it ({steps})."]
+    if devices["cuda"]:
+        lines[-1] += (
+            f" On a GPU: {'; '.join(devices['cuda'])}. The ViT's starting weights came to it in half precision."
+        )
     lines[-1] += "".join(f" {text}" for name, r in runs.items() for text in _beside(RUNS[name], r["arms"]))
     timed = {n: r["timing"] for n, r in runs.items() if r["timing"] is not None}
     if timed:
