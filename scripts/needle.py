@@ -221,7 +221,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         if rows:
             line[0].set_ylabel("right, %" if kind == "image" else "all needles right, %")
             line[0].set_ylim(0, 102)
-            line[0].legend(fontsize=8)
+            line[0].legend(fontsize=8, loc="center left")
         else:
             line[0].set_axis_off()
         measured = [row for row in results["cost"]["rows"] if (row["model"] == "T5 encoder") == (kind == "text")]

@@ -173,7 +173,9 @@ def machine(threads: int) -> dict[str, Any]:
         "device": default_device().type,
         "processor": device_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "native_bfloat16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "native_bfloat16": any(  # mkldnn calls bfloat16 supported where it emulates it
+            getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        ),
         "threads": threads,
         "allocator": allocator.settings(),
         "python": platform.python_version(),

@@ -152,12 +152,16 @@ def markdown(results: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     seeds, recipe, measured = results["seeds"], results["recipe"], results["measured"]
+    devices = {row.get("device", "cpu") for row in results["runs"]}
+    places = [f"{measured['threads']} CPU thread{'s' * (measured['threads'] > 1)}"] * ("cpu" in devices)
+    places += ["a GPU"] * ("cuda" in devices)
+    where = " or ".join(places) + ", as each run says" * (len(places) > 1)
     one = " (one for all seeds)" if results.get("trunk_seed") is not None else ""
     lines += [
         "",
         f"`{results['command']}`: {len(seeds)} seed{'s' * (len(seeds) > 1)}, mean ± standard deviation; {recipe['trunk_steps']:,} steps of soft "
-        f"trunk{one}, then {recipe['branch_steps']:,} steps each, batch {recipe['batch']}; seconds on {measured['threads']} CPU thread"
-        f"{'s' * (measured['threads'] > 1)}. Failed: raised, diverged, or within {COLLAPSED:.0f} points of the random choice.",
+        f"trunk{one}, then {recipe['branch_steps']:,} steps each, batch {recipe['batch']}; seconds on {where}. "
+        f"Failed: raised, diverged, or within {COLLAPSED:.0f} points of the random choice.",
     ]
     lines += [f"- `{name}`, {message}" for name, row in results["summary"].items() for message in row["messages"]]
     return "\n".join(lines)

@@ -55,7 +55,7 @@ def table() -> str:
             f"{'bit-identical' if i['identical_outputs'] else 'DIFFERENT'}."
         )
     lines += ["", *gpu()]
-    others = " ".join(filter(None, (break_even(), growth(), exported())))
+    others = " ".join(filter(None, (elsewhere(), break_even(), growth(), exported())))
     lines += ["", others] if others else []
     lines += [
         "",
@@ -69,6 +69,20 @@ def processor(found: dict[str, Any]) -> str:
     m = found["machine"]
     units = "bfloat16 matrix units" if m["native_bfloat16"] else "no bfloat16 arithmetic"
     return f"{m['processor']} ({m['cpu_capability']}, {units}), torch {m['torch']}."
+
+
+def elsewhere() -> str:
+    """The float32 rows on a third processor, in a sentence."""
+    r = read("bench/avx512/targets.json")
+    shown = []
+    for group in r["groups"]:
+        for name in group["hard"]:
+            if not is_control(group, name):
+                speed = group["rows"][name]["against_stock"]["median"]
+                controls = [n for n in group["hard"] if is_control(group, n) and name.split(" keep ")[-1] in n]
+                beside = [f"{group['rows'][n]['against_stock']['median']:.2f} by its control" for n in controls]
+                shown.append(f"{group['name']}, {name} {', '.join([f'{speed:.2f} ×', *beside])}")
+    return f"With nothing else on the machine, {processor(r)[:-1]} ([table](results/bench/avx512/targets.md)): {'; '.join(shown)}."
 
 
 def gpu() -> list[str]:

@@ -58,15 +58,14 @@ def table() -> str:
     lines += ["", f"One soft trunk each, then branches of equally many steps from it ({steps})."]
     if devices["cuda"]:
         lines[-1] += (
-            f" On a GPU: {'; '.join(devices['cuda'])}. The ViT's starting weights came to it in half precision."
+            f" On a GPU: {'; '.join(devices['cuda'])}. The ViT's starting weights came to it in half precision, and the speed "
+            "is that of other weights of the same shapes."
         )
     lines[-1] += "".join(f" {text}" for name, r in runs.items() for text in _beside(RUNS[name], r["arms"]))
     timed = {n: r["timing"] for n, r in runs.items() if r["timing"] is not None}
     if timed:
         how = "; ".join(f"{RUNS[n]} threads {t['threads']}, rounds {t['rounds']}" for n, t in timed.items())
-        lines[-1] += (
-            f" Speed: CPU, float32, test rows, medians of interleaved rounds, other work on the machine ({how})."
-        )
+        lines[-1] += f" Speed: CPU, float32, test rows, medians of interleaved rounds ({how})."
     return "\n".join(lines)
 
 
