@@ -66,6 +66,9 @@ def test_results_are_complete_and_failed_runs_are_counted(tmp_path):
     assert "failed: broken" in output and "2 of 2" in re.sub(r"\s+", " ", output)
     table = markdown(results)
     assert table.count("\n| ") == 4 and "no site matches" in table and "2 seeds" in table
+    for devices, said in ((["cuda"], "on a GPU."), (["cpu", "cuda"], "on 1 CPU thread or a GPU, as each run says.")):
+        runs = [{**row, "device": devices[i % len(devices)]} for i, row in enumerate(results["runs"])]
+        assert f"seconds {said}" in markdown({**results, "runs": runs})
 
 
 def test_a_killed_comparison_goes_on_where_it_stopped(tmp_path):

@@ -32,7 +32,8 @@ def ended(folder: Path, steps: int, seed: int, **metrics: Any) -> None:
         "metrics": metrics,
         "command": "/a/scripts/train_t5.py --seed 1",
     }
-    said |= {"hard_attention": None, "data": {}, "versions": {}, "platform": "here", "arguments": {"seed": seed}}
+    said |= {"hard_attention": None, "data": {}, "versions": {}, "platform": "here", "device": "cpu"}
+    said |= {"arguments": {"seed": seed}}
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(said))
 

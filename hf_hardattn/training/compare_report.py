@@ -152,7 +152,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     seeds, recipe, measured = results["seeds"], results["recipe"], results["measured"]
-    devices = {row.get("device", "cpu") for row in results["runs"]}
+    devices = {row["device"] for row in results["runs"] if "device" in row} or {"cpu"}
     places = [f"{measured['threads']} CPU thread{'s' * (measured['threads'] > 1)}"] * ("cpu" in devices)
     places += ["a GPU"] * ("cuda" in devices)
     where = " or ".join(places) + ", as each run says" * (len(places) > 1)
