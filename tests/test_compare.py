@@ -165,7 +165,7 @@ def test_a_choice_no_better_than_a_random_one_is_collapsed():
 def test_shipped_configurations_hold_what_a_comparison_needs(path):
     comparison = Comparison.read(path)
     _, recipe, variants = comparison.settle()
-    assert min(recipe.trunk_steps, recipe.branch_steps) >= 100  # a slow narrowing may take longer than the trunk did
+    assert recipe.trunk_steps >= recipe.branch_steps >= 100
     assert "soft" in variants and any((fields or {}).get("scorer") == "random" for fields in variants.values())
 
 

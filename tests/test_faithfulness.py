@@ -246,7 +246,7 @@ def planted_rows(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor,
     return pixels, labels, gold
 
 
-def planted_model(steps: int = 260) -> ViTForImageClassification:
+def planted_model(steps: int = 400) -> ViTForImageClassification:
     """A hard ViT trained on planted rows: soft for the first half, then with a budget that falls to 4 of 36."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=24)
@@ -258,7 +258,7 @@ def planted_model(steps: int = 260) -> ViTForImageClassification:
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         hf_hardattn.set_step(model, max(0, step - steps // 2))
-        pixels, labels, _ = planted_rows(64, generator)
+        pixels, labels, _ = planted_rows(128, generator)  # with half of it, a processor's rounding moves the margins
         loss = model(pixel_values=pixels, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -283,9 +283,7 @@ def test_planted_rationales_order_the_explanations() -> None:
             sign * found[name][metric] for name in ("oracle", "selection", "soft attention", "random")
         )
         # a selector that found everything equals the oracle: the answer's own law then breaks the tie, by a hair
-        # areas of curves hardly tell good rankings apart: by 0.02 to 0.06, as the processor rounds the training
-        apart = 0.0 if metric in ("deletion", "insertion") else 0.05
-        assert oracle > hard - 0.005 and hard > attention + apart and attention > noise + 0.05, (metric, found)
+        assert oracle > hard - 0.005 and hard > attention + 0.05 and attention > noise + 0.05, (metric, found)
     for metric in ("f1", "iou", "auprc"):
         assert found["oracle"][metric] == 1.0 > found["selection"][metric]
     assert found["integrated gradients"]["comprehensiveness"] > found["random"]["comprehensiveness"]
