@@ -92,7 +92,8 @@ class HardLayers(nn.ModuleList):
     def plain(self, state: TowerState, layer: Any, attention: Any) -> bool:
         """Whether a layer has only to compute on the rows it gets, as the stock one does: no site of it chooses, nothing is weighed or packed.
         A GPU would wait for the rest of the bookkeeping."""
-        chooses = any(s is not None and s.enabled for s in (layer.input_selector, layer.selector, attention.selector))
+        chooses = any(s is not None and s.enabled for s in (layer.input_selector, layer.selector))
+        chooses = chooses or attention.active_selector() is not None
         return not chooses and attention.follows is None and state.stream.gates is None and state.stream.packing is None
 
     def take(self, state: TowerState, stream: Stream, selections: Made) -> None:

@@ -108,8 +108,8 @@ def gpu() -> list[str]:
         *lines,
         "",
         f"{m['processor']}, torch {m['torch']}; a call's joules from the card's own counter. Where the GPU computes for long (float32) the saving is "
-        "there. In bfloat16 energy falls more than time: the GPU waits for the host, which launches kernel after kernel. A single image gets slower, and a "
-        "choice of keys in every layer is a loss. `bench --cuda-graphs` times the GPU without the host.",
+        "there. In bfloat16 energy falls more than time, as where a GPU waits for the host's next kernel. A single image gets slower, and a choice of keys "
+        "in every layer is a loss. `bench --cuda-graphs` is there to time the GPU without the host; no figure here is its.",
     ]
 
 
