@@ -102,27 +102,25 @@ class Retina(nn.Module):
 
     def __init__(self, config: RamConfig):
         super().__init__()
-        self.patch, self.scales, self.step, self.background = (
-            config.patch,
-            config.scales,
-            config.step,
-            config.background,
-        )
-        self.margin = config.patch * 2 ** (config.scales - 1) // 2
+        self.patch, self.scales, self.step = config.patch, config.scales, config.step
+        self.background = config.background
 
     def pyramid(self, pixels: Tensor) -> list[Tensor]:
         """Images ``[B, C, S, S]`` to the means of the squares of 1, 2, 4, ... pixels a side, ``[B, C, M, M]`` each.
 
         Above the background: most of an image is background, and of zeros it makes no difference to the first map. The squares begin at every pixel where a window can need one, so that a window is a gather wherever it lies.
         """
-        level = nn.functional.pad(pixels - self.background, (self.margin,) * 4)
-        levels, apart = [level], 1
-        for scale in range(1, self.scales):
-            half = 2 ** (scale - 1) // apart  # squares from one to the next half of a larger one
-            thin = math.gcd(self.step, 2**scale) // apart
-            level = (level[..., :-half, :] + level[..., half:, :])[..., ::thin, :]
-            level = (level[..., :-half] + level[..., half:])[..., ::thin] * 0.25
-            apart *= thin
+        level, levels, margin, apart = pixels - self.background, [], 0, 1
+        for scale in range(self.scales):
+            reach = self.patch * 2**scale // 2  # of a window beyond its centre
+            level = nn.functional.pad(level, ((reach - margin) // apart,) * 4)
+            if scale:
+                half = 2 ** (scale - 1) // apart  # squares from one to the next half of a larger one
+                thin = math.gcd(self.step, 2**scale) // apart
+                level = (level[..., :-half, :] + level[..., half:, :])[..., ::thin, :]
+                level = (level[..., :-half] + level[..., half:])[..., ::thin] * 0.25
+                apart *= thin
+            margin = reach
             levels.append(level)
         return levels
 
@@ -132,7 +130,7 @@ class Retina(nn.Module):
         for scale, level in enumerate(levels):
             side, width = 2**scale, level.shape[-1]
             apart = math.gcd(self.step, side)
-            corner = (locations + (self.margin - self.patch * side // 2)) // apart
+            corner = locations // apart
             inside = torch.arange(self.patch, device=locations.device) * (side // apart)
             inside = (inside[:, None] * width + inside).view(-1)
             index = (corner[:, :1] * width + corner[:, 1:]) + inside
