@@ -5,6 +5,8 @@ Shapes: B batch, H heads, Q queries, N candidates, K slots, D state size, d head
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +44,18 @@ def keep_columns(bias: Tensor, indices: Tensor) -> Tensor:
     queries, slots = bias.shape[2], indices.shape[-1]
     columns = indices.unsqueeze(2).expand(batch, heads, queries, slots)
     return bias.expand(batch, heads, -1, -1).gather(-1, columns)
+
+
+def fits(bias: Tensor, indices: Tensor) -> bool:
+    """Whether a bias's columns at int64 ``[B, H or 1, K]`` are no more than the bias itself, as a matrix: one that all examples share
+    becomes one of each."""
+    shared = distances.is_table(bias) or len(bias) == 1
+    return not shared or len(indices) * indices.shape[-1] <= _keys(bias)
+
+
+def _keys(bias: Tensor) -> int:
+    """How many keys a bias, or a table of distances, has a number for."""
+    return (bias.shape[1] + 1) // 2 if distances.is_table(bias) else bias.shape[-1]
 
 
 def restore_rows(states: Tensor, indices: Tensor, kept: Tensor | None, length: int) -> Tensor:
@@ -107,6 +121,34 @@ def attend(
         logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
     probabilities = nn.functional.dropout(logits.float().softmax(-1).to(query.dtype), dropout)
     return probabilities @ value, probabilities
+
+
+def attend_by_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    bias: Tensor,
+    *,
+    scale: float,
+    allowed: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """``attend`` to kept keys with the bias towards them, gathered for as many examples at a time as make no more of it than the bias
+    between all places.
+
+    Args:
+        query: ``[B, H, Q, d]``. key, value: ``[B, H, K, d]``, kept. indices: int64 ``[B, H or 1, K]``, where they stood.
+        bias: towards all N places, ``[1, H, Q, N]`` or a table of distances. allowed: bool, broadcastable to ``[B, H, Q, K]``.
+        scale, dropout: as of ``attend``.
+    """
+    few, outputs = max(1, _keys(bias) // indices.shape[-1]), []
+    for start in range(0, len(query), few):
+        part = slice(start, start + few)
+        used = allowed[part] if allowed is not None and len(allowed) > 1 else allowed
+        options: dict[str, Any] = dict(scale=scale, dropout=dropout, bias=keep_columns(bias, indices[part]))
+        outputs.append(attend(query[part], key[part], value[part], allowed=used, **options)[0])
+    return torch.cat(outputs)
 
 
 def attend_packed(

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import as_bool, attend, attend_packed, gated_attend, keep_columns, keep_heads, keep_rows
+from .attention import (
+    as_bool,
+    attend,
+    attend_by_parts,
+    attend_packed,
+    fits,
+    gated_attend,
+    keep_columns,
+    keep_heads,
+    keep_rows,
+)
 from .glimpses import before
 from .kept import Kept, pick, product, spread
 from .packing import Packing
@@ -214,7 +224,8 @@ class AttentionSite:
         required = required_rows(selector.always, (batch, n), valid, source.device)
         selection = selector(features, as_keys(valid), as_keys(required), context=selector.context(source, valid))
         kept = Kept.of(selection)
-        kept.columns = None if kept.indices is None else kept.bias(bias)
+        if kept.indices is not None and bias is not None and fits(bias, kept.indices):
+            kept.columns = kept.bias(bias)
         if made is not None:
             made.append(selection)
             made.columns = kept.columns if selector.config.share_selection else None
@@ -252,6 +263,11 @@ class AttentionSite:
             total = pick(gates, indices)
         if cache is not None:
             cache.update(key if used is None and not cache.store.is_compileable else _marked(key, used), value)
+        plain = total is None and not weights
+        if plain and indices is not None and bias is not None and kept.columns is None and not fits(bias, indices):
+            options = dict(scale=self.site_scale, dropout=self.site_dropout if self.training else 0.0)
+            output = attend_by_parts(query, key, value, indices, bias, allowed=used, **options)
+            return output.transpose(1, 2).flatten(2), None
         output, probabilities = self._output(query, key, value, used, as_keys(total), kept.bias(bias), weights)
         return output, probabilities if indices is None else spread(probabilities, indices, n)
 

@@ -187,6 +187,20 @@ def test_peak_falls_with_the_budget_and_is_never_above_stock():
     assert grown is None or 30 * 2**20 < grown < 80 * 2**20
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_kept_keys_of_a_large_batch_take_no_more_memory_than_stock(share):
+    """T5's position bias is one for all examples, its kept columns are one of each."""
+    ids = torch.randint(2, 50, (32, 512))
+    stock = encoder()
+    hard = hf_hardattn.apply(encoder(), {"sites": ["encoder.self.*"], "budget": 0.25, "share_selection": share}).eval()
+    with torch.inference_mode():
+        peaks = [profile_call(lambda m=model: m(input_ids=ids)).peak_bytes for model in (hard, stock)]
+        together = hard(input_ids=ids).last_hidden_state
+        apart = torch.cat([hard(input_ids=row[None]).last_hidden_state for row in ids])
+    assert peaks[0] < 1.1 * peaks[1]
+    torch.testing.assert_close(together, apart)
+
+
 # ---------------------------------------------------------------- the fast path
 
 
