@@ -41,7 +41,9 @@ def train(model: RamForImageClassification, task: Base, args: argparse.Namespace
     losses = right = torch.zeros((), device=model.device)
     painter = ThreadPoolExecutor(1)  # one batch ahead of a GPU
     coming = painter.submit(task.draw, args.batch, generator)
+    wide, narrow = args.sigma
     for step in range(1, args.steps + 1):
+        model.config.sigma = wide + (narrow - wide) * step / args.steps  # explore, then exploit
         columns = send_to_device(coming.result(), model.device)
         coming = painter.submit(task.draw, args.batch, generator)
         output = model(**columns)
@@ -96,6 +98,9 @@ def main() -> None:
     parser.add_argument("--scales", type=int, default=3)
     parser.add_argument("--estimator", choices=ESTIMATORS, default="reinforce")
     parser.add_argument("--random", action="store_true", help="the control: random places, in training too")
+    parser.add_argument(
+        "--sigma", type=float, nargs=2, default=(0.4, 0.1), help="of the policy, at first and in the end"
+    )
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--every", type=int, default=500, help="steps from one line of progress to the next")
     parser.add_argument("--output", type=Path, default=Path("results/glimpse_models.json"), help="JSON to add to")
@@ -123,6 +128,7 @@ def main() -> None:
             "steps": args.steps,
             "batch": args.batch,
             "learning_rate": args.learning_rate,
+            "sigma": None if args.random else args.sigma,
             "seconds": round(time.perf_counter() - start, 1),
             "seed": seed,
             "device": model.device.type,
