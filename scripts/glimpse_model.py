@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--glimpses", type=int, default=8)
     parser.add_argument("--scales", type=int, default=3)
+    parser.add_argument("--hidden-size", type=int, default=128, help="of the state; published: 256")
     parser.add_argument("--estimator", choices=ESTIMATORS, default="reinforce")
     parser.add_argument("--random", action="store_true", help="the control: random places, in training too")
     parser.add_argument(
@@ -113,6 +114,7 @@ def main() -> None:
             num_labels=task.config().num_labels,
             glimpses=args.glimpses,
             scales=args.scales,
+            hidden_size=args.hidden_size,
             estimator=args.estimator,
             policy="random" if args.random else "gaussian",
         )
@@ -125,6 +127,7 @@ def main() -> None:
             "estimator": None if args.random else args.estimator,
             "glimpses": args.glimpses,
             "scales": args.scales,
+            "hidden_size": args.hidden_size,
             "steps": args.steps,
             "batch": args.batch,
             "learning_rate": args.learning_rate,
