@@ -43,7 +43,7 @@ def train(model: RamForImageClassification, task: Base, args: argparse.Namespace
     coming = painter.submit(task.draw, args.batch, generator)
     wide, narrow = args.sigma
     for step in range(1, args.steps + 1):
-        model.config.sigma = wide + (narrow - wide) * step / args.steps  # explore, then exploit
+        model.config.sigma = wide + (narrow - wide) * min(step / (args.exploration * args.steps), 1.0)
         columns = send_to_device(coming.result(), model.device)
         coming = painter.submit(task.draw, args.batch, generator)
         output = model(**columns)
@@ -82,8 +82,12 @@ def evaluate(model: RamForImageClassification, task: Base, draws: int = 8) -> di
 def add(path: Path, name: str, row: dict[str, Any]) -> None:
     """Add a row to those of the comparison ``name``, in place of an earlier run of the same model."""
     results = read_json(path) if path.exists() else {}
-    same = ("model", "estimator", "glimpses", "scales", "seed")
-    rows = [old for old in results.get(name, []) if any(old[field] != row[field] for field in same)]
+    same = [
+        field
+        for field, value in row.items()
+        if field not in ("command", "seconds", "device") and not field.startswith("accuracy")
+    ]
+    rows = [old for old in results.get(name, []) if any(old.get(field) != row[field] for field in same)]
     write_json(path, {**results, name: [*rows, row]})
 
 
@@ -102,6 +106,7 @@ def main() -> None:
     parser.add_argument(
         "--sigma", type=float, nargs=2, default=(0.4, 0.1), help="of the policy, at first and in the end"
     )
+    parser.add_argument("--exploration", type=float, default=1.0, help="share of the steps in which the policy narrows")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--every", type=int, default=500, help="steps from one line of progress to the next")
     parser.add_argument("--output", type=Path, default=Path("results/glimpse_models.json"), help="JSON to add to")
@@ -132,6 +137,7 @@ def main() -> None:
             "batch": args.batch,
             "learning_rate": args.learning_rate,
             "sigma": None if args.random else args.sigma,
+            "exploration": None if args.random else args.exploration,
             "seconds": round(time.perf_counter() - start, 1),
             "seed": seed,
             "device": model.device.type,
