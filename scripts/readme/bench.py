@@ -162,13 +162,14 @@ def growth() -> str:
         (name,) = held[0]["hard"]
         sizes = [group["workload"]["size"] for group in held]
         later = [1e3 * group["rows"][name]["later_layers_seconds"] for group in held]
-        whole, stock = (
-            [1e3 * group["rows"][row]["seconds"]["median"] for group in held if row in group["rows"]]
-            for row in (name, "stock")
-        )
+        whole = [1e3 * group["rows"][name]["seconds"]["median"] for group in held]
+        ran = [group for group in held if "stock" in group["rows"]]
+        stock = [1e3 * group["rows"]["stock"]["seconds"]["median"] for group in ran]
+        last = ran[-1]["workload"]["size"]
+        at = "" if last == sizes[-1] else f" at {last:,}"
         shown.append(
             f"`{name}` from {sizes[0]:,} to {sizes[-1]:,} {unit}: {min(later):,.0f} to {max(later):,.0f} ms behind the choice, "
-            f"{whole[0]:,.0f} to {whole[-1]:,.0f} ms in all (stock {stock[0]:,.0f} to {stock[-1]:,.0f})"
+            f"{whole[0]:,.0f} to {whole[-1]:,.0f} ms in all (stock {stock[0]:,.0f} to {stock[-1]:,.0f}{at})"
         )
     if not shown:
         return ""
