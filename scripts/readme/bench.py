@@ -67,22 +67,28 @@ def table() -> str:
 
 def processor(found: dict[str, Any]) -> str:
     m = found["machine"]
-    units = "bfloat16 matrix units" if m["native_bfloat16"] else "no bfloat16 arithmetic"
+    units = "bfloat16 arithmetic" if m["native_bfloat16"] else "no bfloat16 arithmetic"
     return f"{m['processor']} ({m['cpu_capability']}, {units}), torch {m['torch']}."
 
 
+QUIET = ("avx512", "avx512_bf16")  # folders of further processors, with nothing else on the machine
+
+
 def elsewhere() -> str:
-    """The float32 rows on a third processor, in a sentence."""
-    r = read("bench/avx512/targets.json")
-    shown = []
-    for group in r["groups"]:
-        for name in group["hard"]:
-            if not is_control(group, name):
-                speed = group["rows"][name]["against_stock"]["median"]
-                controls = [n for n in group["hard"] if is_control(group, n) and name.split(" keep ")[-1] in n]
-                beside = [f"{group['rows'][n]['against_stock']['median']:.2f} by its control" for n in controls]
-                shown.append(f"{group['name']}, {name} {', '.join([f'{speed:.2f} ×', *beside])}")
-    return f"With nothing else on the machine, {processor(r)[:-1]} ([table](results/bench/avx512/targets.md)): {'; '.join(shown)}."
+    """Rows on further processors, a sentence each."""
+    sentences = []
+    for place in QUIET:
+        r, shown = read(f"bench/{place}/targets.json"), []
+        for group in r["groups"]:
+            for name in group["hard"]:
+                if not is_control(group, name):
+                    speed = group["rows"][name]["against_stock"]["median"]
+                    controls = [n for n in group["hard"] if is_control(group, n) and name.split(" keep ")[-1] in n]
+                    beside = [f"{group['rows'][n]['against_stock']['median']:.2f} by its control" for n in controls]
+                    shown.append(f"{group['name']}, {name} {', '.join([f'{speed:.2f} ×', *beside])}")
+        table = f"[table](results/bench/{place}/targets.md)"
+        sentences.append(f"With nothing else on the machine, {processor(r)[:-1]} ({table}): {'; '.join(shown)}.")
+    return " ".join(sentences)
 
 
 def gpu() -> list[str]:
