@@ -13,13 +13,14 @@ PEERS = {"peers": "the demo's trained ViT", "peers_cluttered_fashion": "the ViT 
 
 def table() -> str:
     """The Speed section: every row of the suite `targets` beside its two baselines, held or not."""
-    r, amx = read("bench/targets.json"), read("bench/amx/targets.json")
+    r, amx, c = (read(f"bench/{place}targets.json") for place in ("", "amx/", "avx512_bf16/"))
     lines = [
         "| on | workload | selection | ms, stock | ms | × stock | limit here | asked | × exact | peak memory of stock's |",
         "|---" * 10 + "|",
     ]
-    groups = [("A", group) for group in [*r["groups"], *suite("packing"), *suite("eviction")]]
+    groups = [("A", group) for group in [*r["groups"], *suite("packing")]]
     groups += [("B", group) for group in amx["groups"]]
+    groups += [("C", group) for group in [*c["groups"], *suite("eviction")]]
     for place, group in groups:
         stock = group["rows"]["stock"]
         asked = [row["targets"].get("exact_against_stock") for row in group["rows"].values()]
@@ -43,9 +44,9 @@ def table() -> str:
     i = r["import"]
     lines += [
         "",
-        f"{' '.join(f'{place}: {processor(found)}' for place, found in (('A', r), ('B', amx)))} Two threads, batch 1 unless said, random "
+        f"{' '.join(f'{place}: {processor(found)}' for place, found in (('A', r), ('B', amx), ('C', c)))} Two threads, batch 1 unless said, random "
         "weights, medians of interleaved rounds, glibc's allocator fixed (`bench` restarts itself with the settings). The targets were set on a "
-        "processor with bfloat16 matrix units, as B's. B's rows were timed beside other work on the other cores of its machine. The limit is Amdahl's, from a profile of stock "
+        "processor with bfloat16 matrix units, as B's. B's rows were timed beside other work on the other cores of its machine, C's with nothing beside them. The limit is Amdahl's, from a profile of stock "
         "here, and in decoding between stock and the floor, one position kept. Controls take the first positions and score nothing. Scorer, top-k and gather take "
         f"{' and '.join(f'{min(each):.1%} to {max(each):.1%} ({place})' for place, each in shares.items())} of a stock layer's time.",
     ]
@@ -59,7 +60,7 @@ def table() -> str:
     lines += ["", others] if others else []
     lines += [
         "",
-        "The machine was shared: quartiles, in `results/bench/targets.md`, are wide, and a row above its limit says how wide. Rows of the suite that do not "
+        "A's machine was shared: quartiles, in `results/bench/targets.md`, are wide, and a row above its limit says how wide. Rows of the suite that do not "
         f"stand here were not measured. {' '.join(filter(None, map(peers, PEERS)))}",
     ]
     return "\n".join(lines)
@@ -71,24 +72,18 @@ def processor(found: dict[str, Any]) -> str:
     return f"{m['processor']} ({m['cpu_capability']}, {units}), torch {m['torch']}."
 
 
-QUIET = ("avx512", "avx512_bf16")  # folders of further processors, with nothing else on the machine
-
-
 def elsewhere() -> str:
-    """Rows on further processors, a sentence each."""
-    sentences = []
-    for place in QUIET:
-        r, shown = read(f"bench/{place}/targets.json"), []
-        for group in r["groups"]:
-            for name in group["hard"]:
-                if not is_control(group, name):
-                    speed = group["rows"][name]["against_stock"]["median"]
-                    controls = [n for n in group["hard"] if is_control(group, n) and name.split(" keep ")[-1] in n]
-                    beside = [f"{group['rows'][n]['against_stock']['median']:.2f} by its control" for n in controls]
-                    shown.append(f"{group['name']}, {name} {', '.join([f'{speed:.2f} ×', *beside])}")
-        table = f"[table](results/bench/{place}/targets.md)"
-        sentences.append(f"With nothing else on the machine, {processor(r)[:-1]} ({table}): {'; '.join(shown)}.")
-    return " ".join(sentences)
+    """The float32 rows on one more processor, in a sentence."""
+    r = read("bench/avx512/targets.json")
+    shown = []
+    for group in r["groups"]:
+        for name in group["hard"]:
+            if not is_control(group, name):
+                speed = group["rows"][name]["against_stock"]["median"]
+                controls = [n for n in group["hard"] if is_control(group, n) and name.split(" keep ")[-1] in n]
+                beside = [f"{group['rows'][n]['against_stock']['median']:.2f} by its control" for n in controls]
+                shown.append(f"{group['name']}, {name} {', '.join([f'{speed:.2f} ×', *beside])}")
+    return f"With nothing else on the machine, {processor(r)[:-1]} ([table](results/bench/avx512/targets.md)): {'; '.join(shown)}."
 
 
 def gpu() -> list[str]:
