@@ -43,7 +43,7 @@ def train(model: RamForImageClassification, task: Base, args: argparse.Namespace
     coming = painter.submit(task.draw, args.batch, generator)
     wide, narrow = args.sigma
     for step in range(1, args.steps + 1):
-        model.config.sigma = wide + (narrow - wide) * min(step / (args.exploration * args.steps), 1.0)
+        model.config.sigma = wide + (narrow - wide) * step / args.steps  # explore, then exploit
         columns = send_to_device(coming.result(), model.device)
         coming = painter.submit(task.draw, args.batch, generator)
         output = model(**columns)
@@ -100,13 +100,11 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--glimpses", type=int, default=8)
     parser.add_argument("--scales", type=int, default=3)
-    parser.add_argument("--hidden-size", type=int, default=128, help="of the state; published: 256")
     parser.add_argument("--estimator", choices=ESTIMATORS, default="reinforce")
     parser.add_argument("--random", action="store_true", help="the control: random places, in training too")
     parser.add_argument(
         "--sigma", type=float, nargs=2, default=(0.4, 0.1), help="of the policy, at first and in the end"
     )
-    parser.add_argument("--exploration", type=float, default=1.0, help="share of the steps in which the policy narrows")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--every", type=int, default=500, help="steps from one line of progress to the next")
     parser.add_argument("--output", type=Path, default=Path("results/glimpse_models.json"), help="JSON to add to")
@@ -119,7 +117,6 @@ def main() -> None:
             num_labels=task.config().num_labels,
             glimpses=args.glimpses,
             scales=args.scales,
-            hidden_size=args.hidden_size,
             estimator=args.estimator,
             policy="random" if args.random else "gaussian",
         )
@@ -132,12 +129,10 @@ def main() -> None:
             "estimator": None if args.random else args.estimator,
             "glimpses": args.glimpses,
             "scales": args.scales,
-            "hidden_size": args.hidden_size,
             "steps": args.steps,
             "batch": args.batch,
             "learning_rate": args.learning_rate,
             "sigma": None if args.random else args.sigma,
-            "exploration": None if args.random else args.exploration,
             "seconds": round(time.perf_counter() - start, 1),
             "seed": seed,
             "device": model.device.type,

@@ -1,7 +1,7 @@
 """The baselines of the glimpse models' paper on the data of `translated_digits`: they look at the whole image.
 
 python scripts/whole_image_baselines.py --config scripts/configs/compare/cluttered_mnist_60.yaml
-python scripts/whole_image_baselines.py --config scripts/configs/compare/cluttered_mnist_100.yaml --steps 25000 --batch 128    # as RAM
+python scripts/whole_image_baselines.py --config scripts/configs/compare/cluttered_mnist_100.yaml --steps 8000 --batch 128
 
 Trains FC-256 and a convolutional network of one layer of 16 filters 10x10 with stride 5 and 256 hidden units, and adds them to the JSON of the
 comparison's results.

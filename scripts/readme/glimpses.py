@@ -106,6 +106,8 @@ def published_glimpses() -> list[str]:
         errors += [r.get("whole_image_baselines", {}).get(baseline) or [] for baseline in ("FC-256", "convolutional")]
         if ours:
             shown.append(f"{ours[0]['steps'] * ours[0]['batch'] / 1e6:.1f} million ({title})")
+        if longer := r.get("whole_image_baselines_trained"):
+            shown.append(f"FC-256 and convolutional {longer['steps'] * longer['batch'] / 1e6:.1f} million ({title})")
         cells = [f"{100 - 100 * statistics.fmean(each):.1f}" if each else "not run" for each in errors]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     if len(lines) == empty:
