@@ -263,8 +263,8 @@ class AttentionSite:
             total = pick(gates, indices)
         if cache is not None:
             cache.update(key if used is None and not cache.store.is_compileable else _marked(key, used), value)
-        plain = total is None and not weights
-        if plain and indices is not None and bias is not None and kept.columns is None and not fits(bias, indices):
+        fused = total is None and not weights
+        if fused and bias is not None and indices is not None and kept.columns is None:  # its columns did not fit
             options = dict(scale=self.site_scale, dropout=self.site_dropout if self.training else 0.0)
             output = attend_by_parts(query, key, value, indices, bias, allowed=used, **options)
             return output.transpose(1, 2).flatten(2), None
