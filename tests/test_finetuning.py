@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,6 +227,33 @@ def test_recall_counts_equal_texts_and_both_ways() -> None:
     found = _recalls(scores, right)
     assert found["image_to_text_recall@1"] == pytest.approx(200 / 3)  # the second image takes the wrong text
     assert found["text_to_image_recall@1"] == 50.0 and found["text_to_image_recall@5"] == 100.0
+
+
+def test_reranking_adds_the_matching_head_to_the_embeddings() -> None:
+    """Embeddings that part two texts clearly are not overruled by a head that hardly prefers one; those that do not, are."""
+    from hf_hardattn.training.finetuning._retrieval import TEMPERATURE, Item, RetrievalTask
+
+    odds = torch.tensor([0.0, 0.5, 0.0])  # of the three texts, whose only token is their number
+    match = lambda ids, mask, tokens: torch.stack((torch.zeros(len(ids)), odds[ids[:, 0]]), 1)  # noqa: E731
+    accelerator = SimpleNamespace(
+        unwrap_model=lambda model: model, device=torch.device("cpu"), process_index=0, num_processes=1
+    )
+    task = SimpleNamespace(
+        args=SimpleNamespace(rerank=2),
+        accelerator=accelerator,
+        model=SimpleNamespace(match=match),
+        pad=lambda rows: (torch.tensor(rows), torch.ones(len(rows), 1)),
+    )
+    similarity = torch.tensor([[0.30, 0.20, -0.9], [0.30, 0.29, -0.9]])
+    items = [Item(torch.zeros(1), torch.zeros(1), torch.zeros(3, 1), [0]) for _ in range(2)]
+    better = RetrievalTask._again(task, similarity, items, [[0], [1], [2]])
+    assert better[:, :2].argmax(1).tolist() == [0, 1]
+    torch.testing.assert_close(
+        better[:, :2] - better[:, :1],
+        similarity[:, :2] / TEMPERATURE + odds[:2] - similarity[:, :1] / TEMPERATURE,
+        atol=1e-3,
+        rtol=0,
+    )
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> dict[str, str]:

@@ -30,6 +30,8 @@ METRICS = {
 BESIDE = {"bleu4_regex_tokens": ("BLEU-4", 1), "chrf": ("chrF", 1), "frame_recall": ("planted frames kept, %", 100)}
 BESIDE |= {"image_to_text_recall@1": ("image to text R@1", 1), "image_to_text_recall@5": ("R@5", 1)}
 BESIDE |= {"text_to_image_recall@1": ("text to image R@1", 1), "text_to_image_recall@5": ("R@5", 1)}
+BESIDE |= {"embedding_image_to_text_recall@1": ("by the embeddings alone, image to text R@1", 1)}
+BESIDE |= {"embedding_text_to_image_recall@1": ("text to image R@1", 1)}
 
 
 def table() -> str:

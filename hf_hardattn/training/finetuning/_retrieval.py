@@ -165,7 +165,11 @@ class RetrievalTask(BlipTask):
         return {**found, "reranking_seconds": time.perf_counter() - started}
 
     def _again(self, similarity: Tensor, items: Sequence[Item], texts: list[list[int]]) -> Tensor:
-        """``similarity`` plus the matching head's log-odds for the best pairs of each row and column, above all others."""
+        """The embeddings' logits plus the matching head's log-odds for the best pairs of each row and column, above all others.
+
+        The head learned to tell pairs from wrong ones that were drawn by those very logits, so its log-odds are what they lack (Gutmann
+        & Hyvarinen 2012, noise-contrastive estimation).
+        """
         count, model = self.args.rerank, self.accelerator.unwrap_model(self.model)
         if not count:
             return similarity
@@ -181,7 +185,7 @@ class RetrievalTask(BlipTask):
             logits = model.match(ids.to(device), mask.to(device), tokens.to(device)).float()
             scores.append((logits[:, 1] - logits[:, 0]).cpu())
         mine = [(pairs, torch.cat(scores) if scores else torch.zeros(0))]
-        better = similarity.clone()
+        better = similarity / TEMPERATURE
         for places, values in gather_object(mine) if self.accelerator.num_processes > 1 else mine:
             better[places[:, 0], places[:, 1]] += 1e3 + values
         return better
