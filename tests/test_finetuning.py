@@ -234,7 +234,10 @@ def test_reranking_adds_the_matching_head_to_the_embeddings() -> None:
     from hf_hardattn.training.finetuning._retrieval import TEMPERATURE, Item, RetrievalTask
 
     odds = torch.tensor([0.0, 0.5, 0.0])  # of the three texts, whose only token is their number
-    match = lambda ids, mask, tokens: torch.stack((torch.zeros(len(ids)), odds[ids[:, 0]]), 1)  # noqa: E731
+
+    def match(ids: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.stack((torch.zeros(len(ids)), odds[ids[:, 0]]), 1)
+
     accelerator = SimpleNamespace(
         unwrap_model=lambda model: model, device=torch.device("cpu"), process_index=0, num_processes=1
     )

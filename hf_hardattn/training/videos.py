@@ -59,9 +59,8 @@ def _decode(path: Path, count: int, most: int | None = None) -> list[Any]:
             frames = list(itertools.islice(container.decode(container.streams.video[0]), most))
         if not frames:
             raise HardAttentionError(f"the video {path} has no frames; every row needs some. Take the row out.")
-        colours = (
-            VideoReformatter()
-        )  # one for all frames: each starts threads, which takes longer than a small frame does
+        # one for all frames: each starts threads, which takes longer than a small frame does
+        colours = VideoReformatter()
         return [colours.reformat(frames[i], format="rgb24").to_image() for i in spaced(len(frames), count)]
     except (OSError, IndexError, av.FFmpegError) as error:
         raise HardAttentionError(
