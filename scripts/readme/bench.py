@@ -116,9 +116,10 @@ def gpu() -> list[str]:
 
 def peers(trained: str) -> str:
     """The fastest ToMe beside ours; empty where it was not run."""
-    methods = (read(f"bench/{trained}.json") or {}).get("methods")
-    if not methods:
+    found = read(f"bench/{trained}.json")
+    if found is None:
         return ""
+    methods = found["methods"]
     best = max(
         (name for name in methods if name.startswith("ToMe")), key=lambda name: methods[name]["images_per_second"]
     )
@@ -127,7 +128,7 @@ def peers(trained: str) -> str:
         f"{name}: {methods[name]['accuracy']:.1%} at {methods[name]['against_soft']['median']:.2f} ×"
         for name in (ours, best)
     ]
-    return f"On {PEERS[trained]} (soft {methods['soft']['accuracy']:.1%}), the fastest ToMe in the same run: {'; '.join(shown)} the soft model's speed."
+    return f"On {PEERS[trained]} (soft {methods['soft']['accuracy']:.1%}; {processor(found)[:-1]}), the fastest ToMe in the same run: {'; '.join(shown)} the soft model's speed."
 
 
 def suite(name: str) -> list[dict[str, Any]]:
