@@ -10,15 +10,17 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import torch
 import transformers
+from tqdm.auto import tqdm
 
 from ..devices import default_device
 from ..efficiency.counting import count_flops
@@ -95,7 +97,8 @@ def train_trunk(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     started, processor = time.perf_counter(), time.process_time()
     torch.manual_seed(spec["seed"])
     model = task.model_class(task.config()).to(default_device())  # type: ignore[arg-type]  # Transformers wraps it
-    losses = fit(model, task, recipe, seed=spec["seed"], branch=False)
+    with _bar("trunk", recipe.trunk_steps) as tell:
+        losses = fit(model, task, recipe, seed=spec["seed"], branch=False, tell=tell)
     model.save_pretrained(place)
     seconds = {"train": time.perf_counter() - started, "processor": time.process_time() - processor}
     row = {"spec": spec, "seconds": seconds, "losses": _thin(losses)}
@@ -124,7 +127,8 @@ def _measure(spec: dict[str, Any], folder: Path, save: bool) -> dict[str, Any]:
     model = task.model_class.from_pretrained(trunk_folder(spec, folder), hard_attention=spec["hard_attention"])
     model.to(default_device())  # type: ignore[arg-type]
     started, processor = time.perf_counter(), time.process_time()
-    losses = fit(model, task, recipe, seed=spec["seed"] + 1000, branch=True)
+    with _bar(spec["variant"], recipe.branch_steps) as tell:
+        losses = fit(model, task, recipe, seed=spec["seed"] + 1000, branch=True, tell=tell)
     trained, processor = time.perf_counter(), time.process_time() - processor
     if save:
         place = folder / "models" / run_path(spec, folder).stem
@@ -155,6 +159,18 @@ def run_path(spec: dict[str, Any], folder: Path) -> Path:
 
 def _recipe(spec: dict[str, Any]) -> tasks.Recipe:
     return tasks.Recipe(**{"trunk_steps": 0, "branch_steps": 0, **spec["recipe"]})
+
+
+@contextmanager
+def _bar(name: str, steps: int) -> Iterator[Callable[[int, float], None]]:
+    """The progress of a training, on a terminal; none in one of several processes, whose lines would mix."""
+    with tqdm(total=steps, desc=name, leave=False, disable=True if parent_process() else None) as bar:
+
+        def tell(step: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+
+        yield tell
 
 
 def _read(path: Path) -> dict[str, Any]:
