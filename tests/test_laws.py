@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_hardattn import polynomials
 from hf_hardattn.laws import ConditionalBernoulli, PlackettLuce, gumbel_noise
 from hf_hardattn.polynomials import descend, outside, tree
 
@@ -317,13 +318,15 @@ def test_exploration_without_a_choice_or_at_the_extremes(law: type) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("short", [0, polynomials.SHORT])  # all products as Toeplitz matrices; power by power
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 13])
-def test_polynomial_tree_equals_a_loop(n: int) -> None:
+def test_polynomial_tree_equals_a_loop(n: int, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The root's coefficient, its derivative, and the exact split, against multiplying out one factor at a time."""
+    monkeypatch.setattr(polynomials, "SHORT", short)
     torch.manual_seed(n)
-    leaves = torch.rand(n, 2, dtype=torch.float64, requires_grad=True)
+    leaves = torch.rand(2, n, dtype=torch.float64, requires_grad=True)
     product = [torch.ones((), dtype=torch.float64)]
-    for off, on in leaves:
+    for off, on in leaves.unbind(1):
         product = [
             (product[c] * off if c < len(product) else 0) + (product[c - 1] * on if c else 0)
             for c in range(len(product) + 1)
@@ -331,6 +334,6 @@ def test_polynomial_tree_equals_a_loop(n: int) -> None:
     for count in range(n + 1):
         levels = tree(leaves, max(count, 1))
         wanted = torch.autograd.grad(product[count], leaves, retain_graph=True)[0]
-        torch.testing.assert_close(outside(levels, torch.tensor(count))[:n], wanted)
+        torch.testing.assert_close(outside(levels, torch.tensor(count))[:, :n], wanted)
         split = descend(levels, torch.tensor(count), torch.rand(n))
         assert split.shape == (n,) and split.sum() == count and set(split.tolist()) <= {0, 1}
