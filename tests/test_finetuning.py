@@ -13,9 +13,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from datasets import ClassLabel
-from PIL import Image
+from datasets import ClassLabel, Dataset, Features, Image, List, Value, Video
+from PIL import Image as Pillow
 from test_scripts import WORDS, squares, tokenizer
+from test_videos import write_video
 from torch.utils.data import DataLoader
 from transformers import BlipConfig, T5Config, ViTConfig
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -27,6 +28,7 @@ from hf_hardattn.training import finetuning
 from hf_hardattn.training.evaluation import compare
 from hf_hardattn.training.loop import Task
 from hf_hardattn.training.rows import label_number
+from hf_hardattn.training.videos import read_frames
 
 TEXT = {"vocab_size": 21, "bos_token_id": 3, "eos_token_id": 1, "sep_token_id": 1, "pad_token_id": 0}
 T5 = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1, "dropout_rate": 0.0}
@@ -268,8 +270,8 @@ def bad(folder: Path, **changes: Any) -> dict[str, str]:
     """Two good rows and a third with ``changes``."""
     rows = [{"image": "0.png", "label": "a", "caption": "red", "source": "red", "target": "blue"}]
     rows = [*rows, {**rows[0], "label": "b"}, {**rows[0], **changes}]
-    Image.new("RGB", (12, 12)).save(folder / "0.png")
-    Image.new("RGB", (10, 14)).save(folder / "odd.png")
+    Pillow.new("RGB", (12, 12)).save(folder / "0.png")
+    Pillow.new("RGB", (10, 14)).save(folder / "odd.png")
     whole = (folder / "0.png").read_bytes()
     (folder / "half.png").write_bytes(whole[: len(whole) // 2])
     (folder / "text.png").write_text("no image")
@@ -470,38 +472,6 @@ def test_processes_that_disagree_on_data_all_say_so(tmp_path: Path) -> None:
     assert "0: row" not in done.stdout.replace("0: row 3 of the training data", "")
 
 
-def test_video_is_read_from_a_file_a_folder_and_a_list(tmp_path: Path) -> None:
-    """Frame i has grey level 20 i in all three; a lossless file gives the very pixels."""
-    import av
-
-    from hf_hardattn.training.videos import check_frames, read_frames, spaced
-
-    (tmp_path / "folder").mkdir()
-    with av.open(str(tmp_path / "v.mkv"), "w") as container:
-        stream = container.add_stream("ffv1", rate=4)
-        stream.width, stream.height, stream.pix_fmt = 12, 12, "gray"
-        for i in range(6):
-            image = Image.new("L", (12, 12), 20 * i)
-            image.save(tmp_path / "folder" / f"{i}.png")
-            container.mux(stream.encode(av.VideoFrame.from_image(image).reformat(format="gray")))
-        container.mux(stream.encode())
-    for value in ("v.mkv", "folder", [f"folder/{i}.png" for i in range(6)]):
-        assert [frame.getpixel((3, 3))[0] for frame in read_frames(value, tmp_path, 6)] == [0, 20, 40, 60, 80, 100]
-        assert [frame.getpixel((3, 3))[0] for frame in read_frames(value, tmp_path, 3)] == [20, 60, 100]
-    assert spaced(2, 4) == [0, 0, 1, 1] and spaced(1, 3) == [0, 0, 0]
-    (tmp_path / "bad.mkv").write_text("no video")
-    (tmp_path / "empty").mkdir()
-    for value, message in (
-        ("bad.mkv", "bad.mkv cannot be read"),
-        ("empty", "video 'empty' has no frames"),
-        ([], "has no frames"),
-        (None, "no frames"),
-    ):
-        with pytest.raises(hf_hardattn.HardAttentionError, match=message):
-            check_frames(value, tmp_path)
-    check_frames("v.mkv", tmp_path)
-
-
 VIDEO = {
     "planted_column": "planted",
     "num_frames": 4,
@@ -521,7 +491,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         first, frames = i % 3, []
         for f in range(4):
             noise = torch.randint(0, 60, (12, 12, 3), generator=generator, dtype=torch.uint8).numpy()
-            image = Image.open(square) if f in (first, first + 1) else Image.fromarray(noise)
+            image = Pillow.open(square) if f in (first, first + 1) else Pillow.fromarray(noise)
             image.save(path / f"{i}-{f}.png")
             frames.append(f"{i}-{f}.png")
         rows.append({"frames": frames, "caption": colour, "planted": [first, first + 1]})
@@ -540,6 +510,41 @@ def whole_frames() -> dict[str, Any]:
             }
         )
     }
+
+
+@pytest.mark.parametrize("source", ["a folder of videos", "a data set of videos", "a data set of lists of images"])
+def test_videos_of_a_folder_and_of_a_data_set(source: str, models: Path, tmp_path: Path) -> None:
+    """As users have them on the Hub: the same frames as from the file, none decoded before they are asked for."""
+    path = tmp_path / "data"
+    path.mkdir()
+    names = [f"{i}.mkv" for i in range(3)]
+    for name in names:
+        write_video(path / name, "ffv1", 8, "bgr0", {})
+    frames = read_frames(names[0], path, 4)
+    if source == "a folder of videos":
+        (path / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{name},red\n" for name in names))
+        flags = {"train_dir": str(path), "validation_dir": str(path)}
+    else:
+        if source == "a data set of videos":
+            column = {"video": [{"path": None, "bytes": (path / name).read_bytes()} for name in names]}
+            features = Features({"video": Video(), "caption": Value("string")})
+        else:
+            column, features = {"frames": [frames] * 3}, Features({"frames": List(Image()), "caption": Value("string")})
+        (tmp_path / "hub").mkdir()
+        Dataset.from_dict({**column, "caption": ["red"] * 3}, features).to_parquet(tmp_path / "hub" / "train.parquet")
+        flags = {"dataset_name": str(tmp_path / "hub"), "validation_split": "train"}
+    task = make(
+        "video_captioning",
+        models,
+        tmp_path,
+        **{**VIDEO, **flags, "planted_column": None},
+        train_file=None,
+        validation_file=None,
+    )
+    wanted = task.processor.image_processor(frames, return_tensors="pt")["pixel_values"]
+    assert torch.equal(
+        task.collate([task.train[i] for i in range(3)])["pixel_values"], wanted.expand(3, -1, -1, -1, -1)
+    )
 
 
 @pytest.mark.parametrize("name", ["video_captioning", "video_text_retrieval"])

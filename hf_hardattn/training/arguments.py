@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ..errors import HardAttentionError
 
@@ -66,11 +66,14 @@ class HardAttentionArguments:
 class DataArguments:
     """Which data: the Hub's, a folder of images, or csv/json files."""
 
+    folder_format: ClassVar[str] = "imagefolder"  # what `datasets` reads --train_dir with
     dataset_name: str | None = flag(None, "Data set on the Hub, or its local directory.")
     dataset_config_name: str | None = flag(None, "Its configuration.")
     train_split: str = flag("train", "Split of dataset_name to train on.")
     validation_split: str = flag("validation", "Split of dataset_name to evaluate on.")
-    train_dir: str | None = flag(None, "Folder of images: one folder a class, or a metadata.jsonl or .csv.")
+    train_dir: str | None = flag(
+        None, "Folder of images (of videos, for a task of videos): one folder a class, or a metadata.jsonl or .csv."
+    )
     validation_dir: str | None = flag(None, "The same, to evaluate on.")
     train_file: str | None = flag(None, "csv, tsv, json or jsonl file.")
     validation_file: str | None = flag(None, "The same, to evaluate on.")

@@ -58,7 +58,7 @@ def _load(args: ScriptArguments) -> tuple[Any, Any]:
         return train, validation and load_dataset(*where, split=validation, cache_dir=args.cache_dir)
     if args.train_dir or args.validation_dir:
         folders = _existing({"train": args.train_dir, "validation": args.validation_dir}, Path.is_dir, "folder")
-        files = {split: ("imagefolder", {"data_files": f"{folder}/**"}) for split, folder in folders.items()}
+        files = {split: (args.folder_format, {"data_files": f"{folder}/**"}) for split, folder in folders.items()}
     else:
         paths = _existing({"train": args.train_file, "validation": args.validation_file}, Path.is_file, "file")
         files = {split: _format(path) for split, path in paths.items()}

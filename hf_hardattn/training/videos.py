@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from datasets import Image, List, Video
 
 from ..errors import HardAttentionError, missing_extra
 from .rows import read_image
@@ -12,33 +17,45 @@ from .rows import read_image
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
+def as_files(data: Any, name: str) -> Any:
+    """Leave the cells of a column of videos, or of lists of images, as they lie in the data: what is read of them is decoded then."""
+    kind = data.features[name]
+    if isinstance(kind, Video):
+        return data.cast_column(name, Video(decode=False))
+    if isinstance(kind, List) and isinstance(kind.feature, Image):
+        return data.cast_column(name, List(Image(decode=False)))
+    return data
+
+
 def read_frames(value: Any, folder: Path, count: int) -> list[Any]:
     """``count`` RGB frames, evenly spaced; the last one is repeated where there are fewer.
 
     Args:
-        value: path of a video file or of a folder of images (in the order of their names), or a list of paths of images.
+        value: path of a video file or of a folder of images (in the order of their names), a list of paths of images, or an undecoded cell
+            of `datasets`: of a video, or a list of them of images.
         folder: that relative paths start from.
 
     Raises:
         HardAttentionError: there is no frame, or one cannot be read.
     """
-    if isinstance(value, str) and not (folder / value).is_dir():
-        return _decode(folder / value, count)
+    if _is_file(value, folder):
+        return _decode(value, folder, lambda video: _frames(video, count))
     if isinstance(value, str):
         paths = sorted(path for path in (folder / value).iterdir() if path.suffix.lower() in PICTURES)
+        images: list[Any] = [str(path) for path in paths]
     else:
-        paths = [folder / path for path in value or []]
-    if not paths:
+        images = [str(folder / image) if isinstance(image, str) else image for image in value or []]
+    if not images:
         raise HardAttentionError(
             f"video {value!r} has no frames; a row needs a video file, a folder of images, or a list of images. Mend it, or take the row out."
         )
-    return [read_image({"path": str(paths[i]), "bytes": None}) for i in spaced(len(paths), count)]
+    return [read_image(images[i]) for i in spaced(len(images), count)]
 
 
 def check_frames(value: Any, folder: Path) -> None:
     """Raise HardAttentionError where ``read_frames`` would, as far as a first frame tells."""
-    if isinstance(value, str) and not (folder / value).is_dir():
-        _decode(folder / value, 1, most=1)
+    if _is_file(value, folder):
+        _decode(value, folder, lambda video: _each(video, 1))
     else:
         read_frames(value, folder, 1)
 
@@ -48,22 +65,79 @@ def spaced(total: int, count: int) -> list[int]:
     return [min(total - 1, (2 * i + 1) * total // (2 * count)) for i in range(count)]
 
 
-def _decode(path: Path, count: int, most: int | None = None) -> list[Any]:
+def _is_file(value: Any, folder: Path) -> bool:
+    return isinstance(value, dict) or (isinstance(value, str) and not (folder / value).is_dir())
+
+
+def _decode(value: Any, folder: Path, read: Callable[[Callable[[], Any]], Iterable[Any]]) -> list[Any]:
+    """The images of the frames that ``read`` takes of a video file, which it is given a way to open.
+
+    Raises:
+        HardAttentionError: there are none, or they cannot be read.
+    """
     try:
         import av
         from av.video.reformatter import VideoReformatter
     except ImportError as error:
         raise missing_extra("av", "video", "a column of video files") from error
+    cell: dict[str, Any] = {"path": str(folder / value), "bytes": None} if isinstance(value, str) else value
+    name = f"the video {cell['path']}" if cell["path"] else "the video"
+    # one for all frames: each starts threads, which takes longer than a small frame does
+    colours = VideoReformatter()
     try:
-        with av.open(str(path)) as container:
-            frames = list(itertools.islice(container.decode(container.streams.video[0]), most))
-        if not frames:
-            raise HardAttentionError(f"the video {path} has no frames; every row needs some. Take the row out.")
-        # one for all frames: each starts threads, which takes longer than a small frame does
-        colours = VideoReformatter()
-        return [colours.reformat(frames[i], format="rgb24").to_image() for i in spaced(len(frames), count)]
+        frames = read(lambda: av.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])))
+        images = [colours.reformat(frame, format="rgb24").to_image() for frame in frames]
     except (OSError, IndexError, av.FFmpegError) as error:
         raise HardAttentionError(
-            f"the video {path} cannot be read ({type(error).__name__}: {error}); every row needs a whole file with a video stream. "
+            f"{name} cannot be read ({type(error).__name__}: {error}); every row needs a whole file with a video stream. "
             "Mend the file, or take the row out."
         ) from error
+    if not images:
+        raise HardAttentionError(f"{name} has no frames; every row needs some. Take the row out.")
+    return images
+
+
+def _frames(video: Callable[[], Any], count: int) -> list[Any]:
+    """``count`` frames, evenly spaced."""
+    with video() as source:
+        found = _sought(source, count)
+    if found is None:  # count what is shown, then go through it again: no more memory than the frames
+        wanted = spaced(sum(1 for _ in _each(video)), count)
+        shown = {i: frame for i, frame in enumerate(_each(video, wanted[-1] + 1)) if i in wanted}
+        found = [shown[i] for i in wanted if i in shown]
+    return found
+
+
+def _sought(source: Any, count: int) -> list[Any] | None:
+    """``count`` frames, evenly spaced, decoded from the key frame before each: a long video costs the stretches between, not all of it.
+
+    Returns:
+        None where the file does not tell when its frames are shown, or not all that it holds are shown.
+    """
+    stream = source.streams.video[0]
+    packets = [(packet.pts, packet.is_keyframe) for packet in source.demux(stream) if packet.size]
+    shown = [time for time, _ in packets]
+    if None in shown or (
+        stream.codec_context.has_b_frames and shown == sorted(shown)
+    ):  # the latter: an AVI's times are those of storage
+        return None
+    times, keys = sorted(shown), sorted(time for time, key in packets if key)
+    wanted = [times[i] for i in spaced(len(times), count)] if keys else []
+    found: dict[int, Any] = {}
+    position = None
+    for time in sorted(set(wanted)):
+        start = keys[max(0, bisect_right(keys, time) - 1)]
+        if position is None or start > position:
+            source.seek(start, stream=stream)
+            decoded = source.decode(stream)
+        frame = next((frame for frame in decoded if frame.pts is None or frame.pts >= time), None)
+        if frame is None or frame.pts != time:
+            return None
+        found[time], position = frame, time
+    return [found[time] for time in wanted]
+
+
+def _each(video: Callable[[], Any], most: int | None = None) -> Iterator[Any]:
+    """The frames of a video in order."""
+    with video() as source:
+        yield from itertools.islice(source.decode(video=0), most)

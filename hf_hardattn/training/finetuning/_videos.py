@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -16,7 +16,7 @@ from ...video import kept_frames
 from ..arguments import flag
 from ..loop import Task
 from ..sources import column
-from ..videos import check_frames, read_frames
+from ..videos import as_files, check_frames, read_frames
 from ._blip import BlipTask
 
 SITE = "vision.inputs"
@@ -26,6 +26,7 @@ SITE = "vision.inputs"
 class VideoArguments:
     """Flags of the tasks of videos."""
 
+    folder_format: ClassVar[str] = "videofolder"
     image_column: str | None = flag(
         None, "Column of videos (files, folders of images, or lists of images): video, frames by default."
     )
@@ -54,7 +55,7 @@ class VideoTask(BlipTask):
 
     def prepare(self, data: Dataset, file: str | None) -> Dataset:
         self.folder = Path(file).expanduser().resolve().parent if file else Path.cwd()
-        return data
+        return as_files(data, self.image)
 
     def check_image(self, row: dict[str, Any]) -> None:
         check_frames(row[self.image], self.folder)
