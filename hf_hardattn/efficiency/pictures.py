@@ -44,9 +44,7 @@ def pareto(results: dict[str, Any], path: Path) -> None:
         for x, y, name in points:
             marker = {"stock": "s", "exact": "D"}.get(name, "o")
             axis.scatter(x, y, color=colour, marker=marker, s=36, zorder=3)
-        best = max(points)
-        axis.annotate(f"{best[0]:.2f}×", best[:2], xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
-        axis.plot([], [], color=colour, marker="o", label=group["name"])
+        axis.plot([], [], color=colour, marker="o", label=f"{group['name']}: {max(points)[0]:.2f}×")
     axis.set_xscale("log")
     axis.set_yscale("log")
     ticks = [1, 1.5, 2, 3, 4, 6, 8]
