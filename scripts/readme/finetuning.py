@@ -53,29 +53,29 @@ def table() -> str:
             f"| {RUNS[name]} | {METRICS[metric]} | {soft} | {hard} | {'' if lost is None else signed(lost)} | {held} | {chance} | "
             f"{arms['hard']['kept']['mean']:.0%} | {speed} | {len(r['seeds']['hard'])} |"
         )
-    devices = {
-        device: [RUNS[n] for n, r in runs.items() if r.get("device", "cpu") == device] for device in ("cuda", "cpu")
-    }
-    steps = "; ".join(f"{RUNS[n]} {r['steps']['trunk']:,} + {r['steps']['branch']:,}" for n, r in runs.items())
-    lines += ["", f"One soft trunk each, then branches of equally many steps from it ({steps})."]
-    if devices["cuda"]:
+    on_gpu = [RUNS[n] for n, r in runs.items() if r.get("device", "cpu") == "cuda"]
+    timed = sorted({(t["threads"], t["rounds"]) for r in runs.values() if (t := r["timing"]) is not None})
+    how = " or ".join(f"{threads} threads, {rounds} interleaved rounds" for threads, rounds in timed)
+    lines += ["", f"Speed: CPU, float32, test rows, medians ({how})." if timed else ""]
+    if on_gpu:
         lines[-1] += (
-            f" On a GPU: {'; '.join(devices['cuda'])}. The ViT's starting weights came to it in half precision, and the speed "
+            f" Trained on a GPU: {'; '.join(on_gpu)}. The ViT's starting weights came to it in half precision, and the speed "
             "is that of other weights of the same shapes."
         )
-    lines[-1] += "".join(f" {text}" for name, r in runs.items() for text in _beside(RUNS[name], r["arms"]))
-    timed = {n: r["timing"] for n, r in runs.items() if r["timing"] is not None}
-    if timed:
-        how = "; ".join(f"{RUNS[n]} threads {t['threads']}, rounds {t['rounds']}" for n, t in timed.items())
-        lines[-1] += f" Speed: CPU, float32, test rows, medians of interleaved rounds ({how})."
+    lines += [
+        "One soft trunk each, then branches of equally many steps from it; and what else was measured, soft / hard:",
+        "",
+    ]
+    for name, r in runs.items():
+        steps = f"{r['steps']['trunk']:,} + {r['steps']['branch']:,} steps"
+        lines.append(f"- {'; '.join([f'{RUNS[name]}: {steps}', *_beside(r['arms'])])}")
     return "\n".join(lines)
 
 
-def _beside(title: str, arms: dict[str, Any]) -> list[str]:
-    """The other metrics of a run, soft and hard, in a sentence; none where it has none."""
-    shown = [
+def _beside(arms: dict[str, Any]) -> list[str]:
+    """The other metrics of a run, soft and hard."""
+    return [
         f"{name} {spread(arms['soft'][metric], scale)} / {spread(arms['hard'][metric], scale)}"
         for metric, (name, scale) in BESIDE.items()
         if "soft" in arms and metric in arms["hard"]
     ]
-    return [f"{title}, soft / hard: {', '.join(shown)}."] if shown else []
