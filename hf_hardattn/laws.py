@@ -189,6 +189,10 @@ class ConditionalBernoulli(SubsetLaw):
     Statistica Sinica 7 (tilting).
     """
 
+    def __new__(cls, scores: Tensor, k: Tensor, valid: Tensor, slots: int | None = None) -> ConditionalBernoulli:
+        """One position at most needs no tree."""
+        return super().__new__(Categorical if slots == 1 else cls)
+
     def __init__(self, scores: Tensor, k: Tensor, valid: Tensor, slots: int | None = None) -> None:
         """Set the law up and multiply its tree; same arguments as ``PlackettLuce``."""
         super().__init__(scores, k, valid, slots)
@@ -266,6 +270,35 @@ class ConditionalBernoulli(SubsetLaw):
     def _softplus(self) -> Tensor:
         """Return ``-log`` of the "off" probabilities, fp32 ``[..., N]``, a constant of the law (see ``__init__``)."""
         return torch.where(self.active, functional.softplus(self.tilted.detach()), 0.0)
+
+
+class Categorical(ConditionalBernoulli):
+    """The same law where a row keeps one position at most (``slots=1``): a softmax. O(N)."""
+
+    def __init__(self, scores: Tensor, k: Tensor, valid: Tensor, slots: int | None = None) -> None:
+        SubsetLaw.__init__(self, scores, k, valid, slots)
+        masked = self.scores.masked_fill(~self.active, LOW)
+        # the largest goes first: a sum in which it stays would round the differences of large scores
+        largest = masked.detach().amax(-1, keepdim=True)
+        log_sum = (masked - largest).logsumexp(-1, keepdim=True)
+        self.log_share, self.total = masked - largest - log_sum, (largest + log_sum).squeeze(-1)
+
+    def log_z(self) -> Tensor:
+        return torch.where(self.free, self.total, (self.forced * self.scores).sum(-1))
+
+    def log_prob(self, mask: Tensor) -> Tensor:
+        return torch.where(self.active, mask * self.log_share, 0.0).sum(-1)
+
+    def marginals(self) -> Tensor:
+        return torch.where(self.active, self.log_share.exp(), 0.0) + self.forced
+
+    def sample(self, uniform: Tensor) -> Tensor:
+        """Draw by Gumbel-max: bool ``[..., N]``; ``uniform``: fp32 of that shape, in [0, 1]."""
+        noisy = (self.log_share.detach() + gumbel_noise(uniform)).masked_fill(~self.active, LOW)
+        return (
+            torch.zeros_like(self.valid).scatter(-1, noisy.argmax(-1, keepdim=True), self.free.unsqueeze(-1))
+            | self.forced
+        )
 
 
 @torch.no_grad()
