@@ -41,7 +41,7 @@ class Simple(Base):
             mask = law.sample(sampling.uniform(tuple(scores.shape)))
         else:
             mask = topk_mask(scores, k, valid, slots)
-        if not (self.stochastic and same):  # the law of the gradient is another than that of the draw
+        if not (self.stochastic and same):  # else the draw has made the law of the gradient
             law = ConditionalBernoulli(scores / sampling.backward, k, valid, slots)
         marginals = law.marginals()
         return Choice(mask, gates=mask + (marginals - marginals.detach()), entropy=-law.log_prob(marginals))

@@ -99,8 +99,11 @@ def _decode(value: Any, folder: Path, read: Callable[[Callable[[], Any]], Iterab
 
 def _frames(video: Callable[[], Any], count: int) -> list[Any]:
     """``count`` frames, evenly spaced."""
-    with video() as source:
-        found = _sought(source, count)
+    try:
+        with video() as source:
+            found = _sought(source, count)
+    except OSError:  # of a format without seeking; of a broken file it comes again
+        found = None
     if found is None:  # count what is shown, then go through it again: no more memory than the frames
         wanted = spaced(sum(1 for _ in _each(video)), count)
         shown = {i: frame for i, frame in enumerate(_each(video, wanted[-1] + 1)) if i in wanted}
@@ -117,11 +120,11 @@ def _sought(source: Any, count: int) -> list[Any] | None:
     stream = source.streams.video[0]
     packets = [(packet.pts, packet.is_keyframe) for packet in source.demux(stream) if packet.size]
     shown = [time for time, _ in packets]
-    if None in shown or (
-        stream.codec_context.has_b_frames and shown == sorted(shown)
-    ):  # the latter: an AVI's times are those of storage
+    if None in shown:
         return None
     times, keys = sorted(shown), sorted(time for time, key in packets if key)
+    if stream.codec_context.has_b_frames and times == shown:  # an AVI's times are those of storage
+        return None
     wanted = [times[i] for i in spaced(len(times), count)] if keys else []
     found: dict[int, Any] = {}
     position = None
