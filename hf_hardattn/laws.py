@@ -181,13 +181,17 @@ class ConditionalBernoulli(SubsetLaw):
     the one wanted is near the mode, and what underflows in fp32 is below 1e-36 of it. So linear space is stable
     (N = 4096, k = 1024, scores of +-1e4) without an exponential per term; all terms are positive, so nothing cancels.
 
-    Gradient and cost: all results are differentiable, any number of times. O(N k) multiplications; one level's Toeplitz
-    matrix, O(N k) numbers, is the largest thing in memory, and is not saved for the backward pass.
+    Gradient and cost: all results are differentiable, any number of times. O(N k) multiplications, of which nothing is kept
+    but the polynomials, O(N log k) numbers a row.
 
     Source: Ahmed et al. 2023, "SIMPLE", arXiv:2210.01941 (log Z_k, marginals as its gradient, exact sampling);
     Chen & Liu 1997, "Statistical applications of the Poisson-binomial and conditional Bernoulli distributions",
     Statistica Sinica 7 (tilting).
     """
+
+    def __new__(cls, scores: Tensor, k: Tensor, valid: Tensor, slots: int | None = None) -> ConditionalBernoulli:
+        """One position at most needs no tree."""
+        return super().__new__(Categorical if slots == 1 else cls)
 
     def __init__(self, scores: Tensor, k: Tensor, valid: Tensor, slots: int | None = None) -> None:
         """Set the law up and multiply its tree; same arguments as ``PlackettLuce``."""
@@ -201,9 +205,9 @@ class ConditionalBernoulli(SubsetLaw):
         value = self.tilted.detach()
         on = torch.where(self.active, value.sigmoid(), 0.0) * (self.tilted - value).exp()
         off = torch.where(self.active, (-value).sigmoid(), 1.0)
-        self.on, self.levels = on, tree(torch.stack([off, on], -1), self.slots)
-        left, right = self.levels[-1].unbind(-2)
-        self.weight = (left * complement(right, self.k_free)).sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        self.on, self.levels = on, tree(torch.stack([off.movedim(-1, 0), on.movedim(-1, 0)]), self.slots)
+        left, right = self.levels[-1].unbind(1)
+        self.weight = (left * complement(right, self.k_free)).sum(0).clamp(min=torch.finfo(torch.float32).tiny)
 
     def log_z(self) -> Tensor:
         """Return ``log sum_{|S| = k} exp(sum_{i in S} s_i)``, fp32 ``[...]``, with gradient ``marginals``."""
@@ -225,8 +229,8 @@ class ConditionalBernoulli(SubsetLaw):
         Gradient: exact, the covariance of the law, by plain autograd through this top-down pass of the tree (no
         autograd call inside, so it also works under no_grad and gradient checkpointing).
         """
-        outer = outside(self.levels, self.k_free) / self.weight[..., None, None]
-        return outer[..., : self.on.shape[-1], 1] * self.on + self.forced
+        outer = outside(self.levels, self.k_free)[1, : self.on.shape[-1]] / self.weight
+        return outer.movedim(0, -1) * self.on + self.forced
 
     def sample(self, uniform: Tensor) -> Tensor:
         """Draw a subset exactly: split the count k between the two halves of the row, and so on down the tree.
@@ -237,7 +241,8 @@ class ConditionalBernoulli(SubsetLaw):
         Returns:
             bool ``[..., N]`` with exactly ``min(k, valid)`` True per row, never an invalid one.
         """
-        return (descend(self.levels, self.k_free, uniform) > 0) | self.forced
+        on = descend(self.levels, self.k_free, uniform.movedim(-1, 0)).movedim(0, -1) > 0
+        return on | self.forced
 
     def outcome(self, uniform: Tensor, flat: Tensor | None = None) -> Tensor:
         """``sample``; any k positions alike in rows that are ``flat``, bool ``[...]``."""
@@ -265,6 +270,35 @@ class ConditionalBernoulli(SubsetLaw):
     def _softplus(self) -> Tensor:
         """Return ``-log`` of the "off" probabilities, fp32 ``[..., N]``, a constant of the law (see ``__init__``)."""
         return torch.where(self.active, functional.softplus(self.tilted.detach()), 0.0)
+
+
+class Categorical(ConditionalBernoulli):
+    """The same law where a row keeps one position at most (``slots=1``): a softmax. O(N)."""
+
+    def __init__(self, scores: Tensor, k: Tensor, valid: Tensor, slots: int | None = None) -> None:
+        SubsetLaw.__init__(self, scores, k, valid, slots)
+        masked = self.scores.masked_fill(~self.active, LOW)
+        # the largest goes first: a sum in which it stays would round the differences of large scores
+        largest = masked.detach().amax(-1, keepdim=True)
+        log_sum = (masked - largest).logsumexp(-1, keepdim=True)
+        self.log_share, self.total = masked - largest - log_sum, (largest + log_sum).squeeze(-1)
+
+    def log_z(self) -> Tensor:
+        return torch.where(self.free, self.total, (self.forced * self.scores).sum(-1))
+
+    def log_prob(self, mask: Tensor) -> Tensor:
+        return torch.where(self.active, mask * self.log_share, 0.0).sum(-1)
+
+    def marginals(self) -> Tensor:
+        return torch.where(self.active, self.log_share.exp(), 0.0) + self.forced
+
+    def sample(self, uniform: Tensor) -> Tensor:
+        """Draw by Gumbel-max: bool ``[..., N]``; ``uniform``: fp32 of that shape, in [0, 1]."""
+        noisy = (self.log_share.detach() + gumbel_noise(uniform)).masked_fill(~self.active, LOW)
+        return (
+            torch.zeros_like(self.valid).scatter(-1, noisy.argmax(-1, keepdim=True), self.free.unsqueeze(-1))
+            | self.forced
+        )
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Products of many small polynomials in a balanced tree: up for a coefficient, down for its derivative or a sample.
 
-A polynomial is its coefficients along the last dimension, power 0 first; in ``laws`` coefficient c of a node is the
+A polynomial's coefficients lie along the FIRST dimension, power 0 first, the polynomials along the second, then come the rows:
+``[powers, nodes, ...]``, so that each operation here runs over all rows at once. In ``laws`` coefficient c of a node is the
 probability that c of the positions below it are on. All coefficients are >= 0, so no sum here cancels.
 """
 
@@ -12,30 +13,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# numbers in one temporary: 4 MiB of fp32
-PART = 2**20
+# How a product is made: one power of a factor after the other, for factors up to SHORT powers or results from LARGE numbers
+# on; else, since each power is an operation to start, as a Toeplitz matrix, in parts of PART numbers (4 MiB of fp32).
+SHORT, LARGE, PART = 16, 2**14, 2**20
 
 
 def tree(leaves: Tensor, degree: int) -> list[Tensor]:
     """Multiply polynomials pairwise, level by level, until two are left; powers above ``degree`` are dropped.
 
+    The first half of a level's nodes is multiplied by the second.
+
     Args:
-        leaves: fp32 ``[..., N, 2]``, coefficients of 1 and x.
+        leaves: fp32 ``[2, N, ...]``, coefficients of 1 and x.
         degree: largest power kept, >= 1.
 
     Returns:
-        one fp32 ``[..., nodes, powers]`` per level, leaves first; an odd level gets one more node, the polynomial 1.
+        one fp32 ``[powers, nodes, ...]`` per level, leaves first; an odd level gets one more node, the polynomial 1.
     """
     levels = []
     while True:
-        if leaves.shape[-2] % 2:
-            one = torch.zeros_like(leaves[..., :1, :])
-            one[..., 0] = 1.0
-            leaves = torch.cat([leaves, one], -2)
+        if leaves.shape[1] % 2:
+            one = torch.zeros_like(leaves[:, :1])
+            one[0] = 1.0
+            leaves = torch.cat([leaves, one], 1)
         levels.append(leaves)
-        if leaves.shape[-2] == 2:
+        if leaves.shape[1] == 2:
             return levels
-        leaves = _Multiply.apply(leaves[..., ::2, :], leaves[..., 1::2, :], degree)
+        leaves = _Multiply.apply(*leaves.chunk(2, 1), degree)
 
 
 def outside(levels: list[Tensor], count: Tensor) -> Tensor:
@@ -48,14 +52,13 @@ def outside(levels: list[Tensor], count: Tensor) -> Tensor:
         count: int64 ``[...]``, the coefficient of the root that is asked for.
 
     Returns:
-        fp32 ``[..., N or N + 1, 2]``: d root[count] / d leaves (an added leaf is last).
+        fp32 ``[2, N or N + 1, ...]``: d root[count] / d leaves (an added leaf is last).
     """
-    outer = complement(levels[-1].flip(-2), count.unsqueeze(-1))
+    outer = complement(levels[-1].flip(1), count)
     for pairs in reversed(levels[:-1]):
-        siblings = torch.stack([pairs[..., 1::2, :], pairs[..., ::2, :]], -2)
-        parents = outer[..., : siblings.shape[-3], :].unsqueeze(-2)
-        parents = parents.expand(*siblings.shape[:-1], outer.shape[-1])
-        outer = _Correlate.apply(parents, siblings, siblings.shape[-1]).flatten(-3, -2)
+        left, right = pairs.chunk(2, 1)
+        parents = outer[:, : left.shape[1]]
+        outer = _Correlate.apply(torch.cat([parents, parents], 1), torch.cat([right, left], 1), len(pairs))
     return outer
 
 
@@ -67,18 +70,21 @@ def descend(levels: list[Tensor], count: Tensor, uniform: Tensor) -> Tensor:
     Args:
         levels: what ``tree`` returned.
         count: int64 ``[...]``, of the root.
-        uniform: fp32 ``[..., N]`` in [0, 1]; N - 1 of them are used.
+        uniform: fp32 ``[N, ...]`` in [0, 1]; N - 1 of them are used.
 
     Returns:
-        int64 ``[..., N]`` of 0 and 1 that sums to ``count``.
+        int64 ``[N, ...]`` of 0 and 1 that sums to ``count``.
     """
-    counts, used, n = count.unsqueeze(-1), 0, uniform.shape[-1]
+    counts, used, n = count.unsqueeze(0), 0, len(uniform)
     for depth in reversed(range(len(levels))):
-        level, nodes = levels[depth].detach(), -(-n // 2**depth)
+        nodes = -(-n // 2**depth)
         # an odd level was given an empty node: its pair has nothing to split and takes no noise
-        noise = functional.pad(uniform[..., used : used + nodes // 2], (0, nodes % 2), value=0.5)
-        left = _split(level[..., ::2, :], level[..., 1::2, :], counts, noise)
-        counts = torch.stack([left, counts - left], -1).flatten(-2)[..., :nodes]
+        noise = uniform[used : used + nodes // 2]
+        if nodes % 2:
+            noise = torch.cat([noise, torch.full_like(uniform[:1], 0.5)])
+        left, right = levels[depth].detach().chunk(2, 1)
+        taken = _split(left, right, counts, noise)
+        counts = torch.cat([taken, counts - taken])[:nodes]
         used += nodes // 2
     return counts
 
@@ -87,49 +93,54 @@ def complement(right: Tensor, count: Tensor) -> Tensor:
     """Return ``right[count - a]`` for every power a, 0 where there is no such power.
 
     Args:
-        right: fp32 ``[..., d + 1]``.
+        right: fp32 ``[d + 1, ...]``.
         count: int64 ``[...]``, broadcastable.
     """
-    size = right.shape[-1]
-    index = count.unsqueeze(-1) - torch.arange(size, device=right.device)
+    size = len(right)
+    index = count - torch.arange(size, device=right.device).view(-1, *[1] * (right.dim() - 1))
     inside = (index >= 0) & (index < size)
-    return torch.where(inside, right.gather(-1, index.clamp(0, size - 1).expand(right.shape)), 0.0)
+    return torch.where(inside, right.gather(0, index.clamp(0, size - 1).expand(right.shape)), 0.0)
 
 
 def _split(left: Tensor, right: Tensor, count: Tensor, uniform: Tensor) -> Tensor:
-    """Draw how many of ``count`` fall to the left child, int64 ``[..., M]``, by inverting the cumulative sum."""
+    """Draw how many of ``count`` fall to the left child, int64 ``[nodes, ...]``, by inverting the cumulative sum."""
     weights = left * complement(right, count)
-    total = weights.cumsum(-1)
-    index = torch.arange(weights.shape[-1], device=weights.device)
+    total = weights.cumsum(0)
+    index = torch.arange(len(weights), device=weights.device).view(-1, *[1] * (weights.dim() - 1))
     possible = weights > 0
-    beyond = possible & (total > uniform.unsqueeze(-1) * total[..., -1:])
+    beyond = possible & (total > uniform * total[-1])
     # a count of weight 0 is never taken, whatever rounding does to the sums; at u = 1 the last possible one is
-    last = torch.where(possible, index, 0).amax(-1)
-    return torch.minimum(torch.where(beyond, index, weights.shape[-1]).amin(-1), last)
+    last = torch.where(possible, index, 0).amax(0)
+    return torch.minimum(torch.where(beyond, index, len(weights)).amin(0), last)
 
 
 def _windows(x: Tensor, before: int, after: int, size: int) -> Tensor:
-    """View ``x`` with zeros (or, below 0, cuts) at both ends as its windows of ``size``: a Toeplitz matrix."""
-    return functional.pad(x, (before, after)).unfold(-1, size, 1)
+    """View ``x`` with zeros (or, below 0, cuts) at both ends as its windows of ``size``: ``[windows, ..., size]``."""
+    return functional.pad(x, (*[0, 0] * (x.dim() - 1), before, after)).unfold(0, size, 1)
 
 
 def _contract(windows: Tensor, x: Tensor) -> Tensor:
-    """Sum ``windows[..., c, i] x[..., i]`` over i, some c at a time: bounded memory, and faster than all at once."""
+    """Sum ``windows[c, ..., i] x[i]`` over i, some c at a time: bounded memory, and faster than all at once."""
     # multiply and sum, not a matrix product: autocast and TF32 would round that one, and the law with it
-    parts = windows.chunk(max(1, windows.numel() // PART), -2)
-    return torch.cat([(part * x.unsqueeze(-2)).sum(-1) for part in parts], -1)
+    parts = windows.chunk(max(1, windows.numel() // PART))
+    return torch.cat([(part * x.movedim(0, -1)).sum(-1) for part in parts])
 
 
-# The two products are each other's derivatives. As autograd functions they save the polynomials; the Toeplitz matrix,
-# k times larger, lives only inside one product, and its gradient is never formed.
+# The two products are each other's derivatives. As autograd functions they save the polynomials only: what is k times
+# larger lives inside one product, if at all, and its gradient is never formed.
 class _Multiply(torch.autograd.Function):
     """``out[c] = sum_a left[a] right[c - a]`` for c up to ``degree``."""
 
     @staticmethod
     def forward(left: Tensor, right: Tensor, degree: int) -> Tensor:
-        a, b = left.shape[-1], right.shape[-1]
-        windows = _windows(right, a - 1, min(a + b - 2, degree) + 1 - b, a)
-        return _contract(windows, left.flip(-1))
+        a, b = len(left), len(right)
+        size = min(a + b - 2, degree) + 1
+        if a > SHORT and size * left[0].numel() < LARGE:
+            return _contract(_windows(right, a - 1, size - b, a), left.flip(0))
+        out = left.new_zeros(size, *left.shape[1:])
+        for i in range(min(a, size)):
+            out[i : i + b].addcmul_(left[i], right[: size - i])
+        return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -139,7 +150,7 @@ class _Multiply(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         left, right = ctx.saved_tensors
         grad = grads[0]
-        return _Correlate.apply(grad, right, left.shape[-1]), _Correlate.apply(grad, left, right.shape[-1]), None
+        return _Correlate.apply(grad, right, len(left)), _Correlate.apply(grad, left, len(right)), None
 
 
 class _Correlate(torch.autograd.Function):
@@ -147,8 +158,13 @@ class _Correlate(torch.autograd.Function):
 
     @staticmethod
     def forward(outer: Tensor, inner: Tensor, size: int) -> Tensor:
-        b = inner.shape[-1]
-        return _contract(_windows(outer, 0, size + b - 1 - outer.shape[-1], b), inner)
+        length, b = len(outer), len(inner)
+        if b > SHORT and size * inner[0].numel() < LARGE:
+            return _contract(_windows(outer, 0, size + b - 1 - length, b), inner)
+        out = outer.new_zeros(size, *outer.shape[1:])
+        for i in range(min(b, length)):
+            out[: length - i].addcmul_(outer[i : i + size], inner[i])
+        return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -157,7 +173,7 @@ class _Correlate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         outer, inner = ctx.saved_tensors
-        length = outer.shape[-1]
+        length = len(outer)
         spread = _Multiply.apply(grads[0], inner, length - 1)
-        spread = functional.pad(spread, (0, length - spread.shape[-1]))
-        return spread, _Correlate.apply(outer, grads[0], inner.shape[-1]), None
+        spread = functional.pad(spread, (*[0, 0] * (spread.dim() - 1), 0, length - len(spread)))
+        return spread, _Correlate.apply(outer, grads[0], len(inner)), None

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_hardattn.laws import ConditionalBernoulli, PlackettLuce, gumbel_noise
+from hf_hardattn import polynomials
+from hf_hardattn.laws import Categorical, ConditionalBernoulli, PlackettLuce, gumbel_noise
 from hf_hardattn.polynomials import descend, outside, tree
 
 LAWS = [PlackettLuce, ConditionalBernoulli]
@@ -317,13 +318,41 @@ def test_exploration_without_a_choice_or_at_the_extremes(law: type) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_one_position_equals_the_tree() -> None:
+    """With ``slots=1`` the law is a softmax: all results, to second order, and what is drawn; rows without a choice among them."""
+    torch.manual_seed(0)
+    scores, valid = 3 * torch.randn(60, 9, dtype=torch.float64), torch.rand(60, 9) < 0.7
+    k = torch.randint(0, 2, (60,))
+    valid[:4] = torch.arange(9) < torch.tensor([0, 1, 0, 1]).unsqueeze(-1)
+    weight = torch.randn(60, 9, dtype=torch.float64)
+
+    def results(slots: int) -> tuple[ConditionalBernoulli, list[Tensor]]:
+        given = scores.clone().requires_grad_()
+        law = ConditionalBernoulli(given, k, valid, slots)
+        marginals = law.marginals()
+        values = [law.log_z(), marginals, law.entropy(), law.log_prob(marginals.detach()), law.uniform_log_prob()]
+        first = [torch.autograd.grad(v.pow(2).sum(), given, create_graph=True)[0] for v in values[:4]]
+        second = [torch.autograd.grad((g * weight).sum(), given, retain_graph=True)[0] for g in first]
+        return law, [*values, *first, *second]
+
+    (law, found), (tree_law, wanted) = results(1), results(2)
+    assert type(law) is Categorical and type(tree_law) is ConditionalBernoulli
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    drawn = torch.stack([law.sample(torch.rand(60, 9)) for _ in range(4000)]).double()
+    assert torch.equal(drawn.sum(-1), torch.minimum(k, valid.sum(-1)).expand(4000, -1).double())
+    assert (drawn.mean(0) - found[1]).abs().max() < 5 * 0.5 / 4000**0.5
+
+
+@pytest.mark.parametrize("short", [0, polynomials.SHORT])  # all products as Toeplitz matrices; power by power
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 13])
-def test_polynomial_tree_equals_a_loop(n: int) -> None:
+def test_polynomial_tree_equals_a_loop(n: int, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The root's coefficient, its derivative, and the exact split, against multiplying out one factor at a time."""
+    monkeypatch.setattr(polynomials, "SHORT", short)
     torch.manual_seed(n)
-    leaves = torch.rand(n, 2, dtype=torch.float64, requires_grad=True)
+    leaves = torch.rand(2, n, dtype=torch.float64, requires_grad=True)
     product = [torch.ones((), dtype=torch.float64)]
-    for off, on in leaves:
+    for off, on in leaves.unbind(1):
         product = [
             (product[c] * off if c < len(product) else 0) + (product[c - 1] * on if c else 0)
             for c in range(len(product) + 1)
@@ -331,6 +360,6 @@ def test_polynomial_tree_equals_a_loop(n: int) -> None:
     for count in range(n + 1):
         levels = tree(leaves, max(count, 1))
         wanted = torch.autograd.grad(product[count], leaves, retain_graph=True)[0]
-        torch.testing.assert_close(outside(levels, torch.tensor(count))[:n], wanted)
+        torch.testing.assert_close(outside(levels, torch.tensor(count))[:, :n], wanted)
         split = descend(levels, torch.tensor(count), torch.rand(n))
         assert split.shape == (n,) and split.sum() == count and set(split.tolist()) <= {0, 1}

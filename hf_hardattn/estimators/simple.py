@@ -35,12 +35,13 @@ class Simple(Base):
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
         """Draw k positions (or take the top k), with the marginals behind their gates."""
-        law = ConditionalBernoulli(scores / sampling.temperature, k, valid, slots)
+        same = sampling.backward_temperature is None
         if self.stochastic:
+            law = ConditionalBernoulli((scores if same else scores.detach()) / sampling.temperature, k, valid, slots)
             mask = law.sample(sampling.uniform(tuple(scores.shape)))
         else:
             mask = topk_mask(scores, k, valid, slots)
-        if sampling.backward_temperature is not None:
+        if not (self.stochastic and same):  # else the draw has made the law of the gradient
             law = ConditionalBernoulli(scores / sampling.backward, k, valid, slots)
         marginals = law.marginals()
         return Choice(mask, gates=mask + (marginals - marginals.detach()), entropy=-law.log_prob(marginals))
