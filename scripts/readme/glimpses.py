@@ -126,27 +126,29 @@ def published_glimpses() -> list[str]:
         "The ViTs look at one patch a glimpse. Published (Mnih et al. 2014, NIPS, after secondary sources), RAM with 8 glimpses, FC-256, "
         "convolutional, and 8 random glimpses: translated 1.20, 2.63, 1.62; cluttered 60 px 4.04, 11.96, 8.09, 14.4; cluttered 100 px 8.11, "
         "FC not given, 14.35, 28.4. Independent re-runs of the paper spread by about 1.5 points. RAM's fewer errors than at random places, in "
-        f"points, after as many steps: {'; '.join(margins)}; published 10.4 and 20.3. `rloo` draws four times for each of 64 images a step, the "
-        "others once for each of 128.",
+        f"points, after as many steps and images: {'; '.join(margins)}; published 10.4 and 20.3. `rloo` draws four times for each image.",
     ]
 
 
 def _longest(rows: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
-    """A model's longest trainings, by its default estimator: the published one."""
+    """A model's trainings on most images, by its default estimator: the published one."""
     rows = [row for row in rows if row["model"] == model and row["estimator"] in (None, "reinforce")]
-    return [row for row in rows if row["steps"] == max(r["steps"] for r in rows)]
+    images = [row["steps"] * row["batch"] for row in rows]
+    return [row for row, seen in zip(rows, images, strict=True) if seen == max(images)]
 
 
 def _margins(rows: list[dict[str, Any]]) -> list[str]:
-    """What the control's likeliest places cost, wherever both models were trained as long; of each estimator."""
+    """What the control's likeliest places cost, wherever both models were trained on as many images in as many steps."""
     found = []
-    for steps in sorted({row["steps"] for row in rows}):
-        same = [row for row in rows if row["steps"] == steps]
+    for steps, batch in sorted({(row["steps"], row["batch"]) for row in rows}):
+        same = [row for row in rows if (row["steps"], row["batch"]) == (steps, batch)]
         control = [row["accuracy"] for row in same if row["model"] != "ram"]
         for estimator in sorted({row["estimator"] for row in same if row["model"] == "ram"} if control else ()):
             ours = [row["accuracy"] for row in same if row["estimator"] == estimator]
-            right, by_chance = 100 * statistics.fmean(ours), 100 * statistics.fmean(control)
-            found.append(f"{right - by_chance:.1f} ({steps:,} steps of {estimator}, {100 - right:.1f} % wrong)")
+            wrong, by_chance = 100 - 100 * statistics.fmean(ours), 100 - 100 * statistics.fmean(control)
+            found.append(
+                f"{by_chance - wrong:.1f} ({wrong:.1f} % for {by_chance:.1f} %; {estimator}, {steps:,} steps of {batch} images)"
+            )
     return found
 
 
