@@ -102,7 +102,7 @@ def topk_mask(scores: Tensor, k: Tensor, valid: Tensor, slots: int | None = None
     above, equal = masked > last, masked == last
     spare = k.unsqueeze(-1) - above.sum(-1, keepdim=True)
     mask = above | (equal & (equal.cumsum(-1) <= spare))
-    return mask & valid & (k > 0).unsqueeze(-1)
+    return mask & valid
 
 
 def mask_to_indices(mask: Tensor, slots: int) -> Tensor:

@@ -243,7 +243,8 @@ class Selector(nn.Module):
             positions = (valid.cumsum(-1) - 1).clamp(min=0)
         if self.estimator.detaches:
             states = states.detach()
-        return self.scorer.keys(states, positions + past, projections)
+        seen = isinstance(past, Tensor) or past > 0
+        return self.scorer.keys(states, positions + past if seen else positions, projections)
 
     def forward(
         self,
@@ -273,13 +274,16 @@ class Selector(nn.Module):
             queries = queries.detach()
         scores = self.scorer.score(features, queries)
         n = scores.shape[-1]
-        dense = valid is None and not self.data_dependent
+        everything = valid is None
+        dense = everything and not self.data_dependent
         valid = torch.ones((1, 1, 1, n), dtype=torch.bool, device=scores.device) if valid is None else valid
         # torch.broadcast_shapes would take longer than the choice
         shape = tuple(size if other == 1 else other for size, other in zip(scores.shape, valid.shape, strict=True))
         scores, valid = scores.expand(shape), valid.expand(shape)
-        candidates = valid if required is None else valid & ~required
-        always = None if required is None else valid & required
+        candidates, always = valid, None
+        if required is not None:
+            candidates = (~required).expand(shape) if everything else valid & ~required
+            always = required if everything else valid & required
         if forced is not None:
             mask = forced.expand(shape) & valid
             mask = mask if always is None else mask | always
@@ -297,7 +301,10 @@ class Selector(nn.Module):
             )
         budget = self.budget
         extra = 0 if required is None else 1
-        k = budget.count(scores.detach(), candidates)
+        if dense:  # as many candidates in every row, so nothing is counted
+            k = torch.full(shape[:-1], budget.slots(n - extra), device=scores.device)
+        else:
+            k = budget.count(scores.detach(), candidates)
         most = n if most is None else most
         slots = budget.slots(most - extra)
         sampling = self._sampling(scores, candidates, context) if self.training else None

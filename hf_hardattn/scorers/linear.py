@@ -29,7 +29,10 @@ class Linear(Base):
         nn.init.zeros_(self.bias)
 
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
-        states = nn.functional.rms_norm(states.float(), (self.hidden_size,))
+        states = states.float()
         # row by row, not as a matrix product: equal tokens then score equal to the last bit in any batch, with and without a cache
         scores = torch.stack([(states * weight).sum(-1) for weight in self.weight.float()], 1)
-        return (scores + self.bias.float()[:, None]).unsqueeze(-1)
+        # RMSNorm's factor on the scores, not on the states: what is normalised would be one more tensor of their size
+        square = torch.linalg.vector_norm(states, dim=-1).square() / self.hidden_size
+        scale = (square + torch.finfo(square.dtype).eps).rsqrt()
+        return (scores * scale.unsqueeze(1) + self.bias.float()[:, None]).unsqueeze(-1)
