@@ -48,6 +48,17 @@ class Cache:
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return self.store.update(key, value, self.layer)
 
+    def fill(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Take all keys that a cross-attention will have."""
+        self.lay_out(key.shape[2])
+        return self.update(key, value)
+
+    def lay_out(self, keys: int) -> None:
+        """Give a static layer of a cross-attention as many places as keys are left, not one for every row of the source."""
+        layer = self.store.layers[self.layer] if self.store.is_compileable else None
+        if layer is not None and layer.max_cache_len != keys:
+            layer.max_cache_len, layer.is_initialized = keys, False  # the next update makes its tensors
+
 
 class AttentionSite:
     """Mixin of every Hard attention class. The class gives its projections; ``site_attend`` does the rest.
@@ -152,7 +163,7 @@ class AttentionSite:
                 if cached:
                     key = torch.cat((key, fresh.to(key.dtype).expand(-1, key.shape[1], -1, -1)), -1)
             if cache is not None:
-                key, value = cache.update(key, value)
+                key, value = cache.fill(key, value) if cross else cache.update(key, value)
         key, features = key[..., :size], key[..., size:]
         if settled:
             # kept keys of an earlier step; an extra column marks the slots in use, where not all are: as a bias, which needs no mask made
@@ -244,11 +255,11 @@ class AttentionSite:
         """Attend to what a choice kept; ``gates`` are the choice's and those from upstream together."""
         n, used, indices = source.shape[1], kept.used, kept.indices
         packing = kept.packing if gates is None and not weights else None
-        if packing is not None and indices is not None:
+        if packing is not None and indices is not None and used is not None:
             states = packing.to_packed(keep_rows(source, indices[:, 0]))
             key, value = self.project_key(states), self.project_value(states)
             if cache is not None:
-                cache.update(_marked(packing.heads_to_padded(key), used), packing.heads_to_padded(value))
+                cache.fill(_marked(packing.heads_to_padded(key), used), packing.heads_to_padded(value))
             options: dict[str, Any] = dict(scale=self.site_scale, dropout=self.site_dropout if self.training else 0.0)
             return attend_packed(query, key, value, packing, bias=kept.bias(bias), **options), None
         if indices is None:
@@ -262,7 +273,7 @@ class AttentionSite:
                 value = keep_heads(self.project_value(source), indices)
             total = pick(gates, indices)
         if cache is not None:
-            cache.update(key if used is None and not cache.store.is_compileable else _marked(key, used), value)
+            cache.fill(key if used is None else _marked(key, used), value)
         fused = total is None and not weights
         if fused and bias is not None and indices is not None and kept.columns is None:  # its columns did not fit
             options = dict(scale=self.site_scale, dropout=self.site_dropout if self.training else 0.0)
@@ -291,10 +302,9 @@ class AttentionSite:
         return output.transpose(1, 2).flatten(2), probabilities if weights else None
 
 
-def _marked(key: Tensor, used: Tensor | None) -> Tensor:
-    """Keys ``[B, H, K, d]`` with one more column: 1 where the slot is in use (a static cache has more places than slots)."""
-    marks = torch.ones((), dtype=key.dtype, device=key.device) if used is None else used[:, :, 0, :, None].to(key.dtype)
-    return torch.cat((key, marks.expand(*key.shape[:3], 1)), -1)
+def _marked(key: Tensor, used: Tensor) -> Tensor:
+    """Keys ``[B, H, K, d]`` with one more column: 1 where the slot is in use."""
+    return torch.cat((key, used[:, :, 0, :, None].to(key.dtype).expand(*key.shape[:3], 1)), -1)
 
 
 def wants_weights(kwargs: dict[str, Any], config: Any) -> bool:

@@ -61,9 +61,12 @@ class HardT5Attention(AttentionSite, T5Attention):
         if kept is not None and columns is not None and not cross:
             kept = replace(kept, columns=columns)
         plain = self.active_selector() is None and self.follows is None and gates is None
-        if plain and not distances.is_table(position_bias):
+        plain = plain and not distances.is_table(position_bias)
+        cache = None if plain and not cross else self._cache(past_key_values, cross)
+        if plain:
+            if cache is not None and not cache.filled:
+                cache.lay_out(key_value_states.shape[1])
             return super().forward(hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs)
-        cache = self._cache(past_key_values, cross)
         past = 0 if cache is None else cache.past
         if position_bias is None and self.has_relative_attention_bias:
             queries = hidden_states.shape[1]
@@ -213,11 +216,6 @@ class HardT5Layers(HardLayers):
         alive = (source != 0).any(-1)
         if mask is not None:
             alive = alive & mask_rows(mask, source.shape[0])
-        store = past_key_values.cross_attention_cache if isinstance(past_key_values, EncoderDecoderCache) else None
-        if store is not None and store.is_compileable:  # a static cache has a place for every row, dropped or not
-            return source, Stream(valid=alive, slots=source.shape[1]).mask(
-                None, attention.config._attn_implementation, source.dtype
-            )
         slots = self.source_slots(alive)
         used = torch.arange(slots, device=source.device) < alive.sum(-1, keepdim=True)
         cached = isinstance(past_key_values, EncoderDecoderCache) and past_key_values.is_updated.get(
