@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,34 +129,44 @@ def test_shapes_alone_give_the_same_work_as_computing():
 # ---------------------------------------------------------------- bytes
 
 
+CACHES = pytest.mark.parametrize("static", [False, True])
+
+
+def writing(static, **options):
+    static = dict(cache_implementation="static", disable_compile=True) if static else {}
+    return dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True, **static, **options)
+
+
+@CACHES
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("share", [False, True])
-def test_cross_cache_holds_the_kept_keys_alone(share, beams):
+def test_cross_cache_holds_the_kept_keys_alone(share, beams, static):
     model = t5(sites=["decoder.cross.*"], budget=5, share_selection=share)
     ids = torch.randint(2, 50, (2, 40))
-    options = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True, num_beams=beams)
+    options = writing(static, num_beams=beams)
     kept, full = (cache_bytes(m.generate(ids, **options)) for m in (model, t5()))
     assert full == 2 * LAYERS * (2 * beams) * 40 * D * 4
     assert kept == full * 6 // 40  # 5 and </s>; no column of marks where every slot is in use
 
 
-def test_cross_cache_holds_the_longest_row_alone():
+@CACHES
+def test_cross_cache_holds_the_longest_row_alone(static):
     """Under a threshold the encoder's survivors are counted, and the decoder's cache has no place for the others."""
     torch.manual_seed(0)
     model, ids = t5(sites=["encoder.tokens.0"], budget="threshold:0.5"), torch.randint(2, 50, (3, 40))
-    options = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     with hf_hardattn.record(model) as selections:
-        kept = cache_bytes(model.generate(ids, **options))
+        kept = cache_bytes(model.generate(ids, **writing(static)))
     longest = int(selections["encoder.tokens.0"][0].mask.sum(-1).max())
     assert longest < 36 and kept == 2 * LAYERS * 3 * longest * D * 4
 
 
+@CACHES
 @pytest.mark.parametrize("site", ["encoder.inputs", "encoder.tokens.0"])
-def test_a_trained_models_cross_cache_follows_the_end_of_its_schedule(site):
+def test_a_trained_models_cross_cache_follows_the_end_of_its_schedule(site, static):
     """What a recipe leaves in the config: the decoder's keys are as few as the encoder's surviving rows, not as the schedule's start."""
     model = t5(sites=[site], budget={"start": 1.0, "end": 0.25, "steps": 0.4})
     ids = torch.randint(2, 50, (2, 41))
-    made = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    made = model.generate(ids, **writing(static))
     assert cache_bytes(made) == 2 * LAYERS * 2 * (10 + 1) * D * 4  # a quarter of 40, and </s>
 
 
@@ -390,6 +401,52 @@ def test_bench_of_a_users_own_checkpoint(tmp_path):
         CliRunner().invoke(app, ["bench", "--model", "vit", "--no-fixed-allocator"], catch_exceptions=False)
     with pytest.raises(HardAttentionError, match="no group of suite 'quick' matches --only 'nothing'"):
         CliRunner().invoke(app, ["bench", "--only", "nothing", "--no-fixed-allocator"], catch_exceptions=False)
+
+
+# ---------------------------------------------------------------- compiled
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile builds with g++")
+
+
+@needs_compiler
+def test_bench_of_compiled_models(tmp_path):
+    """Stock and exact are compiled too, and stock as it is stands beside them."""
+    wanted = ["--model", "vit", "--size", "32", "--layers", "2", "--site", "vision.tokens.0", "--budget", "0.5"]
+    options = ["--mode", "compiled", "--rounds", "2", "--no-fixed-allocator", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, ["bench", *wanted, *options])
+    assert result.exit_code == 0, result.output
+    made = json.loads((tmp_path / "own_compiled.json").read_text())
+    (group,) = made["groups"]
+    assert list(group["rows"]) == ["stock", "exact", "vision.tokens.0 keep 0.5", "stock, not compiled"]
+    assert made["mode"] == "compiled" and "TORCHINDUCTOR_FREEZING" in (tmp_path / "own_compiled.md").read_text()
+
+
+@needs_compiler
+def test_compiled_calls_say_the_same_with_packed_weights_and_a_static_cache_of_the_kept_keys():
+    workload = Workload("t5_decode", 40, layers=1, new_tokens=3)
+    stock = workload.build()
+    model = hf_hardattn.apply(share_weights(stock), {"sites": ["decoder.cross.*"], "budget": 5}).eval()
+    inputs = workload.inputs(stock)
+    written, call = workload.call(model, inputs), workload.compiled(model, inputs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        compiled = call()
+    assert torch.equal(compiled.sequences, written.sequences)
+    assert cache_bytes(compiled) == cache_bytes(written) == 2 * 6 * 768 * 4  # 5 and </s>
+    assert any("_mkl_linear" in event.key for event in profiler.key_averages()) or not torch.backends.mkl.is_available()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (["--mode", "compile"], "Did you mean 'compiled'"),
+        (["--suite", "export", "--mode", "compiled"], "runs in onnxruntime"),
+        (["--suite", "peers", "--mode", "compiled"], "Leave --mode out"),
+    ],
+)
+def test_modes_that_a_suite_has_not(wanted, message):
+    with pytest.raises(HardAttentionError, match=message):
+        CliRunner().invoke(app, ["bench", "--no-fixed-allocator", *wanted], catch_exceptions=False)
 
 
 def test_growth_and_break_even_reports(tmp_path):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import HardAttentionError
+from ..errors import HardAttentionError, unknown
 
 
 def command(
@@ -44,9 +44,12 @@ def command(
     fixed_allocator: Annotated[
         bool, typer.Option(help="Restart with glibc's allocator fixed; page faults move ratios.")
     ] = True,
-    cuda_graphs: Annotated[
-        bool, typer.Option(help="Time calls as CUDA graphs, the baselines too: what the GPU does, without the host.")
-    ] = False,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="How all calls are run, the baselines too: eager, compiled (torch.compile with packed weights), or cuda_graphs (without the host)."
+        ),
+    ] = "eager",
     import_cost: Annotated[
         bool, typer.Option(help="Also measure what importing the library costs a stock model.")
     ] = False,
@@ -67,29 +70,43 @@ def command(
     from ..efficiency.imported import cost_of_import
     from ..efficiency.pictures import draw
 
+    if mode not in bench.MODES:
+        raise unknown("mode", mode, bench.MODES)
     torch.set_num_threads(threads)
     if suite == "peers":
+        if mode != "eager":
+            raise HardAttentionError(
+                f"suite 'peers' times its methods eagerly, not by --mode {mode}. Leave --mode out."
+            )
         return _peers(models, task, rounds, threads, output)
     if model is None:
         chosen = suites.load(suite)
     else:
         chosen = suites.parse(_own(model, size, site, budget, config, batch, dtype), "own")
+    if mode != "eager" and chosen.runtime != "pytorch":
+        raise HardAttentionError(
+            f"--mode {mode} is PyTorch's; suite {chosen.name!r} runs in {chosen.runtime}. Leave --mode out."
+        )
     groups = [_resized(group, layers) for group in chosen.groups if fnmatch(group.name, only)]
     if not groups:
         known = ", ".join(repr(group.name) for group in chosen.groups)
         raise HardAttentionError(f"no group of suite {chosen.name!r} matches --only {only!r}; it has: {known}.")
     output.mkdir(parents=True, exist_ok=True)
-    path = output / f"{chosen.name}{'_graphs' * cuda_graphs}.json"
+    path = output / f"{chosen.name}{'' if mode == 'eager' else f'_{mode}'}.json"
     before = json.loads(path.read_text()) if path.exists() and only != "*" else {"groups": []}
     made = {group["name"]: group for group in before["groups"]}
+    as_run = "" if mode == "eager" else f" --mode {mode}"
     exported, growing = chosen.runtime == "onnxruntime", chosen.picture == "growth"
     if exported:
         measured: Iterator[dict[str, Any]] = bench_exported.run(groups, rounds=rounds, seconds=seconds, threads=threads)
     else:
-        measured = bench.run(groups, rounds=rounds, seconds=seconds, layers_too=growing, graphs=cuda_graphs)
+        measured = bench.run(groups, rounds=rounds, seconds=seconds, layers_too=growing, mode=mode)
     results: dict[str, Any] = {
-        "command": " ".join(["hf-hardattn", *sys.argv[1:]]) if only == "*" else f"hf-hardattn bench --suite {suite}",
+        "command": " ".join(["hf-hardattn", *sys.argv[1:]])
+        if only == "*"
+        else f"hf-hardattn bench --suite {suite}{as_run}",
         "title": chosen.title,
+        "mode": mode,
         "picture": chosen.picture,
         "machine": bench.machine(threads),
         "groups": [],

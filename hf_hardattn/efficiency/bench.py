@@ -31,19 +31,21 @@ from .timing import interleaved_seconds, ratios
 from .workloads import DTYPES, Workload, cache_bytes, share_weights
 
 STOCK, EXACT = "stock", "exact"
+UNCOMPILED = "stock, not compiled"
+MODES = ("eager", "compiled", "cuda_graphs")
 SECONDS_OF_ENERGY = 1.0  # at least: a GPU's counter moves some ten times a second
 
 
 def run(
-    groups: list[Group], *, rounds: int, seconds: float | None, layers_too: bool = False, graphs: bool = False
+    groups: list[Group], *, rounds: int, seconds: float | None, layers_too: bool = False, mode: str = "eager"
 ) -> Iterator[dict[str, Any]]:
     """Measure groups one after the other; see ``measure``."""
     for group in tqdm(groups, "bench"):
-        yield measure(group, rounds=rounds, seconds=seconds, layers_too=layers_too, graphs=graphs)
+        yield measure(group, rounds=rounds, seconds=seconds, layers_too=layers_too, mode=mode)
 
 
 def measure(
-    group: Group, *, rounds: int, seconds: float | None = None, layers_too: bool = False, graphs: bool = False
+    group: Group, *, rounds: int, seconds: float | None = None, layers_too: bool = False, mode: str = "eager"
 ) -> dict[str, Any]:
     """Measure one workload with its rows.
 
@@ -52,7 +54,8 @@ def measure(
     Args:
         rounds: at most. seconds: of timing, after which no further round starts (two are run at least).
         layers_too: also time the layers behind the first one by themselves.
-        graphs: time calls as CUDA graphs, the baselines too: a small model on a GPU else waits for the host to launch its kernels.
+        mode: how all calls are run, the baselines too. ``compiled``: see ``Workload.compiled``; stock as it is stands beside them.
+            ``cuda_graphs``: replayed without the host, which a small model on a GPU else waits for.
 
     Returns:
         JSON: the workload, and for ``stock``, ``exact`` and every row its time, throughput, FLOPs (executed and nominal), peak memory, energy
@@ -64,11 +67,15 @@ def measure(
     inputs = workload.inputs(stock)
     if not group.stock:
         del models[STOCK]
-    calls = {name: partial(workload.call, model, inputs) for name, model in models.items()}
+    calls: dict[str, Any] = {name: partial(workload.call, model, inputs) for name, model in models.items()}
+    if mode == "compiled":
+        calls = {name: workload.compiled(model, inputs) for name, model in models.items()}
+        if group.stock:
+            calls[UNCOMPILED], models[UNCOMPILED] = partial(workload.call, stock, inputs), stock
     resident = {name: peak_resident_bytes(call) for name, call in calls.items()}  # and the first call, which warms up
     profiles = {name: profile_call(call) for name, call in calls.items()}
-    if graphs and not workload.generates:
-        calls = {name: graphed(call) for name, call in calls.items()}  # type: ignore[misc]
+    if mode == "cuda_graphs" and not workload.generates:
+        calls = {name: graphed(call) for name, call in calls.items()}
     with ExitStack() as stack:
         later = {name: stack.enter_context(later_layers(model)) for name, model in models.items()} if layers_too else {}
         timed = interleaved_seconds(calls, rounds=rounds, warmup=0, seconds=seconds)

@@ -19,7 +19,7 @@ from .timing import interleaved_seconds
 
 # operators that compute, by part; every other operator is "other"
 OPERATORS = {
-    "linear": ("addmm", "mm", "mkldnn_linear", "_mkl_linear", "linear"),
+    "linear": ("addmm", "mm", "mkldnn_linear", "_mkl_linear", "_linear_pointwise", "linear"),
     "attention": (
         "bmm",
         "baddbmm",
@@ -62,7 +62,7 @@ def profile_call(call: Callable[[], object]) -> Profile:
     for event in profiler.key_averages():
         if event.device_type != DeviceType.CPU:
             continue  # a kernel by itself: its time stands at the operator that launched it, too
-        name = event.key.removeprefix("aten::")
+        name = event.key.rpartition("::")[2]  # aten's, or mkl's and mkldnn's where weights are packed
         part = next((part for part, names in OPERATORS.items() if name.startswith(names)), "other")
         seconds[part] += event.self_device_time_total if gpu else event.self_cpu_time_total
     total = sum(seconds.values())

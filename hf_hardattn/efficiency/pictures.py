@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import missing_extra
+from .bench import UNCOMPILED
 from .report import is_control
 
 
@@ -37,7 +38,7 @@ def pareto(results: dict[str, Any], path: Path) -> None:
         points = [
             (row["against_stock"]["median"], row["peak_bytes"] / stock["peak_bytes"], name)
             for name, row in group["rows"].items()
-            if not is_control(group, name)  # what it keeps nobody chose
+            if name != UNCOMPILED and not is_control(group, name)  # what it keeps nobody chose
         ]
         front = sorted(p for p in points if not any(q[0] >= p[0] and q[1] <= p[1] and q[:2] != p[:2] for q in points))
         axis.plot([p[0] for p in front], [p[1] for p in front], color=colour, linewidth=1)
