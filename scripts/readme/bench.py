@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_hardattn.efficiency.bench import UNCOMPILED
 from hf_hardattn.efficiency.report import is_control
 
 from . import read
@@ -19,17 +20,16 @@ def table() -> str:
     found, compiled = read("bench/targets.json"), read("bench/targets_compiled.json")
     beside = {group["name"]: group for group in compiled["groups"]}
     lines = [
-        "| workload | selection | ms, stock | ms | × stock | limit | × exact | compiled: ms, stock | ms | × stock | limit | × exact | asked of × stock | peak memory of stock's |",
-        "|---" * 14 + "|",
+        "| workload | selection | ms, stock | ms | × stock | limit | × exact | compiled: ms, stock | ms | × stock | limit | × exact | × stock as it is | asked of × stock | peak memory of stock's |",
+        "|---" * 15 + "|",
     ]
     for group in [*found["groups"], *suite("packing"), *suite("eviction")]:
         also = beside.get(group["name"])
         for name, row in group["rows"].items():
             if name != "stock":
-                other = also["rows"].get(name) if also else None
                 lines.append(
                     f"| {group['name']} | {selection(group, name)} | {' | '.join(measured(group, name))} | "
-                    f"{' | '.join(measured(also, name) if also and other else [''] * 5)} | {asked(group, name, other)} | "
+                    f"{' | '.join([*measured(also, name), f'{beyond(also, name):.2f}'] if also else [''] * 6)} | {asked(group, also, name)} | "
                     f"{row['peak_bytes'] / group['rows']['stock']['peak_bytes']:.0%} |"
                 )
     shares = [o["share"] for group in found["groups"] for o in group["selection_overhead"].values()]
@@ -40,7 +40,9 @@ def table() -> str:
         "not. The limit is Amdahl's, from a profile of stock, and in decoding between stock and the floor, one position kept; a control takes the first "
         f"positions and scores nothing. Scorer, top-k and gather take {min(shares):.1%} to {max(shares):.1%} of a stock layer's time. Compiled "
         "([table](results/bench/targets_compiled.md)): every row and both baselines; T5 decodes into a static cache then, and of BLIP's caption the vision "
-        "tower is compiled. ✓: asked and reached, as it is or compiled against compiled.",
+        "tower is compiled. "
+        "✓ compiled: reached by compiled models against a compiled stock model; `× stock as it is` is a compiled model's speed-up against stock that is not, in "
+        "the same rounds: not selection's alone (BLIP's eager attention is turned into SDPA by the compiler).",
     ]
     if found.get("import"):
         i = found["import"]
@@ -72,17 +74,23 @@ def measured(group: dict[str, Any], name: str) -> list[str]:
     ]
 
 
-def asked(group: dict[str, Any], name: str, compiled: dict[str, Any] | None) -> str:
-    """The target of a row against stock, and which of its two measurements hold it."""
-    targets = [row["targets"].get("exact_against_stock") for row in group["rows"].values()]
+def beyond(compiled: dict[str, Any], name: str) -> float:
+    """Speed-up of a compiled row against stock as it is, timed in the same rounds."""
+    seconds = {row: compiled["rows"][row]["seconds"]["median"] for row in (UNCOMPILED, name)}
+    return seconds[UNCOMPILED] / seconds[name]
+
+
+def asked(group: dict[str, Any], compiled: dict[str, Any] | None, name: str) -> str:
+    """The target of a row against stock, and the first of its measurements that holds it."""
     row = group["rows"][name]
-    target = next(filter(None, targets), None) if name == "exact" else row["targets"].get("stock")
+    exact = next(filter(None, (row["targets"].get("exact_against_stock") for row in group["rows"].values())), None)
+    target = exact if name == "exact" else row["targets"].get("stock")
     if target is None:
         return ""
-    if row["against_stock"]["median"] >= target:
-        return f"{target} ✓"
-    held = compiled is not None and compiled["against_stock"]["median"] >= target
-    return f"{target} {'✓ compiled' if held else '✗'}"
+    ways = {"✓": row["against_stock"]["median"]}
+    if compiled is not None:
+        ways["✓ compiled"] = compiled["rows"][name]["against_stock"]["median"]
+    return f"{target} {next((way for way, speed in ways.items() if speed >= target), '✗')}"
 
 
 def processor(found: dict[str, Any]) -> str:
