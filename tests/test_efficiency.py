@@ -440,8 +440,9 @@ def test_compiled_calls_say_the_same_with_packed_weights_and_a_static_cache_of_t
     ("wanted", "message"),
     [
         (["--mode", "compile"], "Did you mean 'compiled'"),
-        (["--suite", "export", "--mode", "compiled"], "runs in onnxruntime"),
-        (["--suite", "peers", "--mode", "compiled"], "Leave --mode out"),
+        (["--suite", "export", "--mode", "compiled"], "'export' is not run by --mode compiled"),
+        (["--suite", "growth", "--mode", "cuda_graphs"], "'growth' is not run by --mode cuda_graphs"),
+        (["--suite", "peers", "--mode", "compiled"], "'peers' is not run by --mode compiled"),
     ],
 )
 def test_modes_that_a_suite_has_not(wanted, message):

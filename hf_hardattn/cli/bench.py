@@ -74,19 +74,15 @@ def command(
         raise unknown("mode", mode, bench.MODES)
     torch.set_num_threads(threads)
     if suite == "peers":
-        if mode != "eager":
-            raise HardAttentionError(
-                f"suite 'peers' times its methods eagerly, not by --mode {mode}. Leave --mode out."
-            )
+        _eagerly(suite, mode)
         return _peers(models, task, rounds, threads, output)
     if model is None:
         chosen = suites.load(suite)
     else:
         chosen = suites.parse(_own(model, size, site, budget, config, batch, dtype), "own")
-    if mode != "eager" and chosen.runtime != "pytorch":
-        raise HardAttentionError(
-            f"--mode {mode} is PyTorch's; suite {chosen.name!r} runs in {chosen.runtime}. Leave --mode out."
-        )
+    exported, growing = chosen.runtime == "onnxruntime", chosen.picture == "growth"
+    if exported or growing:
+        _eagerly(chosen.name, mode)
     groups = [_resized(group, layers) for group in chosen.groups if fnmatch(group.name, only)]
     if not groups:
         known = ", ".join(repr(group.name) for group in chosen.groups)
@@ -96,7 +92,6 @@ def command(
     before = json.loads(path.read_text()) if path.exists() and only != "*" else {"groups": []}
     made = {group["name"]: group for group in before["groups"]}
     as_run = "" if mode == "eager" else f" --mode {mode}"
-    exported, growing = chosen.runtime == "onnxruntime", chosen.picture == "growth"
     if exported:
         measured: Iterator[dict[str, Any]] = bench_exported.run(groups, rounds=rounds, seconds=seconds, threads=threads)
     else:
@@ -123,6 +118,12 @@ def command(
     draw(results, path.with_suffix(".png"))
     _show(results)
     typer.echo(f"results: {path}")
+
+
+def _eagerly(suite: str, mode: str) -> None:
+    """Refuse a mode to suites that time exported models, layers by themselves, or other methods as they are."""
+    if mode != "eager":
+        raise HardAttentionError(f"suite {suite!r} is not run by --mode {mode}, only eagerly. Leave --mode out.")
 
 
 def _peers(models: Path, name: str, rounds: int, threads: int, output: Path) -> None:
