@@ -35,7 +35,7 @@ def table() -> str:
     shares = [o["share"] for group in found["groups"] for o in group["selection_overhead"].values()]
     lines += [
         "",
-        f"{processor(found)} Two threads, batch 1 unless said, random weights, nothing else on the machine, medians of interleaved rounds, glibc's "
+        f"{processor(found)} Two threads, batch 1 unless said, random weights, little else on the machine, medians of interleaved rounds, glibc's "
         "allocator fixed (`bench` restarts itself with the settings). The targets were set on a processor with bfloat16 matrix units, which this one has "
         "not. The limit is Amdahl's, from a profile of stock, and in decoding between stock and the floor, one position kept; a control takes the first "
         f"positions and scores nothing. Scorer, top-k and gather take {min(shares):.1%} to {max(shares):.1%} of a stock layer's time. Compiled "
