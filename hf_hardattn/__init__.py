@@ -6,16 +6,16 @@ Importing the package registers it; models are untouched until a config carries 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .api import apply, freeze_backbone, remove, set_budget, set_reward, set_step, status
 from .collapse import Collapse, find_collapse
 from .config import HardAttentionConfig, SiteConfig
 from .diagnostics import Diagnosis, diagnose
 from .errors import HardAttentionError
 from .losses import auxiliary_loss
+from .modeling.selection import Selection
 from .modes import execution, sampled, soft
 from .patching import register
 from .recording import Recording, record, replay, selectors
-from .registration import apply, freeze_backbone, remove, set_reward, set_step, status
-from .selection import Selection
 from .verify import Report, verify
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ __all__ = [
     "sampled",
     "save",
     "selectors",
+    "set_budget",
     "set_reward",
     "set_step",
     "soft",

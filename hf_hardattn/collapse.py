@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .recording import record, selectors
-from .selection import Selection
+from .modeling.selection import Selection
 
 # A score varies this much less between inputs than between positions: the choice does not look at the input.
 _INDEPENDENT = 1e-3

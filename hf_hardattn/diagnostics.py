@@ -17,8 +17,8 @@ from . import registry
 from .collapse import Collapse, find_collapse
 from .errors import HardAttentionError
 from .recording import record, selectors
-from .registration import apply
-from .selector import Selector
+from .api import apply
+from .modeling.selector import Selector
 
 _REFERENCE = {"estimator": "rloo", "estimator_options": {"samples": 8}}
 

@@ -36,7 +36,9 @@ def look(
         constant per look, so that what was seen earlier ranks above what was seen later, and that above what was dropped.
     """
     looks = min(scorer.glimpses, slots)
-    state, remaining = scorer.start(features), candidates
+    # a row with a smaller budget makes fewer glimpses, as it would alone: none of the batch decides for it
+    turns = k.clamp(min=1, max=looks)  # [B, H, 1]
+    state, remaining = scorer("start", features), candidates
     kept = torch.zeros_like(candidates)
     alive = torch.ones_like(k, dtype=features.dtype)  # [B, H, 1]: 1 while looking; its gradient is the stop's
     reached = torch.ones_like(alive)  # probability of making this look
@@ -47,7 +49,7 @@ def look(
     made: list[tuple[Tensor, Tensor]] = []
     for turn in range(looks):
         if turn and halts:
-            go_on = scorer.go_on(state)
+            go_on = scorer("go_on", state)
             probability = go_on.sigmoid()
             if sampling is None:
                 alive = alive * (go_on > 0)
@@ -61,11 +63,11 @@ def look(
                 else:
                     alive = alive * (drawn + probability - probability.detach())
                 reached = reached * probability
-                fee = reached * (scorer.halting_cost or 0.0) / looks
+                fee = reached * (turn < turns) * (scorer.halting_cost or 0.0) / turns
                 penalty = fee if penalty is None else penalty + fee
-        count = _ceil(k * (turn + 1), looks) - _ceil(k * turn, looks)
-        going = alive.detach() > 0
-        scores = scorer.look(features, state)
+        count = (_ceil(k * (turn + 1), turns) - _ceil(k * turn, turns)).clamp(min=0) * (turn < turns)
+        going = (alive.detach() > 0) & (turn < turns)
+        scores = scorer("look", features, state)
         choice = estimator.choose(scores, count * going, remaining, slots=-(-slots // looks), sampling=sampling)
         made.append((choice.mask, scores))
         kept = kept | choice.mask
@@ -80,7 +82,7 @@ def look(
             penalty = choice.penalty if penalty is None else penalty + choice.penalty
         seen = (choice.mask if choice.gates is None else choice.gates).to(features.dtype)
         seen = (seen @ features).squeeze(-2) / choice.mask.sum(-1).clamp(min=1)
-        state = torch.where(going, scorer.see(state, seen), state)
+        state = torch.where(going, scorer("see", state, seen), state)
         remaining = remaining & ~choice.mask
         if scorer.monotonic:
             remaining = remaining & _behind(choice.mask)
@@ -91,7 +93,7 @@ def look(
     entropy = None if entropy is None else torch.where(chooses, entropy, 0.0)
     if sampling is not None:
         # the last state decides nothing: a gradient of zero rather than none, since distributed training waits for every parameter
-        unread = 0.0 * (state.sum(-1, keepdim=True) + (scorer.go_on(state) if scorer.halts else 0.0))
+        unread = 0.0 * (state.sum(-1, keepdim=True) + (scorer("go_on", state) if scorer.halts else 0.0))
         gates = None if gates is None else gates + unread.unsqueeze(-1)
         log_prob = None if log_prob is None else log_prob + unread
     return Choice(kept, gates, log_prob, entropy, penalty), _ranked(made, candidates)
@@ -136,7 +138,7 @@ def _joined(parts: list[Tensor | None]) -> Tensor | None:
     return torch.cat(found, 2) if found else None
 
 
-def _ceil(numerator: Tensor, denominator: int) -> Tensor:
+def _ceil(numerator: Tensor, denominator: Tensor) -> Tensor:
     return -(-numerator // denominator)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from .selection import Selection
-from .selector import Selector
+from .modeling.selection import Selection
+from .modeling.selector import Selector
 
 
 def auxiliary_loss(

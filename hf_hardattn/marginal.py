@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures import architecture_of
 from .errors import HardAttentionError
 from .laws import LOW, ConditionalBernoulli
+from .modeling.selection import Selection
+from .modeling.selector import Selector
+from .models import family_of
 from .recording import replay
-from .selection import Selection
-from .selector import Selector
 
 
 def marginal_loss(
@@ -35,8 +35,8 @@ def marginal_loss(
             themselves, queries whose choices meet again later, or gradient checkpointing.
     """
     n, site, estimator = selection.mask.shape[-1], selection.site, selector.estimator
-    architecture = architecture_of(model)
-    if selection.mask.shape[1] > 1 or architecture is None:
+    family = family_of(model)
+    if selection.mask.shape[1] > 1 or family is None:
         raise HardAttentionError(
             f"per_head=True at '{site}'; estimator 'marginal' tries one choice at a time. Use per_head=False."
         )
@@ -45,13 +45,13 @@ def marginal_loss(
             f"gradient checkpointing is on, and estimator 'marginal' at '{site}' makes the choices of its passes from outside; the passes "
             "cannot be computed again. Call model.gradient_checkpointing_disable(), or use estimator 'simple'."
         )
-    if architecture.labels(model, inputs) is None:
+    if family.labels(model, inputs) is None:
         raise HardAttentionError(
             f"{type(model).__name__} has no labels to weigh at '{site}'; estimator 'marginal' needs labels, one likelihood for each. "
             "Pass labels, or use estimator 'simple'."
         )
     candidates = selection.valid if selection.required is None else selection.valid & ~selection.required
-    k = selector.budget.count(selection.scores.detach(), candidates)
+    k = selector.budget(drawing=True).count(selection.scores.detach(), candidates)
     size = int(k.max())
     places = candidates.flatten(0, -2).any(0).nonzero().flatten().tolist()
     count = math.comb(len(places), size)
@@ -70,7 +70,7 @@ def marginal_loss(
     required = torch.zeros((), dtype=torch.bool) if selection.required is None else selection.required
     for subset in subsets:
         with replay(model, {site: (subset | required.to(subset.device)).expand(selection.mask.shape)}):
-            losses = architecture.token_loss(model, inputs, forward())
+            losses = family.token_loss(model, inputs, forward())
         if losses is None:
             raise HardAttentionError(
                 f"{type(model).__name__} tells no loss of each example; estimator 'marginal' at '{site}' needs labels in its inputs."
@@ -130,5 +130,5 @@ def _log_prob(law: ConditionalBernoulli, subset: Tensor, candidates: Tensor) -> 
 
 def _last(model: nn.Module, site: str) -> bool:
     tower, _, layer = site.split(".")
-    architecture = architecture_of(model)
-    return architecture is not None and int(layer) == len(architecture.towers(model)[tower].layers._modules) - 1
+    family = family_of(model)
+    return family is not None and int(layer) == len(family.towers(model)[tower].layers) - 1

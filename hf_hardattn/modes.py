@@ -1,4 +1,7 @@
-"""Run a model soft, masked or gathered inside a block."""
+"""Run a model soft, masked or gathered inside a block.
+
+Modes belong to the thread that switched them on. Compiled models run eagerly inside the block.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,22 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .config import SiteConfig
-from .selector import Selector
+from .config import EXECUTIONS
+from .errors import unknown
+from .modeling.context import Mode, active
+from .modeling.selector import Selector
 
-_END = 2**40  # an optimizer step behind the end of every schedule
+
+def all_selectors(model: nn.Module) -> list[nn.Module]:
+    """Every selector in a model, the copies of PEFT's other adapters too."""
+    return [module for module in model.modules() if isinstance(module, Selector)]
 
 
 @contextmanager
 def soft(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the model soft inside the block: every site looks everywhere, the weights stay."""
-    found = [m for m in model.modules() if isinstance(m, Selector)]
-    before = [m.enabled for m in found]
-    for selector in found:
-        selector.enabled = False
-    try:
+    """Run the model soft inside the block: no site selects anything, the weights stay."""
+    with active(Mode(all_selectors(model), soft=True)):
         yield model
-    finally:
-        for selector, enabled in zip(found, before, strict=True):
-            selector.enabled = enabled
 
 
 @contextmanager
@@ -34,28 +35,30 @@ def sampled(model: nn.Module) -> Iterator[nn.Module]:
     In evaluation mode a choice is the likeliest one. The mean of the predictions over several draws is the Monte-Carlo estimate of what
     the model says on average. Estimators that draw nothing (``sample=False``) choose as ever.
     """
-    found = [m for m in model.modules() if isinstance(m, Selector)]
-    before = [(m.training, m.step, m.steps, m.target) for m in found]
-    for selector in found:
-        selector.train()
-        selector.step, selector.steps, selector.target = _END, _END, None
-    try:
+    with active(Mode(all_selectors(model), sampled=True)):
         yield model
-    finally:
-        for selector, (training, step, steps, target) in zip(found, before, strict=True):
-            selector.train(training)
-            selector.step, selector.steps, selector.target = step, steps, target
 
 
 @contextmanager
 def execution(model: nn.Module, mode: str) -> Iterator[nn.Module]:
-    """Run every site ``masked`` or ``gathered`` inside the block."""
-    found = [m for m in model.modules() if isinstance(m, Selector)]
-    before = [m.config for m in found]
-    for selector in found:
-        selector.config = SiteConfig(**{**vars(selector.config), "execution": mode})
+    """Run every site ``masked`` or ``gathered`` inside the block.
+
+    Raises:
+        HardAttentionError: another name.
+    """
+    if mode not in EXECUTIONS:
+        raise unknown("execution", mode, EXECUTIONS)
+    with active(Mode(all_selectors(model), execution=mode)):
+        yield model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Put the model into evaluation mode inside the block, and every module back into its own mode behind it."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         yield model
     finally:
-        for selector, config in zip(found, before, strict=True):
-            selector.config = config
+        for module, training in before:
+            module.training = training

@@ -16,19 +16,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from . import registry
-from .architectures import architecture_of
+from .api import attach_to, remove
 from .config import HardAttentionConfig
 from .errors import HardAttentionError
+from .modeling.selector import Selector
+from .models import family_of
 from .recording import selectors
-from .registration import attach, name_units, remove
-from .selector import Selector
-
-
-def _family(model: nn.Module) -> bool:
-    """Whether the model is a part of a supported family (a T5 stack, say): the model around it decides."""
-    families = [registry.load("architectures", name).family for name in registry.names("architectures")]
-    return type(model).__module__.startswith(tuple(families))
 
 
 def _check_loaded(
@@ -71,14 +64,13 @@ def register() -> None:
     @functools.wraps(post_init)
     def hard_post_init(self: PreTrainedModel) -> None:
         wanted = getattr(self.config, "hard_attention", None)
-        known = architecture_of(self) is not None
-        if wanted is not None and (known or not _family(self)):
-            attach(self, HardAttentionConfig.parse(wanted))
-        elif known and selectors(self):  # the outer config decides: hard parts of a model that was asked to be soft
-            remove(self)
+        # a class that no family knows may hold a model that one does, or be a part of one: those decide
+        known = wanted is not None and family_of(self) is not None
+        if known:
+            attach_to(self, HardAttentionConfig.parse(wanted))
+        elif wanted is None and selectors(self):
+            remove(self)  # the outer config decides: hard parts of a model that was asked to be soft
         post_init(self)
-        if wanted is not None and known:
-            name_units(self)
 
     @functools.wraps(initialize_weights)
     def hard_initialize_weights(self: PreTrainedModel, module: nn.Module, is_custom_code: bool = False) -> None:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from .errors import HardAttentionError, unknown
 from .laws import ConditionalBernoulli
-from .layers import HardLayers
-from .selection import Selection
-from .selector import Selector
+from .modeling.context import Mode, active
+from .modeling.selection import Selection
+from .modeling.selector import Selector
+from .models import family_of
+from .modes import all_selectors
+from .unwrapping import unwrap
 
 
 def selectors(model: nn.Module) -> dict[str, Selector]:
@@ -58,16 +61,24 @@ class Recorded(Selection):
         return found
 
     @property
-    def log_prob(self) -> Tensor:  # type: ignore[override]  # a field above, here with a default that costs something
+    def log_prob(self) -> Tensor:  # type: ignore[override]  # an attribute of the base class
         """fp32 ``[B, H, Q]``."""
         known = self.__dict__["log_prob"]
         return self._law().log_prob(self._chosen()) if known is None else known
+
+    @log_prob.setter
+    def log_prob(self, value: Tensor | None) -> None:
+        self.__dict__["log_prob"] = value
 
     @property
     def entropy(self) -> Tensor:  # type: ignore[override]
         """fp32 ``[B, H, Q]``, nats."""
         known = self.__dict__["entropy"]
         return self._law().entropy() if known is None else known
+
+    @entropy.setter
+    def entropy(self, value: Tensor | None) -> None:
+        self.__dict__["entropy"] = value
 
     def _chosen(self) -> Tensor:
         return self.mask if self.required is None else self.mask & ~self.required
@@ -89,6 +100,10 @@ class Recording(list[Selection]):
     def __init__(self, selections: Iterable[Selection] = (), reads: Mapping[str, str | None] | None = None):
         super().__init__(selections)
         self.reads = dict(reads or {})
+
+    def append(self, selection: Selection) -> None:
+        """Add a selection, as ``Recorded``."""
+        super().append(Recorded.of(selection))
 
     def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, str):
@@ -179,27 +194,26 @@ class Recording(list[Selection]):
 def record(model: nn.Module) -> Iterator[Recording]:
     """Record every selection that ``model`` makes inside the block, in forward and in generate().
 
+    Only calls of this thread are recorded. A compiled model runs eagerly inside the block.
+
     Example:
         >>> with record(model) as selections: model(**batch)        # doctest: +SKIP
         >>> selections["vision.inputs"][0].indices                   # doctest: +SKIP
+
+    Raises:
+        HardAttentionError: the model has no sites.
     """
-    found = [m for m in model.modules() if isinstance(m, (Selector, HardLayers))]
-    recording = Recording(reads={m.tower: m.source for m in found if isinstance(m, HardLayers)})
-
-    def note(module: nn.Module, args: Any, selection: Selection) -> None:
-        if torch._C._current_graph_task_id() == -1:  # a recomputation inside backward is no new choice
-            recording.append(Recorded.of(selection))
-
-    handles = [m.register_forward_hook(note) for m in found if isinstance(m, Selector)]
-    if not handles:
+    inner = unwrap(model)
+    found = all_selectors(inner)
+    if not found:
         raise HardAttentionError(
-            f"{type(model).__name__} has no hard-attention sites to record; load it with hard_attention=... or call apply()."
+            f"{type(inner).__name__} has no hard-attention sites to record; load it with hard_attention=... or call apply()."
         )
-    try:
+    family = family_of(inner)
+    towers = {} if family is None else family.towers(inner)
+    recording = Recording(reads={name: tower.source for name, tower in towers.items()})
+    with active(Mode(found, recorder=recording)):
         yield recording
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -209,39 +223,38 @@ def replay(model: nn.Module, selections: Iterable[Selection] | Mapping[str, Tens
     Args:
         selections: a recording of the same calls, replayed in order at each site; or site name to bool mask ``[B, N]`` (or
             ``[B, H, Q, N]``), used at every call. Sites not named choose for themselves.
+
+    Raises:
+        HardAttentionError: a site that the model does not have, a mask that is no bool tensor of such a shape, or fewer
+            selections than calls.
     """
-    masks: dict[str, list[Tensor]] = {}
+    inner = unwrap(model)
+    known = selectors(inner)
     queues: dict[str, Iterator[Tensor]] = {}
     if isinstance(selections, Mapping):
         for site, mask in selections.items():
-            masks[site] = [mask[:, None, None, :] if mask.dim() == 2 else mask]
-            queues[site] = itertools.repeat(masks[site][0])
+            queues[site] = itertools.repeat(_four_dimensions(site, mask))
     else:
+        masks: dict[str, list[Tensor]] = {}
         for selection in selections:
             masks.setdefault(selection.site, []).append(selection.mask)
-        queues = {site: iter(made) for site, made in masks.items()}
-    known = selectors(model)
+        queues = {site: _in_order(site, recorded) for site, recorded in masks.items()}
     for site in queues:
         if site not in known:
-            raise unknown("site", site, known, type(model).__name__)
-
-    def force(module: Selector, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        try:
-            return args, {**kwargs, "forced": next(queues[module.site])}
-        except StopIteration:
-            raise HardAttentionError(
-                f"the recording holds fewer selections at '{module.site}' than the replayed calls make."
-            ) from None
-
-    forced = [m for m in model.modules() if isinstance(m, Selector) and m.site in queues]
-    before = [m.replayed for m in forced]
-    handles = [m.register_forward_pre_hook(force, with_kwargs=True) for m in forced]
-    for selector in forced:
-        selector.replayed = max(int(mask.sum(-1).max()) for mask in masks[selector.site])
-    try:
+            raise unknown("site", site, known, type(inner).__name__)
+    with active(Mode(all_selectors(inner), replayed=queues)):
         yield
-    finally:
-        for selector, replayed in zip(forced, before, strict=True):
-            selector.replayed = replayed
-        for handle in handles:
-            handle.remove()
+
+
+def _four_dimensions(site: str, mask: Any) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 4):
+        what = f"a tensor of {mask.dtype}, {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise HardAttentionError(
+            f"the selection to replay at '{site}' is {what}; give a bool tensor [B, N] or [B, H, Q, N], True where to keep."
+        )
+    return mask[:, None, None, :] if mask.dim() == 2 else mask
+
+
+def _in_order(site: str, masks: list[Tensor]) -> Iterator[Tensor]:
+    yield from masks
+    raise HardAttentionError(f"the recording holds fewer selections at '{site}' than the replayed calls make.")

@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import unknown
 
-KINDS = ("scorers", "estimators", "baselines", "architectures")
+KINDS = ("scorers", "estimators", "baselines")
 
 
 @cache

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architectures import architecture_of
-from .modes import soft
+from .modeling.selection import Selection
+from .modeling.selector import Selector
+from .models import family_of
+from .modes import evaluating, soft
 from .recording import Recording
-from .selection import Selection, mask_to_indices
-from .selector import Selector
+from .selection import mask_to_indices
 
 
 @dataclass
@@ -39,17 +40,11 @@ def teach(model: nn.Module, forward: Callable[..., Any], attention: bool) -> Tea
         attention: also collect the attention weights of every layer (then through the eager attention).
     """
     seen: dict[tuple[str, str, int], Tensor] = {}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with soft(model):
-            if not attention:
-                return Teacher(forward(), seen)
-            with _weights(model, seen):
-                return Teacher(forward(output_attentions=True), seen)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), soft(model):
+        if not attention:
+            return Teacher(forward(), seen)
+        with _weights(model, seen):
+            return Teacher(forward(output_attentions=True), seen)
 
 
 @contextmanager
@@ -58,10 +53,10 @@ def _weights(model: nn.Module, seen: dict[tuple[str, str, int], Tensor]) -> Iter
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     handles = []
-    architecture = architecture_of(model)
-    for name, tower in {} if architecture is None else architecture.towers(model).items():
+    family = family_of(model)
+    for name, tower in {} if family is None else family.towers(model).items():
         for kind in {"self", "cross"} & set(tower.kinds):
-            for layer, block in enumerate(tower.layers._modules.values()):
+            for layer, block in enumerate(tower.layers):
 
                 def keep(module: nn.Module, args: Any, output: Any, key: Any = (name, kind, layer)) -> None:
                     seen[key] = output[-1].detach().float()

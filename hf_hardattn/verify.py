@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .architectures import architecture_of
 from .errors import HardAttentionError
-from .modes import execution
+from .modeling.attach import FOLLOWS
+from .models import family_of
+from .modes import evaluating, execution
 from .recording import Recording, record, replay, selectors
+from .unwrapping import unwrap
 
 REPLACEMENTS = ("noise", "zero", "swap")
 
@@ -82,8 +84,9 @@ def verify(model: nn.Module, batch: Mapping[str, Any], *, tolerance: float = 1e-
     Raises:
         HardAttentionError: no sites; a row that is all padding; parity or a certificate that must hold fails is NOT raised but reported.
     """
-    architecture = architecture_of(model)
-    if architecture is None or not selectors(model):
+    model = unwrap(model)
+    family = family_of(model)
+    if family is None or not selectors(model):
         raise HardAttentionError(
             f"{type(model).__name__} has no hard-attention sites to verify; load it with hard_attention=... or call apply()."
         )
@@ -93,28 +96,23 @@ def verify(model: nn.Module, batch: Mapping[str, Any], *, tolerance: float = 1e-
         raise HardAttentionError(
             f"row {row} of attention_mask is all padding; a budget needs at least one valid position in each row. Drop the row."
         )
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         with record(model) as selections, execution(model, "gathered"):
             gathered = _tensors(model(**batch))
         with execution(model, "masked"):
             masked = _tensors(model(**batch))
         parity = _difference(gathered, masked)
-        sites = [_site(model, architecture, batch, selections, site, seed) for site in selections.sites]
-    finally:
-        for module, training in modes:
-            module.training = training
+        sites = [_site(model, family, batch, selections, site, seed) for site in selections.sites]
     return Report(parity, parity <= tolerance, sites)
 
 
 def _site(
-    model: nn.Module, architecture: Any, batch: Mapping[str, Any], selections: Recording, site: str, seed: int
+    model: nn.Module, family: Any, batch: Mapping[str, Any], selections: Recording, site: str, seed: int
 ) -> SiteReport:
     made = selections[site][0]
     kept_ratio = float(torch.stack([s.kept_ratio.float().mean() for s in selections[site]]).mean())
     kind, tower = site.split(".")[1], selections.tower(site)
-    lengths = dict(input_rows(model, architecture, batch))
+    lengths = family.input_rows(model, batch)
     if tower not in lengths:
         sentence = f"{site}: keeps {kept_ratio:.1%}; not measured (its candidates are made by the model, not given)"
         return SiteReport(site, kept_ratio, None, False, sentence)
@@ -127,17 +125,17 @@ def _site(
         why = "every position is kept for some query or head, so that none is dropped altogether"
         return SiteReport(site, kept_ratio, None, False, f"{site}: keeps {kept_ratio:.1%}; not measured ({why})")
     # nothing replaced, yet written like the replacements: another memory layout alone can change a convolution's last bits
-    same = architecture.replace_inputs(model, dict(batch), {tower: torch.zeros_like(dropped)}, "zero", seed)
+    same = family.replace_inputs(model, dict(batch), {tower: torch.zeros_like(dropped)}, "zero", seed)
     with replay(model, selections):
         reference = _tensors(model(**same))
     leak, rows = 0.0, torch.zeros(len(dropped), dtype=torch.bool)
     for how in REPLACEMENTS:
-        changed = architecture.replace_inputs(model, dict(batch), {tower: dropped}, how, seed)
+        changed = family.replace_inputs(model, dict(batch), {tower: dropped}, how, seed)
         with replay(model, selections):
             output = _tensors(model(**changed))
         leak = max(leak, _difference(reference, output))
         rows |= _changed_rows(reference, output, len(dropped))
-    reader = architecture.other_reader(model, dict(batch))
+    reader = family.other_reader(model, dict(batch))
     if kind == "inputs" and reader is None:
         verdict = (
             "cannot influence the output (bit-identical under noise, constant and swap)"
@@ -147,7 +145,7 @@ def _site(
     elif leak == 0.0:
         verdict = "did not influence the output in this batch (bit-identical under noise, constant and swap)"
     else:
-        through = _channel(site, tower, _shared(model, architecture, site)) if reader is None else reader
+        through = _channel(site, tower, _shared(model, family, site)) if reader is None else reader
         verdict = (
             f"still changes outputs by up to {leak:.2g} in {int(rows.sum())} of {len(rows)} rows, through {through}"
         )
@@ -169,33 +167,20 @@ def _channel(site: str, tower: str, shared: bool) -> str:
     return f"{mixed}the residual stream (its own row goes on{'' if shared else ', and later layers read it'})"
 
 
-def _shared(model: nn.Module, architecture: Any, site: str) -> bool:
+def _shared(model: nn.Module, family: Any, site: str) -> bool:
     """Whether all other attention that could read what a ``self`` or ``cross`` site dropped shares its choice."""
     name, kind, number = site.split(".")
-    owner = architecture.towers(model)[name]
+    owner = family.towers(model)[name]
     readers = [
         owner.host(kind, layer)[0]
-        for _, other, layer in owner.sites(name)
+        for _, other, layer in owner.sites()
         if other == kind and (layer > int(number) or kind == "cross" and layer != int(number))
     ]
-    return all(getattr(module, "follows", None) == site for module in readers)
+    return all(module.__dict__.get(FOLLOWS) == site for module in readers)
 
 
 def _layers(last: int) -> str:
     return "layer 0" if last == 0 else f"layers 0 to {last}"
-
-
-def input_rows(model: nn.Module, architecture: Any, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Towers whose rows are given inputs, with bool ``[B, N]``: which rows are an input token or patch."""
-    if batch.get("pixel_values") is not None:
-        config: Any = getattr(model.config, "vision_config", model.config)
-        patch, (height, width) = config.patch_size, batch["pixel_values"].shape[-2:]
-        size = (patch, patch) if isinstance(patch, int) else tuple(patch)
-        rows = torch.ones(len(batch["pixel_values"]), 1 + (height // size[0]) * (width // size[1]), dtype=torch.bool)
-        rows[:, 0] = False
-        yield "vision", rows.to(batch["pixel_values"].device)
-    if "encoder" in architecture.all_towers and batch.get("input_ids") is not None:
-        yield "encoder", torch.ones_like(batch["input_ids"], dtype=torch.bool)
 
 
 def _tensors(output: Any) -> dict[str, Tensor]:

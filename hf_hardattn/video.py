@@ -15,7 +15,7 @@ from transformers import BlipConfig
 from transformers.models.blip.modeling_blip import BlipVisionEmbeddings
 
 from .errors import HardAttentionError
-from .selection import Selection
+from .modeling.selection import Selection
 
 
 class VideoEmbeddings(BlipVisionEmbeddings):

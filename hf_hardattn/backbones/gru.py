@@ -90,7 +90,7 @@ class GruAttention(nn.Module):
             config.num_attention_heads,
             config.d_model // config.num_attention_heads,
         )
-        self.scaling, self.layer_idx = self.head_dim**-0.5, 0
+        self.scaling, self.attention_dropout, self.layer_idx = self.head_dim**-0.5, 0.0, 0
         self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.k_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.v_proj = nn.Linear(config.d_model, config.d_model, bias=False)
@@ -132,9 +132,16 @@ class GruReader(GradientCheckpointingLayer):
         self.combine = nn.Linear(2 * config.d_model, config.d_model)
 
     def forward(
-        self, hidden: Tensor, source: Tensor, mask: Tensor | None = None, **kwargs: Any
+        self,
+        hidden: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        read, weights = self.attention(hidden, source, mask, **kwargs)
+        read, weights = self.attention(
+            hidden, encoder_hidden_states, encoder_attention_mask, past_key_values=past_key_values, **kwargs
+        )
         return self.combine(torch.cat((hidden, read), -1)).tanh(), weights
 
 
@@ -213,9 +220,14 @@ class GruDecoder(GruPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, input_ids: Tensor, source: Tensor, mask: Tensor | None, past_key_values: Any = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Ids ``[B, T]``, source ``[B, N, D]`` and bool ``[B, N]`` to ``[B, T, D]`` and attention weights when asked for."""
+        """Ids ``[B, T]``, the source ``[B, N, D]`` and its mask, bool ``[B, N]``, to ``[B, T, D]`` and attention weights when asked for."""
         states = None if past_key_values is None else past_key_values.self_attention_cache
         if states is not None and states.get_seq_length():
             state = states.layers[0].keys[:, :, -1].transpose(0, 1)
@@ -226,9 +238,9 @@ class GruDecoder(GruPreTrainedModel):
             kept = last.transpose(0, 1).unsqueeze(2).expand(-1, -1, input_ids.shape[1], -1)
             states.update(kept, kept[..., :0], 0)
         hidden, weights = self.dropout(hidden), None
-        seen = None if mask is None else mask[:, None, None, :]
+        mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
         for layer in self.layers:
-            hidden, weights = layer(hidden, source, seen, past_key_values=past_key_values, **kwargs)
+            hidden, weights = layer(hidden, encoder_hidden_states, mask, past_key_values=past_key_values, **kwargs)
         return self.dropout(hidden), weights
 
 

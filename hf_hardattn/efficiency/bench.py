@@ -19,7 +19,7 @@ from ..config import HardAttentionConfig
 from ..devices import default_device, device_name, graphed
 from ..modes import execution
 from ..recording import selectors
-from ..registration import apply
+from ..api import apply
 from . import allocator
 from .counting import work
 from .joules import joules_per_call

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from ..errors import HardAttentionError
 from ..recording import selectors
-from ..registration import apply
+from ..api import apply
 from .bench import flops, quartiles, spread
 from .counting import work
 from .limits import profile_call

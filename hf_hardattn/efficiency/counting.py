@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..registration import set_step
-from ..selector import Selector
+from ..api import set_step
+from ..modeling.selector import Selector
 
 # what a matrix product belongs to: weights meet activations in mm and addmm, activations meet each other in bmm
 PARTS = {"mm": "linear", "addmm": "linear", "bmm": "attention", "baddbmm": "attention", "convolution": "convolution"}

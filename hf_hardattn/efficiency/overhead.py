@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures import architecture_of
+from ..models import family_of
 from ..devices import wait_for_device
 from ..recording import selectors
 from ..stream import Made, Stream
@@ -28,7 +28,7 @@ def selection_overhead(
         through ``generate()``.
     """
     site = next((site for site in selectors(model) if ".tokens." in site), None)
-    architecture, plain = architecture_of(model), architecture_of(stock)
+    architecture, plain = family_of(model), family_of(stock)
     if site is None or architecture is None or plain is None or workload.generates:
         return None
     tower, _, layer = site.split(".")
@@ -59,7 +59,7 @@ def later_layers(model: nn.Module) -> Iterator[list[float]]:
     """Collect, call by call inside the block, the seconds that ``model`` spends in the layers of its first tower behind the first one: the part
     that a selection before them makes cheaper. Empty where there is no such tower."""
     found: list[float] = []
-    architecture = architecture_of(model)
+    architecture = family_of(model)
     if architecture is None:
         yield found
         return

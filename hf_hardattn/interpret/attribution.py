@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures import architecture_of
+from ..models import family_of
 from ..errors import HardAttentionError, missing_extra
 from ..recording import record
 from ..teacher import teach
@@ -37,7 +37,7 @@ def soft_attention(probe: Probe) -> Tensor:
     """Attention of the same weights run soft: of the decoder to the input where there is one (mean over layers, heads and steps),
     else of CLS, or of all tokens, in the last layer (mean over heads)."""
     teacher = teach(probe.model, lambda **asked: probe.model(**probe.batch, **asked), attention=True)
-    towers = architecture_of(probe.model).towers(probe.model)  # type: ignore[union-attr]  # the probe knows the model
+    towers = family_of(probe.model).towers(probe.model)  # type: ignore[union-attr]  # the probe knows the model
     cross = [
         m for (name, kind, _), m in teacher.attention.items() if kind == "cross" and towers[name].source == probe.tower
     ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import HardAttentionError
 from ..recording import Recording
-from ..selection import Selection
+from ..modeling.selection import Selection
 from .agreement import Difference
 from .style import GREEN, KEPT, OTHER, new_figure
 

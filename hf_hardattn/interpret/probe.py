@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import architecture_of
+from ..models import family_of
 from ..errors import HardAttentionError
 from ..recording import record, replay, selectors
 from ..stream import required_rows
@@ -42,7 +42,7 @@ class Probe:
         self.model: Any = model
         self.batch = {name: value for name, value in batch.items() if name not in NOT_INPUTS and value is not None}
         self.tower, self.places, self.required = choosable(model, self.batch)
-        self.architecture: Any = architecture_of(model)
+        self.architecture: Any = family_of(model)
         self.site = f"{self.tower}.inputs"
         selector = selectors(model).get(self.site)
         usable = selector is not None and selector.enabled
@@ -117,7 +117,7 @@ def choosable(model: nn.Module, batch: Mapping[str, Any]) -> tuple[str, Tensor, 
     Raises:
         HardAttentionError: an unsupported model, or a batch with neither images nor texts.
     """
-    architecture: Any = architecture_of(model)
+    architecture: Any = family_of(model)
     if architecture is None:
         raise HardAttentionError(f"{type(model).__name__} is not supported by hard attention; T5, ViT and BLIP are.")
     found = next(iter(input_rows(model, architecture, batch)), None)

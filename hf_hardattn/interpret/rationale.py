@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import HardAttentionError
 from ..recording import Recording
-from ..selection import Selection
+from ..modeling.selection import Selection
 
 
 def kept_places(recording: Recording, site: str) -> Tensor:

@@ -16,7 +16,7 @@ from ..config import SiteConfig
 from ..errors import HardAttentionError
 from ..hub.loading import load
 from ..recording import Recording, record, selectors
-from ..selector import Selector
+from ..modeling.selector import Selector
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,10 +21,12 @@ class Projections:
     Attributes:
         query: states ``[B, Q, D]`` to queries ``[B, H, Q, d]``, scaled so that ``query @ key`` is the attention logit.
         key: states ``[B, N, D]`` to keys ``[B, H, N, d]``.
+        valid: bool ``[B, N]``, the positions that are there; None when all are.
     """
 
     query: Callable[[Tensor], Tensor]
     key: Callable[[Tensor], Tensor]
+    valid: Tensor | None = None
 
 
 class Base(nn.Module):
@@ -37,6 +39,8 @@ class Base(nn.Module):
         needs_pixels: reads the image, before any patch is embedded (``vision.inputs`` only): its states are the pixels, averaged to
             ``cells`` x ``cells`` numbers a patch and channel, ``[B, C, rows * cells, columns * cells]``, and D is C.
         needs_projections: reads the attention's own projections.
+        needs_positions: ``keys`` reads ``positions``; False saves making them.
+        draws: in training its features are noise, from ``draw``.
         reads_logits: ``score`` gets the attention's logits ``[B, heads of the attention, Q, N]`` in place of features; ``keys`` is not asked.
         sequential: looks several times (a ``Sequential``).
         monotonic: of looks or queries in a row, none goes back behind the one before. With ``per_query`` the last feature tells
@@ -49,6 +53,8 @@ class Base(nn.Module):
     needs_grid: ClassVar[bool] = False
     needs_pixels: ClassVar[bool] = False
     needs_projections: ClassVar[bool] = False
+    needs_positions: ClassVar[bool] = True
+    draws: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
     monotonic: bool = False
@@ -59,6 +65,13 @@ class Base(nn.Module):
         super().__init__()
         self.hidden_size, self.query_size, self.heads = hidden_size, query_size, heads
 
+    def forward(self, method: str, *args: Any) -> Tensor:
+        """Call ``keys``, ``score`` or another method by name.
+
+        Whatever hangs on a module's call (offloaded weights, sharding, quantisation) is then done before the weights are read.
+        """
+        return getattr(self, method)(*args)
+
     def reset_parameters(self) -> None:
         """Initialise the parameters with ``torch.nn.init`` (Transformers guards it against overwriting loaded weights)."""
 
@@ -67,12 +80,16 @@ class Base(nn.Module):
 
         Args:
             states: ``[B, N, D]``.
-            positions: int64 ``[B, N]``, place of each position in its row, padding not counted.
+            positions: int64 ``[B, N]``, place of each position in its row, padding not counted; None unless ``needs_positions``.
             projections: the host attention's, when ``needs_projections``.
 
         Returns:
             fp32 ``[B, H, N, F]``.
         """
+        raise NotImplementedError
+
+    def draw(self, states: Tensor) -> Tensor:
+        """Random features for positions ``[B, N, D]``, fp32 ``[B, H, N, F]``; used in training when the scorer ``draws``."""
         raise NotImplementedError
 
     def score(self, features: Tensor, queries: Tensor | None = None) -> Tensor:

@@ -20,6 +20,7 @@ class Attention(Base):
     Attention", arXiv:2106.06899.
     """
 
+    needs_positions = False
     per_query = True
     reads_logits = True
     features = 0

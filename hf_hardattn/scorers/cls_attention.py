@@ -13,6 +13,7 @@ class ClsAttention(Base):
     Training-free. Cost: the key projection of the layer, once more. Source: EViT (Liang et al., 2022), section 3.2.
     """
 
+    needs_positions = False
     needs_cls = True
     needs_projections = True
 
@@ -20,6 +21,9 @@ class ClsAttention(Base):
         if projections is None:
             raise TypeError("ClsAttention.keys needs the host attention's projections.")
         logits = projections.query(states[:, :1]).float() @ projections.key(states).float().transpose(-1, -2)
+        if projections.valid is not None:
+            # CLS pays nothing to positions that are not there, in masked execution as in gathered
+            logits = logits.masked_fill(~projections.valid[:, None, None], float("-inf"))
         attention = logits.softmax(-1).transpose(-1, -2)
         attention = attention if self.heads > 1 else attention.mean(1, keepdim=True)
         return attention.clamp(min=1e-12).log()

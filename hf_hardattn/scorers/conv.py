@@ -30,6 +30,7 @@ class Conv(Base):
     Cost: (D + 10) * hidden multiplications per patch.
     """
 
+    needs_positions = False
     needs_grid = True
 
     def __init__(

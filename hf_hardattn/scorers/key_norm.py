@@ -17,6 +17,7 @@ class KeyNorm(Base):
     cache compression".
     """
 
+    needs_positions = False
     needs_projections = True
 
     def __init__(self, hidden_size: int, query_size: int, heads: int = 1, keep: str = "low"):

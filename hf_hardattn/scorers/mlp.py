@@ -17,6 +17,8 @@ class Mlp(Base):
     Cost: D * hidden multiplications per position. Source: DynamicViT (Rao et al., 2021), equation 4, local branch.
     """
 
+    needs_positions = False
+
     def __init__(self, hidden_size: int, query_size: int, heads: int = 1, hidden: int = 64):
         super().__init__(hidden_size, query_size, heads)
         self.weight_in = nn.Parameter(torch.empty(hidden, hidden_size))

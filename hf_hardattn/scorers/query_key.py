@@ -21,6 +21,7 @@ class QueryKey(Base):
     and Tell (Xu et al., 2015), section 4.1; monotonic: Wu & Cotterell 2019, arXiv:1905.06319, section 3.
     """
 
+    needs_positions = False
     per_query = True
 
     def __init__(self, hidden_size: int, query_size: int, heads: int = 1, size: int = 16, monotonic: bool = False):

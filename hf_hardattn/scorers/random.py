@@ -23,10 +23,12 @@ class Random(Base):
         super().__init__(hidden_size, query_size, heads)
         self.seed = seed
 
+    draws = True
+
+    def draw(self, states: Tensor) -> Tensor:
+        return uniform((len(states), self.heads, states.shape[1], 1), states.device)
+
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
-        batch, n, _ = states.shape
-        if self.training:
-            return uniform((batch, self.heads, n, 1), states.device)
         # coarse bins: the same input gives the same hash although another batch size rounds the last bits differently
         bins = (states.float().detach().sum(-1) * 8).round().long()
         head = torch.arange(self.heads, device=states.device)[None, :, None]

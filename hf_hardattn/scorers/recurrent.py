@@ -28,6 +28,8 @@ class Recurrent(Sequential):
     arXiv:1603.08983, with a hard stop in place of a mixture.
     """
 
+    needs_positions = False
+
     def __init__(
         self,
         hidden_size: int,

@@ -25,6 +25,7 @@ class Scout(Base):
     (attention computed at low resolution, features only where it looks).
     """
 
+    needs_positions = False
     needs_pixels = True
 
     def __init__(self, hidden_size: int, query_size: int, heads: int = 1, hidden: int = 32, cells: int = 4):

@@ -13,9 +13,9 @@ from ..budget import Budget
 from ..errors import HardAttentionError
 from ..layers import PASS
 from ..recording import selectors
-from ..registration import set_step
-from ..selection import Selection
-from ..selector import Selector
+from ..api import set_step
+from ..modeling.selection import Selection
+from ..modeling.selector import Selector
 
 
 class Driver:

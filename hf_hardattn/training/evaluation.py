@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..modes import soft
 from ..recording import record, selectors
-from ..selection import Selection
+from ..modeling.selection import Selection
 
 # A batch to predictions, references, and the loss of each example.
 Predict = Callable[[nn.Module, Any], tuple[list[Any], list[Any], list[float]]]

@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..registration import set_step
+from ..api import set_step
 from .tasks import Base, Recipe
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import enable_full_determinism, get_scheduler
 
-from ..architectures import architecture_of
+from ..models import family_of
 from ..errors import HardAttentionError
 from ..noise import keyed, mix_number
 from . import checkpoints
@@ -259,7 +259,7 @@ class Training:
         shares a step would depend on how its batch is cut. None where every example has one label.
         """
         model = without_peft(self.inner)
-        architecture, parts = architecture_of(model), self.accumulation * self.accelerator.num_processes
+        architecture, parts = family_of(model), self.accumulation * self.accelerator.num_processes
         if parts == 1 or architecture is None:
             return [None] * len(micro_batches)
         labels = [architecture.labels(model, batch) for batch in micro_batches]

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
 from ..recording import selectors
-from ..registration import status
+from ..api import status
 from .arguments import HardAttentionArguments, ScriptArguments
 
 logger = get_logger(__name__)

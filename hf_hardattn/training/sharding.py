@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from ..architectures import architecture_of
+from ..models import family_of
 from ..errors import HardAttentionError
 
 
@@ -24,7 +24,7 @@ def name_fsdp_units(accelerator: Accelerator, model: nn.Module) -> None:
     all of ``_no_split_modules``, fails on any ViT: it shards the patch embedding within the embeddings, then once more by itself.
     """
     plugin, model = getattr(accelerator.state, "fsdp_plugin", None), without_peft(model)
-    architecture = architecture_of(model)
+    architecture = family_of(model)
     if plugin is None or architecture is None:
         return
     layers = {

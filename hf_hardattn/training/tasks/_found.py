@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ...selection import Selection
+from ...modeling.selection import Selection
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a hard model does around its forward: it hands its towers a ``Pass``, and adds the estimators' terms to ``outputs.loss``."""
+"""The training loss of a hard model: the estimators' terms are added to ``outputs.loss`` when a call ends."""
 
 from __future__ import annotations
 
@@ -10,74 +10,74 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures import architecture_of
 from .errors import HardAttentionError
-from .layers import PASS
 from .losses import auxiliary_loss
 from .marginal import marginal_loss
+from .modeling.context import CONTEXT, ForwardContext, set_current
+from .modeling.selection import Selection
+from .models import family_of
+from .modes import evaluating
 from .recording import Recording, selectors
 from .schedules import Schedule
-from .selection import Selection
-from .stream import Pass
 from .teacher import attention_loss, prediction_loss, teach
 
 
-class OpenPass:
-    """Forward pre-hook of a hard model: hands the towers a ``Pass`` by keyword, and the selectors that need it the target. A tuple
-    that the caller asked for is made by ``ClosePass``, which reads the outputs by name."""
-
-    def __init__(self, shares_gates: bool):
-        self.shares_gates = shares_gates
-
-    def __call__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        by_name = kwargs.get("return_dict", getattr(model.config, "return_dict", True))
-        if by_name is False and model.training:
-            kwargs = {**kwargs, "return_dict": True}
-        needing = [s for s in selectors(model).values() if s.posterior is not None] if model.training else []
-        if needing:
-            target = _target(model, _named(model, args, kwargs))
-            if target is None:
-                warnings.warn(
-                    f"{type(model).__name__} got no labels that an inference network could read, so estimator 'variational' draws from its "
-                    "prior and learns as 'simple' does. Pass labels, or use estimator 'simple'.",
-                    stacklevel=2,
-                )
-            for selector in needing:
-                selector.target = target
-        return args, {**kwargs, PASS: Pass(shares_gates=self.shares_gates, as_tuple=by_name is False)}
+def prepare_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: ForwardContext) -> None:
+    """Before a training call: give the estimators that read the answer the states of the labels."""
+    if not model.training:
+        return
+    if not any(selector.posterior is not None for selector in selectors(model).values()):
+        return
+    context.target = _target(model, _named(model, args, kwargs))
+    if context.target is None:
+        warnings.warn(
+            f"{type(model).__name__} got no labels that an inference network could read, so estimator 'variational' draws from its "
+            "prior and learns as 'simple' does. Pass labels, or use estimator 'simple'.",
+            stacklevel=2,
+        )
 
 
-class ClosePass:
-    """Forward hook of a hard model: in training mode adds the estimators' terms to ``outputs.loss``."""
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        record: Pass = kwargs[PASS]
-        if not model.training:
-            return output
-        if record.selections:
-            Step(model, args, kwargs).close(output, record)
-        return output.to_tuple() if record.as_tuple else output
+def add_terms(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, context: ForwardContext
+) -> None:
+    """After a training call: put the whole training loss into ``output``."""
+    Step(model, args, kwargs, context).close(output)
 
 
 class Step:
     """One training forward pass of a hard model, with the further passes that its estimators ask for."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        self.model, self.args, self.kwargs = model, args, kwargs
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: ForwardContext | None = None
+    ):
+        self.model, self.args = model, args
+        self.context = ForwardContext(model) if context is None else context
+        self.kwargs = {name: value for name, value in kwargs.items() if name != CONTEXT}
+        self.hands_down = CONTEXT in kwargs or context is None
         self.selectors = selectors(model)
-        self.inputs = _named(model, args, {name: value for name, value in kwargs.items() if name != PASS})
+        self.inputs = _named(model, args, self.kwargs)
 
-    def forward(self, record: Pass | None = None, **changes: Any) -> Any:
+    def forward(self, context: ForwardContext | None = None, **changes: Any) -> Any:
         """The model's own forward once more, past its hooks."""
-        return self.model.forward(*self.args, **{**self.kwargs, **changes, PASS: record or self._record()})
+        context = self.another() if context is None else context
+        if self.hands_down:
+            return self.model.forward(*self.args, **{**self.kwargs, **changes, CONTEXT: context})
+        set_current(context)
+        try:
+            return self.model.forward(*self.args, **{**self.kwargs, **changes})
+        finally:
+            set_current(None)
 
-    def _record(self) -> Pass:
-        return Pass(shares_gates=self.kwargs[PASS].shares_gates)
+    def another(self) -> ForwardContext:
+        """A context for one more forward pass on the same inputs."""
+        context, known = ForwardContext(self.model), self.context
+        context.target, context.source_given = known.target, known.source_given
+        context.kept_source, context.source_gates = known.kept_source, known.source_gates
+        return context
 
-    def close(self, output: Any, record: Pass) -> None:
+    def close(self, output: Any) -> None:
         """Put the whole training loss into ``output``."""
+        record = self.context
         if output.get("loss") is None:
             if any({"reward", "teacher"} & set(self.selectors[s.site].estimator.needs) for s in record.selections):
                 warnings.warn(
@@ -97,7 +97,7 @@ class Step:
             output["loss"] = marginal_loss(self.model, selector, exact[0], self.inputs, self.forward)
         passes = [(output, record.selections)]
         for _ in range(max(s.estimator.samples for s in self.selectors.values()) - 1):
-            other = self._record()
+            other = self.another()
             passes.append((self.forward(other), other.selections))
         losses = [found["loss"] for found, _ in passes]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
@@ -135,36 +135,30 @@ class Step:
         if not pupils and not weight:
             return
         teacher = teach(self.model, self.forward, attention=bool(pupils))
-        architecture = architecture_of(self.model)
-        if architecture is None:
+        family = family_of(self.model)
+        if family is None:
             return
-        towers = architecture.towers(self.model)
+        towers = family.towers(self.model)
         made = Recording(selections, reads={name: tower.source for name, tower in towers.items()})
         for selection in pupils:
             yield attention_loss(teacher, made, selection, self.selectors[selection.site])
         if weight:
-            lesson = prediction_loss(teacher, output, architecture.labels(self.model, self.inputs))
+            lesson = prediction_loss(teacher, output, family.labels(self.model, self.inputs))
             if lesson is not None:
                 yield weight * lesson
 
     def _greedy_reward(self) -> Tensor:
         """Reward of the deterministic choices: the same forward in evaluation mode, without gradient."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                output = self.forward(Pass())
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(self.model), torch.no_grad():
+            output = self.forward()
         return _reward(self.model, self.inputs, output, output["loss"])
 
 
 def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
     """This batch's share of an accumulated one. The Trainer asks for a loss summed and divided by the items of all
     micro-batches; where the model obeys, the terms must follow, or they would weigh more with every micro-batch."""
-    total, architecture = inputs.get("num_items_in_batch"), architecture_of(model)
-    items = None if total is None or architecture is None else architecture.loss_items(model, inputs)
+    total, family = inputs.get("num_items_in_batch"), family_of(model)
+    items = None if total is None or family is None else family.loss_items(model, inputs)
     return 1.0 if items is None else items / torch.as_tensor(total, device=items.device).flatten()[0]
 
 
@@ -179,17 +173,17 @@ def _reward(model: nn.Module, inputs: dict[str, Any], output: Any, loss: Tensor)
                     f"the reward function returned shape {tuple(reward.shape)}; it must give one number per example, [B]."
                 )
             return reward
-        architecture = architecture_of(model)
-        losses = None if architecture is None else architecture.example_loss(model, inputs, output)
+        family = family_of(model)
+        losses = None if family is None else family.example_loss(model, inputs, output)
         return -(loss if losses is None else losses).detach().float()
 
 
 def _target(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
     """States of the labels, ``[B, T, D]`` detached, all-zero rows where there is none; None without labels."""
-    architecture = architecture_of(model)
-    if architecture is None:
+    family = family_of(model)
+    if family is None:
         return None
-    labels, table = architecture.labels(model, inputs), architecture.target_table(model)
+    labels, table = family.labels(model, inputs), family.target_table(model)
     if labels is None or table is None:
         return None
     return (table.detach()[labels.clamp(min=0)] * (labels != -100).unsqueeze(-1)).float()
@@ -199,3 +193,7 @@ def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     """The inputs by name."""
     names = [name for name in inspect.signature(model.forward).parameters if name != "kwargs"]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+# what a hard model carries as plain data: module-level functions, so that it can be copied and pickled
+TERMS = (add_terms, prepare_call)

@@ -1,0 +1,202 @@
+"""Hard attention on a live model: apply, remove, status, budgets, schedules, rewards.
+
+Every function takes the model however it is wrapped.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import models, peft_saving
+from .config import HardAttentionConfig
+from .errors import HardAttentionError
+from .modeling.attach import FOLLOWS, attach, detach, place, remove_config
+from .modeling.context import is_soft_now
+from .modeling.family import Family
+from .modeling.selector import Selector
+from .modes import all_selectors
+from .recording import selectors
+from .training_loss import TERMS
+from .unwrapping import unwrap
+
+REWARD = "_hard_attention_reward"
+
+
+def apply(
+    model: nn.Module,
+    config: HardAttentionConfig | Mapping[str, Any] | None = None,
+    *,
+    reward: Callable[[dict[str, Any], Any], Tensor] | None = None,
+) -> nn.Module:
+    """Give a live model hard attention, in place; ``remove`` undoes it.
+
+    Applied again, it keeps trained selectors at the sites whose scorer, estimator and baseline stay the same. A configuration
+    that is refused leaves the model as it was.
+
+    Args:
+        model: a supported model with any head, or one of your own around it.
+        config: a ``HardAttentionConfig`` or its dict; None takes the defaults at the recommended sites.
+        reward: see ``set_reward``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        HardAttentionError: an unsupported model, or a site that does not exist.
+    """
+    inner = unwrap(model)
+    attach_to(inner, HardAttentionConfig.parse(config if config is not None else {}), fresh=True)
+    if reward is not None:
+        set_reward(inner, reward)
+    return model
+
+
+def attach_to(model: nn.Module, config: HardAttentionConfig, *, fresh: bool = False) -> None:
+    """Attach a configuration to a model that is being built, or (``fresh``) to one whose weights are there.
+
+    Raises:
+        HardAttentionError: no family knows the model.
+    """
+    family = family_or_refuse(model)
+    built = attach(model, config, family, TERMS)
+    peft_saving.register()
+    if not fresh:
+        return
+    for selector in built.values():
+        place(selector, model)
+        selector.train(model.training)
+        module: Any
+        for module in selector.modules():  # loaded later or trained: Transformers must not initialise it again
+            module._is_hf_initialized = True
+
+
+def family_or_refuse(model: nn.Module) -> Family:
+    """The family of a model.
+
+    Raises:
+        HardAttentionError: no family knows it.
+    """
+    family = models.family_of(model)
+    if family is None:
+        raise HardAttentionError(
+            f"{type(model).__name__} is not supported by hard attention; known families: {', '.join(models.names())}. "
+            "A new one is a row of names in hf_hardattn/models/."
+        )
+    return family
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take hard attention out again: outputs and state-dict keys are the stock ones, exactly."""
+    inner = unwrap(model)
+    family = models.family_of(inner)
+    if family is None:
+        return model
+    family.release(inner)
+    detach(inner)
+    remove_config(inner)
+    inner.__dict__.pop(REWARD, None)
+    return model
+
+
+def set_budget(model: nn.Module, budget: Any) -> nn.Module:
+    """Change how much the sites of a live model keep; trained selectors stay.
+
+    Args:
+        budget: for all sites; or a dict of site names, each with its own budget.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        HardAttentionError: a budget out of range, or a site that the model does not have.
+    """
+    inner: Any = unwrap(model)
+    known = selectors(inner)
+    if not known:
+        raise HardAttentionError(
+            f"{type(inner).__name__} has no hard-attention sites; load it with hard_attention=... or call apply()."
+        )
+    config = HardAttentionConfig.parse(inner.config.hard_attention)
+    wanted = budget if isinstance(budget, Mapping) and set(budget) <= set(known) else dict.fromkeys(known, budget)
+    sites = {site: dict(_overrides(config, site), budget=value) for site, value in wanted.items()}
+    kept = {pattern: overrides for pattern, overrides in (config.sites or {}).items() if pattern not in sites}
+    if config.sites is None:
+        kept = {pattern: {} for pattern in family_or_refuse(inner).recommended}
+    return apply(model, config.replace(sites={**kept, **sites}))
+
+
+def _overrides(config: HardAttentionConfig, site: str) -> dict[str, Any]:
+    return dict((config.sites or {}).get(site, {}))
+
+
+def status(model: nn.Module) -> str:
+    """A table of the model's sites: what chooses, how much it keeps, how it is trained, how it runs now."""
+    inner = unwrap(model)
+    found = selectors(inner)
+    if not found:
+        return f"{type(inner).__name__}: no hard attention (soft everywhere)"
+    rows = [("site", "budget", "scorer", "estimator", "parameters", "runs")]
+    followers = collections.Counter(module.__dict__.get(FOLLOWS) for module in inner.modules())
+    for site, selector in found.items():
+        count = f"{sum(p.numel() for p in selector.parameters()):,}"
+        shared = f" (and {followers[site]} more)" if followers[site] else ""
+        rows.append(
+            (
+                site + shared,
+                str(selector.config.budget),
+                selector.config.scorer,
+                selector.config.estimator,
+                count,
+                _how_it_runs(selector),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _how_it_runs(selector: Selector) -> str:
+    if is_soft_now(selector) or selector.keeps_all:
+        return "soft"
+    return "masked" if selector.masked else "gathered"
+
+
+def set_step(model: nn.Module, step: int, steps: int | None = None) -> None:
+    """Tell the schedules the optimizer step, counted from 0; ``HardAttentionCallback`` does it for the Trainer.
+
+    Args:
+        steps: how many the whole training has; needed by schedules (and recipes) that give their length as a share of it.
+    """
+    selector: Any
+    for selector in all_selectors(unwrap(model)):
+        selector.step, selector.steps = step, steps or selector.steps
+
+
+def set_reward(model: nn.Module, reward: Callable[[dict[str, Any], Any], Tensor] | None) -> None:
+    """Set the reward of score-function estimators.
+
+    Args:
+        reward: maps the model's keyword inputs and its output to fp32 ``[B]``, higher = better; it need not be differentiable.
+            None restores the default, minus the task loss of each example.
+    """
+    unwrap(model).__dict__[REWARD] = reward
+
+
+@contextmanager
+def freeze_backbone(model: nn.Module) -> Iterator[nn.Module]:
+    """Train the selectors only, inside the block (and for an optimizer built inside it)."""
+    trained = {id(p) for s in all_selectors(model) for p in s.parameters()}
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield model
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)

@@ -1,0 +1,342 @@
+"""Put selectors and hooks on a model, and take them off again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..config import HardAttentionConfig, SiteConfig
+from ..errors import HardAttentionError
+from . import attention, patches
+from .arguments import parameter_names, takes_keywords
+from .build import Kinds, build_selector, reusable, shared_choices, source_protected
+from .family import Family, Tower
+from .layers import after_layer, before_layer
+from .plan import LAYER, TOWER, LayerPlan, TowerPlan
+from .selector import Selector, running
+from .towers import HANDS_DOWN, TRAINING_LOSS, close_call, finish_tower, open_call, open_tower
+
+HOSTS = ("selector", "input_selector")  # attributes that hold selectors
+FOLLOWS = "hard_attention_follows"  # attribute of an attention module: the site whose choice it shares
+
+
+def attach(
+    model: nn.Module, config: HardAttentionConfig, family: Family, training_loss: Callable[..., Any]
+) -> dict[str, Selector]:
+    """Give a model the sites of a configuration, in place. A configuration that is refused changes nothing.
+
+    Selectors that are there already and fit the new configuration are kept, with what they learned.
+
+    Args:
+        family: of the model. training_loss: adds the estimators' terms to an output, see ``towers.close_call``.
+
+    Returns:
+        The selectors that were made, by site.
+    """
+    towers = family.towers(model)
+    kinds: Kinds = {site: (tower, kind, n) for tower in towers.values() for site, kind, n in tower.sites()}
+    absent = set(family.all_towers) - towers.keys()
+    resolved = config.resolve(kinds, family.recommended, type(model).__name__, ignore=absent)
+    if not resolved and not absent:
+        raise HardAttentionError(
+            f"no site of {type(model).__name__} is selected by {list(config.sites or [])}; it has: {', '.join(kinds)}."
+        )
+    _check_restore(model, config, towers)
+    leaders = shared_choices(resolved, kinds)
+    table = family.target_table(model)
+    target_size = 0 if table is None else table.shape[-1]
+    existing = _existing(towers)
+    built: dict[str, Selector] = {}
+    kept: dict[str, Any] = {}
+    for site, site_config in resolved.items():
+        tower, kind, _ = kinds[site]
+        selector = build_selector(site, site_config, tower, kind, target_size)
+        if site in leaders:
+            continue
+        present = existing.get(site)
+        if present is not None and reusable(running(present), site_config, selector):
+            kept[site] = present
+        else:
+            built[site] = selector
+    # nothing was changed so far, so that a refusal leaves the model as it was
+    family.release(model)
+    detach(model)
+    for site, present in kept.items():
+        for selector in _copies(present):
+            selector.set_config(resolved[site])
+    for site, selector in {**kept, **built}.items():
+        tower, kind, layer = kinds[site]
+        host, name = tower.host(kind, layer, running(selector).scorer.needs_pixels)
+        host.register_module(name, selector)
+    for site, leader in leaders.items():
+        tower, kind, layer = kinds[site]
+        tower.host(kind, layer)[0].__dict__[FOLLOWS] = leader
+    _write_config(model, config)
+    _install(model, family, towers, config, training_loss)
+    family.prepare(model)
+    return built
+
+
+def _copies(selector: Any) -> Iterator[Selector]:
+    """The selector, or every copy that PEFT keeps of it."""
+    return (module for module in selector.modules() if isinstance(module, Selector))
+
+
+def _check_restore(model: nn.Module, config: HardAttentionConfig, towers: Mapping[str, Tower]) -> None:
+    if config.restore is not False:
+        return
+    for name, tower in towers.items():
+        read = any(other.source == name for other in towers.values())
+        if read and tower.spec.restores:
+            raise HardAttentionError(
+                f"restore=False leaves '{name}' of {type(model).__name__} without the places of its rows; its reader finds them by the "
+                "attention mask. Use restore=None."
+            )
+
+
+def _existing(towers: Mapping[str, Tower]) -> dict[str, Any]:
+    """The selectors that a model has, by site; PEFT's wrappers where it wrapped them."""
+    found: dict[str, Any] = {}
+    for tower in towers.values():
+        for site, kind, layer in tower.sites():
+            for pixels in (False, True) if kind == "inputs" else (False,):
+                host, name = tower.host(kind, layer, pixels)
+                selector = host._modules.get(name)
+                if selector is not None:
+                    found[site] = selector
+    return found
+
+
+# ---------------------------------------------------------------- hooks
+
+
+def _install(
+    model: nn.Module,
+    family: Family,
+    towers: Mapping[str, Tower],
+    config: HardAttentionConfig,
+    training_loss: Callable[..., Any],
+) -> None:
+    drops = {name: _first_drop(tower) for name, tower in towers.items()}
+    for name, tower in towers.items():
+        source_drops = tower.source is not None and drops.get(tower.source) is not None
+        if _install_layers(tower, drops[name], source_drops):
+            _install_tower(model, family, tower, towers, drops[name], config)
+    module: Any = model
+    module.__dict__[HANDS_DOWN] = family.owns(model) and takes_keywords(model)
+    module.__dict__[TRAINING_LOSS] = training_loss
+    model.register_forward_pre_hook(open_call, with_kwargs=True)
+    model.register_forward_hook(close_call, with_kwargs=True, always_call=not module.__dict__[HANDS_DOWN])
+
+
+def _selector_at(tower: Tower, kind: str, layer: int) -> Selector | None:
+    """The selector of a site; None where there is none, or where it keeps everything."""
+    for pixels in (False, True) if kind == "inputs" else (False,):
+        host, name = tower.host(kind, layer, pixels)
+        found = host._modules.get(name)
+        if found is not None:
+            selector = running(found)
+            return None if selector.keeps_all else selector
+    return None
+
+
+def _first_drop(tower: Tower) -> int | None:
+    """The first layer behind which rows may be missing, -1 for the inputs; None when the tower drops none."""
+    if "inputs" in tower.kinds and _selector_at(tower, "inputs", 0) is not None:
+        return -1
+    if "tokens" not in tower.kinds:
+        return None
+    return next((n for n in range(len(tower.layers)) if _selector_at(tower, "tokens", n) is not None), None)
+
+
+def _packs(tower: Tower) -> bool:
+    """Whether rows of the tower may be packed, because the host knows how many are left in each."""
+    kinds = [("inputs", 0), *(("tokens", n) for n in range(len(tower.layers)))]
+    found = [_selector_at(tower, kind, n) for kind, n in kinds if kind in tower.kinds]
+    return any(s is not None and (s.data_dependent or bool(s.config.pack)) for s in found)
+
+
+def _install_layers(tower: Tower, first_drop: int | None, source_drops: bool) -> bool:
+    """Hook the layers that have something to do; whether any has."""
+    spec, packs = tower.spec, _packs(tower)
+    plans = [_layer_plan(tower, index) for index in range(len(tower.layers))]
+    busy = first_drop is not None or any(p.own or p.crosses for p in plans)
+    followed = {p.follows for p in plans} | {p.cross_follows for p in plans}
+    active = False
+    for plan, layer in zip(plans, tower.layers, strict=True):
+        behind = first_drop is not None and plan.index > first_drop
+        reads = plan.cross is not None and source_drops
+        plan.uses_table = plan.has_bias and not spec.causal and busy
+        plan.computes_itself = not (spec.attention_spec if spec.attention else spec.cross_spec).interface and (  # type: ignore[union-attr]
+            busy or reads
+        )
+        plan.leads = tuple(site for site in _own_sites(tower, plan) if site in followed)
+        reads_keys = plan.own or plan.follows is not None
+        reads_source = plan.crosses or plan.cross_follows is not None
+        before = behind or plan.inputs or reads_keys or reads_source or plan.uses_table or reads or plan.computes_itself
+        if not (before or plan.tokens):
+            continue
+        active = True
+        layer.__dict__[LAYER] = plan
+        if before:
+            layer.register_forward_pre_hook(before_layer, with_kwargs=True)
+        if plan.tokens or (behind and packs):
+            layer.register_forward_hook(after_layer, with_kwargs=True)
+        if spec.attention and (behind or plan.inputs or reads_keys or plan.uses_table or plan.computes_itself):
+            attention.install(tower.attention(layer, "self"), tower.attention_spec("self"), plan.index, cross=False)
+        if reads_source or reads or (plan.computes_itself and plan.cross is not None):
+            attention.install(tower.attention(layer, "cross"), tower.attention_spec("cross"), plan.index, cross=True)
+    return active
+
+
+def _own_sites(tower: Tower, plan: LayerPlan) -> tuple[str, ...]:
+    return tuple(f"{tower.name}.{kind}.{plan.index}" for kind in ("self", "cross"))
+
+
+def _layer_plan(tower: Tower, index: int) -> LayerPlan:
+    spec, layer = tower.spec, tower.layers[index]
+    kinds = tower.kinds
+    has_cross = "cross" in kinds
+    plan = LayerPlan(
+        tower=tower.name,
+        index=index,
+        names=parameter_names(layer),
+        attention=spec.attention,
+        attention_spec=spec.attention_spec,
+        norm=spec.norm,
+        cross=spec.cross if has_cross else None,
+        cross_spec=spec.cross_spec,
+        protected=tower.protected,
+        source_protected=source_protected(tower),
+        has_bias=spec.attention_spec.position_bias,
+        causal=spec.causal,
+    )
+    if "self" in kinds:
+        plan.own = _selector_at(tower, "self", index) is not None
+        plan.follows = tower.attention(layer, "self").__dict__.get(FOLLOWS)
+    if has_cross:
+        plan.crosses = _selector_at(tower, "cross", index) is not None
+        plan.cross_follows = tower.attention(layer, "cross").__dict__.get(FOLLOWS)
+    if "inputs" in kinds and index == 0:
+        plan.inputs = layer._modules.get("input_selector") is not None and _selector_at(tower, "inputs", 0) is not None
+    if "tokens" in kinds:
+        plan.tokens = _selector_at(tower, "tokens", index) is not None
+    return plan
+
+
+def _install_tower(
+    model: nn.Module,
+    family: Family,
+    tower: Tower,
+    towers: Mapping[str, Tower],
+    first_drop: int | None,
+    config: HardAttentionConfig,
+) -> None:
+    is_read = any(other.source == tower.name for other in towers.values())
+    restores = config.restore
+    if restores is None:
+        restores = type(model).__name__ in family.spec.restored_heads or (tower.spec.restores and not is_read)
+    spec = tower.spec.patches
+    pixels = spec is not None and tower.module.get_submodule(spec.module)._modules.get("input_selector") is not None
+    tower.module.__dict__[TOWER] = TowerPlan(
+        name=tower.name,
+        names=parameter_names(tower.module),
+        reads=tower.source,
+        restores=restores,
+        is_read=is_read,
+        patches=spec if pixels and _selector_at(tower, "inputs", 0) is not None else None,
+        protected=tower.protected,
+    )
+    if pixels and spec is not None:
+        patches.install(tower.module.get_submodule(spec.module), spec)
+    tower.module.register_forward_pre_hook(open_tower, with_kwargs=True)
+    tower.module.register_forward_hook(finish_tower, with_kwargs=True)
+
+
+# ---------------------------------------------------------------- removal
+
+
+def detach(model: nn.Module) -> None:
+    """Take every hook, plan and selector off a model: outputs and state-dict keys are the stock ones, exactly."""
+    _remove_hooks(model)
+    for module in model.modules():
+        module.__dict__.pop(FOLLOWS, None)
+        for name in HOSTS:
+            held = module._modules.get(name)
+            if held is not None and any(isinstance(inner, Selector) for inner in held.modules()):
+                del module._modules[name]
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    for module in model.modules():
+        _unhook(module)
+        attention.uninstall(module)
+        patches.uninstall(module)
+        for name in (LAYER, TOWER, HANDS_DOWN, TRAINING_LOSS):
+            module.__dict__.pop(name, None)
+
+
+def _unhook(module: nn.Module) -> None:
+    ours = (open_call, close_call, open_tower, finish_tower, before_layer, after_layer)
+    for hooks, extras in (
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+    ):
+        for key in [key for key, hook in hooks.items() if hook in ours]:
+            del hooks[key]
+            for extra in extras:
+                extra.pop(key, None)
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def _write_config(model: nn.Module, config: HardAttentionConfig | None) -> None:
+    """Write the dict to the configuration of the model and of every model inside it; config.json then carries it.
+
+    Configurations are copied before they change: other models may hold the same object.
+    """
+    data = None if config is None else config.to_dict()
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and getattr(module.config, "hard_attention", None) != data:
+            _copy_config(module.config, copies)
+    for module in model.modules():
+        held = module.__dict__.get("config")
+        if id(held) in copies:
+            module.__dict__["config"] = copies[id(held)]
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        if data is None:
+            vars(module.config).pop("hard_attention", None)  # the class says None
+        else:
+            module.config.hard_attention = data
+
+
+def _copy_config(config: PreTrainedConfig, copies: dict[int, Any]) -> None:
+    if id(config) in copies or any(config is made for made in copies.values()):
+        return
+    made = copy.copy(config)
+    copies[id(config)] = made
+    for name, part in vars(config).items():
+        if isinstance(part, PreTrainedConfig):
+            _copy_config(part, copies)
+            setattr(made, name, copies.get(id(part), part))
+
+
+def remove_config(model: nn.Module) -> None:
+    """Take the dict out of the configurations again."""
+    _write_config(model, None)
+
+
+def place(selector: Selector, model: nn.Module) -> None:
+    """Move a fresh selector to where the model's weights are, in their dtype."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if weight is not None:
+        selector.to(device=weight.device, dtype=weight.dtype if weight.dtype.itemsize > 1 else torch.float32)

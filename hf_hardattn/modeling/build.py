@@ -1,0 +1,149 @@
+"""Build the selectors of a model, or say why a site cannot have one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .. import registry
+from ..config import SiteConfig
+from ..errors import HardAttentionError
+from .family import Tower
+from .selector import Protected, Selector
+
+Kinds = Mapping[str, tuple[Tower, str, int]]
+
+# What a weight of a selector depends on; a trained selector is kept where all of it stays.
+_WEIGHTS = ("scorer", "scorer_options", "estimator", "estimator_options", "baseline", "baseline_options", "per_head")
+
+
+def build_selector(site: str, config: SiteConfig, tower: Tower, kind: str, target_size: int) -> Selector:
+    """A fresh selector for one site.
+
+    Raises:
+        HardAttentionError: the scorer, estimator or attention implementation cannot serve the site.
+    """
+    scorer = registry.load("scorers", config.scorer)
+    _check_inputs(site, config, tower, kind, scorer)
+    per_query = scorer.per_query or (tower.causal and kind == "self")
+    _check_choice(site, config, tower, kind, scorer, per_query)
+    _check_implementation(site, tower, kind, per_query)
+    cross = kind == "cross"
+    protected = Protected() if per_query else source_protected(tower) if cross else tower.protected
+    selector = Selector(
+        site,
+        config,
+        hidden_size=tower.config.num_channels if scorer.needs_pixels else tower.source_size if cross else tower.hidden_size,
+        query_size=tower.hidden_size,
+        heads=tower.heads,
+        protected=protected,
+        causal=tower.causal and kind == "self",
+        target_size=target_size,
+    )
+    _check_execution(site, config, selector)
+    return selector
+
+
+def reusable(selector: Any, config: SiteConfig, built: Selector) -> bool:
+    """Whether a selector that is there already can serve ``config``, so that what it learned is kept."""
+    same = all(getattr(selector.config, name) == getattr(config, name) for name in _WEIGHTS)
+    return same and selector.sizes == built.sizes and selector.protected == built.protected
+
+
+def source_protected(tower: Tower) -> Protected:
+    """Rows that are always kept among those that the tower's cross-attention reads."""
+    return Protected(*tower.spec.source_protected)
+
+
+def _check_inputs(site: str, config: SiteConfig, tower: Tower, kind: str, scorer: Any) -> None:
+    first = tower.protected.first
+    if scorer.needs_cls and (not first or kind == "cross" or tower.causal):
+        raise HardAttentionError(
+            f"scorer '{config.scorer}' reads a CLS token; there is none among the candidates of '{site}'. Use another scorer."
+        )
+    if scorer.needs_grid and (not first or kind != "inputs" or tower.spec.patches is None):
+        raise HardAttentionError(
+            f"scorer '{config.scorer}' reads a whole grid of patches; '{site}' has none. Use it at 'vision.inputs', or another scorer here."
+        )
+    if scorer.needs_pixels and (not tower.has_patches or kind != "inputs"):
+        raise HardAttentionError(
+            f"scorer '{config.scorer}' reads the pixels of an image; '{site}' has none. Use it at 'vision.inputs' of a model of images, or "
+            "another scorer here."
+        )
+
+
+def _check_choice(site: str, config: SiteConfig, tower: Tower, kind: str, scorer: Any, per_query: bool) -> None:
+    rows = kind in ("tokens", "inputs")
+    if rows and (scorer.per_query or config.per_head):
+        what = f"scorer '{config.scorer}' chooses per query" if scorer.per_query else "per_head=True chooses per head"
+        raise HardAttentionError(
+            f"{what}; '{site}' drops whole tokens, one choice per row. Use it at a 'self' or 'cross' site."
+        )
+    if config.scorer_options.get("monotonic") and scorer.per_query and kind != "cross":
+        raise HardAttentionError(
+            f"monotonic=True at '{site}' reads a source in order; queries that choose among their own row have none. Use it at a 'cross' site."
+        )
+    if scorer.sequential and tower.causal and kind == "self":
+        raise HardAttentionError(
+            f"scorer '{config.scorer}' makes one choice a row, look by look; at '{site}' each query chooses among its past. Use another scorer here."
+        )
+    if config.share_selection and (rows or per_query):
+        what = (
+            "drops rows of the stream, once" if rows else "chooses for each query, and other layers have other queries"
+        )
+        raise HardAttentionError(
+            f"share_selection=True at '{site}', which {what}; a choice is shared between the layers of 'self' or 'cross' sites, one for all "
+            "queries of a row. Leave it False here."
+        )
+
+
+def _check_implementation(site: str, tower: Tower, kind: str, per_query: bool) -> None:
+    implementation = tower.config._attn_implementation
+    if not per_query or implementation in ("eager", "sdpa") or not tower.attention_spec(kind).interface:
+        return
+    known = implementation in ALL_ATTENTION_FUNCTIONS.valid_keys()
+    what = f"attn_implementation='{implementation}'" if known else f"the registered attention '{implementation}'"
+    raise HardAttentionError(
+        f"{what} at '{site}', where each query chooses its own keys; such a choice is made on softmax attention with a mask of each "
+        "query. Use attn_implementation='sdpa' or 'eager', or a scorer that makes one choice for all queries."
+    )
+
+
+def _check_execution(site: str, config: SiteConfig, selector: Selector) -> None:
+    gathered = config.execution == "gathered" and config.estimator != "soft"
+    if gathered and not selector.estimator.trains_gathered and selector.learned:
+        raise HardAttentionError(
+            f"execution='gathered' at '{site}' leaves estimator '{config.estimator}' without a gradient; it needs the dropped positions. "
+            "Use execution='auto' (masked in training, gathered in evaluation) or a score-function estimator."
+        )
+
+
+def shared_choices(resolved: Mapping[str, SiteConfig], kinds: Kinds) -> dict[str, str]:
+    """Each site that shares an earlier site's choice, and that site: of the same tower and kind, with the same configuration,
+    and no rows dropped between."""
+    leaders: dict[str, str] = {}
+    choosing: list[str] = []
+    for site in sorted((site for site in resolved if resolved[site].share_selection), key=lambda site: kinds[site][2]):
+        tower, kind, _ = kinds[site]
+        alike = (
+            other
+            for other in choosing
+            if kinds[other][0] is tower
+            and kinds[other][1] == kind
+            and resolved[other] == resolved[site]
+            and not _drops_between(resolved, kinds, other, site)
+        )
+        leader = next(alike, None)
+        if leader is None:
+            choosing.append(site)
+        else:
+            leaders[site] = leader
+    return leaders
+
+
+def _drops_between(resolved: Mapping[str, SiteConfig], kinds: Kinds, leader: str, site: str) -> bool:
+    """Whether the tower's rows change between two ``self`` sites; the rows that ``cross`` sites read do not."""
+    (tower, kind, start), (_, _, end) = kinds[leader], kinds[site]
+    return kind == "self" and any(f"{tower.name}.tokens.{layer}" in resolved for layer in range(start, end))

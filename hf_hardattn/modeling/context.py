@@ -1,0 +1,197 @@
+"""The state of one call of a model, and the modes that a thread has switched on."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .selection import Selection
+    from .selector import Selector
+    from .state import TowerState
+
+CONTEXT = "hard_attention_context"  # keyword that carries a ForwardContext from the model to its layers
+
+
+class Settings(NamedTuple):
+    """How one selector works in one call.
+
+    Attributes:
+        soft: it selects nothing.
+        drawing: it draws its choice, as in training; False takes the best one.
+        final: schedules stand at their end.
+        execution: ``"masked"`` or ``"gathered"``, or None to follow the configuration.
+        forced: bool ``[B, H, Q, N]``, keep this instead; None to choose.
+        recorders: lists that receive the selection.
+    """
+
+    soft: bool = False
+    drawing: bool = False
+    final: bool = False
+    execution: str | None = None
+    forced: Tensor | None = None
+    recorders: tuple[Any, ...] = ()
+
+
+class Mode:
+    """What one context manager asks of the selectors of one model, in one thread.
+
+    Args:
+        selectors: the model's selectors.
+        soft, sampled: see ``hf_hardattn.soft`` and ``hf_hardattn.sampled``.
+        execution: see ``hf_hardattn.execution``.
+        recorder: receives every selection.
+        replayed: site to the masks that its calls keep, in order.
+    """
+
+    def __init__(
+        self,
+        selectors: Iterable[nn.Module],
+        *,
+        soft: bool = False,
+        sampled: bool = False,
+        execution: str | None = None,
+        recorder: Any = None,
+        replayed: dict[str, Iterator[Tensor]] | None = None,
+    ):
+        self.members = frozenset(map(id, selectors))
+        self.soft, self.sampled, self.execution = soft, sampled, execution
+        self.recorder, self.replayed = recorder, replayed or {}
+
+
+_MODES: ContextVar[tuple[Mode, ...]] = ContextVar("hard_attention_modes", default=())
+_CURRENT: ContextVar[Any] = ContextVar("hard_attention_current", default=None)
+
+# Compiled code cannot see a thread's modes, so models run eagerly while any thread has one. The stance is process-wide:
+# count its users, since blocks of different threads may overlap.
+_stance_lock = threading.Lock()
+_eager_blocks = 0
+_eager_stance: Any = None
+
+
+@contextmanager
+def active(mode: Mode) -> Iterator[None]:
+    """Switch a mode on for this thread. Blocks may overlap in any order: each removes only its own mode."""
+    _MODES.set((*_MODES.get(), mode))
+    _enter_eager()
+    try:
+        yield
+    finally:
+        _leave_eager()
+        _MODES.set(tuple(other for other in _MODES.get() if other is not mode))
+
+
+def _enter_eager() -> None:
+    global _eager_blocks, _eager_stance
+    with _stance_lock:
+        _eager_blocks += 1
+        # without Dynamo nothing is compiled, and importing it takes seconds
+        if _eager_stance is None and "torch._dynamo" in sys.modules:
+            _eager_stance = torch.compiler.set_stance("force_eager")
+            _eager_stance.__enter__()
+
+
+def _leave_eager() -> None:
+    global _eager_blocks, _eager_stance
+    with _stance_lock:
+        _eager_blocks -= 1
+        if _eager_blocks == 0 and _eager_stance is not None:
+            _eager_stance.__exit__(None, None, None)
+            _eager_stance = None
+
+
+class ForwardContext:
+    """What the towers of a model share during one call.
+
+    A plain class on purpose: FSDP copies dataclasses that it finds among the arguments.
+
+    Attributes:
+        owner: module whose call opened it.
+        modes: the thread's modes at that time.
+        towers: tower name to the state of its rows.
+        selections: every selection of the call, in order.
+        target: states of the labels ``[B, T, D]``, for estimators that read the answer; None otherwise.
+        kept_source: which rows of given encoder states were kept, bool ``[B, K]``; None when all were.
+        source_gates: their gates ``[B, K]``, where masked training made them; None otherwise.
+        source_given: the caller gave encoder states that were computed before.
+        as_tuple: the caller asked for a tuple.
+        has_gradients: gradients were enabled when the call began.
+        finished: the call is over; a layer that runs again is being recomputed in the backward pass.
+        terms: what the estimators added to the task loss; None when they added nothing.
+    """
+
+    def __init__(self, owner: nn.Module | None = None):
+        compiling = torch.compiler.is_compiling()
+        self.owner = owner
+        # ContextVar cannot be traced; modes force eager execution, so compiled code never needs them
+        self.modes: tuple[Mode, ...] = () if compiling else _MODES.get()
+        self.towers: dict[str, TowerState] = {}
+        self.selections: list[Selection] = []
+        self.target: Tensor | None = None
+        self.kept_source: Tensor | None = None
+        self.source_gates: Tensor | None = None
+        self.source_given = False
+        self.as_tuple = False
+        self.has_gradients = torch.is_grad_enabled()
+        self.finished = False
+        self.terms: Tensor | None = None
+
+    def settings(self, selector: Selector) -> Settings:
+        """How ``selector`` works in this call."""
+        if not self.modes:
+            return Settings(drawing=selector.training)
+        modes = [mode for mode in self.modes if id(selector) in mode.members]
+        sampled = any(mode.sampled for mode in modes)
+        executions = [mode.execution for mode in modes if mode.execution is not None]
+        replays = [mode.replayed[selector.site] for mode in modes if selector.site in mode.replayed]
+        return Settings(
+            soft=any(mode.soft for mode in modes),
+            drawing=selector.training or sampled,
+            final=sampled,
+            execution=executions[-1] if executions else None,
+            forced=next(replays[-1]) if replays else None,
+            recorders=tuple(mode.recorder for mode in modes if mode.recorder is not None),
+        )
+
+    def runs_masked(self, selector: Selector) -> bool:
+        """Whether a choice of ``selector`` in this call weighs all candidates."""
+        if not self.modes:
+            return selector.masked
+        modes = [mode for mode in self.modes if id(selector) in mode.members]
+        executions = [mode.execution for mode in modes if mode.execution is not None]
+        drawing = selector.training or any(mode.sampled for mode in modes)
+        return selector.runs_masked(Settings(drawing=drawing, execution=executions[-1] if executions else None))
+
+    def is_soft(self, selector: Selector) -> bool:
+        """Whether ``selector`` is switched off in this call."""
+        return any(mode.soft and id(selector) in mode.members for mode in self.modes)
+
+    def add(self, selection: Selection, settings: Settings) -> None:
+        """Note a selection. A recomputation in the backward pass makes no new one."""
+        if self.finished:
+            return
+        self.selections.append(selection)
+        for recorder in settings.recorders:
+            recorder.append(selection)
+
+
+def current_context() -> ForwardContext | None:
+    """The context of the model around this one, where a strict signature kept it from being handed down."""
+    return None if torch.compiler.is_compiling() else _CURRENT.get()
+
+
+def set_current(context: ForwardContext | None) -> None:
+    """Make ``context`` what towers find that were handed none."""
+    _CURRENT.set(context)
+
+
+def is_soft_now(selector: nn.Module) -> bool:
+    """Whether this thread runs ``selector`` soft."""
+    return any(mode.soft and id(selector) in mode.members for mode in _MODES.get())

@@ -1,0 +1,151 @@
+"""``cross`` sites and the hand-over from encoder to decoder: a decoder layer is given only the rows that it may read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from .arguments import Arguments
+from .cache import CacheLayer, remember, remembered
+from .context import ForwardContext
+from .keys import is_checkpointed
+from .plan import LayerPlan
+from .projection import AttentionView
+from .rows import choose_among, keep
+from .selector import running
+from .state import AttentionInput, KeySubset, PendingChoice, TowerState
+
+SOURCE, SOURCE_MASK = "encoder_hidden_states", "encoder_attention_mask"
+
+
+@dataclass
+class KeptEncoderOutput(BaseModelOutput):
+    """An encoder's output together with what its selections kept; ``generate`` expands all of it for beams.
+
+    Attributes:
+        kept_indices: int64 ``[B, K]``, position of each row in the encoder's input; None when all are there.
+        kept_mask: bool ``[B, K]``, rows that may be read.
+        kept_gates: fp32 ``[B, K]`` of masked training; None otherwise.
+    """
+
+    kept_indices: Tensor | None = None
+    kept_mask: Tensor | None = None
+    kept_gates: Tensor | None = None
+
+
+def narrow_source(
+    layer: nn.Module, plan: LayerPlan, context: ForwardContext, state: TowerState, arguments: Arguments
+) -> None:
+    """Replace the rows that a decoder layer's cross-attention reads by those that its site keeps.
+
+    Key and value projections, the attention and its cache then only ever see kept rows.
+    """
+    source = arguments.get(SOURCE)
+    if plan.cross is None or source is None:
+        return
+    what = None
+    if plan.crosses or plan.cross_follows is not None:
+        what = _chosen(layer, plan, context, state, arguments, source)
+    if what is None:
+        what = _unchosen(plan, state, arguments)
+    if what is not None:
+        arguments.set(SOURCE_MASK, what)
+
+
+def _unchosen(plan: LayerPlan, state: TowerState, arguments: Arguments) -> AttentionInput | None:
+    """A layer without a choice still weighs the source's gates, and hides its unused slots."""
+    mask = arguments.get(SOURCE_MASK)
+    if state.source_gates is not None:
+        return AttentionInput(mask, gates=state.source_gates)
+    if not plan.computes_itself:
+        return None
+    # stock attention of this kind loses the mask, and reads padding too; slots that a selection left unused must be hidden
+    hides = state.source_dropped and state.source_valid is not None
+    return AttentionInput(mask if hides else None)
+
+
+def _chosen(
+    layer: nn.Module,
+    plan: LayerPlan,
+    context: ForwardContext,
+    state: TowerState,
+    arguments: Arguments,
+    source: Tensor,
+) -> AttentionInput | None:
+    assert plan.cross is not None and plan.cross_spec is not None
+    attention: Any = layer.get_submodule(plan.cross)
+    cache = None if is_checkpointed(layer) else arguments.get("past_key_values")
+    if plan.cross_follows is not None:
+        return _followed(plan, state, arguments, source, cache)
+    selector = running(attention.selector)
+    if not selector.once:
+        # each query chooses, and the layer makes the queries
+        if context.is_soft(selector):
+            return None
+        pending = PendingChoice(plan, context, state)
+        return AttentionInput(arguments.get(SOURCE_MASK), gates=state.source_gates, pending=pending)
+    filled = cache is not None and CacheLayer(cache, plan.index, cross=True).filled
+    if filled:
+        # the first step chose, and its keys are cached
+        keys = remembered(cache, selector.site)
+        return None if keys is None else _reading_cache(keys, state, arguments)
+    valid = source_candidates(state, arguments.get(SOURCE_MASK))
+    view = AttentionView(attention, plan.cross_spec)
+    selection = choose_among(
+        context, selector, source, valid, plan.source_protected, state.source_bound, view.projections()
+    )
+    if selection is None:
+        return None
+    keys = KeySubset.of(selection)
+    if keys.indices is not None and keys.indices.shape[1] == 1:
+        arguments.set(SOURCE, keep(source, keys.indices[:, 0]))
+        keys = keys._replace(narrowed=True)
+    if selector.site in plan.leads:
+        state.leaders[selector.site] = keys
+        state.narrowed[selector.site] = arguments.get(SOURCE)
+    if cache is not None:
+        gates = None if keys.gates is None else keys.gates.detach()
+        remember(cache, selector.site, keys._replace(packing=None, bias=None, gates=gates))
+    return AttentionInput(_mask_of_all(keys, arguments), keys, state.source_gates)
+
+
+def _followed(
+    plan: LayerPlan, state: TowerState, arguments: Arguments, source: Tensor, cache: Any
+) -> AttentionInput | None:
+    """A layer that shares an earlier layer's choice reads the rows that were gathered for that one."""
+    site = plan.cross_follows
+    assert site is not None
+    if cache is not None and CacheLayer(cache, plan.index, cross=True).filled:
+        keys = remembered(cache, site)
+        return None if keys is None else _reading_cache(keys, state, arguments)
+    keys = state.leaders.get(site)
+    if keys is None:
+        return None
+    if keys.narrowed:
+        arguments.set(SOURCE, state.narrowed[site])
+    return AttentionInput(_mask_of_all(keys, arguments), keys, state.source_gates)
+
+
+def _reading_cache(keys: KeySubset, state: TowerState, arguments: Arguments) -> AttentionInput:
+    return AttentionInput(_mask_of_all(keys, arguments), keys, state.source_gates)
+
+
+def _mask_of_all(keys: KeySubset, arguments: Arguments) -> Any:
+    """The source's mask, where the attention still sees all of its rows; kept keys have a mask of their own."""
+    return arguments.get(SOURCE_MASK) if keys.indices is None else None
+
+
+def source_candidates(state: TowerState, mask: Any) -> Tensor | None:
+    """Rows of the source that a choice may keep, bool ``[B, N]``; None when all.
+
+    Args:
+        mask: of the source, as the layer was given it; None when Transformers found that it hides nothing.
+    """
+    valid = None if mask is None else state.source_valid
+    if state.source_gates is None:
+        return valid
+    present = state.source_gates.detach() > 0
+    return present if valid is None else valid & present

@@ -1,0 +1,244 @@
+"""A family of models: finds its towers in a model, by the names of its ``ModelSpec``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import heads
+from .selector import Protected
+from .spec import AttentionSpec, ModelSpec, TowerSpec
+
+
+class Tower:
+    """A tower of one model.
+
+    Attributes:
+        name: first part of its site names; the tower's own name, with a number where a model has several of the kind.
+        spec: its row. module: the tower itself.
+    """
+
+    def __init__(self, name: str, spec: TowerSpec, module: Any):
+        self.name, self.spec, self.module = name, spec, module
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The stock list of layers."""
+        layers: Any = self.module.get_submodule(self.spec.layers)
+        return layers
+
+    @property
+    def config(self) -> Any:
+        return self.module.config
+
+    @property
+    def hidden_size(self) -> int:
+        """D of its rows."""
+        return self.config.hidden_size
+
+    @property
+    def heads(self) -> int:
+        """H of its attention."""
+        return self.config.num_attention_heads
+
+    @property
+    def source_size(self) -> int:
+        """D of the rows that its cross-attention reads."""
+        return getattr(self.config, self.spec.source_size)
+
+    @property
+    def causal(self) -> bool:
+        return self.spec.causal
+
+    @property
+    def source(self) -> str | None:
+        """Name of the tower that its cross-attention reads."""
+        return self.spec.reads
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of its sites; a tower without cross-attention layers has no ``cross`` sites."""
+        layers = self.layers
+        has_cross = self.spec.cross is not None and len(layers) > 0 and hasattr(layers[0], _first(self.spec.cross))
+        has_cross = has_cross and _has_submodule(layers[0], self.spec.cross or "")
+        return tuple(kind for kind in self.spec.kinds if kind != "cross" or has_cross)
+
+    @property
+    def protected(self) -> Protected:
+        """Rows that are always kept."""
+        first = self.spec.protect_first
+        if not isinstance(first, int):
+            first = sum(part if isinstance(part, int) else getattr(self.config, part) for part in first)
+        return Protected(first, self.spec.protect_last)
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether a scorer of pixels can choose what its embedding module embeds."""
+        patches = self.spec.patches
+        return patches is not None and type(self.module.get_submodule(patches.module)).__name__ == patches.embedding
+
+    def sites(self) -> Iterator[tuple[str, str, int]]:
+        """Yield ``(site, kind, layer)``."""
+        for kind in self.kinds:
+            if kind == "inputs":
+                yield f"{self.name}.inputs", kind, 0
+            else:
+                for layer in range(len(self.layers)):
+                    yield f"{self.name}.{kind}.{layer}", kind, layer
+
+    def attention(self, layer: nn.Module, kind: str) -> Any:
+        """The attention module of a layer, for ``self`` or ``cross``."""
+        path = self.spec.attention if kind == "self" else self.spec.cross
+        assert path is not None
+        return layer.get_submodule(path)
+
+    def attention_spec(self, kind: str) -> AttentionSpec:
+        """The names inside it."""
+        spec = self.spec.attention_spec if kind == "self" else self.spec.cross_spec
+        assert spec is not None
+        return spec
+
+    def host(self, kind: str, layer: int, pixels: bool = False) -> tuple[nn.Module, str]:
+        """The module that holds a site's selector, whose scorer may read ``pixels``, and the attribute's name."""
+        block = self.layers[layer]
+        if kind == "inputs":
+            if pixels and self.spec.patches is not None:
+                return self.module.get_submodule(self.spec.patches.module), "input_selector"
+            return block, "input_selector"
+        return (block, "selector") if kind == "tokens" else (self.attention(block, kind), "selector")
+
+
+def _fits(spec: TowerSpec, module: Any) -> bool:
+    """Whether a module of the right class is this tower: an encoder class used as a decoder is not."""
+    if spec.where:
+        return all(getattr(module, name, None) == value for name, value in spec.where.items())
+    return spec.causal or not getattr(module.config, "is_decoder", False)
+
+
+def _first(path: str) -> str:
+    return path.split(".")[0]
+
+
+def _has_submodule(layer: nn.Module, path: str) -> bool:
+    try:
+        layer.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+class Family:
+    """A row of ``models/`` at work.
+
+    Args:
+        spec: the row.
+    """
+
+    def __init__(self, spec: ModelSpec):
+        self.spec = spec
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def all_towers(self) -> tuple[str, ...]:
+        """Every tower name it knows."""
+        return tuple(tower.name for tower in self.spec.towers)
+
+    @property
+    def recommended(self) -> tuple[str, ...]:
+        """Globs of the sites taken when the configuration names none."""
+        return self.spec.recommended
+
+    def owns(self, model: nn.Module) -> bool:
+        """Whether the model's class, or one that it extends, is defined by this family."""
+        return any(cls.__module__.startswith(self.spec.family) for cls in type(model).__mro__)
+
+    def towers(self, model: nn.Module) -> dict[str, Tower]:
+        """The towers in ``model`` by name; empty when it has none of this family."""
+        if self.spec.find_towers is not None:
+            found = self.spec.find_towers(model)
+            return {name: Tower(name, spec, module) for name, (spec, module) in found.items()}
+        towers: dict[str, Tower] = {}
+        for module in model.modules():
+            names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith(self.spec.family)}
+            for spec in self.spec.towers if names else ():
+                if spec.module in names and _fits(spec, module):
+                    same = sum(tower.spec is spec for tower in towers.values())
+                    name = spec.name if not same else f"{spec.name}{same + 1}"
+                    towers[name] = Tower(name, spec, module)
+        return towers
+
+    def prepare(self, model: nn.Module) -> None:
+        """Do what else a hard model of the family needs."""
+        if "prepare" in self.spec.functions:
+            self.spec.functions["prepare"](model)
+
+    def release(self, model: nn.Module) -> None:
+        """Undo ``prepare``."""
+        if "release" in self.spec.functions:
+            self.spec.functions["release"](model)
+
+    # ---------------------------------------------------------------- heads: what a model predicts
+
+    def _call(self, name: str, *args: Any) -> Any:
+        function = self.spec.functions.get(name) or getattr(heads, name)
+        return function(*args)
+
+    def labels(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        """Labels in line with the logits, int64 ``[B, T]`` (T = 1 for one label an example), -100 where there is none."""
+        labels: Tensor | None = self._call("labels", model, inputs)
+        return labels
+
+    def target_table(self, model: nn.Module) -> Tensor | None:
+        """A state for each label, ``[C, D]``: what an inference network reads of the answer; None when the head has none."""
+        table: Tensor | None = self._call("target_table", model)
+        return table
+
+    def token_loss(self, model: nn.Module, inputs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor] | None:
+        """Task loss of each label, fp32 ``[B, T]``, and which labels count, bool ``[B, T]``; None when the output does not tell."""
+        losses: tuple[Tensor, Tensor] | None = self._call("token_loss", model, inputs, output, self.labels(model, inputs))
+        return losses
+
+    def example_loss(self, model: nn.Module, inputs: dict[str, Any], output: Any) -> Tensor | None:
+        """Task loss of each example, the mean over its labels, ``[B]``; None when the output does not tell (the batch's loss
+        then serves all)."""
+        losses = self.token_loss(model, inputs, output)
+        return None if losses is None else losses[0].sum(-1) / losses[1].sum(-1).clamp(min=1)
+
+    def loss_items(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        """Items of this batch, ``[]``, where the model divides their summed loss by the Trainer's ``num_items_in_batch``; None
+        where its loss is a mean whatever the Trainer asks for."""
+        items: Tensor | None = self._call("loss_items", model, inputs)
+        return items
+
+    def other_reader(self, model: nn.Module, batch: dict[str, Any]) -> str | None:
+        """What else in the model reads the raw inputs past its ``inputs`` sites, in words; None when nothing does."""
+        reader: str | None = self._call("other_reader", model, batch)
+        return reader
+
+    def replace_inputs(
+        self, model: nn.Module, batch: dict[str, Any], dropped: dict[str, Tensor], how: str, seed: int
+    ) -> dict[str, Any]:
+        """The batch with every dropped token or patch replaced.
+
+        Args:
+            dropped: tower to bool ``[B, N]``. how: ``noise`` | ``zero`` | ``swap`` (with another position's).
+        """
+        batch = dict(batch)
+        for name, rows in dropped.items():
+            tower = self.towers(model)[name]
+            batch |= self._call("replace_inputs", model, tower, batch, rows, how, seed)
+        return batch
+
+    def input_rows(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """Towers whose rows are given inputs, with bool ``[B, N]``: which rows are an input token or patch."""
+        found = {}
+        for name, tower in self.towers(model).items():
+            rows = heads.input_rows(tower, batch)
+            if rows is not None:
+                found[name] = rows
+        return found

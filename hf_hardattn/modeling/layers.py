@@ -1,0 +1,198 @@
+"""The hooks of a layer: before it the rows and keys it computes on, after it the rows that go on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import distances
+from .arguments import Arguments
+from .checkpointing import follow_all_tensors
+from .context import CONTEXT, ForwardContext
+from .cross import narrow_source
+from .keys import as_matrix, attention_input, serves_table
+from .masks import row_mask
+from .plan import LAYER, LayerPlan
+from .position_bias import bias_of_rows, bias_table
+from .projection import AttentionView
+from .rows import keep, select_rows
+from .selector import running
+from .state import AttentionInput, TowerState
+
+
+def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a layer: choose at its ``inputs``, ``self`` and ``cross`` sites, and narrow its side inputs.
+
+    Returns:
+        The arguments to run with; None when nothing changes.
+    """
+    context: ForwardContext | None = kwargs.get(CONTEXT)
+    plan: LayerPlan = layer.__dict__[LAYER]
+    state = None if context is None else context.towers.get(plan.tower)
+    if context is None or state is None:
+        return None  # a layer called by itself computes as the stock one
+    if state.begun and not state.dropped and not state.reads_specially and _only_narrows(plan):
+        return None
+    arguments = Arguments(plan.names, args, kwargs)
+    rows = _Rows(layer, plan, context, state, arguments)
+    rows.begin()
+    rows.select_inputs()
+    rows.hand_over_mask()
+    narrow_source(layer, plan, context, state, arguments)
+    if state.gates is not None or state.source_gates is not None or plan.own or plan.crosses:
+        follow_all_tensors(layer)
+    return arguments.result()
+
+
+def _only_narrows(plan: LayerPlan) -> bool:
+    chooses = plan.inputs or plan.own or plan.crosses or plan.follows or plan.cross_follows
+    return not (chooses or plan.uses_table or plan.computes_itself)
+
+
+class _Rows:
+    """The self-attention side of one layer's call: rows, mask, position bias."""
+
+    def __init__(
+        self, layer: nn.Module, plan: LayerPlan, context: ForwardContext, state: TowerState, arguments: Arguments
+    ):
+        self.layer, self.plan, self.context, self.state, self.arguments = layer, plan, context, state, arguments
+        self.config: Any = _config(layer, plan) if plan.attention else None
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.arguments.get(self.plan.names[0])
+
+    def begin(self) -> None:
+        """At the first hooked layer: read which rows are there, and make T5's bias as a table of distances."""
+        if self.state.begun:
+            return
+        self.state.begin(self.hidden.shape[1], self.arguments.get("attention_mask"))
+        if self.plan.uses_table and self.arguments.get("position_bias") is None:
+            attention = self.layer.get_submodule(self.plan.attention)
+            table = bias_table(attention, self.hidden.shape[1], self.hidden.device)
+            self.arguments.set("position_bias", table)
+
+    def select_inputs(self) -> None:
+        """Choose among the rows in front of the first layer."""
+        plan, hidden = self.plan, self.hidden
+        if not plan.inputs:
+            return
+        norm = None if plan.norm is None else self.layer.get_submodule(plan.norm)
+        view = AttentionView(self.layer.get_submodule(plan.attention), plan.attention_spec)
+        projections = view.projections(norm)
+        indices = select_rows(
+            self.context, self.state, self.layer, "input_selector", plan.protected, hidden, hidden, projections
+        )
+        if indices is None:
+            return
+        self.arguments.set(plan.names[0], keep(hidden, indices))
+        if plan.has_bias:
+            self.arguments.set("position_bias", bias_of_rows(self.arguments.get("position_bias"), indices))
+
+    def hand_over_mask(self) -> None:
+        """Put what the self-attention reads into the mask argument."""
+        plan, state, arguments = self.plan, self.state, self.arguments
+        if not plan.attention:
+            return
+        given = arguments.get("attention_mask")
+        mask = row_mask(state, self.config, self.hidden, given, plain=plan.computes_itself)
+        what = self._attention_input(mask)
+        if plan.has_bias:
+            what = self._settle_bias(what, mask)
+        if what is not None:
+            arguments.set("attention_mask", what)
+        elif mask is not given:
+            arguments.set("attention_mask", mask)
+
+    def _attention_input(self, mask: Any) -> AttentionInput | None:
+        plan, state, arguments = self.plan, self.state, self.arguments
+        if plan.own or plan.follows is not None:
+            bias = arguments.get("position_bias") if plan.has_bias else None
+            what = attention_input(self.layer, plan, self.context, state, self.hidden, mask, bias)
+            if what is not None:
+                return what
+        if state.gates is not None:
+            return AttentionInput(mask, gates=state.gates)
+        if state.packing is not None and not self._wants_weights():
+            arguments.set(plan.names[0], state.packing.to_packed(self.hidden))
+            return AttentionInput(packing=state.packing)
+        return AttentionInput(mask) if plan.computes_itself and plan.attention and self._serves_sdpa(mask) else None
+
+    def _serves_sdpa(self, mask: Any) -> bool:
+        """Whether the attention of a family without an attention function is to run here: only the stock one tells weights."""
+        return not self._wants_weights() or mask is not None
+
+    def _settle_bias(self, what: AttentionInput | None, mask: Any) -> AttentionInput | None:
+        """Keep T5's bias a table of distances where this layer can read one; else make the matrix, for all later layers."""
+        bias = self.arguments.get("position_bias")
+        if bias is None or not distances.is_table(bias):
+            return what
+        if serves_table(what, mask, self.config._attn_implementation, self._wants_weights(), self._is_masked(what)):
+            return AttentionInput(mask) if what is None else what
+        self.arguments.set("position_bias", as_matrix(bias))
+        return what
+
+    def _is_masked(self, what: AttentionInput | None) -> bool:
+        if what is None or what.pending is None:
+            return False
+        attention: Any = self.layer.get_submodule(self.plan.attention)
+        selector = running(attention.selector)
+        return not selector.once or self.context.runs_masked(selector)
+
+    def _wants_weights(self) -> bool:
+        return bool(self.arguments.keywords.get("output_attentions", getattr(self.config, "output_attentions", False)))
+
+
+def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a layer: give packed rows their padding again, and choose at its ``tokens`` site.
+
+    Returns:
+        The output with the rows that go on; None when nothing changes.
+    """
+    context: ForwardContext | None = kwargs.get(CONTEXT)
+    plan: LayerPlan = layer.__dict__[LAYER]
+    state = None if context is None else context.towers.get(plan.tower)
+    if context is None or state is None:
+        return None
+    arguments = Arguments(plan.names, args, kwargs)
+    whole = isinstance(output, tuple)
+    hidden: Tensor = output[0] if whole else output
+    changed = False
+    if _is_packed(arguments):
+        assert state.packing is not None
+        hidden, changed = state.packing.to_padded(hidden), True
+    bias = output[1] if whole and plan.has_bias else None
+    if plan.tokens:
+        indices = _select_tokens(layer, plan, context, state, arguments, hidden)
+        if indices is not None:
+            hidden, changed = keep(hidden, indices), True
+            bias = bias_of_rows(bias, indices)
+    if not changed:
+        return None
+    if not whole:
+        return hidden
+    return (hidden, bias, *output[2:]) if plan.has_bias else (hidden, *output[1:])
+
+
+def _select_tokens(
+    layer: nn.Module, plan: LayerPlan, context: ForwardContext, state: TowerState, arguments: Arguments, hidden: Tensor
+) -> Any:
+    norm = None if plan.norm is None else layer.get_submodule(plan.norm)
+    view = AttentionView(layer.get_submodule(plan.attention), plan.attention_spec)
+    states = arguments.get(plan.names[0])
+    if _is_packed(arguments) and state.packing is not None:
+        states = state.packing.to_padded(states)
+    return select_rows(
+        context, state, layer, "selector", plan.protected, hidden, states, view.projections(norm)
+    )
+
+
+def _is_packed(arguments: Arguments) -> bool:
+    what = arguments.get("attention_mask")
+    return isinstance(what, AttentionInput) and what.packing is not None
+
+
+def _config(layer: nn.Module, plan: LayerPlan) -> Any:
+    attention: Any = layer.get_submodule(plan.attention)
+    return attention.config

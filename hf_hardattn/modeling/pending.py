@@ -1,0 +1,30 @@
+"""Choices that an attention makes itself, from the states that it is given."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .attention import AttentionCall
+from .keys import choose_keys
+from .queries import attend_per_query
+from .selector import running
+from .state import KeySubset, PendingChoice
+
+
+def attend_pending(call: AttentionCall, pending: PendingChoice, gates: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Choose the keys of a call, then attend to them.
+
+    Args:
+        gates: ``[B, N]`` of masked training upstream.
+
+    Returns:
+        ``[B, Q, H * d]``, and weights ``[B, H, Q, N]`` when asked for.
+    """
+    selector = running(call.module.selector)
+    if not selector.once and (call.plan.cross or call.cache is not None):
+        # what the scorer reads of earlier keys is in the cache, or the queries are made inside the layer
+        return attend_per_query(call, selector, pending.context, gates)
+    call.query  # noqa: B018  # projected before the choice: gradients are then summed in a fixed order
+    plan, context, state = pending.plan, pending.context, pending.state
+    keys = choose_keys(selector, plan, context, state, call.view, call.hidden, call.mask, call.bias)
+    return call.attend_keys(keys or KeySubset(), gates)

@@ -1,0 +1,79 @@
+"""What the hooks of a layer and of a tower have to do; plain data, written when a model is attached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .selector import Protected
+from .spec import AttentionSpec, PatchSpec
+
+LAYER = "hard_attention_layer"
+TOWER = "hard_attention_tower"
+
+
+@dataclass
+class LayerPlan:
+    """What the hooks of one layer do.
+
+    Attributes:
+        tower: name of its tower. index: in the tower. names: parameters of the layer's forward.
+        attention, cross, norm: paths of its modules. attention_spec, cross_spec: names inside them.
+        protected, source_protected: rows always kept, among its own and among those its cross-attention reads.
+        inputs, own, tokens, crosses: whether it hosts a site of that kind.
+        follows, cross_follows: earlier site whose choice it shares; None when it has its own, or none.
+        leads: sites of this layer whose choice later layers share.
+        has_bias: its self-attention adds T5's position bias.
+        uses_table: its tower's bias is kept as a table of distances while that serves.
+        computes_itself: its stock attention calls no attention function; a hard tower's runs through SDPA in all layers.
+        causal: its rows attend to their past only.
+    """
+
+    tower: str
+    index: int
+    names: tuple[str, ...]
+    attention: str
+    attention_spec: AttentionSpec
+    norm: str | None
+    cross: str | None
+    cross_spec: AttentionSpec | None
+    protected: Protected
+    source_protected: Protected
+    inputs: bool = False
+    own: bool = False
+    tokens: bool = False
+    crosses: bool = False
+    follows: str | None = None
+    cross_follows: str | None = None
+    leads: tuple[str, ...] = ()
+    has_bias: bool = False
+    uses_table: bool = False
+    computes_itself: bool = False
+    causal: bool = False
+
+
+@dataclass
+class TowerPlan:
+    """What the hooks of one tower do.
+
+    Attributes:
+        name: of the tower. names: parameters of its forward.
+        reads: name of the tower whose rows its cross-attention reads; None when there is none.
+        restores: the output takes its full length again.
+        is_read: another tower reads the output.
+        patches: how its embedding module is to be used by a scorer of pixels; None when no site needs it.
+        protected: rows always kept.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    reads: str | None
+    restores: bool
+    is_read: bool
+    patches: PatchSpec | None
+    protected: Protected
+
+
+def plan_of(module: Any, name: str) -> Any:
+    """The plan called ``name`` of a module."""
+    return module.__dict__[name]

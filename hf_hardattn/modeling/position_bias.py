@@ -1,0 +1,39 @@
+"""T5's relative position bias over the rows that a selection left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import distances
+
+
+def bias_table(attention: Any, length: int, device: torch.device) -> Tensor:
+    """The bias between all rows of a bidirectional layer as a table of distances, ``[H, 2 * length - 1]``."""
+    bucket = attention._relative_position_bucket(
+        torch.arange(1 - length, length, device=device),
+        bidirectional=not attention.is_decoder,
+        num_buckets=attention.relative_attention_num_buckets,
+        max_distance=attention.relative_attention_max_distance,
+    )
+    return attention.relative_attention_bias(bucket).t().contiguous()
+
+
+def bias_of_rows(bias: Tensor | None, indices: Tensor | None) -> Tensor | None:
+    """The bias between the rows int64 ``[B, K]`` that are left, ``[B, H, K, K]``; as it is when all are."""
+    if bias is None or indices is None:
+        return bias
+    return distances.pairs(bias, indices) if distances.is_table(bias) else _pairs(bias, indices)
+
+
+def _pairs(bias: Tensor, indices: Tensor) -> Tensor:
+    """Queries and keys of a bias: ``[B or 1, H, N, N]`` by int64 ``[B, K]`` to ``[B, H, K, K]``, contiguous."""
+    n, heads = bias.shape[-1], bias.shape[1]
+    pairs = (indices[:, :, None] * n + indices[:, None, :]).flatten(1)
+    if bias.shape[0] == 1:
+        kept = bias.reshape(heads, n * n).index_select(1, pairs.flatten()).view(heads, len(indices), -1).transpose(0, 1)
+    else:
+        kept = bias.reshape(len(bias), heads, n * n).gather(2, pairs[:, None].expand(-1, heads, -1))
+    return kept.reshape(len(indices), heads, *2 * (indices.shape[1],)).contiguous()

@@ -1,0 +1,160 @@
+"""Choices that differ between queries: scorers that read the query, and causal attention, where a query has only a past."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import gated_attend, keep_columns, keep_heads
+from ..errors import HardAttentionError
+from ..glimpses import before
+from .attention import AttentionCall, gates_at, multiply_gates, spread_weights
+from .cache import pack_features, unpack_features
+from .context import ForwardContext, Settings
+from .masks import as_allowed
+from .selection import Selection
+from .selector import Candidates, Selector
+
+
+def attend_per_query(
+    call: AttentionCall, selector: Selector, context: ForwardContext, gates: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Choose the keys of each query inside its attention, then attend to them.
+
+    Args:
+        call: the attention's arguments. selector: of the site. context: of the model's call.
+        gates: ``[B, N]`` of masked training upstream.
+
+    Returns:
+        ``[B, Q, H * d]``, and weights ``[B, H, Q, N]`` when asked for.
+    """
+    settings = context.settings(selector)
+    query = call.query
+    key, value, features, logits = _keys_and_features(call, selector, settings, query)
+    allowed = allowed_keys(call.mask, query.shape[2], key.shape[2], selector.causal, query.device)
+    valid = allowed
+    if gates is not None:
+        present = gates.detach()[:, None, None] > 0
+        valid = present if valid is None else valid & present
+    inputs = None
+    if call.cache is None or not call.cache.filled:
+        inputs = selector.training_inputs(call.source, None, context, settings)
+    selection = selector(features, Candidates(valid), settings, queries=call.hidden, inputs=inputs)
+    _refuse_lost_terms(selection, selector, context)
+    if selector.scorer.monotonic and call.cache is not None:
+        # the next step reads on from here, in its own beam
+        call.cache.mark_passed(query.shape[-1], selector.heads, before(selection.mask[:, :, -1]))
+    context.add(selection, settings)
+    if query.shape[2] == 1 and not selection.masked:
+        return _attend_gathered(call, query, key, value, selection, gates, logits)
+    used = allowed if selection.gates is not None else selection.mask
+    total = multiply_gates(selection.gates, gates)
+    return attend_to(call, query, key, value, used, total, logits)
+
+
+def _keys_and_features(
+    call: AttentionCall, selector: Selector, settings: Settings, query: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Keys and values, with those of earlier steps; what the scorer reads of each key; the logits where it reads those."""
+    size, cache, reads_logits = query.shape[-1], call.cache, selector.scorer.reads_logits
+    caches_features = cache is not None and not reads_logits
+    if cache is not None and cache.filled:
+        key, value = cache.read()
+    else:
+        key, value, fresh = call.view.key(call.source), call.view.value(call.source), None
+        if not reads_logits:
+            past = 0 if cache is None or cache.cross else cache.past
+            fresh = selector.keys(call.source, settings, None, past, call.view.projections())
+            if not caches_features:
+                return key, value, fresh, None
+            key = pack_features(fresh, key)
+        if cache is not None:
+            if caches_features:
+                _check_cache(cache, key.shape[-1], selector.site)
+            key, value = cache.update(key, value)
+    key, columns = key[..., :size], key[..., size:]
+    if reads_logits:
+        logits = query @ call.repeat(key, query).transpose(-1, -2) * call.view.scale
+        return key, value, logits.detach() if selector.estimator.detaches else logits, logits
+    return key, value, unpack_features(columns, selector.heads), None
+
+
+def _check_cache(cache: Any, width: int, site: str) -> None:
+    layer = cache.store.layers[cache.layer] if cache.layer < len(cache.store.layers) else None
+    keys = getattr(layer, "keys", None)
+    if keys is not None and keys.numel() and keys.shape[-1] != width:
+        raise HardAttentionError(
+            f"the cache holds keys {keys.shape[-1]} wide at '{site}', which another model or prefix tuning put there; the keys of a "
+            f"site that chooses for each query carry its scores and are {width} wide. Start from an empty cache, or use budget 1.0 there."
+        )
+
+
+def _refuse_lost_terms(selection: Selection, selector: Selector, context: ForwardContext) -> None:
+    """Reentrant checkpointing runs a layer without gradients first: a loss term made inside it would not train."""
+    if not context.has_gradients or torch.is_grad_enabled() or context.finished:
+        return
+    terms = (selection.log_prob, selection.penalty, selection.entropy if selector.config.entropy_weight else None)
+    if any(term is not None for term in terms):
+        raise HardAttentionError(
+            f"reentrant gradient checkpointing, and the selection at '{selection.site}' is made inside the layer, where estimator "
+            f"'{selector.config.estimator}' adds a term to the loss; its gradient would be lost. Call "
+            'model.gradient_checkpointing_enable({"use_reentrant": False}).'
+        )
+
+
+def allowed_keys(mask: Any, queries: int, keys: int, causal: bool, device: torch.device) -> Tensor | None:
+    """Which keys each query may read, bool ``[B or 1, 1, Q, N]``; None when all."""
+    allowed = as_allowed(mask)
+    if allowed is None and causal and queries > 1:
+        allowed = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
+    return allowed
+
+
+def _attend_gathered(
+    call: AttentionCall,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    gates: Tensor | None,
+    logits: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Decoding: the keys of the one query are gathered."""
+    indices = selection.indices[:, :, 0].expand(key.shape[0], -1, -1)
+    used = selection.slot_valid
+    used = None if used is None else used.expand(key.shape[0], -1, -1, -1)
+    n, total = key.shape[2], multiply_gates(None, gates)
+    key, value = call.repeat(key, query), call.repeat(value, query)
+    output, weights = attend_to(
+        call,
+        query,
+        keep_heads(key, indices) if logits is None else key,
+        keep_heads(value, indices),
+        used,
+        None if total is None else gates_at(total, indices),
+        None if logits is None else keep_columns(logits, indices),
+        None if call.bias is None else keep_columns(call.bias, indices),
+    )
+    return output, None if weights is None else spread_weights(weights, indices, n)
+
+
+def attend_to(
+    call: AttentionCall,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None,
+    gates: Tensor | None,
+    logits: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend under a mask of each query, or weighed by gates."""
+    bias = call.bias if bias is None else bias
+    if gates is None:
+        return call.attend_plainly(query, key, value, allowed, bias, logits)
+    key, value = call.repeat(key, query), call.repeat(value, query)
+    options: dict[str, Any] = dict(scale=call.view.scale, bias=bias, dropout=call.view.dropout, logits=logits)
+    output, weights = gated_attend(query, key, value, gates, allowed=allowed, **options)
+    return output.transpose(1, 2).flatten(2), weights if call.wants_weights else None

@@ -1,0 +1,100 @@
+"""Sites that choose rows: ``inputs`` before a tower's first layer, ``tokens`` behind a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..scorers import Projections
+from .context import ForwardContext
+from .selection import Selection
+from .selector import Candidates, Protected, Selector, running
+from .state import TowerState
+
+
+def candidates_among(protected: Protected, valid: Tensor | None, states: Tensor, bound: int | None) -> Candidates:
+    """The candidates ``[B, N]`` of a choice that serves a whole row.
+
+    Args:
+        valid: bool ``[B, N]`` or None. states: ``[B, N, D]``. bound: of the valid ones in a row, or None.
+    """
+    if valid is None:
+        return Candidates(ends=protected)
+    mask = protected.mask((states.shape[0], states.shape[1]), valid, states.device)
+    mask = None if mask is None else mask[:, None, None]
+    return Candidates(valid[:, None, None], mask, protected, bound)
+
+
+def choose_among(
+    context: ForwardContext,
+    selector: Selector,
+    states: Tensor,
+    valid: Tensor | None,
+    protected: Protected,
+    bound: int | None = None,
+    projections: Projections | None = None,
+) -> Selection | None:
+    """Make one choice for each row of ``states`` ``[B, N, D]``; None where the site is switched off or keeps everything.
+
+    Args:
+        valid: bool ``[B, N]`` or None. bound: of the valid positions in a row.
+        projections: of the host attention, for scorers that look through them.
+    """
+    settings = context.settings(selector)
+    # keeping everything needs no scores, unless somebody records or trains them
+    idle = selector.keeps_all and not settings.drawing and not settings.recorders
+    if settings.soft or (idle and settings.forced is None):
+        return None
+    if not selector.scorer.needs_projections:
+        projections = None
+    features = selector.keys(states, settings, valid, projections=projections)
+    inputs = selector.training_inputs(states, valid, context, settings)
+    candidates = candidates_among(protected, valid, states, bound)
+    selection = selector(features, candidates, settings, inputs=inputs)
+    context.add(selection, settings)
+    return selection
+
+
+def select_rows(
+    context: ForwardContext,
+    state: TowerState,
+    host: nn.Module,
+    name: str,
+    protected: Protected,
+    hidden: Tensor,
+    states: Tensor,
+    projections: Projections | None,
+) -> Tensor | None:
+    """Choose among the rows that are left, and note what later layers need to know.
+
+    Args:
+        host, name: module and attribute of the selector.
+        hidden: ``[B, N, D]``, the rows. states: what a scorer reads that looks through the attention's projections.
+
+    Returns:
+        Which rows go on, int64 ``[B, K]``; None when all stay where they are.
+    """
+    selector = running(getattr(host, name))
+    read = states if selector.scorer.needs_projections else hidden
+    selection = choose_among(context, selector, read, state.candidates, protected, state.bound, projections)
+    if selection is None:
+        return None
+    selection.positions = state.positions
+    return state.apply(selection, hidden.shape[0], hidden.shape[1], has_gates=selection.masked)
+
+
+def keep(hidden: Tensor, indices: Tensor) -> Tensor:
+    """Gather rows: ``[B, N, D]`` by int64 ``[B, K]`` to ``[B, K, D]``."""
+    if hidden.is_cuda:
+        return hidden.gather(1, indices.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    # on a CPU a gather of whole rows is ten times as fast by index_select
+    batch, n, size = hidden.shape
+    flat = indices if batch == 1 else indices + torch.arange(0, batch * n, n, device=hidden.device).unsqueeze(-1)
+    return hidden.reshape(batch * n, size).index_select(0, flat.flatten()).view(batch, -1, size)
+
+
+def first_argument(arguments: Any) -> Tensor:
+    """The hidden states, which every layer takes first."""
+    return arguments.get(arguments.names[0])

@@ -1,0 +1,151 @@
+"""The outcome of a discrete choice at one site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..selection import mask_to_indices
+
+
+class Selection:
+    """What one site kept in one forward pass.
+
+    Shapes: B batch, H heads (1 when shared), Q queries (1 when shared), N candidates, K slots (K >= kept).
+
+    A choice with a fixed budget knows its ``indices`` and makes ``mask``, ``valid`` and ``required`` only when they are
+    read; any other choice knows its ``mask`` and makes ``indices`` when they are read.
+
+    Attributes:
+        site: name of the site, ``tower.kind.layer``.
+        mask: bool ``[B, H, Q, N]``, True where the position is kept; never True where ``valid`` is False.
+        valid: bool, broadcastable to ``mask``; False for padding, and for the future in causal attention.
+        required: bool, broadcastable to ``mask``, or None; kept always, not a choice (CLS, a T5 row's ``</s>``).
+        scores: fp32, broadcastable to ``mask``; higher = keep.
+        gates: fp32, shape of ``mask`` or None; 1 at kept positions in the forward, the estimator's gradient in the backward.
+        log_prob: fp32 ``[B, H, Q]`` or None; log-probability of the sampled choice under the estimator's own law.
+        entropy: fp32 ``[B, H, Q]`` or None; entropy of that law, in nats.
+        penalty: fp32 ``[B, H, Q]`` or None; a term of the training loss.
+        summary: fp32 ``[B, D]`` or None; mean of the candidates' states, detached, for a learned baseline.
+        slots: K, an upper bound of kept positions per row (static where the budget allows it).
+        dense: every row is known to fill all its slots, without asking the device.
+        masked: all candidates are computed on, and the choice weighs them; False: what was dropped is not computed on.
+        positions: int64 ``[B, N]`` or None; position of each candidate in the tower's input, once earlier sites dropped some.
+        lengths: kept positions of each of the B rows (H = Q = 1), where the host had to ask; None otherwise.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        mask: Tensor | None,
+        valid: Tensor | None,
+        required: Tensor | None,
+        scores: Tensor,
+        gates: Tensor | None = None,
+        log_prob: Tensor | None = None,
+        entropy: Tensor | None = None,
+        penalty: Tensor | None = None,
+        summary: Tensor | None = None,
+        slots: int = 0,
+        dense: bool = False,
+        masked: bool = False,
+        positions: Tensor | None = None,
+        lengths: tuple[int, ...] | None = None,
+        indices: Tensor | None = None,
+        protected: tuple[int, int] = (0, 0),
+    ):
+        self.site, self.scores, self.gates = site, scores, gates
+        self.log_prob, self.entropy, self.penalty, self.summary = log_prob, entropy, penalty, summary
+        self.slots, self.dense, self.masked = slots, dense, masked
+        self.positions, self.lengths = positions, lengths
+        self._mask, self._valid, self._required, self._indices = mask, valid, required, indices
+        # number of rows at either end that a choice known by its indices keeps always
+        self._protected = protected
+
+    def __repr__(self) -> str:
+        kept = "indices" if self._mask is None else "mask"
+        return f"Selection({self.site!r}, {self.slots} of {self.scores.shape[-1]} positions, by {kept})"
+
+    @property
+    def mask(self) -> Tensor:
+        if self._mask is None:
+            assert self._indices is not None
+            n = self.scores.shape[-1]
+            empty = torch.zeros((*self._indices.shape[:-1], n), dtype=torch.bool, device=self.scores.device)
+            self._mask = empty.scatter(-1, self._indices, True)
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor) -> None:
+        self._mask, self._indices = mask, None
+
+    @property
+    def valid(self) -> Tensor:
+        if self._valid is None:
+            self._valid = torch.ones((1, 1, 1, self.scores.shape[-1]), dtype=torch.bool, device=self.scores.device)
+        return self._valid
+
+    @valid.setter
+    def valid(self, valid: Tensor) -> None:
+        self._valid = valid
+
+    @property
+    def required(self) -> Tensor | None:
+        first, last = self._protected
+        if self._required is None and (first or last):
+            place = torch.arange(self.scores.shape[-1], device=self.scores.device)
+            self._required = ((place < first) | (place >= len(place) - last)).view(1, 1, 1, -1)
+        return self._required
+
+    @required.setter
+    def required(self, required: Tensor | None) -> None:
+        self._required, self._protected = required, (0, 0)
+
+    @property
+    def own(self) -> Selection:
+        """The selection as its site made it: a recording works out what no estimator gave."""
+        return self
+
+    @property
+    def indices(self) -> Tensor:
+        """Kept positions, int64 ``[B, H, Q, K]``, ascending; unused slots come last (see ``slot_mask``)."""
+        if self._indices is None:
+            self._indices = mask_to_indices(self.mask, self.slots)
+        return self._indices
+
+    @property
+    def slot_mask(self) -> Tensor:
+        """Bool ``[B, H, Q, K]``: True where the slot of ``indices`` holds a kept position."""
+        return self.mask.gather(-1, self.indices)
+
+    @property
+    def slot_valid(self) -> Tensor | None:
+        """``slot_mask``, or None where every row is known to fill all its slots."""
+        return None if self.dense else self.slot_mask
+
+    @property
+    def places(self) -> Tensor:
+        """``indices`` as positions in the tower's input, int64 ``[B, H, Q, K]``: what a rationale shows."""
+        if self.positions is None:
+            return self.indices
+        shape = self.indices.shape
+        positions = self.positions[:, None, None].expand(-1, *shape[1:3], -1)
+        return positions.gather(-1, self.indices.expand(positions.shape[0], -1, -1, -1))
+
+    @property
+    def kept_ratio(self) -> Tensor:
+        """Kept share of the valid candidates, fp32 ``[B, H, Q]``; what is required counts on neither side."""
+        choice, candidates = self.mask, self.valid.expand_as(self.mask)
+        if self.required is not None:
+            choice, candidates = choice & ~self.required, candidates & ~self.required
+        return choice.sum(-1) / candidates.sum(-1).clamp(min=1)
+
+    def replace(self, **changes: Any) -> Selection:
+        """A copy with some attributes changed."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        for name, value in changes.items():
+            setattr(copy, name, value)
+        return copy

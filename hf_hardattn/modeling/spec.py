@@ -1,0 +1,144 @@
+"""What a row of ``models/`` says about a family: the names of its modules. No code runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Names inside an attention module.
+
+    Attributes:
+        query, key, value: linear projections of the states.
+        fused: one projection that holds query, key and value as three equal blocks of rows; it replaces the three above.
+        output: projection of the attended values; None when the module returns them as they are.
+        head_size: attribute with the width of a head.
+        scale: attribute with the factor of the logits; None for ``head_size ** -0.5``.
+        dropout: attribute with the dropout rate of the weights, a number or a ``Dropout``.
+        mask: parameter of ``forward`` that carries the mask.
+        source: parameter of ``forward`` that carries the states of another tower; given, the module is a cross-attention.
+        position_bias: the module adds a relative position bias and returns ``(output, bias, weights)``, as T5's does.
+        interface: the module calls an attention function of ``AttentionInterface``; False when it computes attention itself.
+    """
+
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    fused: str | None = None
+    output: str | None = "o_proj"
+    head_size: str = "head_dim"
+    scale: str | None = "scaling"
+    dropout: str = "attention_dropout"
+    mask: str = "attention_mask"
+    source: str | None = None
+    position_bias: bool = False
+    interface: bool = True
+
+
+@dataclass(frozen=True)
+class PatchSpec:
+    """Names inside the module that turns an image into rows.
+
+    Attributes:
+        embedding: name of the embedding module's class; another class embeds in its own way and serves no scorer of pixels.
+        module: path of the embedding module, from the tower.
+        projection: path of its convolution, whose kernel and stride are one patch.
+        positions: its table of position embeddings: a parameter ``[1, P, D]``, or an ``Embedding``.
+        cls: parameter of the CLS row, which has the table's first position; None when there is no such row.
+        registers: parameter ``[1, R, D]`` of rows that follow CLS and have no position; None when there are none.
+        carrier: parameter of the embedding's ``forward`` that the tower passes on as it got it.
+        fixed_size: images of another size need ``interpolate_pos_encoding=True``.
+        always_interpolates: positions are interpolated for other image sizes without being asked.
+    """
+
+    embedding: str
+    module: str = "embeddings"
+    projection: str = "patch_embeddings.projection"
+    positions: str = "position_embeddings"
+    cls: str | None = "cls_token"
+    registers: str | None = None
+    carrier: str = "interpolate_pos_encoding"
+    fixed_size: bool = True
+    always_interpolates: bool = False
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """A stack of layers with its sites.
+
+    Attributes:
+        name: first part of its site names.
+        module: name of the tower's class; subclasses count.
+        layers: path of the list of layers, from the tower.
+        attention, cross: paths of the attention modules, from a layer; None where there is none.
+        attention_spec, cross_spec: names inside them.
+        norm: path of the norm in front of the self-attention, from a layer; None when the attention reads the layer's input.
+        where: attributes that the tower must have, to tell towers of one class apart.
+        protect_first: rows that are always kept at the start (CLS, registers), a number or names of configuration fields to add up.
+        protect_last: whether the last valid row is always kept.
+        causal: a row attends to the rows before it only. Such a tower drops no rows.
+        reads: name of the tower whose output the cross-attention reads.
+        source_protected: rows of that tower that are always kept, ``(how many at the start, whether the last)``.
+        source_size: configuration field with the width of those rows.
+        restores: whether the output takes its full length again, for heads that read it by position; not where another tower
+            reads it.
+        patches: how an image becomes rows; None for other inputs.
+        inputs: name of the model input that the rows come from.
+    """
+
+    name: str
+    module: str
+    layers: str
+    attention: str = "self_attn"
+    attention_spec: AttentionSpec = AttentionSpec()
+    norm: str | None = None
+    cross: str | None = None
+    cross_spec: AttentionSpec | None = None
+    where: Mapping[str, Any] = field(default_factory=dict)
+    protect_first: int | tuple[int | str, ...] = 0
+    protect_last: bool = False
+    causal: bool = False
+    reads: str | None = None
+    source_size: str = "hidden_size"
+    source_protected: tuple[int, bool] = (0, False)
+    restores: bool = False
+    patches: PatchSpec | None = None
+    inputs: str = "input_ids"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of its sites, in the order they are listed."""
+        rows = () if self.causal or self.cross is not None else ("inputs",)
+        own = ("self",) if self.attention else ()
+        return (*rows, *own, *(("tokens",) if rows else ()), *(("cross",) if self.cross else ()))
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A family of models.
+
+    Attributes:
+        name: of the family. family: prefix of the Python modules that define it.
+        towers: its towers. recommended: globs of the sites taken when the configuration names none.
+        heads: names of the Transformers classes that the contract suites try.
+        tiny: sizes of a tiny configuration for them.
+        restored_heads: names of heads whose predictions are aligned with the input: its towers take their full length again.
+        find_towers: maps a model to its towers by name, where the class name alone does not tell which tower is which.
+        functions: replacements of the functions in ``modeling/heads.py`` that read a head's labels and losses; ``prepare`` and
+            ``release`` do what else a hard model of the family needs.
+    """
+
+    name: str
+    family: str
+    towers: tuple[TowerSpec, ...]
+    recommended: tuple[str, ...]
+    heads: tuple[str, ...] = ()
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    restored_heads: tuple[str, ...] = ()
+    find_towers: Callable[[nn.Module], dict[str, tuple[TowerSpec, nn.Module]]] | None = None
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

@@ -1,0 +1,258 @@
+"""The rows of one tower during one call: which are left, and what later layers share because of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..attention import as_bool, keep_rows, restore_rows
+from ..packing import Packing
+from ..selection import mask_to_indices
+from .context import ForwardContext
+from .plan import LayerPlan
+from .selection import Selection
+
+
+class KeySubset(NamedTuple):
+    """The keys that a choice leaves an attention, one choice for all queries of a row.
+
+    Attributes:
+        indices: int64 ``[B, H or 1, K]``, ascending; None while all N keys are there.
+        valid: bool, broadcastable to ``[B, H, 1, K or N]``; None when every key there counts.
+        gates: fp32, broadcastable to ``[B, H, 1, N]``, of masked training; None otherwise.
+        narrowed: the states given to the attention are the kept rows already.
+        bias: position bias of the kept keys, ``[B or 1, H, Q, K]``, once gathered; None where there is none.
+        packing: of the kept keys, where rows keep different counts and the host knows them; None otherwise.
+        total: N, how many keys the choice was made among.
+    """
+
+    indices: Tensor | None = None
+    valid: Tensor | None = None
+    gates: Tensor | None = None
+    narrowed: bool = False
+    bias: Tensor | None = None
+    packing: Packing | None = None
+    total: int = 0
+
+    @classmethod
+    def of(cls, selection: Selection) -> KeySubset:
+        """Read a selection whose choice serves all queries of a row (Q = 1)."""
+        total = selection.scores.shape[-1]
+        everything = selection.slots >= total
+        if selection.gates is not None:
+            return cls(valid=selection.valid, gates=selection.gates, total=total)
+        packing = Packing.of(selection.lengths, selection.slots, selection.scores.device)
+        if packing is None and (selection.masked or everything):
+            return cls(valid=None if everything and selection.dense else selection.mask, total=total)
+        return cls(selection.indices[:, :, 0], selection.slot_valid, packing=packing, total=total)
+
+
+class PendingChoice:
+    """A choice that an attention is to make itself, from the states that it is given.
+
+    A plain class, so that nothing takes it apart on the way.
+
+    Attributes:
+        plan: of the layer. context: of the model's call. state: of the tower.
+    """
+
+    __slots__ = ("plan", "context", "state")
+
+    def __init__(self, plan: LayerPlan, context: ForwardContext, state: TowerState):
+        self.plan, self.context, self.state = plan, context, state
+
+
+class AttentionInput(NamedTuple):
+    """What a layer hands its attention in place of the mask, when the attention has more to do than the stock one.
+
+    It travels in the mask argument, the one that every layer passes on as it is.
+
+    Attributes:
+        mask: the mask of the rows, in the form the attention implementation reads.
+        keys: the keys that a site of this layer, or an earlier layer whose choice it shares, left.
+        gates: fp32 ``[B, N]`` of masked training upstream; None otherwise.
+        packing: the layer's rows are packed end to end; None when they are a padded batch.
+        pending: a choice that the attention is to make itself; None otherwise.
+    """
+
+    mask: Any = None
+    keys: KeySubset | None = None
+    gates: Tensor | None = None
+    packing: Packing | None = None
+    pending: PendingChoice | None = None
+
+
+class TowerState:
+    """The rows of a tower after the selections so far.
+
+    Attributes:
+        length: N, rows of the tower's input.
+        mask: the 2-D mask that the caller gave the tower, or None.
+        valid: bool ``[B, K]``, rows that are no padding; None when all count.
+        chosen: bool ``[B, K]``, rows that masked selections kept so far; None when there was none.
+        gates: fp32 ``[B, K]`` of masked training; None otherwise.
+        bound: bound of the rows that count; None while nothing was dropped.
+        packing: of the rows that count, where their numbers differ and the host knows them; None otherwise.
+        leaders: site to the keys it left, for later layers that share its choice.
+        dropped: some rows are no longer computed on, or no longer seen.
+        query_mask: the caller's mask over all rows, where it differs between queries.
+        source_valid: bool ``[B, M]``, rows of the tower that its cross-attention reads; None when all count.
+        source_gates: fp32 ``[B, M]`` of masked training in that tower; None otherwise.
+        source_bound: how many rows of it count at most; None when nothing was dropped there.
+        source_dropped: that tower dropped rows.
+        output_valid: rows of the tower's output that a reader may read, bool; None when all, or while it runs.
+        narrowed: site to the rows of the source that it kept, for later layers that share its choice.
+    """
+
+    def __init__(self, mask: Tensor | None = None):
+        self.length = 0
+        self.mask = mask
+        self.valid: Tensor | None = None
+        self.chosen: Tensor | None = None
+        self.gates: Tensor | None = None
+        self.bound: int | None = None
+        self.packing: Packing | None = None
+        self.leaders: dict[str, KeySubset] = {}
+        self.dropped = False
+        self.begun = False
+        self.query_mask: Tensor | None = None
+        self.source_valid: Tensor | None = None
+        self.source_gates: Tensor | None = None
+        self.source_bound: int | None = None
+        self.source_dropped = False
+        self.narrowed: dict[str, Tensor] = {}
+        self.output_valid: Tensor | None = None
+        self._steps: list[Tensor] = []
+        self._shared: list[tuple[Any, Any]] = []
+
+    def begin(self, length: int, mask: Any) -> None:
+        """Read which rows are there, before the first selection.
+
+        Args:
+            length: N. mask: of the first layer with a site, in any form.
+        """
+        self.begun, self.length = True, length
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            per_query = mask.shape[2] > 1 and mask.stride(2) != 0
+            rows = as_bool(mask)
+            assert rows is not None
+            if per_query and self.mask is None:
+                # the caller's own mask: a row is there if any query may read it
+                self.query_mask = mask
+                self.valid = rows.any(2)[:, 0]
+            else:
+                self.valid = rows[:, 0, 0] if self.mask is None else self.mask.bool()
+        elif mask is not None:
+            self.valid = mask.bool() if isinstance(mask, Tensor) else None if self.mask is None else self.mask.bool()
+
+    @property
+    def reads_specially(self) -> bool:
+        """Whether a cross-attention without a site of its own has gates to weigh or slots to hide."""
+        return self.source_gates is not None or self.source_dropped and self.source_valid is not None
+
+    @property
+    def candidates(self) -> Tensor | None:
+        """Rows that a selection may keep, bool ``[B, K]``; None when every row."""
+        if self.chosen is None:
+            return self.valid
+        return self.chosen if self.valid is None else self.valid & self.chosen
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Position of each row in the tower's input, int64 ``[B, K]``; None while all are there."""
+        if not self._steps:
+            return None
+        while len(self._steps) > 1:
+            first, second, *rest = self._steps
+            self._steps = [first.gather(1, second), *rest]
+        return self._steps[0]
+
+    def apply(self, selection: Selection, batch: int, rows: int, *, has_gates: bool) -> Tensor | None:
+        """Take a selection among the rows in.
+
+        Args:
+            batch, rows: B and K before it.
+            has_gates: the selection runs masked.
+
+        Returns:
+            Which rows go on, int64 ``[B, K']``; None when all stay where they are.
+        """
+        known = selection.lengths is not None or not selection.dense
+        if selection.gates is None and selection.slots >= rows and not known:
+            return None  # everything valid is kept
+        self.dropped, self.bound = True, selection.slots
+        self._shared.clear()
+        if has_gates:
+            kept = selection.mask[:, 0, 0].expand(batch, rows)
+            self.chosen = kept if self.chosen is None else self.chosen & kept
+            if selection.gates is None:
+                self.valid = kept  # masked execution in evaluation: dropped rows are hidden, as padding is
+            else:
+                gates = selection.gates[:, 0, 0]
+                self.gates = gates if self.gates is None else self.gates * gates
+            return None
+        indices = selection.indices[:, 0, 0].expand(batch, -1)
+        valid = selection.slot_valid
+        valid = None if valid is None else valid[:, 0, 0].expand(batch, -1)
+        lengths = selection.lengths
+        if lengths is None and self.packing is not None and valid is not None:
+            lengths = tuple(valid.sum(-1).tolist())  # of rows that differed in number before
+        self.packing = Packing.of(lengths, selection.slots, indices.device)
+        self._steps.append(indices)
+        self.valid, self.chosen = valid, None
+        self.gates = None if self.gates is None else self.gates.gather(1, indices)
+        return indices
+
+    def shared(self, original: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns for ``original``; made once for all layers until the next selection."""
+        for known, made in self._shared:
+            if known is original:
+                return made
+        made = make()
+        self._shared.append((original, made))
+        return made
+
+    def final_rows(self, hidden: Tensor, *, restore: bool, gate: bool) -> Tensor:
+        """The tower's output: unused slots hold zeros.
+
+        Args:
+            hidden: ``[B, K, D]`` after the last layer and its norm.
+            restore: give the rows their places in ``[B, N, D]`` again; dropped places hold zeros.
+            gate: weigh the rows by the gates of masked training, when no reader of the tower does.
+        """
+        if not self.dropped:
+            return hidden
+        if self.gates is not None:
+            return hidden * self._output_gates().unsqueeze(-1).to(hidden.dtype) if gate else hidden
+        valid, positions = self.valid, self.positions
+        if positions is None:
+            if restore or valid is None:
+                return hidden if valid is None else hidden.masked_fill(~valid.unsqueeze(-1), 0.0)
+            # masked execution in evaluation: the same outcome as the gathered one
+            assert self.bound is not None
+            positions = mask_to_indices(valid, self.bound)
+            self._steps, self.valid = [positions], valid.gather(1, positions)
+            hidden, valid = keep_rows(hidden, positions), self.valid
+        if restore:
+            return restore_rows(hidden, positions, valid, self.length)
+        return hidden if valid is None else hidden.masked_fill(~valid.unsqueeze(-1), 0.0)
+
+    def _output_gates(self) -> Tensor:
+        assert self.gates is not None
+        if self.valid is not None and self.bound is not None and self.bound >= self.length:
+            # nothing was dropped: padding rows stay what stock makes them
+            return self.gates.masked_fill(~self.valid, 1.0)
+        return self.gates
+
+    def kept_mask(self, batch: int, device: torch.device, restored: bool) -> Tensor | None:
+        """Which rows of the output a reader may read, bool ``[B, K or N]``; None when all."""
+        if not self.dropped:
+            return None
+        valid = self.valid
+        if not restored or self.positions is None:
+            return valid
+        valid = torch.ones_like(self.positions, dtype=torch.bool) if valid is None else valid
+        return torch.zeros(batch, self.length, dtype=torch.bool, device=device).scatter(1, self.positions, valid)

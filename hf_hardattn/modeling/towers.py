@@ -1,0 +1,157 @@
+"""The hooks of a tower and of a model: they open the state of a call, and hand its result on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import HardAttentionError
+from .arguments import Arguments
+from .context import CONTEXT, ForwardContext, current_context, set_current
+from .cross import SOURCE, SOURCE_MASK, KeptEncoderOutput
+from .plan import TOWER, TowerPlan
+from .state import TowerState
+
+HANDS_DOWN = "hard_attention_hands_down"  # whether a model's forward passes keywords on to its towers
+# a pair of functions: one adds the terms of a training loss to an output, one prepares a training call
+TRAINING_LOSS = "hard_attention_training_loss"
+
+
+def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a tower: start the state of its rows.
+
+    A tower whose outer model handed nothing down, because it is called by itself or has a strict signature, opens a call of
+    its own.
+    """
+    plan: TowerPlan = tower.__dict__[TOWER]
+    context = kwargs.get(CONTEXT) or current_context() or ForwardContext(tower)
+    arguments = Arguments(plan.names, args, kwargs)
+    arguments.keywords[CONTEXT] = context
+    mask = arguments.get("attention_mask")
+    state = TowerState(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+    context.towers[plan.name] = state
+    if plan.patches is not None:
+        # imported late: only models whose scorer reads pixels need it
+        from .patches import choose_patches
+
+        choose_patches(tower, plan, context, state, arguments)
+    if arguments.get(SOURCE) is not None:
+        _read_source(plan, context, state, arguments)
+    return arguments.result()
+
+
+def _read_source(plan: TowerPlan, context: ForwardContext, state: TowerState, arguments: Arguments) -> None:
+    """Learn which rows of the other tower may be read, and give its cross-attention the mask of those."""
+    source: Tensor = arguments.get(SOURCE)
+    if context.source_given:
+        kept, gates, bound = context.kept_source, context.source_gates, None
+        dropped = kept is not None
+    else:
+        other = None if plan.reads is None else context.towers.get(plan.reads)
+        dropped = other is not None and other.dropped
+        kept = gates = bound = None
+        if other is not None and dropped:
+            kept, gates, bound = other.output_valid, other.gates, other.bound
+    kept, gates = _for_beams(kept, source), _for_beams(gates, source)
+    if dropped and SOURCE_MASK in plan.names:
+        arguments.set(SOURCE_MASK, None if kept is None else kept.long())
+    mask = arguments.get(SOURCE_MASK)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != source.shape[1]:
+        raise HardAttentionError(
+            f"encoder_attention_mask has {mask.shape[1]} columns for {source.shape[1]} encoder states at '{plan.name}'; states that "
+            "a selection left carry their own mask, which a tuple loses. Give encoder_outputs as the encoder returned them."
+        )
+    if mask is None and dropped:
+        mask = kept
+    state.source_dropped, state.source_bound, state.source_gates = dropped, bound, gates
+    state.source_valid = mask.bool().to(source.device) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _for_beams(rows: Tensor | None, source: Tensor) -> Tensor | None:
+    """``[B, K]`` repeated as generation repeats the source for its beams."""
+    if rows is None or len(rows) == len(source):
+        return rows
+    return rows.to(source.device).repeat_interleave(len(source) // len(rows), 0)
+
+
+def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a tower: hand on the rows that were kept, and say which they are.
+
+    Returns:
+        The output with the rows that were kept; None when nothing was dropped.
+    """
+    context: ForwardContext | None = kwargs.get(CONTEXT)
+    plan: TowerPlan = tower.__dict__[TOWER]
+    state = None if context is None else context.towers.get(plan.name)
+    if context is None or state is None:
+        return None
+    if context.owner is tower:
+        context.finished = True
+    if not state.dropped:
+        return None
+    whole = isinstance(output, tuple)
+    hidden: Tensor = output[0] if whole else output.last_hidden_state
+    rows = state.final_rows(hidden, restore=plan.restores, gate=not plan.is_read)
+    state.output_valid = state.kept_mask(len(hidden), hidden.device, plan.restores)
+    if whole:
+        return (rows, *output[1:])
+    if not plan.is_read:
+        output.last_hidden_state = rows
+        return output
+    return _kept_output(plan, state, output, rows)
+
+
+def _kept_output(plan: TowerPlan, state: TowerState, output: Any, rows: Tensor) -> Any:
+    valid = state.output_valid
+    if state.gates is not None and state.chosen is not None:
+        valid = state.chosen if valid is None else valid & state.chosen
+    known = {name: output.get(name) for name in ("last_hidden_state", "hidden_states", "attentions")}
+    if not isinstance(output, KeptEncoderOutput) and set(output.keys()) - set(known):
+        output.last_hidden_state = rows  # an output with fields of its own keeps its class; the context knows the rest
+        return output
+    return KeptEncoderOutput(
+        **{**known, "last_hidden_state": rows},
+        kept_indices=None if plan.restores else state.positions,
+        kept_mask=rows.new_ones(rows.shape[:2]).bool() if valid is None else valid,
+        kept_gates=None if state.gates is None else state.gates.detach(),
+    )
+
+
+def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a model: open the context of a call, unless the model around it has one."""
+    if kwargs.get(CONTEXT) is not None or current_context() is not None:
+        return None
+    context = ForwardContext(model)
+    given = kwargs.get("encoder_outputs")
+    if given is not None:
+        context.source_given = True
+        context.kept_source = getattr(given, "kept_mask", None)
+        context.source_gates = getattr(given, "kept_gates", None)
+    by_name = kwargs.get("return_dict", getattr(model.config, "return_dict", True))
+    context.as_tuple = by_name is False
+    if context.as_tuple and model.training:
+        kwargs = {**kwargs, "return_dict": True}  # the training loss reads the outputs by name
+    _, before = model.__dict__[TRAINING_LOSS]
+    before(model, args, kwargs, context)
+    if model.__dict__[HANDS_DOWN]:
+        return args, {**kwargs, CONTEXT: context}
+    set_current(context)
+    return args, kwargs
+
+
+def close_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a model: end the call; in training mode add the estimators' terms to ``outputs.loss``."""
+    handed = kwargs.get(CONTEXT)
+    context: ForwardContext | None = handed or current_context()
+    if context is None or context.owner is not model:
+        return None
+    if handed is None:
+        set_current(None)
+    context.finished = True
+    if output is None or not model.training:
+        return None
+    after, _ = model.__dict__[TRAINING_LOSS]
+    if context.selections:
+        after(model, args, kwargs, output, context)
+    return output.to_tuple() if context.as_tuple else output

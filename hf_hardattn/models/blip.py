@@ -1,0 +1,139 @@
+"""BLIP: attention without an attention function, text towers that differ by head, and a ``generate`` that calls towers apart."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modeling import heads
+from ..modeling.context import ForwardContext, current_context, set_current
+from ..modeling.spec import AttentionSpec, ModelSpec, PatchSpec, TowerSpec
+
+VISION = TowerSpec(
+    "vision",
+    module="BlipVisionModel",
+    layers="encoder.layers",
+    attention_spec=AttentionSpec(
+        fused="qkv", output="projection", scale="scale", dropout="dropout", interface=False
+    ),
+    norm="layer_norm1",
+    protect_first=1,
+    patches=PatchSpec(
+        "BlipVisionEmbeddings",
+        projection="patch_embedding",
+        positions="position_embedding",
+        cls="class_embedding",
+        fixed_size=False,
+    ),
+)
+WORDS = AttentionSpec(
+    "query", "key", "value", output=None, head_size="attention_head_size", scale=None, dropout="dropout", interface=False
+)
+TEXT = TowerSpec(
+    "text",
+    module="BlipTextModel",
+    layers="encoder.layer",
+    attention="attention.self",
+    attention_spec=WORDS,
+    # its module reads the source's mask from the argument of its own mask
+    cross="crossattention.self",
+    cross_spec=replace(WORDS, source="encoder_hidden_states"),
+    protect_first=1,
+    reads="vision",
+    source_size="encoder_hidden_size",
+    source_protected=(1, False),
+)
+CAPTION = replace(TEXT, causal=True)
+ANSWER = replace(TEXT, name="answer", causal=True, reads="text")
+
+
+def find_towers(model: Any) -> dict[str, tuple[TowerSpec, nn.Module]]:
+    """Which text tower is which depends on the head."""
+    classes = {cls.__name__ for cls in type(model).__mro__}
+    found: dict[str, tuple[TowerSpec, nn.Module]] = {}
+    vision = model if "BlipVisionModel" in classes else getattr(model, "vision_model", None)
+    if type(vision).__module__.startswith(BLIP.family):
+        found["vision"] = VISION, vision
+    if "BlipForQuestionAnswering" in classes:
+        found |= {"text": (TEXT, model.text_encoder), "answer": (ANSWER, model.text_decoder.bert)}
+    elif "BlipForConditionalGeneration" in classes:
+        found["text"] = CAPTION, model.text_decoder.bert
+    elif "BlipForImageTextRetrieval" in classes:
+        found["text"] = TEXT, model.text_encoder
+    elif "BlipModel" in classes:
+        found["text"] = replace(TEXT, cross=None, reads=None), model.text_model
+    elif "BlipTextLMHeadModel" in classes:
+        found["text"] = CAPTION, model.bert
+    elif "BlipTextModel" in classes:
+        found["text"] = TEXT, model
+    return found
+
+
+def labels(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+    """The decoder predicts the next word; the labels are not shifted."""
+    given = inputs.get("labels")
+    return None if given is None else nn.functional.pad(given[:, 1:], (0, 1), value=-100)
+
+
+def target_table(model: Any) -> Tensor | None:
+    """The embeddings of the words that a label can be."""
+    decoder = getattr(model, "text_decoder", None)
+    return None if decoder is None else decoder.bert.embeddings.word_embeddings.weight
+
+
+def token_loss(
+    model: nn.Module, inputs: dict[str, Any], output: Any, known: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """For the contrastive model, the mean loss of both directions."""
+    if type(model).__name__ != "BlipModel" or output.get("logits_per_text") is None:
+        return heads.token_loss(model, inputs, output, known)
+    logits = output.logits_per_text.float()
+    pairs = torch.arange(len(logits), device=logits.device)
+    ways = [nn.functional.cross_entropy(x, pairs, reduction="none") for x in (logits, logits.t())]
+    loss = (ways[0] + ways[1]).unsqueeze(-1) / 2
+    return loss, torch.ones_like(loss, dtype=torch.bool)
+
+
+def generate_in_one_call(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` with one context around it: the text decoder then knows which image rows were kept."""
+    if current_context() is not None:
+        return type(model).generate(model, *args, **kwargs)
+    set_current(ForwardContext(model))
+    try:
+        return type(model).generate(model, *args, **kwargs)
+    finally:
+        set_current(None)
+
+
+def prepare(model: nn.Module) -> None:
+    """Wrap ``generate`` of a hard model; ``release`` undoes it."""
+    if hasattr(model, "text_decoder"):
+        model.__dict__["generate"] = functools.partial(generate_in_one_call, model)
+
+
+def release(model: nn.Module) -> None:
+    """Take the wrapper off."""
+    found = model.__dict__.get("generate")
+    if isinstance(found, functools.partial) and found.func is generate_in_one_call:
+        del model.__dict__["generate"]
+
+
+BLIP = ModelSpec(
+    name="blip",
+    family="transformers.models.blip.",
+    towers=(VISION, TEXT, ANSWER),
+    recommended=("vision.tokens.*",),
+    heads=("BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering", "BlipModel"),
+    find_towers=find_towers,
+    functions={
+        "labels": labels,
+        "target_table": target_table,
+        "token_loss": token_loss,
+        "prepare": prepare,
+        "release": release,
+    },
+)

@@ -1,0 +1,20 @@
+"""DeiT: a distillation token stands behind CLS."""
+
+from ..modeling.spec import ModelSpec, TowerSpec
+
+DEIT = ModelSpec(
+    name="deit",
+    family="transformers.models.deit.",
+    towers=(
+        TowerSpec(
+            "vision",
+            module="DeiTModel",
+            layers="layers",
+            attention="attention",
+            norm="layernorm_before",
+            protect_first=2,
+        ),
+    ),
+    recommended=("vision.tokens.*",),
+    heads=("DeiTForImageClassification", "DeiTModel"),
+)

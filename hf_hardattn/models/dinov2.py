@@ -1,0 +1,23 @@
+"""DINOv2."""
+
+from ..modeling import heads
+from ..modeling.spec import ModelSpec, PatchSpec, TowerSpec
+
+DINOV2 = ModelSpec(
+    name="dinov2",
+    family="transformers.models.dinov2.",
+    towers=(
+        TowerSpec(
+            "vision",
+            module="Dinov2Model",
+            layers="encoder.layer",
+            attention="attention",
+            norm="norm1",
+            protect_first=1,
+            patches=PatchSpec("Dinov2Embeddings", carrier="bool_masked_pos", fixed_size=False, always_interpolates=True),
+        ),
+    ),
+    recommended=("vision.tokens.*",),
+    heads=("Dinov2ForImageClassification", "Dinov2Model"),
+    functions={"loss_items": heads.classified_items},
+)

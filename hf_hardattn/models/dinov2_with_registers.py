@@ -1,0 +1,23 @@
+"""DINOv2 with registers: rows behind CLS that belong to no patch, always kept."""
+
+from ..modeling import heads
+from ..modeling.spec import ModelSpec, TowerSpec
+
+DINOV2_WITH_REGISTERS = ModelSpec(
+    name="dinov2_with_registers",
+    family="transformers.models.dinov2_with_registers.",
+    towers=(
+        TowerSpec(
+            "vision",
+            module="Dinov2WithRegistersModel",
+            layers="encoder.layer",
+            attention="attention",
+            norm="norm1",
+            protect_first=(1, "num_register_tokens"),
+        ),
+    ),
+    recommended=("vision.tokens.*",),
+    heads=("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersModel"),
+    tiny={"num_register_tokens": 2},
+    functions={"loss_items": heads.classified_items},
+)

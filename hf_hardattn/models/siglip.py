@@ -1,0 +1,20 @@
+"""SigLIP's image tower: no CLS, an attention pools the rows that are left."""
+
+from ..modeling.spec import AttentionSpec, ModelSpec, PatchSpec, TowerSpec
+
+SIGLIP = ModelSpec(
+    name="siglip",
+    family="transformers.models.siglip.",
+    towers=(
+        TowerSpec(
+            "vision",
+            module="SiglipVisionModel",
+            layers="encoder.layers",
+            attention_spec=AttentionSpec(output="out_proj", scale="scale", dropout="dropout"),
+            norm="layer_norm1",
+            patches=PatchSpec("SiglipVisionEmbeddings", projection="patch_embedding", positions="position_embedding", cls=None, fixed_size=False),
+        ),
+    ),
+    recommended=("vision.tokens.*",),
+    heads=("SiglipVisionModel", "SiglipForImageClassification"),
+)

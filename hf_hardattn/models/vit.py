@@ -1,0 +1,25 @@
+"""ViT."""
+
+from ..modeling import heads
+from ..modeling.spec import ModelSpec, PatchSpec, TowerSpec
+
+VIT = ModelSpec(
+    name="vit",
+    family="transformers.models.vit.",
+    towers=(
+        TowerSpec(
+            "vision",
+            module="ViTModel",
+            layers="layers",
+            attention="attention",
+            norm="layernorm_before",
+            protect_first=1,
+            patches=PatchSpec("ViTEmbeddings"),
+        ),
+    ),
+    recommended=("vision.tokens.*",),
+    heads=("ViTForImageClassification", "ViTForMaskedImageModeling", "ViTModel"),
+    tiny={"num_channels": 2, "encoder_stride": 4},
+    restored_heads=("ViTForMaskedImageModeling",),
+    functions={"loss_items": heads.classified_items},
+)
