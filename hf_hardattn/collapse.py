@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .recording import record, selectors
 from .modeling.selection import Selection
+from .recording import record, selectors
 
 # A score varies this much less between inputs than between positions: the choice does not look at the input.
 _INDEPENDENT = 1e-3

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from . import registry
+from .api import apply
 from .collapse import Collapse, find_collapse
 from .errors import HardAttentionError
-from .recording import record, selectors
-from .api import apply
 from .modeling.selector import Selector
+from .recording import record, selectors
 
 _REFERENCE = {"estimator": "rloo", "estimator_options": {"samples": 8}}
 

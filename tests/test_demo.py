@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from hf_hardattn import registry
 from hf_hardattn.cli import app
 from hf_hardattn.interpret.overlay import patch_overlay
-from hf_hardattn.selection import Selection
+from hf_hardattn.modeling.selection import Selection
 
 
 def test_demo_quick(tmp_path):

@@ -15,7 +15,7 @@ import hf_hardattn
 from hf_hardattn import HardAttentionConfig, apply, record, replay
 from hf_hardattn.efficiency.counting import flops_by_part
 from hf_hardattn.errors import HardAttentionError
-from hf_hardattn.selection import Selection
+from hf_hardattn.modeling.selection import Selection
 from hf_hardattn.training import tasks
 from hf_hardattn.training.cluttered import patches_in_box
 from hf_hardattn.training.fitting import Diverged, fit

@@ -1,6 +1,6 @@
 """A GRU encoder-decoder with attention, in Transformers' form: the recurrent backbone.
 
-Stock and soft by itself; hard attention comes to it as to any other architecture (``architectures/gru.py``).
+Stock and soft by itself; hard attention comes to it as to any other family (``models/gru.py``).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import typer
 
 
 def command() -> None:
-    """List what is registered: scorers, estimators (with what they need), baselines, architectures."""
-    from .. import registry
+    """List what is registered: scorers, estimators (with what they need), baselines, families of models."""
+    from .. import models, registry
 
     for kind in registry.KINDS:
         typer.echo(f"{kind}:")
@@ -19,3 +19,7 @@ def command() -> None:
                 needs = ", ".join(member.needs) or "nothing more"
                 facts = f" [{'biased' if member.biased else 'unbiased'}; needs {needs}]"
             typer.echo(f"  {name:<18}{lines[0] if lines else ''}{facts}")
+    typer.echo("models:")
+    for name in models.names():
+        towers = ", ".join(f"{t.name} ({', '.join(t.kinds)})" for t in models.load(name).spec.towers)
+        typer.echo(f"  {name:<24}{towers}")

@@ -15,11 +15,11 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..api import apply
 from ..config import HardAttentionConfig
 from ..devices import default_device, device_name, graphed
 from ..modes import execution
 from ..recording import selectors
-from ..api import apply
 from . import allocator
 from .counting import work
 from .joules import joules_per_call

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification
 
+from ..api import apply
 from ..errors import HardAttentionError
 from ..recording import selectors
-from ..api import apply
 from .bench import flops, quartiles, spread
 from .counting import work
 from .limits import profile_call

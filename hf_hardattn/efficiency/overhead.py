@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models import family_of
 from ..devices import wait_for_device
+from ..modeling.context import ForwardContext
+from ..modeling.rows import keep, select_rows
+from ..modeling.state import TowerState
+from ..models import family_of
 from ..recording import selectors
-from ..stream import Made, Stream
 from .timing import interleaved_seconds, ratios
 from .workloads import Workload
 
@@ -28,11 +30,11 @@ def selection_overhead(
         through ``generate()``.
     """
     site = next((site for site in selectors(model) if ".tokens." in site), None)
-    architecture, plain = family_of(model), family_of(stock)
-    if site is None or architecture is None or plain is None or workload.generates:
+    plain = family_of(stock)
+    if site is None or plain is None or workload.generates:
         return None
     tower, _, layer = site.split(".")
-    selector = selectors(model)[site]
+    host = _host(model, site)
     block = plain.towers(stock)[tower].layers[int(layer)]
     seen: dict[str, Any] = {}
 
@@ -46,7 +48,7 @@ def selection_overhead(
         hidden = seen["args"][0]
         calls = {
             "layer": lambda: block(*seen["args"], **seen["kwargs"]),
-            "selection": lambda: Stream().select(selector, hidden, Made()),
+            "selection": lambda: _select(model, host, hidden),
         }
         timed = interleaved_seconds(calls, rounds=9, warmup=2, seconds=20.0)
     share = sorted(1 / ratio for ratio in ratios(timed, "layer")["selection"])
@@ -54,17 +56,31 @@ def selection_overhead(
     return {**median, "share": share[len(share) // 2]}
 
 
+def _host(model: nn.Module, site: str) -> tuple[nn.Module, Any]:
+    """The layer that hosts a ``tokens`` site, and its tower."""
+    family: Any = family_of(model)
+    name, kind, layer = site.split(".")
+    tower = family.towers(model)[name]
+    return tower.host(kind, int(layer))[0], tower
+
+
+def _select(model: nn.Module, host: tuple[nn.Module, Any], hidden: torch.Tensor) -> torch.Tensor:
+    layer, tower = host
+    protected = tower.protected
+    indices = select_rows(ForwardContext(model), TowerState(), layer, "selector", protected, hidden, hidden, None)
+    return hidden if indices is None else keep(hidden, indices)
+
+
 @contextmanager
 def later_layers(model: nn.Module) -> Iterator[list[float]]:
     """Collect, call by call inside the block, the seconds that ``model`` spends in the layers of its first tower behind the first one: the part
     that a selection before them makes cheaper. Empty where there is no such tower."""
     found: list[float] = []
-    architecture = family_of(model)
-    if architecture is None:
+    family = family_of(model)
+    if family is None:
         yield found
         return
-    tower = next(iter(architecture.towers(model).values()))
-    layers = list(tower.layers._modules.values())
+    layers = next(iter(family.towers(model).values())).layers
     started = 0.0
 
     def start(*_: Any) -> None:

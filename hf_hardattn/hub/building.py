@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .. import registry
+from .. import models
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
 from .source import Source
@@ -34,12 +34,12 @@ ROOM = 2**20  # integers and parameters that a configuration may name beyond wha
 def model_class(name: Any, where: str) -> type[PreTrainedModel]:
     """The class called ``name``, if it is one of Transformers' own models that hard attention serves."""
     found: Any = None
-    for each in registry.names("architectures"):
+    for each in models.names():
         # looked up in these packages alone: a name must not make Transformers import whatever else it knows
-        package = importlib.import_module(registry.load("architectures", each).family.rstrip("."))
+        package = importlib.import_module(models.load(each).spec.family.rstrip("."))
         found = found or (getattr(package, name, None) if isinstance(name, str) else None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        known = ", ".join(registry.names("architectures"))
+        known = ", ".join(models.names())
         raise HardAttentionError(
             f"{where} names the class {str(name)[:100]!r}; it must be one of Transformers' models of: {known}."
         )

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import family_of
 from ..errors import HardAttentionError, missing_extra
+from ..models import family_of
 from ..recording import record
 from ..teacher import teach
 from .probe import Probe

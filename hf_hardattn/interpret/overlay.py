@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import HardAttentionError
-from ..recording import Recording
 from ..modeling.selection import Selection
+from ..recording import Recording
 from .agreement import Difference
 from .style import GREEN, KEPT, OTHER, new_figure
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import family_of
 from ..errors import HardAttentionError
+from ..modeling.context import is_soft_now
+from ..models import family_of
 from ..recording import record, replay, selectors
-from ..stream import required_rows
-from ..verify import input_rows
 
 REMOVALS = ("select", "replace")
 NOT_INPUTS = ("labels", "decoder_input_ids", "decoder_attention_mask")
@@ -42,10 +41,10 @@ class Probe:
         self.model: Any = model
         self.batch = {name: value for name, value in batch.items() if name not in NOT_INPUTS and value is not None}
         self.tower, self.places, self.required = choosable(model, self.batch)
-        self.architecture: Any = family_of(model)
+        self.family: Any = family_of(model)
         self.site = f"{self.tower}.inputs"
         selector = selectors(model).get(self.site)
-        usable = selector is not None and selector.enabled
+        usable = selector is not None and not is_soft_now(selector)
         self.removal = removal or ("select" if usable else "replace")
         if self.removal not in REMOVALS or self.removal == "select" and not usable:
             raise HardAttentionError(
@@ -77,7 +76,7 @@ class Probe:
         if self.tower == "encoder":
             mask = self.batch.get("attention_mask", torch.ones_like(dropped, dtype=torch.long))
             return {**self.batch, "attention_mask": mask * (~dropped).to(mask)}
-        return self.architecture.replace_inputs(self.model, self.batch, {self.tower: dropped}, "zero", 0)
+        return self.family.replace_inputs(self.model, self.batch, {self.tower: dropped}, "zero", 0)
 
     def probability(self, batch: Mapping[str, Any] | None = None) -> Tensor:
         """``p(y^ | batch)``, with gradient where it is enabled; the batch as it is by default."""
@@ -117,19 +116,21 @@ def choosable(model: nn.Module, batch: Mapping[str, Any]) -> tuple[str, Tensor, 
     Raises:
         HardAttentionError: an unsupported model, or a batch with neither images nor texts.
     """
-    architecture: Any = family_of(model)
-    if architecture is None:
-        raise HardAttentionError(f"{type(model).__name__} is not supported by hard attention; T5, ViT and BLIP are.")
-    found = next(iter(input_rows(model, architecture, batch)), None)
+    family: Any = family_of(model)
+    if family is None:
+        raise HardAttentionError(f"{type(model).__name__} is not supported by hard attention.")
+    found = next(iter(family.input_rows(model, batch).items()), None)
     if found is None:
         raise HardAttentionError(
             f"the batch has neither pixel_values nor a text the model's encoder reads, but {', '.join(batch)}."
         )
     tower, rows = found
-    mask = batch.get("attention_mask") if tower == "encoder" else None
+    reads_tokens = not family.towers(model)[tower].reads_images
+    mask = batch.get("attention_mask") if reads_tokens else None
     valid = None if mask is None else mask.bool()
-    always = architecture.towers(model)[tower].always
-    required: Any = required_rows(always, (rows.shape[0], rows.shape[1]), valid, rows.device)
+    protected = family.towers(model)[tower].protected
+    required: Any = protected.mask((rows.shape[0], rows.shape[1]), valid, rows.device)
+    required = torch.zeros_like(rows) if required is None else required
     free = rows & ~required if valid is None else rows & ~required & valid
     return tower, free, required
 

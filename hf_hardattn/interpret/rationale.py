@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import HardAttentionError
-from ..recording import Recording
 from ..modeling.selection import Selection
+from ..recording import Recording
 
 
 def kept_places(recording: Recording, site: str) -> Tensor:

@@ -15,8 +15,9 @@ from transformers import AutoProcessor
 from ..config import SiteConfig
 from ..errors import HardAttentionError
 from ..hub.loading import load
-from ..recording import Recording, record, selectors
+from ..modeling.context import is_soft_now
 from ..modeling.selector import Selector
+from ..recording import Recording, record, selectors
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Subject:
     def answer(self, batch: dict[str, Any], max_new_tokens: int = 40) -> Answer:
         """Ask about one input, a batch of one row, and record every selection."""
         recording = Recording()
-        if self.hard and any(selector.enabled for selector in selectors(self.model).values()):
+        if self.hard and any(not is_soft_now(selector) for selector in selectors(self.model).values()):
             with record(self.model) as recording:
                 output = self._run(batch, max_new_tokens)
         else:

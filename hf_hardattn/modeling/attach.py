@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import HardAttentionConfig, SiteConfig
 from ..errors import HardAttentionError
-from . import attention, patches
+from . import attention, heads, patches, pooling
 from .arguments import parameter_names, takes_keywords
 from .build import Kinds, build_selector, reusable, shared_choices, source_protected
 from .family import Family, Tower
@@ -47,6 +47,7 @@ def attach(
             f"no site of {type(model).__name__} is selected by {list(config.sites or [])}; it has: {', '.join(kinds)}."
         )
     _check_restore(model, config, towers)
+    _check_averages(model, resolved, kinds, family)
     leaders = shared_choices(resolved, kinds)
     table = family.target_table(model)
     target_size = 0 if table is None else table.shape[-1]
@@ -96,6 +97,17 @@ def _check_restore(model: nn.Module, config: HardAttentionConfig, towers: Mappin
             raise HardAttentionError(
                 f"restore=False leaves '{name}' of {type(model).__name__} without the places of its rows; its reader finds them by the "
                 "attention mask. Use restore=None."
+            )
+
+
+def _check_averages(model: nn.Module, resolved: Mapping[str, SiteConfig], kinds: Kinds, family: Family) -> None:
+    if type(model).__name__ not in family.spec.averaging_heads:
+        return
+    for site, config in resolved.items():
+        if kinds[site][1] in ("inputs", "tokens") and isinstance(config.budget, str):
+            raise HardAttentionError(
+                f"budget={config.budget!r} at '{site}' keeps another number of rows in every example, and {type(model).__name__} averages "
+                "the rows of a batch. Use a fixed budget, or a model with another head."
             )
 
 
@@ -172,24 +184,24 @@ def _install_layers(tower: Tower, first_drop: int | None, source_drops: bool) ->
         behind = first_drop is not None and plan.index > first_drop
         reads = plan.cross is not None and source_drops
         plan.uses_table = plan.has_bias and not spec.causal and busy
-        plan.computes_itself = not (spec.attention_spec if spec.attention else spec.cross_spec).interface and (  # type: ignore[union-attr]
-            busy or reads
-        )
+        own = spec.attention_spec if spec.attention else spec.cross_spec
+        plan.eager_only = own is not None and own.eager_only and (busy or reads)
         plan.leads = tuple(site for site in _own_sites(tower, plan) if site in followed)
         reads_keys = plan.own or plan.follows is not None
         reads_source = plan.crosses or plan.cross_follows is not None
-        before = behind or plan.inputs or reads_keys or reads_source or plan.uses_table or reads or plan.computes_itself
+        before = behind or plan.inputs or reads_keys or reads_source or plan.uses_table or reads or plan.eager_only
         if not (before or plan.tokens):
             continue
         active = True
         layer.__dict__[LAYER] = plan
         if before:
             layer.register_forward_pre_hook(before_layer, with_kwargs=True)
-        if plan.tokens or (behind and packs):
+        plan.pools = spec.pooling is not None and plan.index == len(plans) - 1 and first_drop is not None
+        if plan.tokens or plan.pools or (behind and packs):
             layer.register_forward_hook(after_layer, with_kwargs=True)
-        if spec.attention and (behind or plan.inputs or reads_keys or plan.uses_table or plan.computes_itself):
+        if spec.attention and (behind or plan.inputs or reads_keys or plan.uses_table or plan.eager_only):
             attention.install(tower.attention(layer, "self"), tower.attention_spec("self"), plan.index, cross=False)
-        if reads_source or reads or (plan.computes_itself and plan.cross is not None):
+        if reads_source or reads or (plan.eager_only and plan.cross is not None):
             attention.install(tower.attention(layer, "cross"), tower.attention_spec("cross"), plan.index, cross=True)
     return active
 
@@ -251,11 +263,15 @@ def _install_tower(
         is_read=is_read,
         patches=spec if pixels and _selector_at(tower, "inputs", 0) is not None else None,
         protected=tower.protected,
+        pools=first_drop is not None and tower.spec.pooling is not None,
+        patch_size=heads.patch_size(tower.config) if tower.reads_images else None,
     )
     if pixels and spec is not None:
         patches.install(tower.module.get_submodule(spec.module), spec)
+    if first_drop is not None and tower.spec.pooling is not None:
+        pooling.install(tower.module.get_submodule(tower.spec.pooling), tower.name)
     tower.module.register_forward_pre_hook(open_tower, with_kwargs=True)
-    tower.module.register_forward_hook(finish_tower, with_kwargs=True)
+    tower.module.register_forward_hook(finish_tower, with_kwargs=True, always_call=tower.spec.pooling is not None)
 
 
 # ---------------------------------------------------------------- removal
@@ -277,6 +293,7 @@ def _remove_hooks(model: nn.Module) -> None:
         _unhook(module)
         attention.uninstall(module)
         patches.uninstall(module)
+        pooling.uninstall(module)
         for name in (LAYER, TOWER, HANDS_DOWN, TRAINING_LOSS):
             module.__dict__.pop(name, None)
 

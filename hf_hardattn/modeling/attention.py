@@ -112,7 +112,7 @@ class AttentionCall:
         config = module.config
         asked = bool(given.get("output_attentions", getattr(config, "output_attentions", False)))
         self.implementation: str = config._attn_implementation
-        self.wants_weights = asked and (self.implementation == "eager" or not spec.interface)
+        self.wants_weights = (asked or what.weights) and (self.implementation == "eager" or not spec.interface)
         self._whole_bias = self._own_bias()
         self._query: Tensor | None = None
 
@@ -166,7 +166,13 @@ class AttentionCall:
                 total = gates_at(total, keys.indices)
             allowed = self._allowed(keys)
             return self._gated(query, key, value, total, allowed, bias, keys)
-        if bias is not None and keys.indices is not None and keys.bias is None and not fits(bias, keys.indices):
+        if (
+            bias is not None
+            and keys.indices is not None
+            and keys.bias is None
+            and not fits(bias, keys.indices)
+            and not self.wants_weights
+        ):
             return self._attend_by_parts(query, key, value, keys, bias), None
         if bias is not None and keys.indices is not None and keys.bias is None:
             bias = keep_columns(bias, keys.indices)

@@ -35,13 +35,18 @@ def build_selector(site: str, config: SiteConfig, tower: Tower, kind: str, targe
     selector = Selector(
         site,
         config,
-        hidden_size=tower.config.num_channels if scorer.needs_pixels else tower.source_size if cross else tower.hidden_size,
+        hidden_size=getattr(tower.config, "num_channels", 3)
+        if scorer.needs_pixels
+        else tower.source_size
+        if cross
+        else tower.hidden_size,
         query_size=tower.hidden_size,
         heads=tower.heads,
         protected=protected,
         causal=tower.causal and kind == "self",
         target_size=target_size,
     )
+    selector.scorer.prefix = tower.protected.first
     _check_execution(site, config, selector)
     return selector
 
@@ -63,7 +68,7 @@ def _check_inputs(site: str, config: SiteConfig, tower: Tower, kind: str, scorer
         raise HardAttentionError(
             f"scorer '{config.scorer}' reads a CLS token; there is none among the candidates of '{site}'. Use another scorer."
         )
-    if scorer.needs_grid and (not first or kind != "inputs" or tower.spec.patches is None):
+    if scorer.needs_grid and (kind != "inputs" or not tower.reads_images):
         raise HardAttentionError(
             f"scorer '{config.scorer}' reads a whole grid of patches; '{site}' has none. Use it at 'vision.inputs', or another scorer here."
         )

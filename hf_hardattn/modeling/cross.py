@@ -52,7 +52,13 @@ def narrow_source(
     if what is None:
         what = _unchosen(plan, state, arguments)
     if what is not None:
-        arguments.set(SOURCE_MASK, what)
+        asked = wants_weights(layer.get_submodule(plan.cross), arguments)
+        arguments.set(SOURCE_MASK, what._replace(weights=True) if asked else what)
+
+
+def wants_weights(attention: Any, arguments: Arguments) -> bool:
+    """Whether the caller asked for attention weights."""
+    return bool(arguments.keywords.get("output_attentions", getattr(attention.config, "output_attentions", False)))
 
 
 def _unchosen(plan: LayerPlan, state: TowerState, arguments: Arguments) -> AttentionInput | None:
@@ -60,7 +66,7 @@ def _unchosen(plan: LayerPlan, state: TowerState, arguments: Arguments) -> Atten
     mask = arguments.get(SOURCE_MASK)
     if state.source_gates is not None:
         return AttentionInput(mask, gates=state.source_gates)
-    if not plan.computes_itself:
+    if not plan.eager_only:
         return None
     # stock attention of this kind loses the mask, and reads padding too; slots that a selection left unused must be hidden
     hides = state.source_dropped and state.source_valid is not None

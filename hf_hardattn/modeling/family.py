@@ -74,6 +74,11 @@ class Tower:
         return Protected(first, self.spec.protect_last)
 
     @property
+    def reads_images(self) -> bool:
+        """Whether its rows are patches of an image, behind the protected ones."""
+        return self.spec.inputs == "pixel_values"
+
+    @property
     def has_patches(self) -> bool:
         """Whether a scorer of pixels can choose what its embedding module embeds."""
         patches = self.spec.patches
@@ -200,7 +205,9 @@ class Family:
 
     def token_loss(self, model: nn.Module, inputs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor] | None:
         """Task loss of each label, fp32 ``[B, T]``, and which labels count, bool ``[B, T]``; None when the output does not tell."""
-        losses: tuple[Tensor, Tensor] | None = self._call("token_loss", model, inputs, output, self.labels(model, inputs))
+        losses: tuple[Tensor, Tensor] | None = self._call(
+            "token_loss", model, inputs, output, self.labels(model, inputs)
+        )
         return losses
 
     def example_loss(self, model: nn.Module, inputs: dict[str, Any], output: Any) -> Tensor | None:

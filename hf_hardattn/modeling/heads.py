@@ -67,7 +67,7 @@ def replace_inputs(
     model: nn.Module, tower: Tower, batch: dict[str, Any], dropped: Tensor, how: str, seed: int
 ) -> dict[str, Any]:
     """The changed inputs of one tower: pixels for towers of images, ids for towers of tokens."""
-    if tower.spec.patches is not None:
+    if tower.reads_images:
         first = tower.protected.first
         # one row stands in front of the patches wherever pixels are replaced
         patches = nn.functional.pad(dropped[:, first:], (1, 0))
@@ -81,7 +81,7 @@ def input_rows(tower: Tower, batch: Any) -> Tensor | None:
     """Which rows of a tower are input tokens or patches, bool ``[B, N]``; None when its rows are made, not given."""
     if "inputs" not in tower.kinds:
         return None
-    if tower.spec.patches is None:
+    if not tower.reads_images:
         ids = batch.get(tower.spec.inputs)
         return None if ids is None else torch.ones_like(ids, dtype=torch.bool)
     pixels = batch.get("pixel_values")

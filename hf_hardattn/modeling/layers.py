@@ -47,7 +47,7 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _only_narrows(plan: LayerPlan) -> bool:
     chooses = plan.inputs or plan.own or plan.crosses or plan.follows or plan.cross_follows
-    return not (chooses or plan.uses_table or plan.computes_itself)
+    return not (chooses or plan.uses_table or plan.eager_only)
 
 
 class _Rows:
@@ -96,12 +96,12 @@ class _Rows:
         if not plan.attention:
             return
         given = arguments.get("attention_mask")
-        mask = row_mask(state, self.config, self.hidden, given, plain=plan.computes_itself)
+        mask = row_mask(state, self.config, self.hidden, given, plain=plan.eager_only)
         what = self._attention_input(mask)
         if plan.has_bias:
             what = self._settle_bias(what, mask)
         if what is not None:
-            arguments.set("attention_mask", what)
+            arguments.set("attention_mask", what._replace(weights=True) if self._wants_weights() else what)
         elif mask is not given:
             arguments.set("attention_mask", mask)
 
@@ -117,7 +117,7 @@ class _Rows:
         if state.packing is not None and not self._wants_weights():
             arguments.set(plan.names[0], state.packing.to_packed(self.hidden))
             return AttentionInput(packing=state.packing)
-        return AttentionInput(mask) if plan.computes_itself and plan.attention and self._serves_sdpa(mask) else None
+        return AttentionInput(mask) if plan.eager_only and plan.attention and self._serves_sdpa(mask) else None
 
     def _serves_sdpa(self, mask: Any) -> bool:
         """Whether the attention of a family without an attention function is to run here: only the stock one tells weights."""
@@ -164,10 +164,14 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         hidden, changed = state.packing.to_padded(hidden), True
     bias = output[1] if whole and plan.has_bias else None
     if plan.tokens:
+        if not state.begun:
+            state.begin(hidden.shape[1], arguments.get("attention_mask"))
         indices = _select_tokens(layer, plan, context, state, arguments, hidden)
         if indices is not None:
             hidden, changed = keep(hidden, indices), True
             bias = bias_of_rows(bias, indices)
+    if plan.pools and state.chosen is not None:
+        hidden, changed = state.gather_chosen(hidden), True
     if not changed:
         return None
     if not whole:
@@ -183,9 +187,7 @@ def _select_tokens(
     states = arguments.get(plan.names[0])
     if _is_packed(arguments) and state.packing is not None:
         states = state.packing.to_padded(states)
-    return select_rows(
-        context, state, layer, "selector", plan.protected, hidden, states, view.projections(norm)
-    )
+    return select_rows(context, state, layer, "selector", plan.protected, hidden, states, view.projections(norm))
 
 
 def _is_packed(arguments: Arguments) -> bool:

@@ -58,14 +58,11 @@ def choose_patches(
     coarse, means = _coarse_image(pixels, grid, size, selector.scorer.cells)
     inputs = selector.training_inputs(nn.functional.pad(means, (0, 0, prefix, 0)), None, context, settings)
     features = selector.keys(coarse, settings)
-    if prefix != 1:
-        # the scorer counts one row in front of the patches
-        features = nn.functional.pad(features[:, :, 1:], (0, 0, prefix, 0))
     states = pixels.new_empty((len(pixels), rows, 1))
     candidates = candidates_among(plan.protected, state.valid, states, None)
     selection = selector(features, candidates, settings, inputs=inputs)
     context.add(selection, settings)
-    indices = state.apply(selection, len(pixels), rows, has_gates=selection.masked)
+    indices = state.apply(selection, len(pixels), rows, counted=selector.data_dependent)
     if indices is None:
         return
     if state.mask is not None:
@@ -90,9 +87,7 @@ def _fits(config: Any, spec: PatchSpec, pixels: Tensor, size: tuple[int, int]) -
     return (pixels.shape[-2] // size[0]) * (pixels.shape[-1] // size[1]) <= held
 
 
-def _coarse_image(
-    pixels: Tensor, grid: tuple[int, int], size: tuple[int, int], cells: int
-) -> tuple[Tensor, Tensor]:
+def _coarse_image(pixels: Tensor, grid: tuple[int, int], size: tuple[int, int], cells: int) -> tuple[Tensor, Tensor]:
     """The image averaged to ``cells`` x ``cells`` numbers a patch, and the mean of each patch ``[B, patches, C]``."""
     whole = pixels[..., : grid[0] * size[0], : grid[1] * size[1]]
     coarse = nn.functional.adaptive_avg_pool2d(whole, (grid[0] * cells, grid[1] * cells))
@@ -123,7 +118,9 @@ def embed_chosen(embeddings: Any, *args: Any, **kwargs: Any) -> Tensor:
     arguments = Arguments(names, args, kwargs)
     choice = arguments.get(spec.carrier)
     if not isinstance(choice, PatchChoice):
-        found: Tensor = type(embeddings).forward(embeddings, *args, **kwargs) if stock is None else stock(*args, **kwargs)
+        found: Tensor = (
+            type(embeddings).forward(embeddings, *args, **kwargs) if stock is None else stock(*args, **kwargs)
+        )
         return found
     projection: Any = embeddings.get_submodule(spec.projection)
     pixels = arguments.get("pixel_values")

@@ -25,8 +25,9 @@ class LayerPlan:
         leads: sites of this layer whose choice later layers share.
         has_bias: its self-attention adds T5's position bias.
         uses_table: its tower's bias is kept as a table of distances while that serves.
-        computes_itself: its stock attention calls no attention function; a hard tower's runs through SDPA in all layers.
+        eager_only: its stock attention is eager; a hard tower's runs through SDPA in all layers.
         causal: its rows attend to their past only.
+        pools: the tower pools its rows right behind this layer.
     """
 
     tower: str
@@ -48,7 +49,8 @@ class LayerPlan:
     leads: tuple[str, ...] = ()
     has_bias: bool = False
     uses_table: bool = False
-    computes_itself: bool = False
+    eager_only: bool = False
+    pools: bool = False
     causal: bool = False
 
 
@@ -63,6 +65,8 @@ class TowerPlan:
         is_read: another tower reads the output.
         patches: how its embedding module is to be used by a scorer of pixels; None when no site needs it.
         protected: rows always kept.
+        pools: an attention inside it pools the rows.
+        patch_size: height and width of a patch, where the rows are patches of an image; None otherwise.
     """
 
     name: str
@@ -72,6 +76,8 @@ class TowerPlan:
     is_read: bool
     patches: PatchSpec | None
     protected: Protected
+    patch_size: tuple[int, int] | None = None
+    pools: bool = False
 
 
 def plan_of(module: Any, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def choose_among(
     idle = selector.keeps_all and not settings.drawing and not settings.recorders
     if settings.soft or (idle and settings.forced is None):
         return None
-    if not selector.scorer.needs_projections:
+    if not (selector.scorer.needs_projections or selector.scorer.needs_grid):
         projections = None
     features = selector.keys(states, settings, valid, projections=projections)
     inputs = selector.training_inputs(states, valid, context, settings)
@@ -78,11 +79,13 @@ def select_rows(
     """
     selector = running(getattr(host, name))
     read = states if selector.scorer.needs_projections else hidden
+    if projections is not None and selector.scorer.needs_grid:
+        projections = replace(projections, grid=state.grid)
     selection = choose_among(context, selector, read, state.candidates, protected, state.bound, projections)
     if selection is None:
         return None
     selection.positions = state.positions
-    return state.apply(selection, hidden.shape[0], hidden.shape[1], has_gates=selection.masked)
+    return state.apply(selection, hidden.shape[0], hidden.shape[1], counted=selector.data_dependent)
 
 
 def keep(hidden: Tensor, indices: Tensor) -> Tensor:

@@ -108,12 +108,13 @@ class Selector(nn.Module):
         hidden_size: int,
         query_size: int,
         heads: int,
-        protected: Protected = Protected(),
+        protected: Protected | None = None,
         causal: bool = False,
         target_size: int = 0,
     ):
         super().__init__()
-        self.site, self.config, self.protected, self.causal = site, config, protected, causal
+        self.site, self.config, self.causal = site, config, causal
+        self.protected = protected or Protected()
         self.heads = heads if config.per_head else 1
         # what the weights were made for: a selector is reused only where this is the same
         self.sizes = (hidden_size, query_size, self.heads, target_size)

@@ -24,6 +24,8 @@ class AttentionSpec:
         source: parameter of ``forward`` that carries the states of another tower; given, the module is a cross-attention.
         position_bias: the module adds a relative position bias and returns ``(output, bias, weights)``, as T5's does.
         interface: the module calls an attention function of ``AttentionInterface``; False when it computes attention itself.
+        eager_only: the module computes attention eagerly, and its cross-attention never sees the source's mask. In a hard tower
+            all layers run through SDPA instead.
     """
 
     query: str = "q_proj"
@@ -38,6 +40,7 @@ class AttentionSpec:
     source: str | None = None
     position_bias: bool = False
     interface: bool = True
+    eager_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class TowerSpec:
         source_size: configuration field with the width of those rows.
         restores: whether the output takes its full length again, for heads that read it by position; not where another tower
             reads it.
-        patches: how an image becomes rows; None for other inputs.
+        patches: how an image becomes rows, for scorers of pixels; None where they are not served.
+        pooling: path of a ``MultiheadAttention`` inside the tower that pools the rows after the last layer; None when there is none.
         inputs: name of the model input that the rows come from.
     """
 
@@ -108,6 +112,7 @@ class TowerSpec:
     source_protected: tuple[int, bool] = (0, False)
     restores: bool = False
     patches: PatchSpec | None = None
+    pooling: str | None = None
     inputs: str = "input_ids"
 
     @property
@@ -128,6 +133,7 @@ class ModelSpec:
         heads: names of the Transformers classes that the contract suites try.
         tiny: sizes of a tiny configuration for them.
         restored_heads: names of heads whose predictions are aligned with the input: its towers take their full length again.
+        averaging_heads: names of heads that average the rows, so that every row of a batch must keep as many.
         find_towers: maps a model to its towers by name, where the class name alone does not tell which tower is which.
         functions: replacements of the functions in ``modeling/heads.py`` that read a head's labels and losses; ``prepare`` and
             ``release`` do what else a hard model of the family needs.
@@ -140,5 +146,6 @@ class ModelSpec:
     heads: tuple[str, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)
     restored_heads: tuple[str, ...] = ()
+    averaging_heads: tuple[str, ...] = ()
     find_towers: Callable[[nn.Module], dict[str, tuple[TowerSpec, nn.Module]]] | None = None
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

@@ -76,6 +76,7 @@ class AttentionInput(NamedTuple):
         gates: fp32 ``[B, N]`` of masked training upstream; None otherwise.
         packing: the layer's rows are packed end to end; None when they are a padded batch.
         pending: a choice that the attention is to make itself; None otherwise.
+        weights: the caller asked for attention weights.
     """
 
     mask: Any = None
@@ -83,6 +84,7 @@ class AttentionInput(NamedTuple):
     gates: Tensor | None = None
     packing: Packing | None = None
     pending: PendingChoice | None = None
+    weights: bool = False
 
 
 class TowerState:
@@ -98,6 +100,8 @@ class TowerState:
         packing: of the rows that count, where their numbers differ and the host knows them; None otherwise.
         leaders: site to the keys it left, for later layers that share its choice.
         dropped: some rows are no longer computed on, or no longer seen.
+        begun: the rows that are there have been read.
+        grid: patches down and across of the image that the rows came from; None for other inputs.
         query_mask: the caller's mask over all rows, where it differs between queries.
         source_valid: bool ``[B, M]``, rows of the tower that its cross-attention reads; None when all count.
         source_gates: fp32 ``[B, M]`` of masked training in that tower; None otherwise.
@@ -118,6 +122,7 @@ class TowerState:
         self.leaders: dict[str, KeySubset] = {}
         self.dropped = False
         self.begun = False
+        self.grid: tuple[int, int] | None = None
         self.query_mask: Tensor | None = None
         self.source_valid: Tensor | None = None
         self.source_gates: Tensor | None = None
@@ -170,22 +175,21 @@ class TowerState:
             self._steps = [first.gather(1, second), *rest]
         return self._steps[0]
 
-    def apply(self, selection: Selection, batch: int, rows: int, *, has_gates: bool) -> Tensor | None:
+    def apply(self, selection: Selection, batch: int, rows: int, *, counted: bool) -> Tensor | None:
         """Take a selection among the rows in.
 
         Args:
             batch, rows: B and K before it.
-            has_gates: the selection runs masked.
+            counted: the scores decide how many rows are kept.
 
         Returns:
             Which rows go on, int64 ``[B, K']``; None when all stay where they are.
         """
-        known = selection.lengths is not None or not selection.dense
-        if selection.gates is None and selection.slots >= rows and not known:
+        if selection.gates is None and selection.slots >= rows and selection.lengths is None and not counted:
             return None  # everything valid is kept
         self.dropped, self.bound = True, selection.slots
         self._shared.clear()
-        if has_gates:
+        if selection.masked:
             kept = selection.mask[:, 0, 0].expand(batch, rows)
             self.chosen = kept if self.chosen is None else self.chosen & kept
             if selection.gates is None:
@@ -226,19 +230,32 @@ class TowerState:
         if not self.dropped:
             return hidden
         if self.gates is not None:
-            return hidden * self._output_gates().unsqueeze(-1).to(hidden.dtype) if gate else hidden
-        valid, positions = self.valid, self.positions
-        if positions is None:
-            if restore or valid is None:
-                return hidden if valid is None else hidden.masked_fill(~valid.unsqueeze(-1), 0.0)
-            # masked execution in evaluation: the same outcome as the gathered one
-            assert self.bound is not None
-            positions = mask_to_indices(valid, self.bound)
-            self._steps, self.valid = [positions], valid.gather(1, positions)
-            hidden, valid = keep_rows(hidden, positions), self.valid
-        if restore:
-            return restore_rows(hidden, positions, valid, self.length)
-        return hidden if valid is None else hidden.masked_fill(~valid.unsqueeze(-1), 0.0)
+            if not gate:
+                return hidden
+            hidden = hidden * self._output_gates().unsqueeze(-1).to(hidden.dtype)
+            if restore and self.positions is None:
+                return hidden
+        if restore and self.positions is None:
+            return hidden if self.valid is None else hidden.masked_fill(~self.valid.unsqueeze(-1), 0.0)
+        hidden = self.gather_chosen(hidden)
+        if restore and self.positions is not None:
+            return restore_rows(hidden, self.positions, self.valid, self.length)
+        return hidden if self.valid is None else hidden.masked_fill(~self.valid.unsqueeze(-1), 0.0)
+
+    def gather_chosen(self, hidden: Tensor) -> Tensor:
+        """Behind masked execution, the rows that gathered execution would have: ``[B, N, D]`` to ``[B, K, D]``.
+
+        What pools the rows then sees the kept ones alone, in training as in evaluation.
+        """
+        kept = self.candidates
+        if self.chosen is None or kept is None or self.bound is None or self.bound >= hidden.shape[1]:
+            return hidden
+        indices = mask_to_indices(kept, self.bound)
+        self._steps.append(indices)
+        self.valid = kept.gather(1, indices)
+        self.gates = None if self.gates is None else self.gates.gather(1, indices)
+        self.chosen = None
+        return keep_rows(hidden, indices)
 
     def _output_gates(self) -> Tensor:
         assert self.gates is not None

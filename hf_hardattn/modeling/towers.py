@@ -31,6 +31,11 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     mask = arguments.get("attention_mask")
     state = TowerState(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
     context.towers[plan.name] = state
+    pixels = arguments.get("pixel_values") if plan.patch_size is not None else None
+    if pixels is not None and plan.patch_size is not None:
+        state.grid = pixels.shape[-2] // plan.patch_size[0], pixels.shape[-1] // plan.patch_size[1]
+    if plan.pools:
+        set_current(context)  # what pools the rows gets no keywords
     if plan.patches is not None:
         # imported late: only models whose scorer reads pixels need it
         from .patches import choose_patches
@@ -84,7 +89,9 @@ def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     context: ForwardContext | None = kwargs.get(CONTEXT)
     plan: TowerPlan = tower.__dict__[TOWER]
     state = None if context is None else context.towers.get(plan.name)
-    if context is None or state is None:
+    if plan.pools and context is not None and current_context() is context:
+        set_current(None)
+    if context is None or state is None or output is None:
         return None
     if context.owner is tower:
         context.finished = True

@@ -11,7 +11,9 @@ BERT = ModelSpec(
             module="BertModel",
             layers="encoder.layer",
             attention="attention.self",
-            attention_spec=AttentionSpec("query", "key", "value", output=None, head_size="attention_head_size", dropout="dropout"),
+            attention_spec=AttentionSpec(
+                "query", "key", "value", output=None, head_size="attention_head_size", dropout="dropout"
+            ),
             protect_first=1,
         ),
     ),

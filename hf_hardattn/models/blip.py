@@ -15,10 +15,11 @@ from ..modeling.spec import AttentionSpec, ModelSpec, PatchSpec, TowerSpec
 
 VISION = TowerSpec(
     "vision",
+    inputs="pixel_values",
     module="BlipVisionModel",
     layers="encoder.layers",
     attention_spec=AttentionSpec(
-        fused="qkv", output="projection", scale="scale", dropout="dropout", interface=False
+        fused="qkv", output="projection", scale="scale", dropout="dropout", interface=False, eager_only=True
     ),
     norm="layer_norm1",
     protect_first=1,
@@ -31,7 +32,15 @@ VISION = TowerSpec(
     ),
 )
 WORDS = AttentionSpec(
-    "query", "key", "value", output=None, head_size="attention_head_size", scale=None, dropout="dropout", interface=False
+    "query",
+    "key",
+    "value",
+    output=None,
+    head_size="attention_head_size",
+    scale=None,
+    dropout="dropout",
+    interface=False,
+    eager_only=True,
 )
 TEXT = TowerSpec(
     "text",

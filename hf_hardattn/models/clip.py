@@ -8,14 +8,21 @@ CLIP = ModelSpec(
     towers=(
         TowerSpec(
             "vision",
+            inputs="pixel_values",
             module="CLIPVisionModel",
             layers="encoder.layers",
             attention_spec=AttentionSpec(output="out_proj", scale="scale", dropout="dropout"),
             norm="layer_norm1",
             protect_first=1,
-            patches=PatchSpec("CLIPVisionEmbeddings", projection="patch_embedding", positions="position_embedding", cls="class_embedding"),
+            patches=PatchSpec(
+                "CLIPVisionEmbeddings",
+                projection="patch_embedding",
+                positions="position_embedding",
+                cls="class_embedding",
+            ),
         ),
     ),
     recommended=("vision.tokens.*",),
+    averaging_heads=("CLIPForImageClassification",),
     heads=("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification"),
 )

@@ -8,6 +8,7 @@ DEIT = ModelSpec(
     towers=(
         TowerSpec(
             "vision",
+            inputs="pixel_values",
             module="DeiTModel",
             layers="layers",
             attention="attention",

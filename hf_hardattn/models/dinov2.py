@@ -9,15 +9,19 @@ DINOV2 = ModelSpec(
     towers=(
         TowerSpec(
             "vision",
+            inputs="pixel_values",
             module="Dinov2Model",
             layers="encoder.layer",
             attention="attention",
             norm="norm1",
             protect_first=1,
-            patches=PatchSpec("Dinov2Embeddings", carrier="bool_masked_pos", fixed_size=False, always_interpolates=True),
+            patches=PatchSpec(
+                "Dinov2Embeddings", carrier="bool_masked_pos", fixed_size=False, always_interpolates=True
+            ),
         ),
     ),
     recommended=("vision.tokens.*",),
+    averaging_heads=("Dinov2ForImageClassification",),
     heads=("Dinov2ForImageClassification", "Dinov2Model"),
     functions={"loss_items": heads.classified_items},
 )

@@ -9,6 +9,7 @@ DINOV2_WITH_REGISTERS = ModelSpec(
     towers=(
         TowerSpec(
             "vision",
+            inputs="pixel_values",
             module="Dinov2WithRegistersModel",
             layers="encoder.layer",
             attention="attention",
@@ -17,6 +18,7 @@ DINOV2_WITH_REGISTERS = ModelSpec(
         ),
     ),
     recommended=("vision.tokens.*",),
+    averaging_heads=("Dinov2WithRegistersForImageClassification",),
     heads=("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersModel"),
     tiny={"num_register_tokens": 2},
     functions={"loss_items": heads.classified_items},

@@ -8,13 +8,22 @@ SIGLIP = ModelSpec(
     towers=(
         TowerSpec(
             "vision",
+            inputs="pixel_values",
             module="SiglipVisionModel",
             layers="encoder.layers",
             attention_spec=AttentionSpec(output="out_proj", scale="scale", dropout="dropout"),
             norm="layer_norm1",
-            patches=PatchSpec("SiglipVisionEmbeddings", projection="patch_embedding", positions="position_embedding", cls=None, fixed_size=False),
+            pooling="head.attention",
+            patches=PatchSpec(
+                "SiglipVisionEmbeddings",
+                projection="patch_embedding",
+                positions="position_embedding",
+                cls=None,
+                fixed_size=False,
+            ),
         ),
     ),
     recommended=("vision.tokens.*",),
+    averaging_heads=("SiglipForImageClassification",),
     heads=("SiglipVisionModel", "SiglipForImageClassification"),
 )

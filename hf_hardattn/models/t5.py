@@ -22,7 +22,11 @@ ATTENTION = AttentionSpec(
     position_bias=True,
 )
 STACK: dict[str, Any] = dict(
-    module="T5Stack", layers="block", attention="layer.0.SelfAttention", attention_spec=ATTENTION, norm="layer.0.layer_norm"
+    module="T5Stack",
+    layers="block",
+    attention="layer.0.SelfAttention",
+    attention_spec=ATTENTION,
+    norm="layer.0.layer_norm",
 )
 
 

@@ -9,6 +9,7 @@ VIT = ModelSpec(
     towers=(
         TowerSpec(
             "vision",
+            inputs="pixel_values",
             module="ViTModel",
             layers="layers",
             attention="attention",

@@ -22,11 +22,13 @@ class Projections:
         query: states ``[B, Q, D]`` to queries ``[B, H, Q, d]``, scaled so that ``query @ key`` is the attention logit.
         key: states ``[B, N, D]`` to keys ``[B, H, N, d]``.
         valid: bool ``[B, N]``, the positions that are there; None when all are.
+        grid: patches down and across of the image, for scorers that read a grid; None when it is not known.
     """
 
     query: Callable[[Tensor], Tensor]
     key: Callable[[Tensor], Tensor]
     valid: Tensor | None = None
+    grid: tuple[int, int] | None = None
 
 
 class Base(nn.Module):
@@ -46,6 +48,7 @@ class Base(nn.Module):
         monotonic: of looks or queries in a row, none goes back behind the one before. With ``per_query`` the last feature tells
             which positions were passed (1) in earlier steps of decoding.
         features: F, number of features per position and head.
+        prefix: rows in front of the patches (CLS, registers), for scorers that read a grid or pixels; set for the tower.
     """
 
     per_query: ClassVar[bool] = False
@@ -60,6 +63,7 @@ class Base(nn.Module):
     monotonic: bool = False
     features: int = 1
     cells: int = 1
+    prefix: int = 1
 
     def __init__(self, hidden_size: int, query_size: int, heads: int = 1):
         super().__init__()

@@ -15,7 +15,7 @@ class Conv(Base):
     """Score each patch from itself and its 3x3 neighbourhood: ``h = gelu(W1 norm(x) + b1)``, ``s = W2 gelu(h + depthwise3x3(h)) + b2``.
 
     At ``vision.inputs`` no layer has mixed the patches yet, so a patch alone cannot tell a part of the object from clutter; its
-    neighbours can. CLS comes first in the row and gets no score of its own. A video is a row of frames, each a grid.
+    neighbours can. What stands in front of the patches (CLS) gets no score of its own. A video is a row of frames, each a grid.
 
     Args:
         hidden: width of the hidden layer.
@@ -25,7 +25,7 @@ class Conv(Base):
             (``sample=True`` of some estimators) may split a frame in training.
 
     Raises:
-        HardAttentionError: the patches form no square grids.
+        HardAttentionError: the patches form no grid, that of the image or a square.
 
     Cost: (D + 10) * hidden multiplications per patch.
     """
@@ -60,20 +60,27 @@ class Conv(Base):
 
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
         batch, n, _ = states.shape
-        side = math.isqrt((n - 1) // self.frames)
-        if side * side * self.frames != n - 1:
-            frames = f"scorer_options {{'frames': {self.frames}}}" if self.frames > 1 else "one frame"
-            raise HardAttentionError(
-                f"scorer 'conv' got {n - 1} patches for {frames}; it needs a square grid for each frame. Give square images, set frames to "
-                "those of a video, or use scorer 'mlp'."
-            )
-        patches = nn.functional.rms_norm(states[:, 1:].float(), (self.hidden_size,))
+        rows, columns = self._grid(n - self.prefix, None if projections is None else projections.grid)
+        patches = nn.functional.rms_norm(states[:, self.prefix :].float(), (self.hidden_size,))
         hidden = nn.functional.gelu(nn.functional.linear(patches, self.weight_in.float(), self.bias_in.float()))
-        grid = hidden.unflatten(1, (self.frames, -1)).flatten(0, 1).transpose(1, 2).unflatten(2, (side, side))
+        grid = hidden.unflatten(1, (self.frames, -1)).flatten(0, 1).transpose(1, 2).unflatten(2, (rows, columns))
         grid = grid + nn.functional.conv2d(grid, self.kernel.float(), padding=1, groups=grid.shape[1])
-        hidden = nn.functional.gelu(grid).flatten(2).transpose(1, 2).reshape(batch, n - 1, -1)
+        hidden = nn.functional.gelu(grid).flatten(2).transpose(1, 2).reshape(batch, n - self.prefix, -1)
         scores = nn.functional.linear(hidden, self.weight_out.float(), self.bias_out.float())
         if self.whole_frames:
             shared = scores.unflatten(1, (self.frames, -1)).mean(2, keepdim=True)
-            scores = shared.expand(-1, -1, side * side, -1).flatten(1, 2)
-        return nn.functional.pad(scores, (0, 0, 1, 0)).transpose(1, 2).unsqueeze(-1)
+            scores = shared.expand(-1, -1, rows * columns, -1).flatten(1, 2)
+        return nn.functional.pad(scores, (0, 0, self.prefix, 0)).transpose(1, 2).unsqueeze(-1)
+
+    def _grid(self, patches: int, known: tuple[int, int] | None) -> tuple[int, int]:
+        """Patches down and across of each frame: the image's, or a square where nobody knows the image."""
+        if known is not None and known[0] * known[1] * self.frames == patches:
+            return known
+        side = math.isqrt(patches // self.frames)
+        if side * side * self.frames != patches:
+            frames = f"scorer_options {{'frames': {self.frames}}}" if self.frames > 1 else "one frame"
+            raise HardAttentionError(
+                f"scorer 'conv' got {patches} patches for {frames}; it needs a grid for each frame. Give pixel_values, set frames to those "
+                "of a video, or use scorer 'mlp'."
+            )
+        return side, side

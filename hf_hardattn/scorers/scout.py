@@ -50,10 +50,10 @@ class Scout(Base):
         nn.init.zeros_(self.bias_out)
 
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
-        """Averages ``[B, C, rows * cells, columns * cells]`` to scores ``[B, H, 1 + patches, 1]``; CLS, in front, gets 0."""
+        """Averages ``[B, C, rows * cells, columns * cells]`` to scores ``[B, H, prefix + patches, 1]``; the rows in front get 0."""
         grid = nn.functional.conv2d(states.float(), self.weight_in.float(), self.bias_in.float(), stride=self.cells)
         grid = nn.functional.gelu(grid)
         grid = grid + nn.functional.conv2d(grid, self.kernel.float(), padding=1, groups=grid.shape[1])
         hidden = nn.functional.gelu(grid).flatten(2).transpose(1, 2)
         scores = nn.functional.linear(hidden, self.weight_out.float(), self.bias_out.float())
-        return nn.functional.pad(scores, (0, 0, 1, 0)).transpose(1, 2).unsqueeze(-1)
+        return nn.functional.pad(scores, (0, 0, self.prefix, 0)).transpose(1, 2).unsqueeze(-1)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..api import set_step
 from ..budget import Budget
 from ..errors import HardAttentionError
-from ..layers import PASS
-from ..recording import selectors
-from ..api import set_step
+from ..modeling.context import CONTEXT
 from ..modeling.selection import Selection
 from ..modeling.selector import Selector
+from ..recording import selectors
 
 
 class Driver:
@@ -134,7 +133,7 @@ class Driver:
     def _weigh(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._share is None or not model.training or output.get("loss") is None:
             return
-        terms = kwargs[PASS].terms if PASS in kwargs else None
+        terms = kwargs[CONTEXT].terms if CONTEXT in kwargs else None
         task = output["loss"] if terms is None else output["loss"] - terms
         output["loss"] = task * self._share if terms is None else task * self._share + terms
 
@@ -142,8 +141,7 @@ class Driver:
         if _is_a_choice(selector):
             entropy = None if selection.entropy is None else selection.entropy.detach()
             # no graph is kept alive between steps
-            self._latest[selector.site] = replace(
-                selection,
+            self._latest[selector.site] = selection.replace(
                 scores=selection.mask,
                 gates=None,
                 log_prob=None,

@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..modeling.context import is_soft_now
+from ..modeling.selection import Selection
 from ..modes import soft
 from ..recording import record, selectors
-from ..modeling.selection import Selection
 
 # A batch to predictions, references, and the loss of each example.
 Predict = Callable[[nn.Module, Any], tuple[list[Any], list[Any], list[float]]]
@@ -29,7 +30,7 @@ def measure(accelerator: Accelerator, model: nn.Module, loader: Any, predict: Pr
         computed on, mean over rows).
     """
     inner = accelerator.unwrap_model(model)
-    hard = any(selector.enabled for selector in selectors(inner).values())
+    hard = any(not is_soft_now(selector) for selector in selectors(inner).values())
     predictions: list[Any] = []
     references: list[Any] = []
     losses: list[float] = []

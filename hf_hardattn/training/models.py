@@ -13,10 +13,10 @@ from accelerate.logging import get_logger
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..api import status
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
 from ..recording import selectors
-from ..api import status
 from .arguments import HardAttentionArguments, ScriptArguments
 
 logger = get_logger(__name__)

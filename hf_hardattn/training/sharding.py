@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from ..models import family_of
 from ..errors import HardAttentionError
+from ..models import family_of
 
 
 def without_peft(model: Any) -> Any:
@@ -20,16 +20,14 @@ def without_peft(model: Any) -> Any:
 def name_fsdp_units(accelerator: Accelerator, model: nn.Module) -> None:
     """Make FSDP units of the layers of the model's towers, by the class names that they have now.
 
-    Accelerate finds units by name, and a hard layer has another than the stock one that a configuration names. Its own guess,
-    all of ``_no_split_modules``, fails on any ViT: it shards the patch embedding within the embeddings, then once more by itself.
+    Accelerate's own guess, all of ``_no_split_modules``, fails on any ViT: it shards the patch embedding within the embeddings,
+    then once more by itself.
     """
     plugin, model = getattr(accelerator.state, "fsdp_plugin", None), without_peft(model)
-    architecture = family_of(model)
-    if plugin is None or architecture is None:
+    family = family_of(model)
+    if plugin is None or family is None:
         return
-    layers = {
-        type(layer) for tower in architecture.towers(model).values() for layer in nn.ModuleList.__iter__(tower.layers)
-    }
+    layers = {type(layer) for tower in family.towers(model).values() for layer in tower.layers}
     wanted = plugin.transformer_cls_names_to_wrap
     plugin.transformer_cls_names_to_wrap = (
         sorted(cls.__name__ for cls in layers if not wanted or {base.__name__ for base in cls.__mro__} & set(wanted))

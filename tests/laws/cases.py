@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import hf_hardattn
-from hf_hardattn import registry
-from hf_hardattn.architectures import Example, architecture_of
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from examples import Example, build  # noqa: E402
 
-HEADS = [(a, head) for a in registry.names("architectures") for head in registry.load("architectures", a).heads()]
+import hf_hardattn  # noqa: E402
+from hf_hardattn import models, registry  # noqa: E402
+from hf_hardattn.models import family_of  # noqa: E402
+
+HEADS = [(name, head) for name in models.names() for head in models.load(name).spec.heads]
 SCORERS, ESTIMATORS, BASELINES = map(registry.names, ("scorers", "estimators", "baselines"))
 # one that every choice serves ONE site and needs labels: test_marginal.py has its laws
 ESTIMATORS = tuple(name for name in ESTIMATORS if "choices" not in registry.load("estimators", name).needs)
@@ -25,12 +30,19 @@ BUDGETS = (1, 3, 0.5, "threshold:0.5", "top_p:0.6")
 
 @dataclass(frozen=True)
 class Place:
-    """All sites of one kind in one tower: ``group`` is ``tower.kind``; ``cls``: its candidates hold a CLS token that attends."""
+    """All sites of one kind in one tower.
+
+    Attributes:
+        group: ``tower.kind``. cls: its candidates hold a CLS token that attends.
+        grid: its candidates are patches of an image. pixels: its embedding module serves scorers of pixels.
+    """
 
     architecture: str
     group: str
     causal: bool
     cls: bool
+    grid: bool = False
+    pixels: bool = False
     heads: tuple[str, ...] = ()
 
     @property
@@ -69,7 +81,7 @@ class Case:
 @functools.cache
 def _stock(architecture: str, head: str, changes: tuple[tuple[str, Any], ...]) -> Example:
     torch.manual_seed(0)
-    example = registry.load("architectures", architecture).heads()[head](**dict(changes))
+    example = build(architecture, head, **dict(changes))
     with torch.no_grad():  # initial weights are so small that no output depends on what is selected
         for parameter in example.model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -161,8 +173,8 @@ def can_generate(architecture: str, head: str) -> bool:
 
 def all_sites(model: nn.Module) -> dict[str, str]:
     """Site name to kind."""
-    towers = architecture_of(model).towers(model)
-    return {site: kind for name, tower in towers.items() for site, kind, _ in tower.sites(name)}
+    towers = family_of(model).towers(model)
+    return {site: kind for tower in towers.values() for site, kind, _ in tower.sites()}
 
 
 def has_kind(architecture: str, head: str, kind: str) -> bool:
@@ -174,12 +186,13 @@ def _places() -> list[Place]:
     found: dict[Place, list[str]] = {}
     for architecture, head in HEADS:
         model = _stock(architecture, head, ()).model
-        for name, tower in registry.load("architectures", architecture).towers(model).items():
+        for name, tower in models.load(architecture).towers(model).items():
             for kind in tower.kinds:
                 causal = tower.causal and kind == "self"
-                cls = tower.always == "first" and kind != "cross" and not tower.causal
-                found.setdefault(Place(architecture, f"{name}.{kind}", causal, cls), []).append(head)
-    return [Place(p.architecture, p.group, p.causal, p.cls, tuple(heads)) for p, heads in found.items()]
+                cls = tower.protected.first > 0 and kind != "cross" and not tower.causal
+                facts = tower.reads_images, tower.has_patches
+                found.setdefault(Place(architecture, f"{name}.{kind}", causal, cls, *facts), []).append(head)
+    return [replace(place, heads=tuple(heads)) for place, heads in found.items()]
 
 
 PLACES = _places()
@@ -190,9 +203,9 @@ def refusal(place: Place, scorer: str) -> str | None:
     member = registry.load("scorers", scorer)
     if member.needs_cls and not place.cls:
         return f"scorer '{scorer}' reads a CLS token; there is none among the candidates of '{place.group}"
-    if member.needs_grid and not (place.cls and place.kind == "inputs"):
+    if member.needs_grid and not (place.grid and place.kind == "inputs"):
         return f"scorer '{scorer}' reads a whole grid of patches; '{place.group}.*' has none"
-    if member.needs_pixels and place.group != "vision.inputs":
+    if member.needs_pixels and not (place.pixels and place.kind == "inputs"):
         return f"scorer '{scorer}' reads the pixels of an image; '{place.group}"
     if member.per_query and place.kind in ("tokens", "inputs"):
         return f"scorer '{scorer}' chooses per query; '{place.group}.*' drops whole tokens, one choice per row"
@@ -247,10 +260,20 @@ def cases(
         return not isinstance(a, Place) or b not in SCORERS or b not in scorers or refusal(a, b) is None
 
     turn = {place: itertools.cycle(place.heads) for place in PLACES}
+
+    def head(place: Place, row: Sequence[Any]) -> str:
+        """The place's next head that serves the row: one that averages the rows needs as many in every example."""
+        found = next(turn[place])
+        averages = found in models.load(place.architecture).spec.averaging_heads and place.kind in ("inputs", "tokens")
+        while averages and any(isinstance(value, str) and ":" in value for value in row):
+            found = next(turn[place])
+            averages = found in models.load(place.architecture).spec.averaging_heads
+        return found
+
     places = [place for place in PLACES if where(place)]
     served = [scorer for scorer in scorers if any(refusal(place, scorer) is None for place in places)]
     rows = pairwise([places, served, estimators, budgets], allowed)
-    return [Case(place, next(turn[place]), *rest) for place, *rest in rows]
+    return [Case(place, head(place, rest), *rest) for place, *rest in rows]
 
 
 def head_places(where: Callable[[Place], bool] = lambda place: True) -> list[tuple[str, Place]]:

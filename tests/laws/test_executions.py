@@ -7,7 +7,7 @@ from cases import HEADS, cases, close, hard, harden, has_kind, run, stock
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError
-from hf_hardattn.architectures import architecture_of
+from hf_hardattn.models import family_of
 
 SETS = {
     "all": ["*"],
@@ -54,7 +54,7 @@ def test_masked_is_gathered_whether_the_length_is_restored(architecture, head, r
     if head in ("T5ForTokenClassification", "ViTForMaskedImageModeling") and not restore:
         return  # what they predict is aligned with the input
     example = stock(architecture, head)
-    if not restore and "decoder" in architecture_of(example.model).towers(example.model):
+    if not restore and "decoder" in family_of(example.model).towers(example.model):
         with pytest.raises(HardAttentionError, match="restore=False leaves 'encoder' of .* Use restore=None"):
             harden(example.model, {"sites": ["*.tokens.*"], "restore": False})
         return

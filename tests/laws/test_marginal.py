@@ -9,8 +9,8 @@ from cases import PLACES, Case, all_sites, close, hard, has_loss, refusal, run, 
 
 import hf_hardattn
 from hf_hardattn import registry
-from hf_hardattn.architectures import architecture_of
 from hf_hardattn.errors import HardAttentionError
+from hf_hardattn.models import family_of
 
 
 def _head(place):
@@ -18,7 +18,7 @@ def _head(place):
     for head in place.heads:
         example = stock(place.architecture, head)
         if has_loss(example):
-            model, architecture = example.model, architecture_of(example.model)
+            model, architecture = example.model, family_of(example.model)
             with torch.no_grad():
                 told = architecture.token_loss(model, example.batch, model(**example.batch)) is not None
             if told and architecture.labels(model, example.batch) is not None:

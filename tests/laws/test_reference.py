@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from cases import PLACES, Case, hard, run
+from hf_hardattn.sites import AttentionSite
 
 import hf_hardattn
-from hf_hardattn.sites import AttentionSite
 
 
 def keep(scores, valid, always, k):

@@ -10,13 +10,13 @@ from cases import HEADS, can_generate, close, harden, has_loss, run, stock, trai
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError
-from hf_hardattn.architectures import architecture_of
 from hf_hardattn.config import HardAttentionConfig
+from hf_hardattn.models import family_of
 
 
 def patterns(model):
     """One glob a tower and kind whose layers can share: bidirectional ``self``, and ``cross``."""
-    towers = architecture_of(model).towers(model)
+    towers = family_of(model).towers(model)
     return [
         f"{name}.{kind}.*"
         for name, tower in towers.items()

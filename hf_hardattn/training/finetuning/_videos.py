@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from ...errors import HardAttentionError
+from ...modeling.context import is_soft_now
 from ...recording import record, selectors
 from ...video import kept_frames
 from ..arguments import flag
@@ -74,7 +75,7 @@ class VideoTask(BlipTask):
         """The frames of each video that a hard model computes on; all of a soft one's."""
         inner: Any = self.accelerator.unwrap_model(model)
         selector = selectors(inner).get(SITE)
-        if selector is None or not selector.enabled:
+        if selector is None or is_soft_now(selector):
             return [list(range(pixels.shape[1]))] * len(pixels)
         with record(inner) as made:
             inner.vision_model(pixel_values=pixels)

@@ -1,0 +1,206 @@
+"""A tiny model and a batch for every head of every family: odd, distinct sizes, nothing downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForQuestionAnswering,
+    BlipModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5ForQuestionAnswering,
+    T5ForSequenceClassification,
+    T5ForTokenClassification,
+    T5Model,
+)
+
+from hf_hardattn import models
+from hf_hardattn.backbones.gru import GruConfig, GruForConditionalGeneration
+
+
+@dataclass
+class Example:
+    """A tiny model and a batch for it."""
+
+    model: nn.Module
+    batch: dict[str, Any] = field(default_factory=dict)
+
+
+def build(family: str, head: str, **changes: Any) -> Example:
+    """The example of a head, with changes to its configuration."""
+    if family == "gru":
+        return gru_example(**changes)
+    cls = getattr(transformers, head)
+    if family in ODD:
+        return ODD[family](cls, **changes)
+    spec = models.load(family).spec
+    images = spec.towers[0].name == "vision"
+    sizes = {**(IMAGE_SIZES if images else TEXT_SIZES), **spec.tiny, **changes}
+    return image_example(cls, sizes) if images else text_example(cls, sizes)
+
+
+IMAGE_SIZES: dict[str, Any] = dict(
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    intermediate_size=37,
+    image_size=12,
+    patch_size=4,
+    num_channels=2,
+    num_labels=5,
+    hidden_dropout_prob=0.0,
+)
+TEXT_SIZES: dict[str, Any] = dict(
+    vocab_size=53,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    intermediate_size=37,
+    max_position_embeddings=40,
+    num_labels=5,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    pad_token_id=0,
+)
+
+
+def image_example(cls: Any, sizes: dict[str, Any]) -> Example:
+    """An image model on three images of 3 x 3 patches."""
+    config = cls.config_class(**sizes)
+    if hasattr(config, "vision_config"):
+        labels = {"num_labels": sizes["num_labels"]}
+        config = cls.config_class(vision_config=sizes, text_config=TEXT_SIZES, **labels)
+    vision = getattr(config, "vision_config", config)
+    batch: dict[str, Any] = {"pixel_values": torch.randn(3, vision.num_channels, vision.image_size, vision.image_size)}
+    if cls.__name__.endswith("ForImageClassification"):
+        batch["labels"] = torch.tensor([4, 0, 2])
+    if cls.__name__.endswith("ForMaskedImageModeling"):
+        batch["bool_masked_pos"] = torch.arange(9).repeat(3, 1) % 3 == 1
+    return Example(cls(config), batch)
+
+
+def text_example(cls: Any, sizes: dict[str, Any]) -> Example:
+    """A text encoder on three rows of different length."""
+    ids, mask = padded_ids()
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if cls.__name__.endswith("ForSequenceClassification"):
+        batch["labels"] = torch.tensor([3, 0, 4])
+    return Example(cls(cls.config_class(**sizes)), batch)
+
+
+def padded_ids() -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids ``[3, 11]`` of rows of 11, 7 and 9 tokens, and their mask."""
+    ids = torch.randint(2, 53, (3, 11))
+    mask = torch.ones_like(ids)
+    for row, length in ((0, 11), (1, 7), (2, 9)):
+        ids[row, length - 1], ids[row, length:], mask[row, length:] = 1, 0, 0
+    return ids, mask
+
+
+def t5_example(head: type, **changes: Any) -> Example:
+    sizes = dict(
+        vocab_size=53,
+        d_model=26,
+        d_kv=6,
+        d_ff=39,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_heads=3,
+        relative_attention_num_buckets=10,
+        relative_attention_max_distance=17,
+        dropout_rate=0.0,
+        classifier_dropout=0.0,
+        num_labels=2 if head is T5ForQuestionAnswering else 5,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    config = T5Config(**{**sizes, **changes})
+    ids = torch.randint(2, 53, (3, 11))
+    ids[:, -1] = 1
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    ids[1, 6], ids[1, 7:] = 1, 0
+    mask[2, 9:] = 0
+    ids[2, 8], ids[2, 9:] = 1, 0
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if head in (T5Model, T5ForConditionalGeneration):
+        batch["decoder_input_ids"] = torch.randint(2, 53, (3, 7))
+    if head is T5ForConditionalGeneration:
+        batch["labels"] = torch.randint(2, 53, (3, 7))
+        batch["labels"][0, 5:] = -100
+    if head is T5ForSequenceClassification:
+        batch["labels"] = torch.tensor([3, 0, 4])
+    if head is T5ForTokenClassification:
+        batch["labels"] = torch.randint(0, 5, (3, 11))
+    if head is T5ForQuestionAnswering:
+        batch |= {"start_positions": torch.tensor([2, 1, 4]), "end_positions": torch.tensor([3, 5, 6])}
+    return Example(head(config), batch)
+
+
+def blip_example(head: type, **changes: Any) -> Example:
+    text = dict(
+        vocab_size=47,
+        hidden_size=24,
+        intermediate_size=29,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=31,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        bos_token_id=44,
+        eos_token_id=45,
+        sep_token_id=45,
+        pad_token_id=0,
+        projection_dim=14,
+    )
+    vision = dict(
+        hidden_size=24,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=12,
+        patch_size=4,
+        attention_dropout=0.0,
+        initializer_range=0.05,
+        projection_dim=14,
+    )
+    config = BlipConfig(text_config=text, vision_config=vision, projection_dim=14, image_text_hidden_size=13, **changes)
+    ids = torch.randint(1, 44, (3, 7))
+    ids[:, 0] = 44
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    batch: dict[str, Any] = {"pixel_values": torch.randn(3, 3, 12, 12), "input_ids": ids, "attention_mask": mask}
+    if head is BlipForConditionalGeneration:
+        batch["labels"] = ids.masked_fill(mask == 0, -100)
+    if head is BlipForQuestionAnswering:
+        batch["labels"] = torch.randint(1, 44, (3, 4))
+    if head is BlipModel:
+        batch["return_loss"] = True
+    return Example(head(config), batch)
+
+
+def gru_example(**changes: Any) -> Example:
+    sizes = dict(vocab_size=53, d_model=22, num_layers=2, num_decoder_layers=2, num_attention_heads=2, dropout=0.0)
+    config = GruConfig(**{**sizes, **changes})
+    ids, mask = padded_ids()
+    labels = torch.randint(2, 53, (3, 7))
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "decoder_input_ids": torch.randint(2, 53, (3, 7)),
+        "labels": labels,
+    }
+    labels[0, 5:] = -100
+    return Example(GruForConditionalGeneration(config), batch)
+
+
+ODD: dict[str, Callable[..., Example]] = {"t5": t5_example, "blip": blip_example}
