@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from examples import Example, build
 from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification, T5ForConditionalGeneration, ViTForImageClassification
 from transformers.initialization import no_init_weights
 
 import hf_hardattn
-from hf_hardattn import registry
-from hf_hardattn.architectures import Example
 
 PLACES = [
     ("vit", "ViTForImageClassification", "vision.inputs"),
@@ -42,7 +41,7 @@ def example(place: tuple[str, str, str], hard: bool = True, **changes: Any) -> E
     """A tiny model built from a config with sites at ``place``, with weights large enough for selections to matter."""
     torch.manual_seed(0)
     attention = {name: changes.pop(name) for name in ("attn_implementation",) if name in changes}
-    made = registry.load("architectures", place[0]).heads()[place[1]]()
+    made = build(place[0], place[1])
     config, batch = made.model.config, made.batch
     with torch.no_grad():
         for parameter in made.model.parameters():

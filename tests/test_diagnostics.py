@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from cases import harden, stock, tensors
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError
-
-sys.path.insert(0, str(Path(__file__).parent / "laws"))
-from cases import harden, stock, tensors  # noqa: E402
 
 
 def vit(**config):

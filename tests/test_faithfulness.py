@@ -7,14 +7,12 @@ from typing import Any
 import evaluate
 import pytest
 import torch
+from examples import build
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError, metrics, stream
-from hf_hardattn.architectures.blip import Blip
-from hf_hardattn.architectures.t5 import T5
-from hf_hardattn.architectures.vit import Vit
 from hf_hardattn.collapse import find_collapse
 from hf_hardattn.interpret import attribution, measures
 from hf_hardattn.interpret.faithfulness import compare, faithfulness, own_sufficiency, plausibility, top
@@ -22,15 +20,15 @@ from hf_hardattn.interpret.probe import Probe
 from hf_hardattn.interpret.sanity import randomised_weights, shuffled
 
 HEADS = [
-    (T5, "T5ForConditionalGeneration", "encoder.inputs"),
-    (Vit, "ViTForImageClassification", "vision.inputs"),
-    (Blip, "BlipForConditionalGeneration", "vision.inputs"),
+    ("t5", "T5ForConditionalGeneration", "encoder.inputs"),
+    ("vit", "ViTForImageClassification", "vision.inputs"),
+    ("blip", "BlipForConditionalGeneration", "vision.inputs"),
 ]
 
 
 def example(architecture: Any, head: str, sites: Any, **changes: Any) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
-    made = architecture.heads()[head]()
+    made = build(architecture, head)
     hf_hardattn.apply(made.model.eval(), {"sites": sites, **changes})
     return made.model, made.batch
 
@@ -121,7 +119,7 @@ def test_certificate_does_not_depend_on_memory_layout(lay: str) -> None:
 
 def test_the_leak_names_its_channel() -> None:
     sites = {"vision.tokens.1": {"budget": 0.5}, "vision.self.0": {"budget": 3}, "vision.self.2": {"budget": 2}}
-    model, batch = example(Vit, "ViTForImageClassification", sites)
+    model, batch = example("vit", "ViTForImageClassification", sites)
     report = {found.site: found for found in hf_hardattn.verify(model, batch).sites}
     assert "through earlier layers (layers 0 to 1 mixed it into the kept tokens)" in report["vision.tokens.1"].statement
     assert "through the residual stream (its own row goes on" in report["vision.self.0"].statement
@@ -135,7 +133,7 @@ def test_the_leak_names_its_channel() -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_attention_that_shares_the_choice_carries_nothing(shared: bool) -> None:
     fields = {"budget": 2, "share_selection": shared}
-    model, batch = example(T5, "T5ForConditionalGeneration", {"decoder.cross.*": fields, "encoder.self.*": fields})
+    model, batch = example("t5", "T5ForConditionalGeneration", {"decoder.cross.*": fields, "encoder.self.*": fields})
     report = {found.site: found for found in hf_hardattn.verify(model, batch).sites}
     assert ("and the other layers' cross-attention" in report["decoder.cross.0"].statement) is not shared
     assert "the encoder's layers (they mixed it into the kept rows)" in report["decoder.cross.0"].statement
@@ -163,14 +161,14 @@ def test_a_planted_leak_is_caught(architecture: Any, head: str, site: str, monke
 
 def test_a_constant_selection_is_caught() -> None:
     """It agrees with a model whose weights are shuffled, far above chance; a learned one must not."""
-    model, batch = example(Vit, "ViTForImageClassification", ["vision.inputs"], budget=3, scorer="first")
+    model, batch = example("vit", "ViTForImageClassification", ["vision.inputs"], budget=3, scorer="first")
     found = randomised_weights(model, batch, seeds=2)["vision.inputs"]
     assert found["jaccard"] == pytest.approx(1.0) and found["chance"] < 0.3
     assert "position_constant" in {finding.kind for finding in find_collapse(model, batch)}
 
 
 def test_shuffling_keeps_the_numbers_and_leaves_the_model() -> None:
-    model, batch = example(Vit, "ViTForImageClassification", ["vision.inputs"], budget=3)
+    model, batch = example("vit", "ViTForImageClassification", ["vision.inputs"], budget=3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     other = shuffled(model, seed=1)
     for name, value in other.state_dict().items():
@@ -183,7 +181,7 @@ def test_shuffling_keeps_the_numbers_and_leaves_the_model() -> None:
 
 
 def test_probe_of_a_generated_text_scores_what_generate_said() -> None:
-    model, batch = example(T5, "T5ForConditionalGeneration", {"encoder.tokens.0": {"budget": 0.5}})
+    model, batch = example("t5", "T5ForConditionalGeneration", {"encoder.tokens.0": {"budget": 0.5}})
     probe = Probe(model, batch, answer_tokens=4)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     texts = model.generate(**inputs, max_new_tokens=4, num_beams=1, do_sample=False)
@@ -201,17 +199,17 @@ def test_probe_of_a_generated_text_scores_what_generate_said() -> None:
 
 
 def test_probe_refuses() -> None:
-    model, batch = example(Vit, "ViTForImageClassification", ["vision.tokens.0"])
+    model, batch = example("vit", "ViTForImageClassification", ["vision.tokens.0"])
     with pytest.raises(HardAttentionError, match="removal='select' is not possible.*'vision.inputs' in force"):
         Probe(model, batch, removal="select")
     with pytest.raises(HardAttentionError, match="neither pixel_values nor a text"):
         Probe(model, {"labels": batch["labels"]})
-    headless, batch = example(Vit, "ViTModel", ["vision.tokens.0"])
+    headless, batch = example("vit", "ViTModel", ["vision.tokens.0"])
     with pytest.raises(HardAttentionError, match="ViTModel gives no answer"):
         Probe(headless, batch)
     with pytest.raises(HardAttentionError, match="Identity is not supported"):
         Probe(torch.nn.Identity(), batch)
-    tokens, batch = example(T5, "T5ForTokenClassification", ["encoder.inputs"])
+    tokens, batch = example("t5", "T5ForTokenClassification", ["encoder.inputs"])
     with pytest.raises(HardAttentionError, match=r"logits of shape \(3, 11, 5\)"):
         Probe(tokens, batch)
 
@@ -305,7 +303,7 @@ def test_planted_rationales_order_the_explanations() -> None:
 
 def test_numbers_are_those_of_the_modules() -> None:
     """``faithfulness`` and the ``evaluate`` modules, fed the same probabilities, say the same."""
-    model, batch = example(Vit, "ViTForImageClassification", ["vision.inputs"], budget=4)
+    model, batch = example("vit", "ViTForImageClassification", ["vision.inputs"], budget=4)
     probe = Probe(model, batch)
     scores, human = attribution.selection(probe), probe.places & (torch.arange(10) < 4)
     found = faithfulness(probe, scores, human=human, leave_one_out=attribution.leave_one_out(probe))

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from examples import build
 from transformers import T5Config, T5EncoderModel
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError, Selection
-from hf_hardattn.architectures.blip import Blip
-from hf_hardattn.architectures.t5 import T5
-from hf_hardattn.architectures.vit import Vit
 from hf_hardattn.interpret.agreement import jaccard, seed_agreement, selection_diff
 from hf_hardattn.interpret.alignment import selection_matrix
 from hf_hardattn.interpret.captions import caption_grid
@@ -41,7 +39,7 @@ EVIL = "<script>alert('x')</script> & \"quotes\""
 
 def example(architecture: Any, head: str, sites: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
-    made = architecture.heads()[head]()
+    made = build(architecture, head)
     hf_hardattn.apply(made.model.eval(), {"sites": sites})
     return made.model, made.batch
 
@@ -80,7 +78,7 @@ class Opened(HTMLParser):
 def test_places_follow_the_stream() -> None:
     """What the second ``tokens`` site and a cross site behind it kept, as places of the image: by a loop over the selections."""
     sites = {"vision.tokens.0": {"budget": 0.7}, "vision.tokens.1": {"budget": 0.5}, "text.cross.*": {"budget": 2}}
-    model, batch = example(Blip, "BlipForConditionalGeneration", sites)
+    model, batch = example("blip", "BlipForConditionalGeneration", sites)
     recording = recorded(model, batch)
     first, second = recording["vision.tokens.0"][0], recording["vision.tokens.1"][0]
     cross = recording["text.cross.1"][0]
@@ -95,7 +93,7 @@ def test_places_follow_the_stream() -> None:
 
 def test_masked_and_gathered_tell_the_same_places() -> None:
     sites = {"vision.tokens.0": {"budget": 0.7}, "vision.tokens.1": {"budget": 0.5}, "text.cross.*": {"budget": 2}}
-    model, batch = example(Blip, "BlipForConditionalGeneration", sites)
+    model, batch = example("blip", "BlipForConditionalGeneration", sites)
     found = []
     for mode in ("masked", "gathered"):
         with hf_hardattn.execution(model, mode):
@@ -108,7 +106,7 @@ def test_masked_and_gathered_tell_the_same_places() -> None:
 def test_generate_says_what_each_token_read(beams: int) -> None:
     """Teacher-forcing the generated text makes the same choices: the recording of generate(), beam by beam, is the truth."""
     sites = {"decoder.cross.*": {"budget": 3, "scorer": "query_key"}}
-    model, batch = example(T5, "T5ForConditionalGeneration", sites)
+    model, batch = example("t5", "T5ForConditionalGeneration", sites)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     options: dict[str, Any] = dict(max_new_tokens=5, min_new_tokens=5, num_beams=beams, return_dict_in_generate=True)
     with hf_hardattn.record(model) as recording:
@@ -124,7 +122,7 @@ def test_generate_says_what_each_token_read(beams: int) -> None:
 def test_generated_tokens_know_the_characters_they_read() -> None:
     """Words of four letters and a space: place p of the source is characters 5 p to 5 p + 4, whichever beam won."""
     sites = {"decoder.cross.*": {"budget": 1, "scorer": "query_key"}}
-    model, batch = example(T5, "T5ForConditionalGeneration", sites)
+    model, batch = example("t5", "T5ForConditionalGeneration", sites)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with hf_hardattn.record(model) as recording:
         made = model.generate(**inputs, max_new_tokens=4, num_beams=3, return_dict_in_generate=True)
@@ -139,7 +137,7 @@ def test_generated_tokens_know_the_characters_they_read() -> None:
 
 
 def test_a_shared_choice_serves_every_token() -> None:
-    model, batch = example(Blip, "BlipForConditionalGeneration", {"text.cross.*": {"budget": 2}})
+    model, batch = example("blip", "BlipForConditionalGeneration", {"text.cross.*": {"budget": 2}})
     with hf_hardattn.record(model) as recording:
         made = model.generate(
             pixel_values=batch["pixel_values"], max_new_tokens=4, num_beams=2, return_dict_in_generate=True
@@ -169,7 +167,7 @@ def test_recording_runs_no_tensor_operation() -> None:
             self.calls += 1
             return func(*args, **(kwargs or {}))
 
-    model, batch = example(Vit, "ViTForImageClassification", {"vision.inputs": {}, "vision.self.*": {}})
+    model, batch = example("vit", "ViTForImageClassification", {"vision.inputs": {}, "vision.self.*": {}})
     counts = []
     for block in (lambda: hf_hardattn.soft(torch.nn.Identity()), lambda: hf_hardattn.record(model)):
         with torch.no_grad(), block(), Count() as count:
@@ -180,7 +178,7 @@ def test_recording_runs_no_tensor_operation() -> None:
 
 def test_every_recorded_choice_has_its_probability() -> None:
     """In evaluation too: against the law enumerated by hand."""
-    model, batch = example(Vit, "ViTForImageClassification", {"vision.inputs": {"budget": 3, "estimator": "imle"}})
+    model, batch = example("vit", "ViTForImageClassification", {"vision.inputs": {"budget": 3, "estimator": "imle"}})
     made = recorded(model, batch)["vision.inputs"][0]
     for row in range(len(made.mask)):
         scores = made.scores[row, 0, 0, 1:].double()  # CLS is first, and no choice
@@ -195,7 +193,9 @@ def test_every_recorded_choice_has_its_probability() -> None:
 
 
 def test_a_training_choice_keeps_the_probability_it_was_drawn_with() -> None:
-    model, batch = example(Vit, "ViTForImageClassification", {"vision.inputs": {"budget": 3, "estimator": "reinforce"}})
+    model, batch = example(
+        "vit", "ViTForImageClassification", {"vision.inputs": {"budget": 3, "estimator": "reinforce"}}
+    )
     model.train()
     with hf_hardattn.record(model) as recording:
         model(**batch)
@@ -219,7 +219,7 @@ def test_characters_boxes_seconds() -> None:
 
 
 def test_recording_as_a_notebook_shows_it() -> None:
-    model, batch = example(Vit, "ViTForImageClassification", {"vision.inputs": {"budget": 3}})
+    model, batch = example("vit", "ViTForImageClassification", {"vision.inputs": {"budget": 3}})
     recording = recorded(model, batch)
     (row,) = recording.summary()
     assert row["site"] == "vision.inputs" and row["calls"] == 1 and row["kept_ratio"] == pytest.approx(3 / 9)
@@ -240,7 +240,7 @@ def drawn(figure: Any) -> int:
 
 def test_layer_overlay_shows_every_site() -> None:
     sites = {"vision.inputs": {"budget": 6}, "vision.tokens.0": {"budget": 0.5}}
-    model, batch = example(Vit, "ViTForImageClassification", sites)
+    model, batch = example("vit", "ViTForImageClassification", sites)
     figure = layer_overlay(batch["pixel_values"][:, :1], recorded(model, batch), 4, row=1)
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == ["image", "vision.inputs: 67%", "vision.tokens.0: 33%"] and drawn(figure) > 2000
@@ -265,7 +265,9 @@ def test_page_escapes_everything() -> None:
 
 
 def test_matrix_marks_what_was_kept() -> None:
-    model, batch = example(T5, "T5ForConditionalGeneration", {"decoder.cross.1": {"budget": 3, "scorer": "query_key"}})
+    model, batch = example(
+        "t5", "T5ForConditionalGeneration", {"decoder.cross.1": {"budget": 3, "scorer": "query_key"}}
+    )
     recording = recorded(model, batch)
     figure = selection_matrix(recording, [f"$s{i}" for i in range(11)], [f"t{i}" for i in range(7)])
     cells = torch.as_tensor(figure.axes[0].collections[0].get_array().data).view(7, 11)
@@ -273,7 +275,9 @@ def test_matrix_marks_what_was_kept() -> None:
 
 
 def test_caption_grid_has_a_picture_a_word() -> None:
-    model, batch = example(Blip, "BlipForConditionalGeneration", {"text.cross.*": {"budget": 2, "scorer": "query_key"}})
+    model, batch = example(
+        "blip", "BlipForConditionalGeneration", {"text.cross.*": {"budget": 2, "scorer": "query_key"}}
+    )
     with hf_hardattn.record(model) as recording:
         made = model.generate(pixel_values=batch["pixel_values"], max_new_tokens=4, min_new_tokens=4)
     words = [str(token) for token in made[1, 1:].tolist()]
@@ -301,7 +305,7 @@ def test_frame_strip_of_a_video_read_as_embeddings() -> None:
 def test_frame_strip_of_a_video_read_as_patches(whole: bool) -> None:
     """BLIP reads every frame's patches in one row behind CLS: a frame is kept where a patch of it is."""
     torch.manual_seed(0)
-    made = Blip.heads()["BlipForConditionalGeneration"]()
+    made = build("blip", "BlipForConditionalGeneration")
     batch, model = made.batch, BlipForVideoCaptioning(made.model.config).eval()
     site = {"budget": 0.25, "scorer": "conv", "scorer_options": {"frames": 4, "whole_frames": whole}}
     hf_hardattn.apply(model, {"sites": {"vision.inputs": site}})
@@ -321,7 +325,7 @@ def test_frame_strip_of_a_video_read_as_patches(whole: bool) -> None:
 
 
 def test_heat_map_and_curves() -> None:
-    model, batch = example(Vit, "ViTForImageClassification", {"vision.inputs": {"budget": 3}, "vision.tokens.1": {}})
+    model, batch = example("vit", "ViTForImageClassification", {"vision.inputs": {"budget": 3}, "vision.tokens.1": {}})
     recording = recorded(model, batch)
     figure = heat_map(recording)
     rates = torch.as_tensor(figure.axes[0].images[0].get_array().data)
@@ -351,8 +355,8 @@ def test_agreement_and_its_chance_level() -> None:
 
 
 def test_diff_between_two_checkpoints() -> None:
-    first, batch = example(Vit, "ViTForImageClassification", {"vision.inputs": {"budget": 3}})
-    second, _ = example(Vit, "ViTForImageClassification", {"vision.inputs": {"budget": 5}})
+    first, batch = example("vit", "ViTForImageClassification", {"vision.inputs": {"budget": 3}})
+    second, _ = example("vit", "ViTForImageClassification", {"vision.inputs": {"budget": 5}})
     (same,) = selection_diff(first, first, batch)
     assert same.jaccard == 1.0 and not same.first_only.any() and not same.second_only.any()
     (found,) = selection_diff(first, second, batch)  # the same weights: the second keeps two more

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
+from cases import harden, stock
 from torch.nn import functional
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError
 from hf_hardattn.estimators import Sampling
 from hf_hardattn.estimators.variational import Variational
-from hf_hardattn.hooks import Step
 from hf_hardattn.schedules import Schedule
 from hf_hardattn.teacher import attention_at, teach
-
-sys.path.insert(0, str(Path(__file__).parent / "laws"))
-from cases import harden, stock  # noqa: E402
+from hf_hardattn.training_loss import Step
 
 
 def vit(**config):
@@ -207,7 +203,7 @@ def test_teacher_attention(site):
     example = vit(estimator="distil", sites=[site])
     with hf_hardattn.record(example.model) as selections:
         output = example.model(**example.batch)
-    step = Step(example.model, (), {**example.batch, "hard_attention_pass": hf_hardattn.hooks.Pass()})
+    step = Step(example.model, (), example.batch)
     before = example.model.config._attn_implementation
     teacher = teach(example.model, step.forward, attention=True)
     assert example.model.config._attn_implementation == before and example.model.training
@@ -235,7 +231,7 @@ def test_teacher_attention_finds_the_rows_that_earlier_sites_left():
     example.model.train()
     with hf_hardattn.record(example.model) as selections:
         example.model(**example.batch).loss.backward()
-    step = Step(example.model, (), {**example.batch, "hard_attention_pass": hf_hardattn.hooks.Pass()})
+    step = Step(example.model, (), example.batch)
     teacher = teach(example.model, step.forward, attention=True)
     kept = selections["encoder.tokens.0"][0].mask[:, 0, 0]
     for site in ("encoder.self.1", "decoder.cross.0", "decoder.cross.1"):

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from cases import close, harden, run, stock
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-sys.path.insert(0, str(Path(__file__).parent / "laws"))
-from cases import close, harden, run, stock
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError
 from hf_hardattn.efficiency.counting import flops_by_part
 from hf_hardattn.interpret.rationale import kept_places, pixel_boxes
-from hf_hardattn.resolution import embed_patches, embed_positions
+from hf_hardattn.modeling.patches import embed_patches, embed_positions
 from hf_hardattn.video import BlipForVideoCaptioning
 
 SCOUT = {"sites": ["vision.inputs"], "scorer": "scout", "scorer_options": {"hidden": 8, "cells": 2}, "budget": 4}
@@ -53,8 +48,7 @@ def test_positions_are_those_of_transformers(architecture, head, grid):
         whole = embeddings.interpolate_pos_encoding(torch.empty(1, 1 + count, 24), 4 * grid[0], 4 * grid[1])
         patches = torch.stack([torch.randperm(count)[: min(count, 5)] for _ in range(3)])
         found = embed_positions(table, patches, grid)
-    assert torch.equal(found[:, 0], whole[:, 0].expand(3, -1))
-    torch.testing.assert_close(found[:, 1:], whole[0, 1:][patches], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, whole[0, 1:][patches], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -90,15 +84,16 @@ def test_both_executions_and_budget_one_at_any_size(architecture, head, size):
 
 
 def test_the_rows_of_masked_image_modelling_are_the_stock_ones():
-    made = example("vit", "ViTForMaskedImageModeling")
-    embeddings, masked = made.model.vit.embeddings, made.batch["bool_masked_pos"]
-    with torch.no_grad():
-        found = embeddings(made.batch["pixel_values"], masked)
-        embeddings.input_selector.enabled = False
-        whole = embeddings(made.batch["pixel_values"], masked)
-    places = found.stream.positions
-    assert masked.gather(1, places[:, 1:] - 1).any()
-    torch.testing.assert_close(found.rows, whole.gather(1, places.unsqueeze(-1).expand(-1, -1, 24)))
+    made, rows = example("vit", "ViTForMaskedImageModeling"), []
+    handle = made.model.vit.embeddings.register_forward_hook(lambda module, args, output: rows.append(output))
+    with hf_hardattn.record(made.model) as selections:
+        run(made)
+    with hf_hardattn.soft(made.model):
+        run(made)
+    handle.remove()
+    kept = selections["vision.inputs"][0].indices[:, 0, 0]
+    assert made.batch["bool_masked_pos"].gather(1, kept[:, 1:] - 1).any()
+    torch.testing.assert_close(rows[0], rows[1].gather(1, kept.unsqueeze(-1).expand(-1, -1, 24)))
 
 
 @pytest.mark.parametrize(("architecture", "head"), [HEADS[0], HEADS[2]])
@@ -201,13 +196,16 @@ def _masked(made):
         return run(made)
 
 
-def test_an_attention_mask_comes_too_late():
+def test_patches_that_the_attention_mask_hides_are_never_chosen():
     made, mask = example("vit", "ViTForImageClassification"), torch.ones(3, 10, dtype=torch.long)
-    mask[1, 4] = 0
-    with pytest.raises(
-        HardAttentionError, match=r"attention_mask, and the scorer at 'vision.inputs' reads pixels; it chooses"
-    ):
-        made.model(**made.batch, attention_mask=mask)
+    mask[1, 1:7] = 0
+    with hf_hardattn.record(made.model) as selections, torch.no_grad():
+        found = made.model(**made.batch, attention_mask=mask).logits
+    kept = selections["vision.inputs"][0].mask[:, 0, 0]
+    assert kept.sum(-1).tolist() == [5, 4, 5] and not (kept & ~mask.bool()).any()
+    single = {name: value[1:2] for name, value in made.batch.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(made.model(**single, attention_mask=mask[1:2]).logits[0], found[1])
 
 
 def test_no_cells_are_refused():

@@ -135,10 +135,12 @@ def _install(
     training_loss: Callable[..., Any],
 ) -> None:
     drops = {name: _first_drop(tower) for name, tower in towers.items()}
+    idle = {name: _keeps_all(tower) for name, tower in towers.items()}
     for name, tower in towers.items():
         source_drops = tower.source is not None and drops.get(tower.source) is not None
-        if _install_layers(tower, drops[name], source_drops):
-            _install_tower(model, family, tower, towers, drops[name], config)
+        idle_source = tower.source is None or idle.get(tower.source, True)
+        if _install_layers(tower, drops[name], source_drops, idle[name] and idle_source):
+            _install_tower(model, family, tower, towers, drops[name], config, idle[name] and idle_source)
     module: Any = model
     module.__dict__[HANDS_DOWN] = family.owns(model) and takes_keywords(model)
     module.__dict__[TRAINING_LOSS] = training_loss
@@ -147,14 +149,20 @@ def _install(
 
 
 def _selector_at(tower: Tower, kind: str, layer: int) -> Selector | None:
-    """The selector of a site; None where there is none, or where it keeps everything."""
+    """The selector of a site; None where there is none, or where its estimator never selects."""
     for pixels in (False, True) if kind == "inputs" else (False,):
         host, name = tower.host(kind, layer, pixels)
         found = host._modules.get(name)
         if found is not None:
             selector = running(found)
-            return None if selector.keeps_all else selector
+            return None if selector.config.estimator == "soft" else selector
     return None
+
+
+def _keeps_all(tower: Tower) -> bool:
+    """Whether every site of the tower keeps everything."""
+    found = (_selector_at(tower, kind, layer) for _, kind, layer in tower.sites())
+    return all(selector is None or selector.keeps_all for selector in found)
 
 
 def _first_drop(tower: Tower) -> int | None:
@@ -173,11 +181,11 @@ def _packs(tower: Tower) -> bool:
     return any(s is not None and (s.data_dependent or bool(s.config.pack)) for s in found)
 
 
-def _install_layers(tower: Tower, first_drop: int | None, source_drops: bool) -> bool:
+def _install_layers(tower: Tower, first_drop: int | None, source_drops: bool, idle: bool) -> bool:
     """Hook the layers that have something to do; whether any has."""
     spec, packs = tower.spec, _packs(tower)
     plans = [_layer_plan(tower, index) for index in range(len(tower.layers))]
-    busy = first_drop is not None or any(p.own or p.crosses for p in plans)
+    busy = not idle and (first_drop is not None or any(p.own or p.crosses for p in plans))
     followed = {p.follows for p in plans} | {p.cross_follows for p in plans}
     active = False
     for plan, layer in zip(plans, tower.layers, strict=True):
@@ -248,6 +256,7 @@ def _install_tower(
     towers: Mapping[str, Tower],
     first_drop: int | None,
     config: HardAttentionConfig,
+    idle: bool,
 ) -> None:
     is_read = any(other.source == tower.name for other in towers.values())
     restores = config.restore
@@ -263,6 +272,7 @@ def _install_tower(
         is_read=is_read,
         patches=spec if pixels and _selector_at(tower, "inputs", 0) is not None else None,
         protected=tower.protected,
+        idle=idle,
         pools=first_drop is not None and tower.spec.pooling is not None,
         patch_size=heads.patch_size(tower.config) if tower.reads_images else None,
     )

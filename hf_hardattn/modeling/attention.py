@@ -185,7 +185,7 @@ class AttentionCall:
         """The queries, and the keys and values of the subset; from the cache once it is filled."""
         if self.cache is not None and self.cache.filled:
             return self.query, *self.cache.read()
-        if keys.indices is None or keys.narrowed:
+        if keys.indices is None:
             together = not self.plan.cross and self._query is None
             query, key, value = self.view.all(self.hidden) if together else self._all_of_source(self.source)
         elif keys.indices.shape[1] == 1:
@@ -208,7 +208,7 @@ class AttentionCall:
         mask = self.mask
         if keys.indices is None:
             return mask if keys.valid is None else self._masked(mask, keys.valid)
-        if mask is not None and not keys.narrowed and isinstance(mask, Tensor) and _differs_between_queries(mask):
+        if isinstance(mask, Tensor) and _differs_between_queries(mask):
             return combine(gather_keys(mask, keys.indices), keys.valid, self.hidden.dtype)
         if keys.valid is None:
             return None
@@ -264,8 +264,7 @@ class AttentionCall:
         """Attend to kept keys whose numbers differ between rows, without padding them to the longest."""
         packing, indices = keys.packing, keys.indices
         assert packing is not None and indices is not None
-        rows = self.source if keys.narrowed else keep_rows(self.source, indices[:, 0])
-        states = packing.to_packed(rows)
+        states = packing.to_packed(keep_rows(self.source, indices[:, 0]))
         query, key, value = self._all_of_source(states)
         if self.cache is not None:
             self.cache.update(packing.heads_to_padded(key), packing.heads_to_padded(value))

@@ -195,3 +195,10 @@ def set_current(context: ForwardContext | None) -> None:
 def is_soft_now(selector: nn.Module) -> bool:
     """Whether this thread runs ``selector`` soft."""
     return any(mode.soft and id(selector) in mode.members for mode in _MODES.get())
+
+
+def has_modes(context: ForwardContext | None) -> bool:
+    """Whether a mode is on: in the call's context, or in this thread where no call has begun."""
+    if context is not None:
+        return bool(context.modes)
+    return not torch.compiler.is_compiling() and bool(_MODES.get())

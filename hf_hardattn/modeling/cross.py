@@ -14,8 +14,8 @@ from .context import ForwardContext
 from .keys import is_checkpointed
 from .plan import LayerPlan
 from .projection import AttentionView
-from .rows import choose_among, keep
-from .selector import running
+from .rows import choose_among
+from .selector import Selector, running
 from .state import AttentionInput, KeySubset, PendingChoice, TowerState
 
 SOURCE, SOURCE_MASK = "encoder_hidden_states", "encoder_attention_mask"
@@ -36,12 +36,12 @@ class KeptEncoderOutput(BaseModelOutput):
     kept_gates: Tensor | None = None
 
 
-def narrow_source(
+def hand_over_source(
     layer: nn.Module, plan: LayerPlan, context: ForwardContext, state: TowerState, arguments: Arguments
 ) -> None:
-    """Replace the rows that a decoder layer's cross-attention reads by those that its site keeps.
+    """Put what a decoder layer's cross-attention reads into its mask argument.
 
-    Key and value projections, the attention and its cache then only ever see kept rows.
+    Key and value projections, the attention and its cache then only ever see the rows that its site keeps.
     """
     source = arguments.get(SOURCE)
     if plan.cross is None or source is None:
@@ -83,65 +83,54 @@ def _chosen(
 ) -> AttentionInput | None:
     assert plan.cross is not None and plan.cross_spec is not None
     attention: Any = layer.get_submodule(plan.cross)
-    cache = None if is_checkpointed(layer) else arguments.get("past_key_values")
-    if plan.cross_follows is not None:
-        return _followed(plan, state, arguments, source, cache)
-    selector = running(attention.selector)
-    if not selector.once:
-        # each query chooses, and the layer makes the queries
-        if context.is_soft(selector):
-            return None
-        pending = PendingChoice(plan, context, state)
-        return AttentionInput(arguments.get(SOURCE_MASK), gates=state.source_gates, pending=pending)
-    filled = cache is not None and CacheLayer(cache, plan.index, cross=True).filled
-    if filled:
+    mask, cache = arguments.get(SOURCE_MASK), None if is_checkpointed(layer) else arguments.get("past_key_values")
+    selector = None if plan.cross_follows is not None else running(attention.selector)
+    if selector is not None and context.is_soft(selector):
+        return None
+    once = selector is None or selector.once
+    if once and cache is not None and CacheLayer(cache, plan.index, cross=True).filled:
         # the first step chose, and its keys are cached
-        keys = remembered(cache, selector.site)
-        return None if keys is None else _reading_cache(keys, state, arguments)
-    valid = source_candidates(state, arguments.get(SOURCE_MASK))
+        site = plan.cross_follows if selector is None else selector.site
+        keys = remembered(cache, str(site))
+        return None if keys is None else AttentionInput(mask, keys, state.source_gates)
+    if selector is None:
+        keys = state.leaders.get(str(plan.cross_follows))
+        return None if keys is None else AttentionInput(mask, keys, state.source_gates)
+    if not (once and is_checkpointed(layer)):
+        return AttentionInput(mask, gates=state.source_gates, pending=PendingChoice(plan, context, state))
     view = AttentionView(attention, plan.cross_spec)
+    keys = choose_source_keys(selector, plan, context, state, view, source, mask, None)
+    return None if keys is None else AttentionInput(mask, keys, state.source_gates)
+
+
+def choose_source_keys(
+    selector: Selector,
+    plan: LayerPlan,
+    context: ForwardContext,
+    state: TowerState,
+    view: AttentionView,
+    source: Tensor,
+    mask: Any,
+    cache: Any,
+) -> KeySubset | None:
+    """Choose among the rows of the source ``[B, N, D]``, once for all queries; None to read all.
+
+    Args:
+        mask: of the source, as the layer was given it. cache: of the model, which later steps read, or None.
+    """
+    valid = source_candidates(state, mask)
     selection = choose_among(
         context, selector, source, valid, plan.source_protected, state.source_bound, view.projections()
     )
     if selection is None:
         return None
     keys = KeySubset.of(selection)
-    if keys.indices is not None and keys.indices.shape[1] == 1:
-        arguments.set(SOURCE, keep(source, keys.indices[:, 0]))
-        keys = keys._replace(narrowed=True)
     if selector.site in plan.leads:
         state.leaders[selector.site] = keys
-        state.narrowed[selector.site] = arguments.get(SOURCE)
     if cache is not None:
         gates = None if keys.gates is None else keys.gates.detach()
-        remember(cache, selector.site, keys._replace(packing=None, bias=None, gates=gates))
-    return AttentionInput(_mask_of_all(keys, arguments), keys, state.source_gates)
-
-
-def _followed(
-    plan: LayerPlan, state: TowerState, arguments: Arguments, source: Tensor, cache: Any
-) -> AttentionInput | None:
-    """A layer that shares an earlier layer's choice reads the rows that were gathered for that one."""
-    site = plan.cross_follows
-    assert site is not None
-    if cache is not None and CacheLayer(cache, plan.index, cross=True).filled:
-        keys = remembered(cache, site)
-        return None if keys is None else _reading_cache(keys, state, arguments)
-    keys = state.leaders.get(site)
-    if keys is None:
-        return None
-    if keys.narrowed:
-        arguments.set(SOURCE, state.narrowed[site])
-    return AttentionInput(_mask_of_all(keys, arguments), keys, state.source_gates)
-
-
-def _reading_cache(keys: KeySubset, state: TowerState, arguments: Arguments) -> AttentionInput:
-    return AttentionInput(_mask_of_all(keys, arguments), keys, state.source_gates)
-
-
-def _mask_of_all(keys: KeySubset, arguments: Arguments) -> Any:
-    """The source's mask, where the attention still sees all of its rows; kept keys have a mask of their own."""
-    return arguments.get(SOURCE_MASK) if keys.indices is None else None
+        remember(cache, selector.site, keys._replace(packing=None, gates=gates))
+    return keys
 
 
 def source_candidates(state: TowerState, mask: Any) -> Tensor | None:

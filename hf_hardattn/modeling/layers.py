@@ -10,7 +10,7 @@ from .. import distances
 from .arguments import Arguments
 from .checkpointing import follow_all_tensors
 from .context import CONTEXT, ForwardContext
-from .cross import narrow_source
+from .cross import hand_over_source
 from .keys import as_matrix, attention_input, serves_table
 from .masks import row_mask
 from .plan import LAYER, LayerPlan
@@ -39,7 +39,7 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     rows.begin()
     rows.select_inputs()
     rows.hand_over_mask()
-    narrow_source(layer, plan, context, state, arguments)
+    hand_over_source(layer, plan, context, state, arguments)
     if state.gates is not None or state.source_gates is not None or plan.own or plan.crosses:
         follow_all_tensors(layer)
     return arguments.result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .attention import AttentionCall
+from .cross import choose_source_keys
 from .keys import choose_keys
 from .queries import attend_per_query
 from .selector import running
@@ -26,5 +27,9 @@ def attend_pending(call: AttentionCall, pending: PendingChoice, gates: Tensor | 
         return attend_per_query(call, selector, pending.context, gates)
     call.query  # noqa: B018  # projected before the choice: gradients are then summed in a fixed order
     plan, context, state = pending.plan, pending.context, pending.state
+    if call.plan.cross:
+        cache = call.given.get("past_key_values")
+        keys = choose_source_keys(selector, plan, context, state, call.view, call.source, call.mask, cache)
+        return call.attend_keys(keys or KeySubset(), gates)
     keys = choose_keys(selector, plan, context, state, call.view, call.hidden, call.mask, call.bias)
     return call.attend_keys(keys or KeySubset(), gates)

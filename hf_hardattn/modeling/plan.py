@@ -66,6 +66,7 @@ class TowerPlan:
         patches: how its embedding module is to be used by a scorer of pixels; None when no site needs it.
         protected: rows always kept.
         pools: an attention inside it pools the rows.
+        idle: every site in reach keeps everything: outside training there is nothing to do.
         patch_size: height and width of a patch, where the rows are patches of an image; None otherwise.
     """
 
@@ -78,6 +79,7 @@ class TowerPlan:
     protected: Protected
     patch_size: tuple[int, int] | None = None
     pools: bool = False
+    idle: bool = False
 
 
 def plan_of(module: Any, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -496,16 +497,7 @@ class Selector(nn.Module):
 def full_precision(device: torch.device) -> Any:
     """Leave autocast: scores, noise and log-probabilities are fp32 in every training loop."""
     enabled = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else _NOTHING
-
-
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-
-_NOTHING = _Nothing()
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def _places(states: Tensor, valid: Tensor | None, past: int | Tensor) -> Tensor:

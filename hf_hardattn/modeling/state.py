@@ -23,7 +23,6 @@ class KeySubset(NamedTuple):
         indices: int64 ``[B, H or 1, K]``, ascending; None while all N keys are there.
         valid: bool, broadcastable to ``[B, H, 1, K or N]``; None when every key there counts.
         gates: fp32, broadcastable to ``[B, H, 1, N]``, of masked training; None otherwise.
-        narrowed: the states given to the attention are the kept rows already.
         bias: position bias of the kept keys, ``[B or 1, H, Q, K]``, once gathered; None where there is none.
         packing: of the kept keys, where rows keep different counts and the host knows them; None otherwise.
         total: N, how many keys the choice was made among.
@@ -32,7 +31,6 @@ class KeySubset(NamedTuple):
     indices: Tensor | None = None
     valid: Tensor | None = None
     gates: Tensor | None = None
-    narrowed: bool = False
     bias: Tensor | None = None
     packing: Packing | None = None
     total: int = 0
@@ -108,7 +106,6 @@ class TowerState:
         source_bound: how many rows of it count at most; None when nothing was dropped there.
         source_dropped: that tower dropped rows.
         output_valid: rows of the tower's output that a reader may read, bool; None when all, or while it runs.
-        narrowed: site to the rows of the source that it kept, for later layers that share its choice.
     """
 
     def __init__(self, mask: Tensor | None = None):
@@ -128,7 +125,6 @@ class TowerState:
         self.source_gates: Tensor | None = None
         self.source_bound: int | None = None
         self.source_dropped = False
-        self.narrowed: dict[str, Tensor] = {}
         self.output_valid: Tensor | None = None
         self._steps: list[Tensor] = []
         self._shared: list[tuple[Any, Any]] = []

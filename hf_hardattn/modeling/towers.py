@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import HardAttentionError
 from .arguments import Arguments
-from .context import CONTEXT, ForwardContext, current_context, set_current
+from .context import CONTEXT, ForwardContext, current_context, has_modes, set_current
 from .cross import SOURCE, SOURCE_MASK, KeptEncoderOutput
 from .plan import TOWER, TowerPlan
 from .state import TowerState
@@ -25,7 +25,10 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     its own.
     """
     plan: TowerPlan = tower.__dict__[TOWER]
-    context = kwargs.get(CONTEXT) or current_context() or ForwardContext(tower)
+    context: ForwardContext | None = kwargs.get(CONTEXT) or current_context()
+    if plan.idle and not tower.training and not has_modes(context):
+        return None
+    context = context or ForwardContext(tower)
     arguments = Arguments(plan.names, args, kwargs)
     arguments.keywords[CONTEXT] = context
     mask = arguments.get("attention_mask")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from examples import build  # noqa: E402
+
 import hf_hardattn
-from hf_hardattn import registry
 
 HARD = {"sites": ["vision.inputs", "vision.tokens.1"], "budget": 0.5}
 
 
 def stock(seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    return registry.load("architectures", "vit").heads()["ViTForImageClassification"]().model.eval()
+    return build("vit", "ViTForImageClassification").model.eval()
 
 
 def harden(model: PreTrainedModel, config: dict | None = None) -> PreTrainedModel:

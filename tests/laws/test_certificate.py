@@ -7,7 +7,7 @@ import torch
 from cases import SCORERS, Example, cases, hard, harden, run, stock
 
 import hf_hardattn
-from hf_hardattn import registry
+from hf_hardattn import models
 
 CASES = cases(budgets=(1, 3, 0.4, "top_p:0.5"), where=lambda place: place.kind == "inputs")
 
@@ -38,7 +38,7 @@ def replaced(example, case, selections, how):
     tower = case.place.group.split(".")[0]
     dropped = (made.valid & ~made.mask)[:, 0, 0].expand(3, -1)
     assert dropped.any()
-    architecture = registry.load("architectures", case.place.architecture)
+    architecture = models.load(case.place.architecture)
     batch = architecture.replace_inputs(example.model, example.batch, {tower: dropped}, how, seed=7)
     assert any(not torch.equal(value, example.batch[name]) for name, value in batch.items() if torch.is_tensor(value))
     return Example(example.model, batch)

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from cases import PLACES, Case, hard, run
-from hf_hardattn.sites import AttentionSite
 
 import hf_hardattn
+from hf_hardattn.modeling.attention import AttentionCall
 
 
 def keep(scores, valid, always, k):
@@ -18,9 +18,10 @@ def keep(scores, valid, always, k):
     return sorted(free[:k] + [n for n in range(len(scores)) if always[n] and valid[n]])
 
 
-def naive_attention(site, hidden, source, mask, bias, selection, k):
+def naive_attention(call, source, mask, selection, selector, k):
     """Row by row, head by head, query by query: choose the keys, then the softmax over them, one number after the other."""
-    query, key, value = site.project_query(hidden), site.project_key(source), site.project_value(source)
+    view, bias = call.view, call.bias
+    query, key, value = view.query(call.hidden), view.key(source), view.value(source)
     batch, heads, queries, size = query.shape
     n = key.shape[2]
     output = torch.zeros(batch, queries, heads * size)
@@ -33,15 +34,15 @@ def naive_attention(site, hidden, source, mask, bias, selection, k):
                 if mask is not None:
                     seen = mask[min(b, mask.shape[0] - 1), 0, min(q, mask.shape[2] - 1)]
                     valid = [bool(seen[i]) if mask.dtype == torch.bool else bool(seen[i] > -1e30) for i in range(n)]
-                elif site.selector.causal:
+                elif selector.causal:
                     valid = [i <= q for i in range(n)]
-                first, last = site.selector.always == "first", site.selector.always == "last"
+                first, last = selector.protected
                 end = max((i for i in range(n) if valid[i]), default=0)
-                always = [(first and i == 0) or (last and i == end) for i in range(n)]
+                always = [i < first or (last and i == end) for i in range(n)]
                 kept = keep(selection.scores[row, head, line].tolist(), valid, always, k)
                 logits = []
                 for i in kept:
-                    logit = float(query[b, h, q] @ key[b, h, i]) * site.site_scale
+                    logit = float(query[b, h, q] @ key[b, h, i]) * view.scale
                     if bias is not None and bias.dim() == 2:  # a table of distances
                         logit += float(bias[h, i - q + n - 1])
                     elif bias is not None:
@@ -60,20 +61,20 @@ def naive_attention(site, hidden, source, mask, bias, selection, k):
 )
 def test_attention_is_the_naive_one(place, scorer, per_head, mode, monkeypatch):
     example = hard(Case(place, place.heads[0], scorer, "reinforce", 2), per_head=per_head, execution=mode)
-    inner, calls = AttentionSite.site_attend, []
+    finish, calls = AttentionCall.finish, []
 
-    def note(self, hidden, source, **kwargs):
-        output = inner(self, hidden, source, **kwargs)
-        if self.selector is not None:
-            calls.append((self, hidden, source, kwargs, kwargs["made"][-1], output[0]))
-        return output
+    def note(self, attended, weights):
+        if "selector" in self.module._modules:
+            calls.append((self, attended))
+        return finish(self, attended, weights)
 
-    monkeypatch.setattr(AttentionSite, "site_attend", note)
-    run(example)
-    assert len(calls) == len(hf_hardattn.selectors(example.model))
+    monkeypatch.setattr(AttentionCall, "finish", note)
+    with hf_hardattn.record(example.model) as selections:
+        run(example)
+    assert len(calls) == len(selections) == len(hf_hardattn.selectors(example.model))
     with torch.no_grad():
-        for site, hidden, source, kwargs, selection, found in calls[:2]:
-            expected = naive_attention(site, hidden, source, kwargs["mask"], kwargs.get("bias"), selection, 2)
+        for (call, found), selection in list(zip(calls, selections, strict=True))[:2]:
+            expected = naive_attention(call, call.source, call.mask, selection, call.module.selector, 2)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 

@@ -121,7 +121,7 @@ def test_a_pattern_that_matches_nothing_lists_the_sites(architecture, head, patt
 
 def test_an_unsupported_model_is_refused():
     with pytest.raises(
-        HardAttentionError, match="Linear is not supported by hard attention; known architectures: .*'?t5.*vit"
+        HardAttentionError, match="Linear is not supported by hard attention; known families: .*'?t5.*vit"
     ):
         hf_hardattn.apply(nn.Linear(2, 2), {})
 

@@ -11,6 +11,7 @@ from cases import HEADS, can_generate, close, harden, has_loss, run, stock, trai
 import hf_hardattn
 from hf_hardattn import HardAttentionError
 from hf_hardattn.config import HardAttentionConfig
+from hf_hardattn.modeling.attach import FOLLOWS
 from hf_hardattn.models import family_of
 
 
@@ -120,7 +121,7 @@ def test_a_site_that_drops_rows_starts_a_new_choice():
     sites = {"vision.self.*": {"share_selection": True}, "vision.self.1": {"budget": 0.9}}
     harden(example.model, {"sites": sites, "budget": 0.6})
     assert list(hf_hardattn.selectors(example.model)) == ["vision.self.0", "vision.self.1"]
-    assert example.model.vit.layers[2].attention.follows == "vision.self.0"
+    assert example.model.vit.layers[2].attention.__dict__[FOLLOWS] == "vision.self.0"
 
 
 @pytest.mark.parametrize(
