@@ -96,17 +96,16 @@ def checkout(version: str, folder: Path) -> Path:
     return folder
 
 
+def environment_of(package: Path) -> dict[str, str]:
+    """The environment of a process that imports the version in ``package``, on one thread and without a network."""
+    own = {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    return {**os.environ, **own}
+
+
 def run_version(package: Path, families: list[str], output: Path) -> dict[str, Any]:
     """Run the cases of ``families`` with the version in ``package``; returns what the process says of the run."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(package),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
     command = [sys.executable, str(CASES), "--output", str(output), "--only", ",".join(families)]
-    subprocess.run(command, env=environment, check=True)
+    subprocess.run(command, env=environment_of(package), check=True)
     run: dict[str, Any] = json.loads((output / "run.json").read_text(encoding="utf-8"))
     # an installed copy that comes first on the path would be compared with itself
     if Path(run["package"]).resolve() != (package / "hf_hardattn").resolve():

@@ -50,6 +50,7 @@ MERGED = ("hard", "inputs")  # fields of a case that are dicts: a change adds to
 WEIGHT_STD: dict[str, float] = {"gru": 0.5}
 OTHER_WEIGHT_STD, SELECTOR_STD = 0.2, 0.5
 NEW_TOKENS = 6
+GRADIENT_ENTRIES = 3  # of each gradient that a fixture keeps
 
 
 @dataclass(frozen=True)
@@ -336,6 +337,24 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
         if id(parameter) not in inside and parameter.grad is not None:
             found[f"gradient/{name}"] = parameter.grad
     return found
+
+
+def summarise(results: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The results of a case, with its gradients as one small tensor, and the names of those gradients.
+
+    A row of ``gradients`` is the norm of a gradient and its first ``GRADIENT_ENTRIES`` entries. Gradients of zeros are left out: whether one
+    is None or zeros belongs to a version, and of a bias that shifts all scores alike it belongs to the processor's rounding.
+    """
+    names = sorted(name for name, value in results.items() if name.startswith("gradient/") and value.any())
+    summary = {name: value for name, value in results.items() if not name.startswith("gradient/")}
+    rows = []
+    for name in names:
+        entries = results[name].flatten()[:GRADIENT_ENTRIES]
+        entries = nn.functional.pad(entries, (0, GRADIENT_ENTRIES - len(entries)))
+        rows.append(torch.cat((results[name].norm().view(1), entries)))
+    if rows:
+        summary["gradients"] = torch.stack(rows)
+    return summary, names
 
 
 # ------------------------------------------------------------------------------------------------------------------- process
