@@ -18,7 +18,7 @@ import hf_hardattn
 from hf_hardattn import HardAttentionError, distances
 from hf_hardattn.attention import attend
 from hf_hardattn.cli import app
-from hf_hardattn.efficiency import allocator, bench, export, joules, report, suites
+from hf_hardattn.efficiency import allocator, bench, export, host, joules, report, suites
 from hf_hardattn.efficiency.counting import count_flops, work
 from hf_hardattn.efficiency.limits import amdahl, profile_call, streaming_rows
 from hf_hardattn.efficiency.memory import activation_bytes, peak_resident_bytes
@@ -443,6 +443,7 @@ def test_compiled_calls_say_the_same_with_packed_weights_and_a_static_cache_of_t
         (["--suite", "export", "--mode", "compiled"], "'export' is not run by --mode compiled"),
         (["--suite", "growth", "--mode", "cuda_graphs"], "'growth' is not run by --mode cuda_graphs"),
         (["--suite", "peers", "--mode", "compiled"], "'peers' is not run by --mode compiled"),
+        (["--suite", "host", "--mode", "compiled"], "'host' is not run by --mode compiled"),
     ],
 )
 def test_modes_that_a_suite_has_not(wanted, message):
@@ -520,3 +521,54 @@ def test_a_budget_that_only_the_scores_know_is_not_exported(tmp_path):
     model = vit(sites=["vision.tokens.0"], budget="top_p:0.5")
     with pytest.raises(HardAttentionError, match="budget='top_p:0.5' at 'vision.tokens.0' keeps as many positions as"):
         export.export_onnx(model, {}, tmp_path / "model.onnx")
+
+
+# ---------------------------------------------------------------- what the host has to do
+
+
+@pytest.mark.parametrize(
+    ("call", "launched"),
+    [
+        (
+            lambda x: x.t().unsqueeze(0).reshape(12)[::2].detach(),
+            {"reshape": 1},
+        ),  # a transposed row is copied, the rest looks
+        (lambda x: x.view(2, 6).to(torch.float32).contiguous(), {}),
+        (lambda x: x.to(torch.float64), {"to": 1}),
+        (lambda x: x.add_(1).masked_fill_(x > 1, 0.0), {"add_": 1, "gt": 1, "masked_fill_": 1}),
+        (lambda x: torch.empty_like(x).copy_(x), {"copy_": 1}),
+        (lambda x: torch.nn.functional.linear(x, x), {"linear": 1}),  # one kernel on a GPU
+        (lambda x: x.sort(-1, descending=True), {"sort": 1}),
+        (lambda x: x.split(2, -1), {}),
+    ],
+)
+def test_what_launches_a_kernel(call, launched):
+    with torch.inference_mode():
+        rows = torch.zeros(3, 4)
+        assert host.count_kernels(lambda: call(rows)) == launched
+
+
+def test_host_suite_counts_times_and_says_what_is_not_held(tmp_path, monkeypatch):
+    rows = (
+        host.HostRow("allowed", {"sites": ["vision.tokens.0"], "budget": 0.5}, most_kernels=1_000, most_host=1_000.0),
+        host.HostRow("too much", {"sites": ["vision.self.*"], "budget": 0.5}, most_kernels=0),
+        host.HostRow("no limit", {"sites": ["vision.inputs"], "budget": 0.5}),
+    )
+    pixels = torch.randn(1, 3, 32, 32)
+    monkeypatch.setattr(host, "WORKLOADS", (host.HostWorkload("a ViT", vit, lambda: {"pixel_values": pixels}, rows),))
+    monkeypatch.setattr(host, "TURNS", 2)
+    options = ["--rounds", "2", "--no-fixed-allocator", "--output", str(tmp_path)]
+    CliRunner().invoke(app, ["bench", "--suite", "host", *options], catch_exceptions=False)
+    (group,) = json.loads((tmp_path / "host.json").read_text())["groups"]
+    assert [row["held"] for row in group["rows"]] == [True, False, True]
+    for row in group["rows"]:
+        assert row["kernels_added"] == sum(row["operations"].values()) and row["host"]["rounds"] == 2
+    table = (tmp_path / "host.md").read_text()
+    assert table.count("NOT HELD") == 1 and table.count("stock, timed again") == 1
+
+
+def test_a_model_adds_no_kernels_to_itself():
+    pixels = torch.randn(1, 3, 32, 32)
+    workload = host.HostWorkload("a ViT", vit, lambda: {"pixel_values": pixels}, ())
+    calls = host._calls(workload)
+    assert host._added({**calls, "again": calls[host.STOCK]})["again"].total() == 0

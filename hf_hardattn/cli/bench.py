@@ -18,7 +18,7 @@ def command(
     suite: Annotated[
         str,
         typer.Option(
-            help="quick, targets, packing, eviction, break_even, growth, export, peers, or a YAML file like theirs."
+            help="quick, targets, packing, eviction, break_even, growth, export, peers, host, or a YAML file like the first ones'."
         ),
     ] = "quick",
     model: Annotated[
@@ -76,6 +76,9 @@ def command(
     if suite == "peers":
         _eagerly(suite, mode)
         return _peers(models, task, rounds, threads, output)
+    if suite == "host":
+        _eagerly(suite, mode)
+        return _host(rounds, seconds, output)
     if model is None:
         chosen = suites.load(suite)
     else:
@@ -148,6 +151,25 @@ def _peers(models: Path, name: str, rounds: int, threads: int, output: Path) -> 
     path.with_suffix(".md").write_text(report.peers(results))
     accuracy_and_speed(results, path.with_suffix(".png"))
     typer.echo(report.peers(results))
+
+
+def _host(rounds: int, seconds: float, output: Path) -> None:
+    """Kernels and processor time that sites add to narrow models."""
+    from tqdm.auto import tqdm
+
+    from ..efficiency import bench, host, report
+
+    results: dict[str, Any] = {
+        "command": " ".join(["hf-hardattn", *sys.argv[1:]]),
+        "title": "What selection costs the host",
+        "machine": bench.machine(threads=1),
+        "groups": list(tqdm(host.run(rounds=rounds, seconds=seconds), "bench", total=len(host.WORKLOADS))),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "host.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(report.host(results))
+    typer.echo(report.host(results))
 
 
 def _own(

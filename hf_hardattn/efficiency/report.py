@@ -204,3 +204,38 @@ def peers(results: dict[str, Any]) -> str:
             f"{row['flops']['executed'] / 1e6:.2f} | {row['flops']['nominal'] / 1e6:.2f} | {row['peak_bytes'] / 2**20:.1f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def host(results: dict[str, Any]) -> str:
+    """The table of what selection costs the host, a row a configuration."""
+    lines = [
+        f"# {results['title']}",
+        "",
+        f"`{results['command']}`",
+        "",
+        conditions(results["machine"]).split(" Random weights")[0]
+        + " Models of 12 layers, so narrow that nothing but Python and dispatch takes time; processor time of the calling thread, medians of "
+        "interleaved rounds, quartiles in brackets.",
+        "",
+        "| workload | sites | kernels added | at most | time by stock's | at most | held |",
+        "|---" * 7 + "|",
+    ]
+    for group in results["groups"]:
+        name = f"{group['name']} ({1e3 * group['stock_seconds']:.2f} ms)"
+        lines.append(f"| {name} | stock, timed again | | | {_ratio(group['again'])} | | |")
+        for row in group["rows"]:
+            kernels, time = (_limit(row["most_kernels"]), _limit(row["most_host"]))
+            held = "held" if row["held"] else "NOT HELD"
+            lines.append(
+                f"| {name} | {row['name']} | {row['kernels_added']:+,} | {kernels} | {_ratio(row['host'])} | {time} | {held} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(spread: dict[str, Any]) -> str:
+    low, _, high = spread["quartiles"]
+    return f"{spread['median']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def _limit(limit: float | None) -> str:
+    return "" if limit is None else f"{limit:,}"
