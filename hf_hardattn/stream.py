@@ -89,6 +89,8 @@ class Stream:
             shape: (B, N) of the rows.
         """
         known = selector.data_dependent or selection.lengths is not None
+        if selector.replayed is not None:  # a choice that was given may keep all of one row and little of another
+            known = known or bool((selection.mask != selection.valid).any())
         if selection.gates is None and selection.slots >= shape[1] and not known:
             return self, None  # everything valid is kept
         if selector.masked:

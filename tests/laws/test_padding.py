@@ -8,6 +8,8 @@ import pytest
 import torch
 from cases import SCORERS, Case, Example, cases, hard, head_places, refusal, run
 
+import hf_hardattn
+
 
 def alone(example, row):
     """One row of the batch, without its padding."""
@@ -50,6 +52,35 @@ def padded(case):
 def test_a_batch_is_its_rows_one_by_one(case):
     example = hard(case, padded(case))
     assert_rows_alone(example)
+
+
+@pytest.mark.parametrize("mode", ["gathered", "masked"])
+@pytest.mark.parametrize(("head", "place"), head_places(lambda p: p.kind in ("inputs", "tokens")))
+def test_a_row_keeps_what_it_is_given_when_another_is_given_all(head, place, mode):
+    case = Case(place, head, budget=2)
+    site = next(iter(hf_hardattn.selectors(hard(case).model)))
+    example = hard(case, padded(case), sites=[site])
+    with hf_hardattn.execution(example.model, mode), hf_hardattn.record(example.model) as selections:
+        expected = run(example)
+    given = selections[0].mask.clone()
+    given[0] = selections[0].valid[0]
+    with hf_hardattn.execution(example.model, mode), hf_hardattn.replay(example.model, {site: given}):
+        found = run(example)
+    changed = False
+    for name, value in expected.items():
+        if value.dim() == 0 or name.startswith("logits_per"):
+            continue
+        for row in range(len(value)):
+            one, other = found[name][row], value[row]
+            if other.dim() > 1:  # gathered rows: the longest row of the batch sets the slots
+                assert row == 0 or not one[len(other) :].any()
+                one = one[: len(other)]
+            if row == 0:
+                changed |= not torch.allclose(one, other, atol=1e-3)
+                continue
+            scale = max(1.0, other.abs().max().item())
+            torch.testing.assert_close(one, other, rtol=0, atol=2e-5 * scale)
+    assert changed or head == "BlipForQuestionAnswering"  # which returns nothing but its loss
 
 
 def has_left_padding(place):
