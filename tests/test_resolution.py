@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).parent / "laws"))
 from cases import close, harden, run, stock
+from rounding import FEW, assert_rounded
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError
@@ -54,7 +55,7 @@ def test_positions_are_those_of_transformers(architecture, head, grid):
         patches = torch.stack([torch.randperm(count)[: min(count, 5)] for _ in range(3)])
         found = embed_positions(table, patches, grid)
     assert torch.equal(found[:, 0], whole[:, 0].expand(3, -1))
-    torch.testing.assert_close(found[:, 1:], whole[0, 1:][patches], rtol=0, atol=1e-6)
+    assert_rounded(found[:, 1:], whole[0, 1:][patches], FEW)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -68,7 +69,7 @@ def test_a_patch_is_what_the_convolution_makes_of_it(wrapped):
     with torch.no_grad():
         whole = projection(pixels).flatten(2).transpose(1, 2)
         found = embed_patches(nn.Sequential(projection) if wrapped else projection, pixels, patches, (4, 5))
-    torch.testing.assert_close(found, whole.gather(1, patches.unsqueeze(-1).expand(-1, -1, 7)), rtol=0, atol=1e-5)
+    assert_rounded(found, whole.gather(1, patches.unsqueeze(-1).expand(-1, -1, 7)))
 
 
 @pytest.mark.parametrize("size", [None, (28, 28), (16, 36)])
@@ -84,7 +85,7 @@ def test_both_executions_and_budget_one_at_any_size(architecture, head, size):
     if size is not None:
         resize(plain, size)
     with hf_hardattn.soft(made.model):
-        close(run(made), run(plain), 2e-6)
+        close(run(made), run(plain), FEW)
     harden(made.model, {**SCOUT, "budget": 1.0})
     close(run(made), run(plain))
 
@@ -98,7 +99,7 @@ def test_the_rows_of_masked_image_modelling_are_the_stock_ones():
         whole = embeddings(made.batch["pixel_values"], masked)
     places = found.stream.positions
     assert masked.gather(1, places[:, 1:] - 1).any()
-    torch.testing.assert_close(found.rows, whole.gather(1, places.unsqueeze(-1).expand(-1, -1, 24)))
+    assert_rounded(found.rows, whole.gather(1, places.unsqueeze(-1).expand(-1, -1, 24)))
 
 
 @pytest.mark.parametrize(("architecture", "head"), [HEADS[0], HEADS[2]])
