@@ -9,7 +9,7 @@
 #   PIP_ARGS       handed to pip: the place for the index of another PyTorch build (CUDA, ROCm or CPU)
 #   PYTHON         the interpreter that makes .venv (python3)
 #   CONSTRAINTS    versions to install (constraints.txt); /dev/null takes the newest that pyproject.toml admits
-#   PYTEST_ARGS    handed to pytest, e.g. '-n 8' or '-m "not slow"' (-n 2)
+#   PYTEST_ARGS    handed to pytest's main run, e.g. '-n 8' or '-m "not slow"' (-n 2)
 #   ARGS           handed to `hf-hardattn demo` and `hf-hardattn bench`
 
 PYTHON ?= python3
@@ -24,6 +24,11 @@ DEMO_READY := $(VENV)/.ready-demo
 TEST_READY := $(VENV)/.ready-test
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(PIP_ARGS)
 
+# A second processor, as far as one machine can be two: without the wide vectors of PyTorch, MKL and oneDNN, sums round differently. There
+# the laws that compare outputs run again (1 to 5 and 7 of CONTRIBUTING.md; about a minute).
+OLD_CPU := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41
+LAWS_AGAIN := $(patsubst %,tests/laws/test_%.py,budget_one executions certificate padding generate remove)
+
 NO_BROWSER = echo "no chromium and chromedriver: the browser tests will fail. Install them (Debian: sudo apt-get install chromium chromium-driver), or leave those tests out: make test PYTEST_ARGS='-n 2 -m \"not browser\"'"
 
 .DEFAULT_GOAL := help
@@ -35,8 +40,9 @@ help:  ## Show the targets
 demo: $(DEMO_READY)  ## Run the demo: three small ViTs, one table, one picture
 	$(BIN)/hf-hardattn demo $(ARGS)
 
-test: lint browser  ## Run ruff, mypy and the tests
+test: lint browser  ## Run ruff, mypy and the tests, some of them on two kinds of processor
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(OLD_CPU) $(BIN)/python -m pytest -n 2 $(LAWS_AGAIN)
 
 lint: $(TEST_READY)  ## Run ruff and mypy
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import evaluate
@@ -18,6 +20,9 @@ from hf_hardattn.interpret import attribution, measures
 from hf_hardattn.interpret.faithfulness import compare, faithfulness, own_sufficiency, plausibility, top
 from hf_hardattn.interpret.probe import Probe
 from hf_hardattn.interpret.sanity import randomised_weights, shuffled
+
+sys.path.insert(0, str(Path(__file__).parent / "laws"))
+from rounding import SOME, tolerance  # noqa: E402
 
 HEADS = [
     ("t5", "T5ForConditionalGeneration", "encoder.inputs"),
@@ -102,6 +107,22 @@ def test_inputs_site_is_faithful_by_construction(architecture: Any, head: str, s
     assert probe.removal == "select" and torch.equal(own_sufficiency(probe), torch.zeros(3))
     left_out = attribution.leave_one_out(probe)
     assert (left_out[~probe.own()] == 0).all() and (left_out != 0).any()
+
+
+@pytest.mark.parametrize(("architecture", "head", "site"), HEADS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_row_does_not_depend_on_what_other_rows_keep(architecture: Any, head: str, site: str) -> None:
+    """The batch has another shape when others keep less or more, so that the row may be rounded differently, and no more."""
+    model, batch = example(architecture, head, {site: {"budget": 0.4}, "*.self.0": {}})
+    probe = Probe(model, batch, answer_tokens=5)
+    own = probe.own()
+    for row in range(len(own)):
+        others = torch.arange(len(own)) != row
+        less, more = own.clone(), own.clone()
+        less[others] &= less[others].cumsum(-1) > 2  # all but the first two kept
+        more[others] = probe.places[others]
+        for keep in (less, more):
+            # of a probability, relative: the absolute error of its logarithm, which a few layers of rounded sums make up
+            torch.testing.assert_close(probe(keep)[row], probe.full[row], rtol=tolerance(torch.float32, SOME), atol=0)
 
 
 @pytest.mark.parametrize("lay", ["contiguous", "channels_last", "permuted"])

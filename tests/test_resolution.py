@@ -48,7 +48,7 @@ def test_positions_are_those_of_transformers(architecture, head, grid):
         whole = embeddings.interpolate_pos_encoding(torch.empty(1, 1 + count, 24), 4 * grid[0], 4 * grid[1])
         patches = torch.stack([torch.randperm(count)[: min(count, 5)] for _ in range(3)])
         found = embed_positions(table, patches, grid)
-    torch.testing.assert_close(found, whole[0, 1:][patches], rtol=0, atol=1e-6)
+    assert_rounded(found, whole[0, 1:][patches], FEW)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -62,7 +62,7 @@ def test_a_patch_is_what_the_convolution_makes_of_it(wrapped):
     with torch.no_grad():
         whole = projection(pixels).flatten(2).transpose(1, 2)
         found = embed_patches(nn.Sequential(projection) if wrapped else projection, pixels, patches, (4, 5))
-    torch.testing.assert_close(found, whole.gather(1, patches.unsqueeze(-1).expand(-1, -1, 7)), rtol=0, atol=1e-5)
+    assert_rounded(found, whole.gather(1, patches.unsqueeze(-1).expand(-1, -1, 7)))
 
 
 @pytest.mark.parametrize("size", [None, (28, 28), (16, 36)])
@@ -78,7 +78,7 @@ def test_both_executions_and_budget_one_at_any_size(architecture, head, size):
     if size is not None:
         resize(plain, size)
     with hf_hardattn.soft(made.model):
-        close(run(made), run(plain), 2e-6)
+        close(run(made), run(plain), FEW)
     harden(made.model, {**SCOUT, "budget": 1.0})
     close(run(made), run(plain))
 
@@ -93,7 +93,7 @@ def test_the_rows_of_masked_image_modelling_are_the_stock_ones():
     handle.remove()
     kept = selections["vision.inputs"][0].indices[:, 0, 0]
     assert made.batch["bool_masked_pos"].gather(1, kept[:, 1:] - 1).any()
-    torch.testing.assert_close(rows[0], rows[1].gather(1, kept.unsqueeze(-1).expand(-1, -1, 24)))
+    assert_rounded(rows[0], rows[1].gather(1, kept.unsqueeze(-1).expand(-1, -1, 24)))
 
 
 @pytest.mark.parametrize(("architecture", "head"), [HEADS[0], HEADS[2]])

@@ -50,14 +50,15 @@ def soft_attention(probe: Probe) -> Tensor:
 
 def leave_one_out(probe: Probe) -> Tensor:
     """``p(y^) - p(y^ without place i)``, fp32 ``[B, P]``: one forward a place. With removal ``select`` it starts from what the model
-    kept; a place it dropped has no effect, exactly."""
+    kept; a place it dropped has no effect, exactly: nothing is left out there, whatever other rows of the batch leave out."""
     base = probe.own() if probe.removal == "select" else probe.places
     scores = torch.zeros_like(base, dtype=torch.float32)
     whole = probe(base)
     for place in base.any(0).nonzero().flatten().tolist():
         keep = base.clone()
         keep[:, place] = False
-        scores[:, place] = whole - probe(keep)
+        # a row that has not got the place is computed again, in a batch of another shape, which may round differently
+        scores[:, place] = torch.where(base[:, place], whole - probe(keep), 0.0)
     return scores
 
 

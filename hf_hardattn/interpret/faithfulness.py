@@ -96,7 +96,7 @@ def plausibility(scores: Tensor, human: Tensor, places: Tensor) -> dict[str, flo
 
 def own_sufficiency(probe: Probe) -> Tensor:
     """``p(y^|x) - p(y^|what the model kept)``, fp32 ``[B]``. With an ``inputs`` site and removal ``select`` this is 0 by construction:
-    it is the same computation."""
+    it is the same computation. Only where every row keeps fewer than the batch has slots for (all are padded) may rounding be left."""
     return probe.full - probe(probe.own())
 
 

@@ -62,7 +62,7 @@ def choose_patches(
     candidates = candidates_among(plan.protected, state.valid, states, None)
     selection = selector(features, candidates, settings, inputs=inputs)
     context.add(selection, settings)
-    indices = state.apply(selection, len(pixels), rows, counted=selector.data_dependent)
+    indices = state.apply(selection, len(pixels), rows)
     if indices is None:
         return
     if state.mask is not None:

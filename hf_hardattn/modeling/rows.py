@@ -85,7 +85,7 @@ def select_rows(
     if selection is None:
         return None
     selection.positions = state.positions
-    return state.apply(selection, hidden.shape[0], hidden.shape[1], counted=selector.data_dependent)
+    return state.apply(selection, hidden.shape[0], hidden.shape[1])
 
 
 def keep(hidden: Tensor, indices: Tensor) -> Tensor:

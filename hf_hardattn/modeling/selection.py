@@ -33,6 +33,7 @@ class Selection:
         dense: every row is known to fill all its slots, without asking the device.
         masked: all candidates are computed on, and the choice weighs them; False: what was dropped is not computed on.
         positions: int64 ``[B, N]`` or None; position of each candidate in the tower's input, once earlier sites dropped some.
+        counted: how many positions a row keeps is known from the choice alone: the scores, or a replay, decide it.
         lengths: kept positions of each of the B rows (H = Q = 1), where the host had to ask; None otherwise.
     """
 
@@ -55,11 +56,12 @@ class Selection:
         lengths: tuple[int, ...] | None = None,
         indices: Tensor | None = None,
         protected: tuple[int, int] = (0, 0),
+        counted: bool = False,
     ):
         self.site, self.scores, self.gates = site, scores, gates
         self.log_prob, self.entropy, self.penalty, self.summary = log_prob, entropy, penalty, summary
         self.slots, self.dense, self.masked = slots, dense, masked
-        self.positions, self.lengths = positions, lengths
+        self.positions, self.lengths, self.counted = positions, lengths, counted
         self._mask, self._valid, self._required, self._indices = mask, valid, required, indices
         # number of rows at either end that a choice known by its indices keeps always
         self._protected = protected

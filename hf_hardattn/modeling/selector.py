@@ -375,7 +375,16 @@ class Selector(nn.Module):
             mask = mask if protected is None else mask | protected
             slots, full, lengths = self._count(mask, masked)
             return Selection(
-                self.site, mask, valid, protected, scores, slots=slots, dense=full, masked=masked, lengths=lengths
+                self.site,
+                mask,
+                valid,
+                protected,
+                scores,
+                slots=slots,
+                dense=full,
+                masked=masked,
+                lengths=lengths,
+                counted=True,
             )
         extra = candidates.ends.count
         budget = self.budget(drawing=settings.drawing, final=settings.final)
@@ -414,6 +423,7 @@ class Selector(nn.Module):
             dense=full,
             masked=masked,
             lengths=lengths,
+            counted=self.data_dependent,
         )
 
     def _choose(

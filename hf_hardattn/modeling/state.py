@@ -171,17 +171,16 @@ class TowerState:
             self._steps = [first.gather(1, second), *rest]
         return self._steps[0]
 
-    def apply(self, selection: Selection, batch: int, rows: int, *, counted: bool) -> Tensor | None:
+    def apply(self, selection: Selection, batch: int, rows: int) -> Tensor | None:
         """Take a selection among the rows in.
 
         Args:
             batch, rows: B and K before it.
-            counted: the scores decide how many rows are kept.
 
         Returns:
             Which rows go on, int64 ``[B, K']``; None when all stay where they are.
         """
-        if selection.gates is None and selection.slots >= rows and selection.lengths is None and not counted:
+        if selection.gates is None and selection.slots >= rows and selection.lengths is None and not selection.counted:
             return None  # everything valid is kept
         self.dropped, self.bound = True, selection.slots
         self._shared.clear()

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 from cases import HEADS, Case, Example, all_sites, close, hard, harden, head_places, run, stock, tensors, train_loss
+from rounding import MANY
 
 import hf_hardattn
 from hf_hardattn.packing import Packing
@@ -43,7 +44,7 @@ def unlike(case, packed, compare):
         assert not packed
         example = stock(case.place.architecture, case.head)
         found = compare(Example(harden(example.model, case.config(), seed), example.batch))
-        close(found, expected, 1e-4)
+        close(found, expected, MANY)
         if packed:
             return
     pytest.fail("nothing was packed")

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from cases import PLACES, Case, hard, run
+from rounding import MANY, assert_rounded
 
 import hf_hardattn
 from hf_hardattn.modeling.attention import AttentionCall
@@ -75,7 +76,7 @@ def test_attention_is_the_naive_one(place, scorer, per_head, mode, monkeypatch):
     with torch.no_grad():
         for (call, found), selection in list(zip(calls, selections, strict=True))[:2]:
             expected = naive_attention(call, call.source, call.mask, selection, call.module.selector, 2)
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+            assert_rounded(found, expected, MANY)
 
 
 @pytest.mark.parametrize("site", ["vision.inputs", "vision.tokens.0", "vision.tokens.1"])
@@ -98,4 +99,4 @@ def test_dropping_tokens_is_running_a_shorter_sequence(site):
                 if site == f"vision.tokens.{index}":
                     states = states[:, kept]
             expected = example.model.classifier(vit.layernorm(states)[0, 0])
-            torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-5)
+            assert_rounded(found[row], expected)

@@ -50,7 +50,7 @@ def test_a_fresh_process_loads_it_hard(answers, number):
     with hf_hardattn.record(example.model) as selections:
         expected = run(example)
     found, masks = answers[f"hard-{case.head}-{number}"]
-    close(found, expected, 1e-5)
+    close(found, expected)
     assert [site for site, _ in masks] == [s.site for s in selections]
     assert all(torch.equal(mask, s.mask) for (_, mask), s in zip(masks, selections, strict=True))
 
@@ -78,16 +78,16 @@ def test_every_way_in_is_hard(architecture, head, tmp_path):
         reference = stock(architecture, head)
         harden(reference.model, config)
         harden(model, config)
-        close(run(Example(model.eval(), example.batch)), run(reference), 1e-5)
+        close(run(Example(model.eval(), example.batch)), run(reference))
     fresh = type(example.model.config).from_pretrained(tmp_path, hard_attention=config)
     assert set(hf_hardattn.selectors(cls(fresh))) == set(hf_hardattn.selectors(cls._from_config(fresh))) == sites
     harden(example.model, config)
     example.model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["hard_attention"] == config.to_dict()
-    close(run(Example(cls.from_pretrained(tmp_path).eval(), example.batch)), run(example), 1e-5)
+    close(run(Example(cls.from_pretrained(tmp_path).eval(), example.batch)), run(example))
     soft = cls.from_pretrained(tmp_path, hard_attention=None)
     assert not hf_hardattn.selectors(soft) and type(soft.get_submodule("")) is cls
-    close(run(Example(soft.eval(), example.batch)), run(stock(architecture, head)), 1e-5)
+    close(run(Example(soft.eval(), example.batch)), run(stock(architecture, head)))
 
 
 @pytest.mark.parametrize(

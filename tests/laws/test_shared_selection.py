@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from cases import HEADS, can_generate, close, harden, has_loss, run, stock, train_loss
+from rounding import SOME, assert_rounded
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError
@@ -59,7 +60,7 @@ def test_sharing_is_replaying_the_first_layers_choice(architecture, head, patter
     with hf_hardattn.soft(example.model):
         close(run(example), plain)
     hf_hardattn.remove(example.model)
-    close(run(example), plain, tolerance=0)
+    close(run(example), plain, 0)
 
 
 @pytest.mark.parametrize(("estimator", "use_reentrant"), [("simple", True), ("reinforce", False)])
@@ -77,8 +78,7 @@ def test_checkpointing_changes_no_gradient(architecture, head, pattern, estimato
         gradient = expected[name].grad
         assert (parameter.grad is None) == (gradient is None), name
         if gradient is not None:
-            scale = max(1.0, gradient.abs().max().item())
-            torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=3e-5 * scale)
+            assert_rounded(parameter.grad, gradient, 3 * SOME, name)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
@@ -106,7 +106,7 @@ def test_only_the_first_layer_holds_weights_and_the_config_brings_it_back(tmp_pa
     example.model.save_pretrained(tmp_path)
     again = type(example.model).from_pretrained(tmp_path).eval()
     assert again.config.hard_attention["share_selection"] is True
-    close(run(type(example)(again, example.batch)), run(example), tolerance=0)
+    close(run(type(example)(again, example.batch)), run(example), 0)
 
 
 def test_a_site_that_drops_rows_starts_a_new_choice():
