@@ -11,6 +11,7 @@ from typing import Any
 from .errors import unknown
 
 KINDS = ("scorers", "estimators", "baselines", "architectures")
+BASES = {"scorers": "Scorer", "estimators": "Estimator", "baselines": "Baseline"}  # elsewhere the class is called Base
 
 
 @cache
@@ -31,13 +32,12 @@ def load(kind: str, name: str) -> Any:
         raise unknown(kind.removesuffix("s"), name, names(kind))
     package = importlib.import_module(f"hf_hardattn.{kind}")
     module = importlib.import_module(f"hf_hardattn.{kind}.{name}")
+    base = getattr(package, BASES.get(kind, "Base"))
     members = [
         member
         for member in vars(module).values()
-        if inspect.isclass(member) and issubclass(member, package.Base) and member.__module__ == module.__name__
+        if inspect.isclass(member) and issubclass(member, base) and member.__module__ == module.__name__
     ]
     if len(members) != 1:
-        raise TypeError(
-            f"{module.__name__} must define exactly one {package.Base.__name__}; it defines {len(members)}."
-        )
+        raise TypeError(f"{module.__name__} must define exactly one {base.__name__}; it defines {len(members)}.")
     return members[0]

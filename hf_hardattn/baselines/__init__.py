@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 
-class Base(nn.Module):
+class Baseline(nn.Module):
     """A baseline for the reward of a score-function estimator.
 
     Class attributes:

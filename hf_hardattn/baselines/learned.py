@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import Base
+from . import Baseline
 
 
-class Learned(Base):
+class Learned(Baseline):
     """Predict each example's reward from the mean state of the site's candidates, ``b = w2 gelu(W1 norm(x) + b1) + b2``.
 
     It reads what the choice is made from, never what was chosen, so the gradient stays unbiased. It learns by the squared

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..errors import HardAttentionError
-from . import Base, sum_over_ranks
+from . import Baseline, sum_over_ranks
 
 
-class MovingAverage(Base):
+class MovingAverage(Baseline):
     """Return the exponential moving average of the batch-mean reward, as it stood BEFORE this batch.
 
     ``b_t = a_{t-1}``, with ``a_1 = mean_1`` and ``a_t = momentum a_{t-1} + (1 - momentum) mean_t``. A batch's rewards

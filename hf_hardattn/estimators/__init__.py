@@ -68,7 +68,7 @@ class Sampling:
         return self.uniform(tuple(rows.shape)) < self.exploration if self.exploration > 0 else None
 
 
-class Base(nn.Module):
+class Estimator(nn.Module):
     """An estimator. Subclasses declare the facts below, keyword options in ``__init__``, and ``sample``.
 
     Class attributes:

@@ -7,10 +7,10 @@ from torch import Tensor
 from ..errors import HardAttentionError
 from ..laws import PlackettLuce
 from ..selection import topk_mask
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 
-class Distil(Base):
+class Distil(Estimator):
     """Keep the top k, and teach the scores the attention of the soft model: ``KL(attention || softmax(scores))``.
 
     The attention is that of the same weights run soft: at ``self`` and ``cross`` sites this layer's own, at ``tokens`` and

@@ -8,12 +8,12 @@ from torch import Tensor
 from ..errors import HardAttentionError
 from ..laws import LOW, SubsetLaw
 from ..selection import topk_mask
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 STEPS = 26  # bisections of an interval of length 1: below fp32 rounding
 
 
-class Entmax(Base):
+class Entmax(Estimator):
     """Spread k over the positions by alpha-entmax, no position above 1: deterministic, and 0 for most.
 
     ``p = argmax <s / T, p> + H_alpha(p)`` over ``0 <= p <= 1, sum p = k``, H_alpha Tsallis' entropy:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ..errors import HardAttentionError
 from ..laws import LOW, PlackettLuce
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 from ._relaxation import relax
 
 
-class GumbelRao(Base):
+class GumbelRao(Estimator):
     """Keep the top k of the scores plus Gumbel noise, as ``gumbel`` does, with its gradient and less of its noise.
 
     Many noises give one sample. ``gumbel`` differentiates the relaxation at the one that was drawn; this takes the mean of

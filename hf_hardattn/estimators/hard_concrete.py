@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..errors import HardAttentionError
 from ..laws import LOW, SubsetLaw
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 
-class HardConcrete(Base):
+class HardConcrete(Estimator):
     """Give every position a gate of its own in [0, 1], with mass at both ends, and learn how many to keep.
 
     ``z = clip(1.2 sigmoid((s / T + L) / temper) - 0.1, 0, 1)``, L logistic noise, so that

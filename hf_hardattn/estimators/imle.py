@@ -10,14 +10,14 @@ from torch import Tensor
 from ..errors import HardAttentionError, unknown
 from ..laws import SubsetLaw, gumbel_noise
 from ..selection import topk_mask
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 TERMS, TRIES = 10, 4  # of a sum-of-gamma variable; of a rejection sampler that accepts 95 %
 RATE, DECAY, TARGET = 0.01, 0.9, 1.0  # of the adaptive step
 LEAST, MOST = 1e-4, 1e4  # of beta: where no step changes the choice it would grow for ever
 
 
-class Imle(Base):
+class Imle(Estimator):
     """Keep the top k of noisy scores, and compare it with the top k after a step against the loss's gradient v.
 
     ``z = topk(s + T e)``, ``g = (z - topk(s + T e - lambda v)) / lambda``: a finite difference of the sampler, with the same

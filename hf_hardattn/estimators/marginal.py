@@ -7,12 +7,12 @@ from torch import Tensor
 from ..errors import HardAttentionError, unknown
 from ..laws import ConditionalBernoulli
 from ..selection import topk_mask
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 OBJECTIVES = ("likelihood", "expectation")
 
 
-class Marginal(Base):
+class Marginal(Estimator):
     """Run the model once for each of the C(N, k) choices S, ``p(S) ~ exp(sum of scores)``, and train on all of them:
 
     * ``likelihood``: ``- log sum_S p(S) p(y | S)``, the exact marginal likelihood of the latent choice; where queries choose

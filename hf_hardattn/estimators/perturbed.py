@@ -10,10 +10,10 @@ from torch import Tensor
 from ..errors import HardAttentionError
 from ..laws import SubsetLaw
 from ..selection import topk_mask
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 
-class Perturbed(Base):
+class Perturbed(Estimator):
     """Keep the top k, and pass the derivative of the smoothed top-k ``y(s) = E topk(s + sigma T Z)``, Z standard normal.
 
     ``dy_i / ds_j = E[topk(s + sigma T Z)_i Z_j] / (sigma T)`` (Stein), so the gradient of a loss with ``v = dloss/dy`` is

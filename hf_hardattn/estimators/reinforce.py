@@ -6,12 +6,12 @@ from torch import Tensor
 
 from ..errors import unknown
 from ..laws import ConditionalBernoulli, PlackettLuce
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 LAWS = {"plackett_luce": PlackettLuce, "conditional_bernoulli": ConditionalBernoulli}
 
 
-class Reinforce(Base):
+class Reinforce(Estimator):
     """Sample k positions and return their log-probability under the very law they were drawn from.
 
     ``grad E[R] = E[(R - b) grad log p(sample)]``: unbiased for any reward, differentiable or not, given a baseline b

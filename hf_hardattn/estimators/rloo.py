@@ -6,10 +6,10 @@ from torch import Tensor
 
 from ..errors import HardAttentionError
 from ..laws import PlackettLuce
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 
-class Rloo(Base):
+class Rloo(Estimator):
     """Draw ``samples`` ordered choices (Plackett-Luce) a step, one forward pass each, and score each against the others.
 
     ``g = 1/K sum_i (R_i - mean_{j != i} R_j) grad log p(order_i)``: unbiased, without a state or a number to tune; the

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from ..errors import HardAttentionError
 from ..laws import ConditionalBernoulli
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 
-class Sfess(Base):
+class Sfess(Estimator):
     """Draw ``samples`` subsets a step from the conditional Bernoulli law, and score each against the others.
 
     ``g = 1/K sum_i (R_i - mean_{j != i} R_j) grad log p(S_i)`` with ``p(S) ~ exp(sum of scores)``, the law that SIMPLE

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from ..errors import unknown
 from ..selection import topk_mask
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 SURROGATES = ("sigmoid", "balanced", "softmax", "identity")
 
 
-class StraightThrough(Base):
+class StraightThrough(Estimator):
     """Keep the top k, and pass the gradient as if the gates were a smooth function of the scores.
 
     Forward ``gate_i = 1[i in top-k]``; backward ``d gate / d s`` is that of the surrogate:

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from ..errors import HardAttentionError
 from ..laws import ConditionalBernoulli
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 
-class Variational(Base):
+class Variational(Estimator):
     """Draw from a posterior q(S | x, y), and pull the prior p(S | x) towards it: the evidence lower bound.
 
     ``loss = - log p(y | S) + weight KL(q || p)``, S drawn from q. Both are conditional Bernoulli laws over k-subsets, so the

@@ -27,7 +27,7 @@ class Projections:
     key: Callable[[Tensor], Tensor]
 
 
-class Base(nn.Module):
+class Scorer(nn.Module):
     """A scorer. Built as ``Scorer(hidden_size=D, query_size=Dq, heads=H, **scorer_options)``; H is 1 when heads share a choice.
 
     Class attributes:
@@ -80,7 +80,7 @@ class Base(nn.Module):
         return features[..., 0].unsqueeze(2)
 
 
-class Sequential(Base):
+class Sequential(Scorer):
     """A scorer that looks several times: ``glimpses.look`` asks it for scores glimpse by glimpse.
 
     Attributes:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HardAttentionError
-from . import Base, Projections
+from . import Projections, Scorer
 
 
-class Conv(Base):
+class Conv(Scorer):
     """Score each patch from itself and its 3x3 neighbourhood: ``h = gelu(W1 norm(x) + b1)``, ``s = W2 gelu(h + depthwise3x3(h)) + b2``.
 
     At ``vision.inputs`` no layer has mixed the patches yet, so a patch alone cannot tell a part of the object from clutter; its

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import unknown
-from . import Base, Projections
+from . import Projections, Scorer
 
 
-class KeyNorm(Base):
+class KeyNorm(Scorer):
     """Score each position by the size of its key: ``s_n = -|k_n|`` (or ``+|k_n|``), the mean over heads when they share a choice.
 
     Training-free control. Args: keep: ``"low"`` (default; low norms draw attention) or ``"high"``.

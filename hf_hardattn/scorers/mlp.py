@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import Base, Projections
+from . import Projections, Scorer
 
 
-class Mlp(Base):
+class Mlp(Scorer):
     """Score each position by a two-layer MLP: ``s_n = W2 gelu(W1 norm(x_n) + b1) + b2``.
 
     Args:

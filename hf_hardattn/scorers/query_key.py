@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import Base, Projections
+from . import Projections, Scorer
 
 
-class QueryKey(Base):
+class QueryKey(Scorer):
     """Score each pair of query and position: ``s_qn = (Wq norm(x_q)) . (Wk norm(x_n)) / sqrt(d)``, with its own small projections.
 
     With budget 1 on cross-attention this is the classic hard attention: the output is one value vector.

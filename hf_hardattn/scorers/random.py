@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..noise import uniform
-from . import Base, Projections
+from . import Projections, Scorer
 
 
-class Random(Base):
+class Random(Scorer):
     """Score each position by uniform noise.
 
     Training draws fresh noise. Evaluation hashes the position's own state and place: a choice that means nothing, yet the same

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HardAttentionError
-from . import Base, Projections
+from . import Projections, Scorer
 
 
-class Scout(Base):
+class Scout(Scorer):
     """Score each patch from its pixels at low resolution and from its 3x3 neighbourhood: ``h = gelu(W1 x + b1)``,
     ``s = W2 gelu(h + depthwise3x3(h)) + b2``, x the averages of ``cells`` x ``cells`` cells of the patch.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import Base, Projections
+from . import Projections, Scorer
 
 
-class Static(Base):
+class Static(Scorer):
     """Score each position by its place alone: ``s_n = t_n``, one learned number per place and head. Control: what a choice that never looks
     at the input can reach.
 
