@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
-from ..errors import unknown
 from ..laws import ConditionalBernoulli, PlackettLuce
 from . import Choice, Estimator, Sampling
 
@@ -34,10 +35,8 @@ class Reinforce(Estimator):
     needs = ("reward",)
     source = "Williams 1992; subsets: Kool et al. 2019, arXiv:1903.06059; Wijk et al. 2025 (SFESS)"
 
-    def __init__(self, law: str = "plackett_luce") -> None:
+    def __init__(self, law: Literal["plackett_luce", "conditional_bernoulli"] = "plackett_luce") -> None:
         super().__init__()
-        if law not in LAWS:
-            raise unknown("law", law, LAWS, "estimator reinforce")
         self.law = LAWS[law]
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:

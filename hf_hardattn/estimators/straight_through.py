@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from ..errors import unknown
 from ..selection import topk_mask
 from . import Choice, Estimator, Sampling
-
-SURROGATES = ("sigmoid", "balanced", "softmax", "identity")
 
 
 class StraightThrough(Estimator):
@@ -39,10 +38,8 @@ class StraightThrough(Estimator):
     needs = ("gates",)
     source = "Bengio, Leonard & Courville 2013, arXiv:1308.3432"
 
-    def __init__(self, surrogate: str = "sigmoid") -> None:
+    def __init__(self, surrogate: Literal["sigmoid", "balanced", "softmax", "identity"] = "sigmoid") -> None:
         super().__init__()
-        if surrogate not in SURROGATES:
-            raise unknown("surrogate", surrogate, SURROGATES, "estimator straight_through")
         self.surrogate = surrogate
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:

@@ -13,6 +13,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ..options import Configurable
+
 
 @dataclass
 class Projections:
@@ -27,7 +29,7 @@ class Projections:
     key: Callable[[Tensor], Tensor]
 
 
-class Scorer(nn.Module):
+class Scorer(Configurable, nn.Module):
     """A scorer. Built as ``Scorer(hidden_size=D, query_size=Dq, heads=H, **scorer_options)``; H is 1 when heads share a choice.
 
     Class attributes:
@@ -44,6 +46,8 @@ class Scorer(nn.Module):
         features: F, number of features per position and head.
     """
 
+    kind = "scorer"
+    built_with = ("hidden_size", "query_size", "heads")
     per_query: ClassVar[bool] = False
     needs_cls: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False

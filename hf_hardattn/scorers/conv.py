@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import HardAttentionError
+from ..options import Range, Width
 from . import Projections, Scorer
 
 
@@ -18,8 +20,8 @@ class Conv(Scorer):
     neighbours can. CLS comes first in the row and gets no score of its own. A video is a row of frames, each a grid.
 
     Args:
-        hidden: width of the hidden layer.
-        frames: F of a video, >= 1.
+        hidden: width of the hidden layer, in [1, 8192].
+        frames: F of a video, in [1, 65536].
         whole_frames: all patches of a frame share its mean score, so that a budget of whole frames (a share k/F) keeps k of them;
             choose patches within them at the next site, ``vision.tokens.0``. Choices that are drawn rather than sorted
             (``sample=True`` of some estimators) may split a frame in training.
@@ -37,8 +39,8 @@ class Conv(Scorer):
         hidden_size: int,
         query_size: int,
         heads: int = 1,
-        hidden: int = 64,
-        frames: int = 1,
+        hidden: Width = 64,
+        frames: Annotated[int, Range(1, 65_536)] = 1,
         whole_frames: bool = False,
     ):
         super().__init__(hidden_size, query_size, heads)

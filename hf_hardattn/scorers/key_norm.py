@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
-from ..errors import unknown
 from . import Projections, Scorer
 
 
@@ -19,10 +20,8 @@ class KeyNorm(Scorer):
 
     needs_projections = True
 
-    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, keep: str = "low"):
+    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, keep: Literal["low", "high"] = "low"):
         super().__init__(hidden_size, query_size, heads)
-        if keep not in ("low", "high"):
-            raise unknown("keep of scorer 'key_norm'", keep, ("low", "high"))
         self.sign = -1.0 if keep == "low" else 1.0
 
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:

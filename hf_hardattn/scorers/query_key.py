@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..options import Width
 from . import Projections, Scorer
 
 
@@ -14,7 +15,7 @@ class QueryKey(Scorer):
     With budget 1 on cross-attention this is the classic hard attention: the output is one value vector.
 
     Args:
-        size: d, width of the projections per head.
+        size: d, width of the projections per head, in [1, 8192].
         monotonic: a query reads on from where the one before read (its first position kept), for transduction.
 
     Cost: d multiplications per pair of query and position; monotonic choices are made one query after the other. Source: Show, Attend
@@ -23,7 +24,7 @@ class QueryKey(Scorer):
 
     per_query = True
 
-    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, size: int = 16, monotonic: bool = False):
+    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, size: Width = 16, monotonic: bool = False):
         super().__init__(hidden_size, query_size, heads)
         self.size, self.monotonic = size, monotonic
         self.features = size + monotonic

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from ..noise import uniform
+from ..options import Range
 from . import Projections, Scorer
 
 
@@ -16,10 +19,12 @@ class Random(Scorer):
     for a row alone, in any batch, and with or without a decoding cache.
 
     Args:
-        seed: another seed, another choice.
+        seed: in [0, 2**31); another seed, another choice.
     """
 
-    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, seed: int = 0):
+    def __init__(
+        self, hidden_size: int, query_size: int, heads: int = 1, seed: Annotated[int, Range(0, 2**31 - 1)] = 0
+    ):
         super().__init__(hidden_size, query_size, heads)
         self.seed = seed
 
