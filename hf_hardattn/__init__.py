@@ -12,9 +12,10 @@ from .diagnostics import Diagnosis, diagnose
 from .errors import HardAttentionError
 from .losses import auxiliary_loss
 from .modes import execution, sampled, soft
-from .patching import register
+from .patching import register as _patch_transformers
 from .recording import Recording, record, replay, selectors
 from .registration import apply, freeze_backbone, remove, set_reward, set_step, status
+from .registry import register
 from .selection import Selection
 from .verify import Report, verify
 
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "push",
     "record",
+    "register",
     "remove",
     "replay",
     "sampled",
@@ -57,7 +59,7 @@ __all__ = [
     "verify",
 ]
 
-register()
+_patch_transformers()
 
 
 # Imported when first used: the Trainer takes seconds, and not everybody trains or publishes.
