@@ -22,7 +22,7 @@ MOST_GLOB = 500  # characters
 
 @dataclass(frozen=True, eq=False)
 class SiteConfig:
-    """What happens at one site. Every value is checked when it is made.
+    """What happens at one site. Its fields are checked when it is made.
 
     Attributes:
         budget: positions kept per row: int >= 1, float in (0, 1] of the valid positions, ``"threshold:t"``, ``"top_p:p"``,

@@ -5,7 +5,7 @@ A constructor says what its options are by its annotations::
     def __init__(self, draws: Annotated[int, Range(2, 1000)] = 100, noise: Literal["gumbel", "normal"] = "gumbel"): ...
 
 Everything else follows: which options exist, which types and numbers they take, and the error for any other value. Known are bool,
-int, float (an int will do), str, None, ``Literal``, and unions of them. An option annotated otherwise takes any JSON.
+int, float (an int will do), str, list, dict, None, ``Literal``, and unions of them. An option annotated otherwise takes any JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from .errors import HardAttentionError, shown, unknown
 
 MOST_CHARACTERS, MOST_ITEMS, MOST_DEPTH = 1000, 10_000, 8  # of an option
 _NAMES = {
+    "list": "a list",
+    "dict": "a dict",
     "bool": "True or False",
     "int": "an int",
     "float": "a number",
@@ -29,13 +31,17 @@ _NAMES = {
     "none": "None",
     "json": "JSON",
 }
-_KINDS = {
+# A bool is an int too, so it is asked about first.
+_KINDS: dict[type, str] = {
     bool: "bool",
     int: "int",
     float: "float",
     str: "str",
+    list: "list",
+    tuple: "list",
+    dict: "dict",
     type(None): "none",
-}  # bool before int, which it is a subclass of
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class Range:
         return above and (value < self.high if self.open_high else value <= self.high)
 
     def __str__(self) -> str:
-        return f"{'>' if self.open_low else '>='} {self.low:g} and {'<' if self.open_high else '<='} {self.high:g}"
+        low, high = (f"{end:g}" if isinstance(end, float) else str(end) for end in (self.low, self.high))
+        return f"{'>' if self.open_low else '>='} {low} and {'<' if self.open_high else '<='} {high}"
 
 
 Width = Annotated[int, Range(1, 8192, "It is the width of a layer.")]
@@ -73,7 +80,7 @@ class Rule:
     """What one option takes.
 
     Attributes:
-        kinds: of ``bool``, ``int``, ``float``, ``str``, ``none``, ``json``.
+        kinds: of ``bool``, ``int``, ``float``, ``str``, ``list``, ``dict``, ``none``, ``json``.
         choices: values that are named one by one.
         range: of its numbers; None takes what is exact in JSON and finite in float32.
         required: the option has no default.
@@ -98,8 +105,8 @@ class Rule:
             kinds = frozenset(kind for rule in rules for kind in rule.kinds)
             choices = tuple(choice for rule in rules for choice in rule.choices)
             return cls(kinds, choices, next((rule.range for rule in rules if rule.range), None))
-        # Lists, dicts and what has no annotation at all: anything that JSON can hold.
-        return cls(frozenset({_KINDS.get(annotation, "json") if isinstance(annotation, type) else "json"}))
+        plain = origin or annotation  # list of list[int]
+        return cls(frozenset({_KINDS.get(plain, "json") if isinstance(plain, type) else "json"}))
 
     def __str__(self) -> str:
         names = []
@@ -122,7 +129,7 @@ class Rule:
             if value not in numbers:
                 rule, note = replace(self, range=numbers), f" {numbers.note}" if numbers.note else ""
                 raise HardAttentionError(f"{name}={shown(value)} is out of range at {where}; it must be {rule}.{note}")
-        elif kind in ("str", "json"):
+        else:
             check_json(name, value, where)
 
     def _accepted_as(self, value: Any) -> str | None:

@@ -130,6 +130,27 @@ def test_registered_names_are_listed_and_checked():
         HardAttentionConfig(scorer="scaled", scorer_options={"hidden_size": 3})
 
 
+def test_any_annotation_of_an_option_is_checked():
+    class Loose(Through):
+        def __init__(self, sizes: list[int] | None = None, table: dict = {}, anything=0, *, needed: int, **rest):  # noqa: B006
+            super().__init__(**rest)
+
+    hf_hardattn.register("estimator", "loose", Loose)
+    good = {"needed": 1, "sizes": [1, 2], "table": {"a": [1.0]}, "anything": "x", "slope": 2}
+    assert HardAttentionConfig(estimator="loose", estimator_options=good).estimator_options == good
+    for changes, message in [
+        ({"sizes": {"a": 1}}, "sizes={'a': 1} has a wrong type .*; it must be a list or None"),
+        ({"table": [1]}, "table=.1. has a wrong type .*; it must be a dict"),
+        ({"anything": float("nan")}, "anything=nan at .* holds a number that is not finite"),
+        ({"slope": "steep"}, "slope='steep' has a wrong type .*; it must be a number"),
+        ({"rest": 1}, "unknown option of estimator 'loose': 'rest'"),
+    ]:
+        with pytest.raises(HardAttentionError, match=message):
+            HardAttentionConfig(estimator="loose", estimator_options={**good, **changes})
+    with pytest.raises(HardAttentionError, match="option 'needed' is missing at estimator loose .* Give an int"):
+        HardAttentionConfig(estimator="loose")
+
+
 def test_a_name_is_taken_once():
     register_all()
     hf_hardattn.register("estimator", "through", Through)  # the same again changes nothing
