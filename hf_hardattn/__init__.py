@@ -14,8 +14,9 @@ from .errors import HardAttentionError
 from .losses import auxiliary_loss
 from .modeling.selection import Selection
 from .modes import execution, sampled, soft
-from .patching import register
+from .patching import register as _patch_transformers
 from .recording import Recording, record, replay, selectors
+from .registry import register
 from .verify import Report, verify
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "push",
     "record",
+    "register",
     "remove",
     "replay",
     "sampled",
@@ -58,7 +60,7 @@ __all__ = [
     "verify",
 ]
 
-register()
+_patch_transformers()
 
 
 # Imported when first used: the Trainer takes seconds, and not everybody trains or publishes.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import HardAttentionError
+from .amounts import MOST_COUNT, is_marked, read_amount, write_amount
+from .errors import HardAttentionError, shown
+from .schedules import read_schedule, write_schedule
 
 _PARTS = 1_000_000  # ratios are held in millionths, so that ceil(0.1 * 30) is 3 and not 4
 
@@ -28,34 +32,32 @@ class Budget:
 
     @classmethod
     def parse(cls, budget: Any, where: str) -> Budget:
-        """Read ``8``, ``0.25``, ``"threshold:0.5"`` or ``"top_p:0.9"``; ``where`` names the place in an error."""
-        if isinstance(budget, bool):
-            raise HardAttentionError(f"budget={budget!r} is not a budget at '{where}'; {_RULE}")
-        if isinstance(budget, int):
-            if budget < 1:
-                raise HardAttentionError(
-                    f"budget={budget} is out of range at '{where}'; an int budget counts positions to KEEP, >= 1."
-                )
+        """Read ``8``, ``0.25``, ``"threshold:0.5"``, ``"top_p:0.9"``, or JSON's ``{"count": 8}``, ``{"ratio": 0.25}``.
+
+        Args:
+            where: place, for an error.
+
+        Raises:
+            HardAttentionError: none of these, or out of range.
+        """
+        budget = read_amount(budget, "budget", where)
+        if isinstance(budget, int) and not isinstance(budget, bool):
+            if not 1 <= budget <= MOST_COUNT:
+                raise _out_of_range(budget, where, f"an int budget counts positions to KEEP, >= 1 and <= {MOST_COUNT}.")
             return cls("count", budget)
         if isinstance(budget, float):
             if not 0.0 < budget <= 1.0:
-                raise HardAttentionError(
-                    f"budget={budget} is out of range at '{where}'; a float budget is the ratio to KEEP, in (0, 1]. An int counts positions."
+                raise _out_of_range(
+                    budget, where, "a float budget is the ratio to KEEP, in (0, 1]. An int counts positions."
                 )
             return cls("ratio", budget)
-        if isinstance(budget, str):
-            kind, _, text = budget.partition(":")
-            try:
-                value = float(text)
-            except ValueError:
-                value = -1.0
-            if kind in ("threshold", "top_p"):
-                if not 0.0 < value < 1.0:
-                    raise HardAttentionError(
-                        f"budget={budget!r} is out of range at '{where}'; the number behind '{kind}:' lies in (0, 1)."
-                    )
-                return cls(kind, value)
-        raise HardAttentionError(f"budget={budget!r} is not a budget at '{where}'; {_RULE}")
+        kind, _, number = budget.partition(":") if isinstance(budget, str) else ("", "", "")
+        if kind not in ("threshold", "top_p"):
+            raise HardAttentionError(f"budget={shown(budget)} is not a budget at {shown(where)}; {_RULE}")
+        value = float(number) if _NUMBER.fullmatch(number) else -1.0
+        if not 0.0 < value < 1.0:
+            raise _out_of_range(budget, where, f"the number behind '{kind}:' lies in (0, 1).")
+        return cls(kind, value)
 
     @property
     def data_dependent(self) -> bool:
@@ -91,4 +93,41 @@ class Budget:
         return torch.minimum(k.clamp(min=1), available)
 
 
-_RULE = 'use an int >= 1 (positions), a float in (0, 1] (ratio to KEEP), "threshold:t" or "top_p:p".'
+def read_budget(budget: Any, where: str) -> Any:
+    """Return the form that a configuration holds: an int, a float, a string, or a schedule of ratios.
+
+    Args:
+        budget: in memory or from JSON.
+        where: place, for an error.
+
+    Raises:
+        HardAttentionError: no budget, out of range, or a schedule of something else than ratios.
+    """
+    if not isinstance(budget, Mapping) or is_marked(budget):
+        Budget.parse(budget, where)
+        return read_amount(budget, "budget", where)
+    schedule = read_schedule(budget, f"{where}, budget")
+    for name in ("start", "end"):
+        if not 0.0 < schedule[name] <= 1.0:
+            raise _out_of_range(
+                schedule[name], where, f"a schedule's {name} is the ratio to KEEP, in (0, 1]; counts have no schedule."
+            )
+    return schedule
+
+
+def write_budget(budget: Any) -> Any:
+    """Return the JSON form: a count and a ratio marked as such, a schedule with marked steps, a string as it is."""
+    return write_schedule(budget) if isinstance(budget, Mapping) else write_amount(budget)
+
+
+_NUMBER = re.compile(
+    r"[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?"
+)  # float() also reads "0_5", " 0.5 " and other scripts' digits
+_RULE = (
+    'use an int >= 1 (positions), a float in (0, 1] (ratio to KEEP), "threshold:t", "top_p:p" or a schedule of ratios; '
+    'in JSON {"count": 8} or {"ratio": 0.5}.'
+)
+
+
+def _out_of_range(budget: Any, where: str, rule: str) -> HardAttentionError:
+    return HardAttentionError(f"budget={shown(budget)} is out of range at {shown(where)}; {rule}")

@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import InitVar, asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import InitVar, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from . import registry
-from .budget import Budget
-from .errors import HardAttentionError, unknown
+from .amounts import is_marked, is_number
+from .errors import HardAttentionError, shown, unknown
+from .fields import READERS, choice, read_field, scheduled_weight, write_field
+from .options import check_options
 from .recipes import expand
-from .schedules import Schedule
+from .schedules import write_schedule
 
-SCHEMA_VERSION = 1
-EXECUTIONS = ("auto", "gathered", "masked")
+SCHEMA_VERSION = 2  # 1 wrote counts and ratios as bare numbers; it is still read
+TOP = "the top level"
+MOST_GLOB = 500  # characters
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SiteConfig:
-    """What happens at one site.
+    """What happens at one site. Its fields are checked when it is made.
 
     Attributes:
         budget: positions kept per row: int >= 1, float in (0, 1] of the valid positions, ``"threshold:t"``, ``"top_p:p"``,
-            or a schedule of floats over optimizer steps (evaluation uses its end).
-        scorer, scorer_options: name in ``scorers/`` and its keyword options.
-        estimator, estimator_options: name in ``estimators/`` and its keyword options.
-        baseline, baseline_options: name in ``baselines/``; used by score-function estimators only.
-        temperature: number > 0 or schedule; of the sampling law or relaxation, in training only.
-        backward_temperature: number > 0 or schedule, of the surrogate that only the gradient sees; ``"adaptive"`` takes the
+            or a schedule of floats over optimizer steps (evaluation uses its end). In JSON ``{"count": 8}`` and ``{"ratio": 0.5}``.
+        scorer, scorer_options: name in ``scorers/``, or of a plug-in, and its keyword options.
+        estimator, estimator_options: name in ``estimators/``, or of a plug-in, and its keyword options.
+        baseline, baseline_options: name in ``baselines/``, or of a plug-in; used by score-function estimators only.
+        temperature: number in [1e-6, 1e6] or schedule; of the sampling law or relaxation, in training only.
+        backward_temperature: number in [1e-6, 1e6] or schedule, of the surrogate that only the gradient sees; ``"adaptive"`` takes the
             spread of each row's scores where that is larger than ``temperature``, so that a confident scorer keeps its
             gradient; None: ``temperature``.
         exploration: number in [0, 1] or schedule; probability that a row keeps positions drawn uniformly, in training.
         soft_rate: number in [0, 1] or schedule; probability that a row looks everywhere, in (masked) training.
-        entropy_weight: number >= 0 or schedule; weight of the entropy bonus (exploration) in the training loss.
-        score_function_weight: number >= 0; weight of the score-function surrogate in the training loss.
+        entropy_weight: number in [0, 1e6] or schedule; weight of the entropy bonus (exploration) in the training loss.
+        score_function_weight: number in [0, 1e6]; weight of the score-function surrogate in the training loss.
         per_head: each attention head chooses for itself (``self`` and ``cross`` only).
         share_selection: the first ``self`` (or ``cross``) site of a tower chooses for the later ones that are configured alike,
             up to the next ``tokens`` site, which changes what there is to choose from. One scorer, one choice, one gather.
@@ -63,94 +65,76 @@ class SiteConfig:
     execution: str = "auto"
     pack: bool | None = None
 
+    def __post_init__(self) -> None:
+        self._read("SiteConfig")
+
+    def _read(self, where: str) -> None:
+        for name in READERS:
+            object.__setattr__(self, name, read_field(name, getattr(self, name), where))
+
+    def __eq__(self, other: object) -> bool:
+        # By the JSON form, in which budget=1 (one position) and budget=1.0 (all of them) differ.
+        return type(other) is type(self) and isinstance(other, SiteConfig) and self.to_dict() == other.to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, complete."""
+        return {name: write_field(name, getattr(self, name)) for name in READERS}
+
     def validate(self, where: str) -> None:
-        """Raise ``HardAttentionError`` for anything out of range; ``where`` names the site or pattern."""
-        if isinstance(self.budget, dict):
-            schedule = Schedule.parse(self.budget, f"{where}, budget")
-            Budget.parse(float(schedule.start), where)
-            Budget.parse(float(schedule.end), where)
-        else:
-            Budget.parse(self.budget, where)
+        """Raise ``HardAttentionError`` for names that do not exist, wrong options, and fields that do not go together.
+
+        Args:
+            where: the site or pattern, for the error.
+        """
         for kind in ("scorer", "estimator", "baseline"):
-            member, options = registry.load(f"{kind}s", getattr(self, kind)), getattr(self, f"{kind}_options")
-            if not isinstance(options, Mapping):
-                raise HardAttentionError(
-                    f"{kind}_options={options!r} is not a dict at '{where}'; give keyword options by name."
-                )
-            known = set(inspect.signature(member).parameters) - {"hidden_size", "query_size", "heads"}
-            for name in options:
-                if name not in known:
-                    raise unknown(f"option of {kind} '{getattr(self, kind)}':", name, known, where)
-        for name in ("temperature", "backward_temperature"):
-            value = getattr(self, name)
-            if name == "backward_temperature" and (value is None or value == "adaptive"):
-                continue
-            schedule = Schedule.parse(value, f"{where}, {name}")
-            if min(schedule.start, schedule.end) <= 0:
-                raise HardAttentionError(f"{name}={value!r} is out of range at '{where}'; it must stay > 0.")
-        for name in ("exploration", "soft_rate"):
-            schedule = Schedule.parse(getattr(self, name), f"{where}, {name}")
-            if min(schedule.start, schedule.end) < 0 or max(schedule.start, schedule.end) > 1:
-                raise HardAttentionError(
-                    f"{name}={getattr(self, name)!r} is out of range at '{where}'; it is a probability, in [0, 1]."
-                )
-        entropy = Schedule.parse(self.entropy_weight, f"{where}, entropy_weight")
-        if min(entropy.start, entropy.end, self.score_function_weight) < 0:
-            raise HardAttentionError(
-                f"a loss weight is negative at '{where}'; entropy_weight and score_function_weight are >= 0."
-            )
-        if not isinstance(self.share_selection, bool):
-            raise HardAttentionError(
-                f"share_selection={self.share_selection!r} is not a choice at '{where}'; use True (layers share one selection) or False."
-            )
-        if self.pack not in (None, True, False):
-            raise HardAttentionError(
-                f"pack={self.pack!r} is not a choice at '{where}'; use None (where the host knows the counts), True (always) or False (never)."
-            )
-        if self.execution not in EXECUTIONS:
-            raise unknown("execution", self.execution, EXECUTIONS, where)
-        estimator = registry.load("estimators", self.estimator)(**self.estimator_options)
+            name, options = getattr(self, kind), getattr(self, f"{kind}_options")
+            check_options(registry.load(f"{kind}s", name), name, options, where)
         if registry.load("scorers", self.scorer).sequential:
-            asks = sorted({"teacher", "choices", "target"} & set(estimator.needs))
-            if asks:
-                raise HardAttentionError(
-                    f"scorer '{self.scorer}' chooses in several looks at '{where}'; estimator '{self.estimator}' (needs {', '.join(asks)}) reads "
-                    "the scores of one. Use an estimator with gates or a reward ('simple', 'rloo' ...)."
-                )
-            if not estimator.exact_budget and self.estimator != "soft":
-                raise HardAttentionError(
-                    f"estimator '{self.estimator}' at '{where}' keeps a number of its own in training; scorer '{self.scorer}' spreads a count over "
-                    "its looks. Use halting_cost to stop early, with an estimator that keeps exactly its budget ('simple', 'rloo' ...)."
-                )
-            if isinstance(self.budget, str):
-                raise HardAttentionError(
-                    f"budget={self.budget!r} at '{where}' counts by the scores; scorer '{self.scorer}' needs a count to spread over its looks. "
-                    "Use an int or a ratio, with halting_cost to stop early."
-                )
-        if self.soft_rate and estimator.trains_gathered:
+            self._check_sequential(where)
+        if self.soft_rate and registry.load("estimators", self.estimator).trains_gathered:
             raise HardAttentionError(
-                f"soft_rate={self.soft_rate!r} at '{where}' has rows look everywhere; estimator '{self.estimator}' computes on the kept "
-                "positions only. Use 0, or an estimator that trains masked ('simple', 'straight_through' ...)."
+                f"soft_rate={shown(self.soft_rate)} at {shown(where)} has rows look everywhere; estimator '{self.estimator}' computes on the "
+                "kept positions only. Use 0, or an estimator that trains masked ('simple', 'straight_through' ...)."
+            )
+
+    def _check_sequential(self, where: str) -> None:
+        """Refuse what a scorer that spreads a count over several looks cannot serve."""
+        estimator = registry.load("estimators", self.estimator)
+        asks = sorted({"teacher", "choices", "target"} & set(estimator.needs))
+        if asks:
+            raise HardAttentionError(
+                f"scorer '{self.scorer}' chooses in several looks at {shown(where)}; estimator '{self.estimator}' (needs {', '.join(asks)}) "
+                "reads the scores of one. Use an estimator with gates or a reward ('simple', 'rloo' ...)."
+            )
+        if not estimator.exact_budget and self.estimator != "soft":
+            raise HardAttentionError(
+                f"estimator '{self.estimator}' at {shown(where)} keeps a number of its own in training; scorer '{self.scorer}' spreads a count "
+                "over its looks. Use halting_cost to stop early, with an estimator that keeps exactly its budget ('simple', 'rloo' ...)."
+            )
+        if isinstance(self.budget, str):
+            raise HardAttentionError(
+                f"budget={shown(self.budget)} at {shown(where)} counts by the scores; scorer '{self.scorer}' needs a count to spread over its "
+                "looks. Use an int or a ratio, with halting_cost to stop early."
             )
 
 
-SITE_FIELDS = tuple(f.name for f in fields(SiteConfig))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HardAttentionConfig(SiteConfig):
     """Where a model looks. The fields of ``SiteConfig`` are every site's defaults.
 
     Attributes:
-        sites: glob to overrides (``{"vision.tokens.*": {"budget": 0.5}}``; later globs win), or a list of globs; ``None``
-            takes the architecture's recommended sites.
-        self_distillation: number >= 0 or schedule; weight of KL(soft model's predictions || hard model's) in the training loss.
+        sites: glob to overrides (``{"vision.tokens.*": {"budget": 0.5}}``; later globs win) or to a budget alone
+            (``{"vision.inputs": 0.5}``), or a list of globs; ``None`` takes the architecture's recommended sites.
+        self_distillation: number in [0, 1e6] or schedule; weight of KL(soft model's predictions || hard model's) in the training loss.
             Costs a soft forward pass a step.
         recipe: name in ``recipes``; it sets the fields that stand at their defaults. They are what is kept, not the name: a
             saved model does not change with a recipe.
         restore: give ``last_hidden_state`` its full length again, all-zero rows where nothing was computed; ``None`` decides by
             the model (T5 and masked image modelling restore).
-        schema_version: of this dict.
+        schema_version: of the dict that was read, 1 or 2; what is written has the newest.
+
+    Raises:
+        HardAttentionError: a value that is out of place anywhere; the message names the field, the rule, the place and the remedy.
 
     Example:
         >>> HardAttentionConfig(sites={"vision.tokens.3": {"budget": 0.7}}, scorer="linear").sites
@@ -164,45 +148,39 @@ class HardAttentionConfig(SiteConfig):
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self, recipe: str | None) -> None:
-        if not isinstance(self.schema_version, int) or self.schema_version > SCHEMA_VERSION:
-            raise HardAttentionError(
-                f"schema_version={self.schema_version!r} is newer than this hf_hardattn knows ({SCHEMA_VERSION}); "
-                "a newer release wrote this configuration. Upgrade with: pip install -U hf-hardattn"
-            )
-        sites = self.sites
-        if isinstance(sites, str):
-            sites = [sites]
-        if sites is not None and not isinstance(sites, Mapping):
-            sites = {pattern: {} for pattern in sites}
-        if sites is not None:
-            if not sites:
-                raise HardAttentionError("sites is empty; name at least one site, or None for the recommended ones.")
-            sites = {str(pattern): dict(overrides or {}) for pattern, overrides in sites.items()}
-        object.__setattr__(self, "sites", sites)
+        _check_schema_version(self.schema_version)
+        object.__setattr__(self, "schema_version", SCHEMA_VERSION)
+        self._read(TOP)
         if recipe is not None:
-            for name, value in expand(recipe, {f.name: getattr(self, f.name) for f in fields(self)}).items():
+            given = {f.name: getattr(self, f.name) for f in fields(self)}
+            for name, value in expand(recipe, given).items():
                 object.__setattr__(self, name, value)
-        self.validate("the top level")
-        weight = Schedule.parse(self.self_distillation, "self_distillation")
-        if min(weight.start, weight.end) < 0:
-            raise HardAttentionError(
-                f"self_distillation={self.self_distillation!r} is negative; a loss weight is >= 0."
-            )
+        self.validate(TOP)
+        checked = {repr({})}  # without overrides a site is what the top level says
         for pattern, overrides in (self.sites or {}).items():
-            self._site(pattern, [overrides]).validate(pattern)
+            if repr(overrides) not in checked:
+                self._site([overrides]).validate(pattern)
+                checked.add(repr(overrides))
 
-    def _site(self, where: str, overrides: Iterable[Mapping[str, Any]]) -> SiteConfig:
-        merged = {name: getattr(self, name) for name in SITE_FIELDS}
+    def _read(self, where: str) -> None:
+        super()._read(where)
+        object.__setattr__(self, "sites", read_sites(self.sites))
+        weight = scheduled_weight("self_distillation", self.self_distillation, where)
+        object.__setattr__(self, "self_distillation", weight)
+        _RESTORE("restore", self.restore, where)
+
+    def _site(self, overrides: Iterable[Mapping[str, Any]]) -> SiteConfig:
+        merged = {name: getattr(self, name) for name in READERS}
         for override in overrides:
-            for name, value in override.items():
-                if name not in SITE_FIELDS:
-                    raise unknown("site field", name, SITE_FIELDS, where)
-                # options belong to the member they were written for
-                if name in ("scorer", "estimator", "baseline") and value != merged[name]:
-                    merged[f"{name}_options"] = {}
-                merged[name] = value
-            merged |= dict(override)
-        return SiteConfig(**merged)
+            for kind in ("scorer", "estimator", "baseline"):
+                # Options belong to the member they were written for.
+                if override.get(kind, merged[kind]) != merged[kind]:
+                    merged[f"{kind}_options"] = {}
+            merged |= override
+        # Not by the constructor, which would check again what was checked when this configuration was made.
+        site = object.__new__(SiteConfig)
+        vars(site).update(merged)
+        return site
 
     def resolve(
         self, names: Iterable[str], recommended: Iterable[str], where: str, ignore: Iterable[str] = ()
@@ -216,48 +194,125 @@ class HardAttentionConfig(SiteConfig):
             ignore: towers the architecture has elsewhere but this model lacks; a pattern for one of them may match nothing.
 
         Raises:
-            HardAttentionError: a pattern matches no site.
+            HardAttentionError: a pattern matches no site; what several patterns say of a site does not go together.
         """
         names = list(names)
         patterns = self.sites if self.sites is not None else {pattern: {} for pattern in recommended}
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names) and pattern.split(".")[0] not in ignore:
-                listed = (
-                    ", ".join(map(repr, names)) if len(names) <= 8 else f"{names[0]!r}, {names[1]!r} ... {names[-1]!r}"
-                )
-                raise HardAttentionError(f"no site matches {pattern!r} in {where}; it has: {listed}.")
-        resolved = {}
-        for name in names:
-            matching = [overrides for pattern, overrides in patterns.items() if fnmatchcase(name, pattern)]
-            if matching:
-                resolved[name] = self._site(name, matching)
+        matching: dict[str, list[Mapping[str, Any]]] = {name: [] for name in names}
+        for pattern, overrides in patterns.items():
+            matched = [pattern] if pattern in matching else [name for name in names if fnmatchcase(name, pattern)]
+            if not matched and pattern.split(".")[0] not in ignore:
+                few = ", ".join(map(repr, names[:8] if len(names) <= 8 else names[:2]))
+                listed = few if len(names) <= 8 else f"{few} ... {names[-1]!r}"
+                raise HardAttentionError(f"no site matches {shown(pattern)} in {where}; it has: {listed}.")
+            for name in matched:
+                matching[name].append(overrides)
+        resolved = {name: self._site(overrides) for name, overrides in matching.items() if overrides}
+        for name, site in resolved.items():
+            if len(matching[name]) > 1:  # each pattern alone was checked when the configuration was made
+                site.validate(name)
         return resolved
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, complete, as written to config.json."""
-        return asdict(self)
+        """The JSON form, complete, as written to config.json: counts and ratios are marked, whatever prints the numbers."""
+        sites = self.sites and {
+            pattern: {name: write_field(name, value) for name, value in overrides.items()}
+            for pattern, overrides in self.sites.items()
+        }
+        return {
+            **super().to_dict(),
+            "sites": sites,
+            "self_distillation": write_schedule(self.self_distillation),
+            "restore": self.restore,
+            "schema_version": self.schema_version,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HardAttentionConfig:
-        """Read the JSON form; unknown keys raise."""
+        """Read the JSON form, of this schema or an older one. Bare numbers are read as in Python: an int budget counts.
+
+        Raises:
+            HardAttentionError: not a dict, a newer schema, an unknown key, or a value that is out of place.
+        """
+        if not isinstance(data, Mapping):
+            raise HardAttentionError(
+                f"hard_attention={shown(data)} is not a configuration; give a HardAttentionConfig or its dict."
+            )
+        # First of all: a newer schema may have keys and values that mean nothing here.
+        _check_schema_version(data.get("schema_version", SCHEMA_VERSION))
         known = {*(f.name for f in fields(cls)), "recipe"}
-        if isinstance(data.get("schema_version", 1), int) and data.get("schema_version", 1) <= SCHEMA_VERSION:
-            for name in data:
-                if name not in known:
-                    raise unknown("key of hard_attention:", name, known)
-        return cls(**{name: value for name, value in data.items() if name in known})
+        for name in data:
+            if name not in known:
+                raise unknown("key of hard_attention:", name, known)
+        return cls(**data)
 
     @classmethod
     def parse(cls, value: Any) -> HardAttentionConfig:
         """Accept a ``HardAttentionConfig`` or its dict."""
-        if isinstance(value, cls):
-            return value
-        if isinstance(value, Mapping):
-            return cls.from_dict(value)
-        raise HardAttentionError(
-            f"hard_attention={value!r} is not a configuration; give a HardAttentionConfig or its dict."
-        )
+        return value if isinstance(value, cls) else cls.from_dict(value)
 
     def replace(self, **changes: Any) -> HardAttentionConfig:
         """A copy with some fields changed, validated again."""
+        known = {*(f.name for f in fields(self)), "recipe"}
+        for name in changes:
+            if name not in known:
+                raise unknown("field of HardAttentionConfig:", name, known)
         return replace(self, **changes)
+
+
+_RESTORE = choice({None: "the model decides", True: "full length", False: "kept rows only"})
+
+
+def read_sites(sites: Any) -> dict[str, dict[str, Any]] | None:
+    """Return globs and their overrides, in the one form that a configuration holds.
+
+    Args:
+        sites: None, a glob, a collection of globs, or a dict of globs to overrides, to a budget alone, or to None.
+
+    Raises:
+        HardAttentionError: none of these, an empty collection, a glob that is no string, a field out of place.
+    """
+    if sites is None:
+        return None
+    if isinstance(sites, str):
+        sites = [sites]
+    if not isinstance(sites, (Mapping, list, tuple, Set)):
+        raise HardAttentionError(
+            f"sites={shown(sites)} is not a choice of sites; give a glob, a list of globs, or a dict of globs to overrides."
+        )
+    if not sites:
+        raise HardAttentionError("sites is empty; name at least one site, or None for the recommended ones.")
+    read = {}
+    for pattern in sites:
+        if not isinstance(pattern, str) or not 0 < len(pattern) <= MOST_GLOB:
+            raise HardAttentionError(
+                f"sites names {shown(pattern)}; a glob is a string of 1 to {MOST_GLOB} characters, such as 'vision.tokens.*'."
+            )
+        read[pattern] = _read_overrides(sites[pattern] if isinstance(sites, Mapping) else None, pattern)
+    return read
+
+
+def _read_overrides(overrides: Any, pattern: str) -> dict[str, Any]:
+    if overrides is None:
+        return {}
+    if is_number(overrides) or isinstance(overrides, str) or is_marked(overrides):
+        overrides = {"budget": overrides}
+    if not isinstance(overrides, Mapping):
+        raise HardAttentionError(
+            f"sites says {shown(overrides)} at {shown(pattern)}; give a dict of fields, or a budget: a count, a ratio or a string."
+        )
+    if "start" in overrides and "budget" not in overrides:
+        overrides = {"budget": overrides}  # a schedule alone
+    return {name: read_field(name, value, pattern) for name, value in overrides.items()}
+
+
+def _check_schema_version(version: Any) -> None:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise HardAttentionError(
+            f"schema_version={shown(version)} is no version; it is an int from 1 to {SCHEMA_VERSION}. Leave it out."
+        )
+    if version > SCHEMA_VERSION:
+        raise HardAttentionError(
+            f"schema_version={shown(version)} is newer than this hf_hardattn knows ({SCHEMA_VERSION}); "
+            "a newer release wrote this configuration. Upgrade with: pip install -U hf-hardattn"
+        )

@@ -3,24 +3,64 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+MOST_NAMES = 40  # names listed in an error
 
 
 class HardAttentionError(ValueError):
     """A configuration or input that hard attention cannot honour; the message names the remedy."""
 
 
-def unknown(what: str, name: object, known: Iterable[str], where: str = "") -> HardAttentionError:
+class _Abbreviated(reprlib.Repr):
+    """``repr`` that stays short for values of any size and depth, and never raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 5
+        self.maxstring = self.maxother = self.maxlong = 120
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to print integers of more than 4,300 digits.
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"<int of {x.bit_length()} bits>"
+
+
+_ABBREVIATED = _Abbreviated()
+MOST_SHOWN = 300  # characters of a value in an error
+
+
+def shown(value: object) -> str:
+    """Return ``repr(value)``, abbreviated to a length that fits into an error message.
+
+    >>> shown(list(range(1000)))
+    '[0, 1, 2, 3, 4, ...]'
+    """
+    try:
+        text = _ABBREVIATED.repr(value)
+    except Exception:  # noqa: BLE001 - the value is somebody's object, and this is an error message
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
+
+
+def unknown(what: str, name: object, known: Iterable[str], where: str = "", remedy: str = "") -> HardAttentionError:
     """Build the error for a name that does not exist, with the names that do and the nearest one.
+
+    Args:
+        what: kind of thing the name should be. known: the names that exist.
+        where: place of the name. remedy: what to do where no known name is near.
 
     >>> print(unknown("estimator", "simpel", ["gumbel", "simple"]))
     unknown estimator 'simpel'; known: 'gumbel', 'simple'. Did you mean 'simple'?
     """
     names = sorted(known)
-    place = f" at '{where}'" if where else ""
-    message = f"unknown {what} {name!r}{place}; known: {', '.join(map(repr, names))}."
-    near = difflib.get_close_matches(str(name), names, n=1)
-    return HardAttentionError(message + (f" Did you mean {near[0]!r}?" if near else ""))
+    place = f" at {shown(where)}" if where else ""
+    listed = ", ".join(map(shown, names[:MOST_NAMES])) + (" ..." if len(names) > MOST_NAMES else "")
+    message = f"unknown {what} {shown(name)}{place}; {f'known: {listed}' if names else 'there are none'}."
+    near = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) and len(name) < 100 else []
+    hint = f" Did you mean {near[0]!r}?" if near else f" {remedy}" if remedy else ""
+    return HardAttentionError(message + hint)
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> ImportError:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .estimators import Base as Estimator
-from .estimators import Choice, Sampling
+from .estimators import Choice, Estimator, Sampling
 from .scorers import Sequential
 
 

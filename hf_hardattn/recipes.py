@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import HardAttentionError, unknown
+from .errors import HardAttentionError, shown, unknown
 
 # The defaults of the fields that recipes set: a field that stands there takes the recipe's value.
 _DEFAULTS: dict[str, Any] = {
@@ -28,12 +28,13 @@ def expand(recipe: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that ``recipe`` changes.
 
     Args:
-        recipe: a name of ``RECIPES``. given: all fields of the configuration.
+        recipe: a name of ``RECIPES``.
+        given: all fields of the configuration, each of them valid.
 
     Raises:
         HardAttentionError: unknown recipe, or an int budget, which cannot fall from a ratio of 1.0.
     """
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise unknown("recipe", recipe, RECIPES)
     settings = dict(RECIPES[recipe])
     anneal = settings.pop("anneal", None)
@@ -45,7 +46,7 @@ def expand(recipe: str, given: dict[str, Any]) -> dict[str, Any]:
         for budget in budgets:
             if isinstance(budget, int):
                 raise HardAttentionError(
-                    f"budget={budget} counts positions; recipe '{recipe}' lets the budget fall from 1.0, a ratio. Give the ratio to keep."
+                    f"budget={shown(budget)} counts positions; recipe '{recipe}' lets the budget fall from 1.0, a ratio. Give the ratio to keep."
                 )
         changed["budget"] = _fall(given["budget"], anneal)
         changed["sites"] = given["sites"] and {

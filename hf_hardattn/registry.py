@@ -1,43 +1,177 @@
-"""The folder is the registry: a file ``<kind>/<name>.py`` with one class in it is registered under ``name``."""
+"""Names of scorers, estimators, baselines and architectures: the files of their folders, and plug-ins.
+
+A file ``<kind>/<name>.py`` with one class in it is registered under ``name``. A plug-in is registered by ``register``, or by an
+entry point of an installed package, whose name is ``<kind>.<name>``::
+
+    [project.entry-points."hf_hardattn.plugins"]
+    "estimator.mine" = "my_package.estimators:Mine"
+
+Reading the names imports no member; ``load`` imports the one it is asked for.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import pkgutil
+import re
+import warnings
 from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from .errors import unknown
+from .errors import HardAttentionError, shown, unknown
 
 KINDS = ("scorers", "estimators", "baselines")
+BASES = {"scorers": "Scorer", "estimators": "Estimator", "baselines": "Baseline"}
+GROUP = "hf_hardattn.plugins"
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_\-]{0,99}")
+_registered: dict[tuple[str, str], type] = {}
 
 
-@cache
-def names(kind: str) -> tuple[str, ...]:
-    """Names registered under ``kind`` (one of ``KINDS``), sorted; reads the folder, imports no member of it."""
-    package = importlib.import_module(f"hf_hardattn.{kind}")
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")))
+def register(kind: str, name: str, member: type, *, overwrite: bool = False) -> None:
+    """Make a class of your own known by name, to configurations, command lines and ``hf-hardattn list``.
 
+    A saved model names its plug-ins: register them before it is loaded.
 
-@cache
-def load(kind: str, name: str) -> Any:
-    """Import and return the member ``name`` of ``kind``: the one class of that file that the folder's base class is a parent of.
+    Args:
+        kind: ``"scorer"``, ``"estimator"`` or ``"baseline"``.
+        name: letters, digits, ``_`` and ``-``; begins with a letter.
+        member: subclass of ``hf_hardattn.scorers.Scorer``, ``estimators.Estimator`` or ``baselines.Baseline``. The annotations of its
+            constructor say what its options are, see ``hf_hardattn.options``.
+        overwrite: replace what has the name already, even a built-in.
 
     Raises:
-        HardAttentionError: no such name; the message lists the names that exist.
+        HardAttentionError: another kind, not such a name, not such a class, or a name that is taken.
+
+    Example:
+        >>> class Middle(hf_hardattn.scorers.Scorer): ...                                     # doctest: +SKIP
+        >>> hf_hardattn.register("scorer", "middle", Middle)                                  # doctest: +SKIP
     """
-    if name not in names(kind):
-        raise unknown(kind.removesuffix("s"), name, names(kind))
+    kind = _plural(kind)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise HardAttentionError(
+            f"{shown(name)} is no name for a plug-in; it begins with a letter and holds letters, digits, '_' and '-', 100 at most."
+        )
+    _check_member(kind, name, member)
+    if name in names(kind) and not overwrite and _registered.get((kind, name)) is not member:
+        raise HardAttentionError(
+            f"{kind[:-1]} {name!r} is registered already; a name stands for one class. Take another name, or overwrite=True."
+        )
+    _registered[kind, name] = member
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """Names registered under ``kind`` (one of ``KINDS``), sorted; imports no member of it."""
+    plugins = {name for group, name in (*_registered, *_entry_points()) if group == kind}
+    return tuple(sorted(plugins.union(_built_in(kind))))
+
+
+def load(kind: str, name: str) -> Any:
+    """Return the class that is registered as ``name``; import it if it has not been imported yet.
+
+    Raises:
+        HardAttentionError: no such name, the message lists the names that exist; a plug-in that cannot be imported, or is no such class.
+    """
+    if isinstance(name, str):
+        if (kind, name) in _registered:  # first: it may have overwritten a built-in
+            return _registered[kind, name]
+        if name in _built_in(kind):
+            return _load_built_in(kind, name)
+        if (kind, name) in _entry_points():
+            return _load_plugin(kind, name)
+    remedy = f"Register a plug-in first: hf_hardattn.register({kind[:-1]!r}, name, class)." if kind in BASES else ""
+    raise unknown(kind.removesuffix("s"), name, names(kind), remedy=remedy)
+
+
+@cache
+def _built_in(kind: str) -> tuple[str, ...]:
     package = importlib.import_module(f"hf_hardattn.{kind}")
+    return tuple(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+@cache
+def _load_built_in(kind: str, name: str) -> Any:
+    """The one class of the file that the folder's base class is a parent of."""
     module = importlib.import_module(f"hf_hardattn.{kind}.{name}")
+    base = _base(kind)
     members = [
         member
         for member in vars(module).values()
-        if inspect.isclass(member) and issubclass(member, package.Base) and member.__module__ == module.__name__
+        if inspect.isclass(member) and issubclass(member, base) and member.__module__ == module.__name__
     ]
     if len(members) != 1:
-        raise TypeError(
-            f"{module.__name__} must define exactly one {package.Base.__name__}; it defines {len(members)}."
-        )
+        raise TypeError(f"{module.__name__} must define exactly one {base.__name__}; it defines {len(members)}.")
     return members[0]
+
+
+@cache
+def _entry_points() -> dict[tuple[str, str], EntryPoint]:
+    """Plug-ins of installed packages by kind and name. What cannot be one is left out, with a warning."""
+    found: dict[tuple[str, str], EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        kind, _, name = point.name.partition(".")
+        plural = f"{kind.removesuffix('s')}s"
+        problem = ""
+        if plural not in BASES or not _NAME.fullmatch(name):
+            problem = f"its name is not '<kind>.<name>' with a kind of {', '.join(sorted(BASES))}"
+        elif name in _built_in(plural):
+            problem = f"{plural[:-1]} '{name}' is built in"
+        elif (plural, name) in found and found[plural, name].value != point.value:
+            problem = f"'{found[plural, name].value}' has the same name"
+        if problem:
+            warnings.warn(
+                f"the entry point '{point.name} = {point.value}' of {GROUP} is ignored: {problem}.", stacklevel=2
+            )
+        else:
+            found[plural, name] = point
+    return found
+
+
+@cache
+def _load_plugin(kind: str, name: str) -> Any:
+    point = _entry_points()[kind, name]
+    place = f"{kind[:-1]} {name!r}, the entry point '{point.value}',"
+    try:
+        member = point.load()
+    except Exception as error:  # noqa: BLE001 - somebody else's module may raise anything
+        text = " ".join(str(error).split())[:300]
+        raise HardAttentionError(
+            f"{place} cannot be imported ({type(error).__name__}: {text}). Repair or uninstall the package that brings it."
+        ) from error
+    _check_member(kind, name, member)
+    return member
+
+
+def _plural(kind: Any) -> str:
+    """``"scorers"`` of ``"scorer"`` or ``"scorers"``."""
+    plural = f"{kind.removesuffix('s')}s" if isinstance(kind, str) else ""
+    if plural not in BASES:
+        raise unknown("kind of plug-in", kind, (known[:-1] for known in BASES))
+    return plural
+
+
+def _base(kind: str) -> type:
+    base: type = getattr(importlib.import_module(f"hf_hardattn.{kind}"), BASES.get(kind, "Base"))
+    return base
+
+
+def _check_member(kind: str, name: str, member: Any) -> None:
+    """Raise ``HardAttentionError`` unless ``member`` is a class that can serve as ``kind``."""
+    base = _base(kind)
+    if not inspect.isclass(member) or not issubclass(member, base) or member is base:
+        raise HardAttentionError(
+            f"{shown(member)} cannot be {kind[:-1]} {name!r}; it must be a subclass of hf_hardattn.{kind}.{base.__name__}."
+        )
+    if kind != "estimators":
+        return
+    known = importlib.import_module("hf_hardattn.estimators").NEEDS
+    needs = getattr(member, "needs", None)
+    if not isinstance(getattr(member, "biased", None), bool):
+        raise HardAttentionError(
+            f"estimator {name!r} does not say whether it is biased; {member.__name__} needs a class attribute biased = True or False."
+        )
+    if not isinstance(needs, tuple) or not set(needs) <= set(known):
+        raise HardAttentionError(
+            f"needs={shown(needs)} of estimator {name!r} is not known; it is a tuple of {', '.join(map(repr, known))}."
+        )

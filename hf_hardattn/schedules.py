@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import HardAttentionError, unknown
+from .amounts import MOST_COUNT, is_number, read_amount, write_amount
+from .errors import HardAttentionError, shown, unknown
 
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: x,
     "cosine": lambda x: 0.5 - 0.5 * math.cos(math.pi * x),
     "exponential": lambda x: x,  # linear in the logarithm, see __call__
 }
+LARGEST = 1e30  # of a value: float32 holds it, and so does its product with a loss
+LEAST_EXPONENTIAL = 1e-12  # of a value: the ratio of two values stays finite
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,10 @@ class Schedule:
     A number is the constant schedule; a dict is ``{"shape": "linear", "start": 1.0, "end": 0.1, "steps": 500, "delay": 0}``.
 
     Attributes:
-        steps, delay: int counts optimizer steps; a float in (0, 1] is the share of all training steps.
+        start, end: finite numbers.
+        steps, delay: int counts optimizer steps; a float in (0, 1] is the share of all training steps. In JSON ``{"count": 500}`` and
+            ``{"ratio": 0.4}``.
+        shape: ``linear``, ``cosine`` or ``exponential``.
         stages: 0 changes the value every step; n changes it n times, at equal distances.
     """
 
@@ -36,35 +42,39 @@ class Schedule:
 
     @classmethod
     def parse(cls, value: Any, where: str) -> Schedule:
-        """Read a number or a dict; ``where`` names the place in an error."""
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        """Read a number or a dict, in memory or from JSON; ``where`` names the place in an error.
+
+        Raises:
+            HardAttentionError: neither of the two; an unknown key or shape; a number out of range.
+        """
+        if is_number(value):
+            _check_value("value", value, where)
             return cls(value, value)
-        if not isinstance(value, dict) or not {"start", "end", "steps"} <= value.keys():
+        if not isinstance(value, Mapping) or not {"start", "end", "steps"} <= value.keys():
             raise HardAttentionError(
-                f"{value!r} is not a schedule at '{where}'; use a number or a dict with start, end, steps (and delay, shape)."
+                f"{shown(value)} is not a schedule at {shown(where)}; use a number or a dict with start, end, steps (and delay, shape)."
             )
-        extra = value.keys() - cls.__dataclass_fields__.keys()
-        if extra:
-            raise unknown("schedule key", sorted(extra)[0], cls.__dataclass_fields__, where)
-        schedule = cls(**value)
-        if schedule.shape not in SHAPES:
-            raise unknown("schedule shape", schedule.shape, SHAPES, where)
-        for name, count, low in (
-            ("steps", schedule.steps, 1),
-            ("delay", schedule.delay, 0),
-            ("stages", schedule.stages, 0),
-        ):
-            share = isinstance(count, float) and name != "stages" and 0.0 < count <= 1.0
-            if isinstance(count, bool) or not (share or isinstance(count, int) and count >= low):
-                raise HardAttentionError(
-                    f"{name}={count!r} of a schedule at '{where}'; an int counts optimizer steps, >= {low}; steps and delay may "
-                    "also be a float in (0, 1], the share of all training steps."
-                )
-        if schedule.shape == "exponential" and min(schedule.start, schedule.end) <= 0:
-            raise HardAttentionError(
-                f"an exponential schedule needs start > 0 and end > 0 at '{where}'; got {value!r}."
-            )
+        known = cls.__dataclass_fields__
+        for key in value:
+            if key not in known:
+                raise unknown("schedule key", key, known, where)
+        schedule = cls(**{key: read_amount(item, key, where) for key, item in value.items()})
+        schedule._check(where)
         return schedule
+
+    def _check(self, where: str) -> None:
+        _check_value("start", self.start, where)
+        _check_value("end", self.end, where)
+        _check_steps("steps", self.steps, 1, where)
+        _check_steps("delay", self.delay, 0, where)
+        _check_steps("stages", self.stages, 0, where)
+        if not isinstance(self.shape, str) or self.shape not in SHAPES:
+            raise unknown("schedule shape", self.shape, SHAPES, where)
+        if self.shape == "exponential" and min(self.start, self.end) < LEAST_EXPONENTIAL:
+            raise HardAttentionError(
+                f"an exponential schedule needs start > 0 and end > 0 at {shown(where)}, {LEAST_EXPONENTIAL} at least; "
+                f"got start={self.start}, end={self.end}. Use another shape to reach 0."
+            )
 
     @property
     def constant(self) -> bool:
@@ -88,3 +98,38 @@ class Schedule:
         if self.shape == "exponential":
             return self.start * (self.end / self.start) ** x
         return self.start + (self.end - self.start) * SHAPES[self.shape](x)
+
+
+def read_schedule(value: Any, where: str) -> Any:
+    """Return the form that a configuration holds: a number, or a dict whose ``steps`` and ``delay`` are an int or a float.
+
+    Raises:
+        HardAttentionError: as ``Schedule.parse``.
+    """
+    Schedule.parse(value, where)
+    return {key: read_amount(item, key, where) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def write_schedule(value: Any) -> Any:
+    """Return the JSON form: ``steps`` and ``delay`` say whether they are a count or a ratio; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: write_amount(item) if key in ("steps", "delay") else item for key, item in value.items()}
+
+
+def _check_value(name: str, value: Any, where: str) -> None:
+    if not is_number(value) or not abs(value) <= LARGEST:
+        raise HardAttentionError(
+            f"{name}={shown(value)} of a schedule at {shown(where)} is not a finite number; start and end are numbers, "
+            f"{LARGEST:g} at most."
+        )
+
+
+def _check_steps(name: str, count: Any, low: int, where: str) -> None:
+    share = isinstance(count, float) and name != "stages" and 0.0 < count <= 1.0
+    whole = isinstance(count, int) and not isinstance(count, bool) and low <= count <= MOST_COUNT
+    if not share and not whole:
+        raise HardAttentionError(
+            f"{name}={shown(count)} of a schedule at {shown(where)}; an int counts optimizer steps, >= {low} and <= {MOST_COUNT}; "
+            "steps and delay may also be a float in (0, 1], the share of all training steps."
+        )

@@ -97,7 +97,7 @@ def test_a_fresh_process_and_cache_load_every_form_hard(hub, pushed, tmp_path):
     budget = fresh.do(
         LOAD.format(tests=str(TESTS), forms=["full", "sharded", "selectors", "peft"], folder=str(tmp_path))
     )
-    assert budget == 0.25
+    assert budget == {"ratio": 0.25}
     expected = torch.load(pushed / "answer.pt")
     for form in ("full", "sharded", "selectors", "stock_way"):
         assert same(torch.load(tmp_path / f"{form}.pt"), expected), form
@@ -131,7 +131,7 @@ def test_private_by_default_and_hidden_from_others(hub, ann, bob, pushed):
 def test_public_only_when_asked_and_never_by_accident(hub, ann, bob, folders):
     plan = push(ann, folders / "full", "ann/open", dry_run=False, public=True)
     assert "PUBLIC: everybody can see" in plan["text"]
-    assert bob.do("result = hf_hardattn.load('ann/open').config.hard_attention['budget']") == 0.5
+    assert bob.do("result = hf_hardattn.load('ann/open').config.hard_attention['budget']") == {"ratio": 0.5}
     hub.forget()
     with pytest.raises(
         Refused, match="HardAttentionError: ann/open is PUBLIC; the push was to be private. Nothing was sent"

@@ -19,6 +19,9 @@ LAYERS = {
     "devices": 0,
     "selection": 0,
     "registry": 1,
+    "amounts": 1,
+    "options": 1,
+    "fields": 2,
     "budget": 1,
     "schedules": 1,
     "laws": 1,
@@ -178,7 +181,7 @@ def test_registered_name_loads(kind: str, name: str) -> None:
         (("scorers", "linear"), "from . import mlp", "imports its sibling scorers.mlp"),
         (("scorers", "linear"), "from transformers import ViTModel", "imports transformers"),
         (("scorers", "linear"), "from ..config import HardAttentionConfig", "imports config"),
-        (("estimators", "simple"), "from ..scorers import Base", "imports scorers"),
+        (("estimators", "simple"), "from ..scorers import Scorer", "imports scorers"),
         (("estimators", "simple"), "from .gumbel import Gumbel", "imports its sibling estimators.gumbel"),
         (("estimators", "simple"), "from ..baselines.none import NoBaseline", "take it from the registry"),
         (("architectures", "vit"), "import hf_hardattn.architectures.t5", "imports its sibling architectures.t5"),
@@ -203,8 +206,11 @@ def test_violation_is_found(
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        (("scorers", "linear"), "import torch\nfrom torch import nn\nfrom . import Base\nfrom ..errors import unknown"),
-        (("estimators", "simple"), "from . import Base\nfrom .. import errors\nfrom ..registry import load"),
+        (
+            ("scorers", "linear"),
+            "import torch\nfrom torch import nn\nfrom . import Scorer\nfrom ..errors import unknown",
+        ),
+        (("estimators", "simple"), "from . import Estimator\nfrom .. import errors\nfrom ..registry import load"),
         (("architectures", "vit"), "from transformers import ViTModel\nfrom ..errors import HardAttentionError"),
         (("cli",), "import hf_hardattn\nfrom hf_hardattn import registry"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import close, harden, run, stock
+from rounding import FEW, assert_rounded
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -210,7 +211,7 @@ def test_patches_that_the_attention_mask_hides_are_never_chosen():
 
 def test_no_cells_are_refused():
     with pytest.raises(
-        HardAttentionError, match=r"cells=0 is out of range; scorer 'scout' sees a patch as cells x cells"
+        HardAttentionError, match=r"cells=0 is out of range at scorer scout .* A patch is seen as cells x cells"
     ):
         example("vit", "ViTModel", scorer_options={"cells": 0})
 

@@ -227,7 +227,9 @@ def test_t5_trains_from_yaml_with_score_function_and_rouge(t5: Path, texts: Path
         "train_t5", "--config", config, "--max_train_steps", 4, "--budget", 0.6, "--output_dir", tmp_path / "out"
     )
     assert results["train"]["steps"] == 4 and results["arguments"]["evaluate_each_epoch"] is False
-    assert results["hard_attention"]["budget"] == 0.6 and results["hard_attention"]["sites"] == {"encoder.inputs": {}}
+    assert results["hard_attention"]["budget"] == {"ratio": 0.6} and results["hard_attention"]["sites"] == {
+        "encoder.inputs": {}
+    }
     assert {"rougeL", "bleu", "chrf", "loss", "kept_ratio"} <= set(results["metrics"]["hard"])
     rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]

@@ -7,8 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, distributed, nn
 
+from ..options import Configurable
 
-class Base(nn.Module):
+
+class Baseline(Configurable, nn.Module):
     """A baseline for the reward of a score-function estimator.
 
     Class attributes:
@@ -19,6 +21,7 @@ class Base(nn.Module):
         deferred: whoever drives the training calls ``update`` once an optimizer step; otherwise each forward does it itself.
     """
 
+    kind = "baseline"
     needs_greedy: ClassVar[bool] = False
     needs_summary: ClassVar[bool] = False
     deferred: bool = False

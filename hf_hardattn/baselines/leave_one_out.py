@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import Base, sum_over_ranks
+from . import Baseline, sum_over_ranks
 
 
-class LeaveOneOut(Base):
+class LeaveOneOut(Baseline):
     """Return, for each example, the mean reward of the other examples of the batch, those of other ranks included.
 
     ``b_i = (sum_j R_j - R_i) / (B - 1)``: without the example's own sample, so unbiased; no state, no tuning. With a

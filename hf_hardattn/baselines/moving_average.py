@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from ..errors import HardAttentionError
-from . import Base, sum_over_ranks
+from ..options import Range
+from . import Baseline, sum_over_ranks
+
+_MOMENTUM = Range(0, 1, "It is the share of the old average; the usual value is 0.9.", open_high=True)
 
 
-class MovingAverage(Base):
+class MovingAverage(Baseline):
     """Return the exponential moving average of the batch-mean reward, as it stood BEFORE this batch.
 
     ``b_t = a_{t-1}``, with ``a_1 = mean_1`` and ``a_t = momentum a_{t-1} + (1 - momentum) mean_t``. A batch's rewards
@@ -36,13 +40,8 @@ class MovingAverage(Base):
     value: Tensor | None
     variance: Tensor | None
 
-    def __init__(self, momentum: float = 0.9, whiten: bool = False) -> None:
+    def __init__(self, momentum: Annotated[float, _MOMENTUM] = 0.9, whiten: bool = False) -> None:
         super().__init__()
-        if not 0 <= momentum < 1:
-            raise HardAttentionError(
-                f"momentum={momentum!r} is out of range at baseline moving_average; "
-                "it is the share of the old average, in [0, 1). The usual value is 0.9."
-            )
         self.momentum, self.whiten = momentum, whiten
         # None, not zeros: from_pretrained fills buffers that no checkpoint holds with whatever the memory held
         self.register_buffer("value", None, persistent=False)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import Base
+from . import Baseline
 
 
-class NoBaseline(Base):
+class NoBaseline(Baseline):
     """Return 0: plain REINFORCE. Its gradient noise is 10 to 20 times the gradient; for comparison only.
 
     Source: Williams 1992, REINFORCE, with b = 0.

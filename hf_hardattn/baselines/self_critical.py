@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import HardAttentionError
-from . import Base
+from . import Baseline
 
 
-class SelfCritical(Base):
+class SelfCritical(Baseline):
     """Return each example's reward under the deterministic top-k: a sample is reinforced if it beats the greedy choice.
 
     ``b_i = R(top-k of example i)``: independent of the sample, so unbiased; per example; costs a second forward pass.

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ..options import Configurable
 from ..selection import topk_mask
 
 # What an estimator may ask for besides the scores.
@@ -68,7 +69,7 @@ class Sampling:
         return self.uniform(tuple(rows.shape)) < self.exploration if self.exploration > 0 else None
 
 
-class Base(nn.Module):
+class Estimator(Configurable, nn.Module):
     """An estimator. Subclasses declare the facts below, keyword options in ``__init__``, and ``sample``.
 
     Class attributes:
@@ -80,6 +81,7 @@ class Base(nn.Module):
         source: paper and equation.
     """
 
+    kind = "estimator"
     biased: ClassVar[bool]
     needs: ClassVar[tuple[str, ...]] = ()
     trains_gathered: ClassVar[bool]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..errors import HardAttentionError
 from ..laws import PlackettLuce
+from ..options import Weight
 from ..selection import topk_mask
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 
-class Distil(Base):
+class Distil(Estimator):
     """Keep the top k, and teach the scores the attention of the soft model: ``KL(attention || softmax(scores))``.
 
     The attention is that of the same weights run soft: at ``self`` and ``cross`` sites this layer's own, at ``tokens`` and
@@ -19,10 +19,10 @@ class Distil(Base):
     position is worth under the budget, so distil first and let a task-loss estimator finish.
 
     Args:
-        weight: >= 0, of the divergence in the training loss.
+        weight: in [0, 1e6], of the divergence in the training loss.
 
     Raises:
-        HardAttentionError: a negative weight.
+        HardAttentionError: weight out of range.
 
     Gradient and cost: no gradient through the choice, so it trains gathered; one soft forward pass a step without gradient.
 
@@ -34,10 +34,8 @@ class Distil(Base):
     detaches = True
     source = "DeepSeek-V3.2-Exp 2025, section 2.1"
 
-    def __init__(self, weight: float = 1.0) -> None:
+    def __init__(self, weight: Weight = 1.0) -> None:
         super().__init__()
-        if weight < 0:
-            raise HardAttentionError(f"weight={weight} is out of range at estimator distil; a loss weight is >= 0.")
         self.weight = weight
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:

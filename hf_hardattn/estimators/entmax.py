@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from ..errors import HardAttentionError
 from ..laws import LOW, SubsetLaw
+from ..options import Range
 from ..selection import topk_mask
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 STEPS = 26  # bisections of an interval of length 1: below fp32 rounding
+_ALPHA = Range(1.001, 2, "1.5 is usual, 2 is sparsemax, and near 1 it is the softmax.")
 
 
-class Entmax(Base):
+class Entmax(Estimator):
     """Spread k over the positions by alpha-entmax, no position above 1: deterministic, and 0 for most.
 
     ``p = argmax <s / T, p> + H_alpha(p)`` over ``0 <= p <= 1, sum p = k``, H_alpha Tsallis' entropy:
@@ -22,7 +25,7 @@ class Entmax(Base):
     the entmax package's, whose functions sum to 1 or have alpha = 2; k above 1 needs the cap, or one position would hold several.
 
     Args:
-        alpha: in (1, 2]; larger = sparser.
+        alpha: in [1.001, 2]; larger = sparser.
         hard: True keeps the gates at 0 and 1 in the forward, the top k, with this gradient (straight-through); False gives p
             to the model: no noise, no bias for its own smooth objective, but it sees in training what it does not see in
             evaluation.
@@ -41,12 +44,8 @@ class Entmax(Base):
     needs = ("gates",)
     source = "Peters, Niculae & Martins 2019, arXiv:1905.05702; k > 1: its mean over the k-subset polytope"
 
-    def __init__(self, alpha: float = 1.5, hard: bool = True) -> None:
+    def __init__(self, alpha: Annotated[float, _ALPHA] = 1.5, hard: bool = True) -> None:
         super().__init__()
-        if not 1 < alpha <= 2:
-            raise HardAttentionError(
-                f"alpha={alpha} is out of range at estimator entmax; it lies in (1, 2]. 1.5 is usual, 2 is sparsemax, and near 1 it is the softmax."
-            )
         self.alpha, self.hard = alpha, hard
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ..laws import PlackettLuce, gumbel_noise
 from ..selection import topk_mask
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 from ._relaxation import relax
 
 
-class Gumbel(Base):
+class Gumbel(Estimator):
     """Keep the top k of the scores plus Gumbel noise, and pass the gradient of the relaxed k-hot vector.
 
     ``w = s + G``; the sample is top-k(w), an exact draw from Plackett-Luce(s). The relaxation runs k rounds of

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from ..errors import HardAttentionError
 from ..laws import LOW, PlackettLuce
-from . import Base, Choice, Sampling
+from ..options import Range
+from . import Choice, Estimator, Sampling
 from ._relaxation import relax
 
 
-class GumbelRao(Base):
+class GumbelRao(Estimator):
     """Keep the top k of the scores plus Gumbel noise, as ``gumbel`` does, with its gradient and less of its noise.
 
     Many noises give one sample. ``gumbel`` differentiates the relaxation at the one that was drawn; this takes the mean of
@@ -25,7 +27,7 @@ class GumbelRao(Base):
     The temperature is the relaxation's; the law that is sampled has none. The entropy is that of the first pick.
 
     Args:
-        draws: M >= 1, noises that share the sample. With 1 it is ``gumbel`` with other noise behind its gradient.
+        draws: M in [1, 10000], noises that share the sample. With 1 it is ``gumbel`` with other noise behind its gradient.
 
     Gradient and cost: biased, as ``gumbel`` is; M times its relaxation and its memory, O(M k N) numbers a row for the
     backward pass. Meant for k = 1 and small k.
@@ -42,10 +44,8 @@ class GumbelRao(Base):
     needs = ("gates",)
     source = "Paulus, Maddison & Krause 2021, arXiv:2010.04838; k > 1: given the order of the picks"
 
-    def __init__(self, draws: int = 10) -> None:
+    def __init__(self, draws: Annotated[int, Range(1, 10_000, "It counts noises, >= 1.")] = 10) -> None:
         super().__init__()
-        if draws < 1:
-            raise HardAttentionError(f"draws={draws} is out of range at estimator gumbel_rao; it counts noises, >= 1.")
         self.draws = draws
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:

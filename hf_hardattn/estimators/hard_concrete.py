@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..errors import HardAttentionError
 from ..laws import LOW, SubsetLaw
-from . import Base, Choice, Sampling
+from ..options import Positive, Weight
+from . import Choice, Estimator, Sampling
 
 
-class HardConcrete(Base):
+class HardConcrete(Estimator):
     """Give every position a gate of its own in [0, 1], with mass at both ends, and learn how many to keep.
 
     ``z = clip(1.2 sigmoid((s / T + L) / temper) - 0.1, 0, 1)``, L logistic noise, so that
@@ -26,8 +26,8 @@ class HardConcrete(Base):
     ``sigmoid(s) > 0.5``, where the median gate is above a half. (Train with a ratio: under a threshold the target would be the row's own rate.)
 
     Args:
-        temper: > 0, of the gates; lower = more of them at 0 and 1.
-        stiffness: >= 0, how strongly the penalty pulls at once, before the multiplier has grown.
+        temper: in [1e-6, 1e6], of the gates; lower = more of them at 0 and 1.
+        stiffness: in [0, 1e6], how strongly the penalty pulls at once, before the multiplier has grown.
 
     Attributes:
         multiplier: parameter ``[1]``, starts at 0.
@@ -47,16 +47,8 @@ class HardConcrete(Base):
     exact_budget = False
     source = "Louizos, Welling & Kingma 2018, arXiv:1712.01312; target: Bastings et al. 2019, arXiv:1905.08160"
 
-    def __init__(self, temper: float = 2 / 3, stiffness: float = 10.0) -> None:
+    def __init__(self, temper: Positive = 2 / 3, stiffness: Weight = 10.0) -> None:
         super().__init__()
-        if not temper > 0:
-            raise HardAttentionError(
-                f"temper={temper} is out of range at estimator hard_concrete; a temperature is > 0."
-            )
-        if stiffness < 0:
-            raise HardAttentionError(
-                f"stiffness={stiffness} is out of range at estimator hard_concrete; a loss weight is >= 0."
-            )
         self.temper, self.stiffness = temper, stiffness
         self.multiplier = nn.Parameter(torch.zeros(1))
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import HardAttentionError, unknown
 from ..laws import SubsetLaw, gumbel_noise
+from ..options import Positive
 from ..selection import topk_mask
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 TERMS, TRIES = 10, 4  # of a sum-of-gamma variable; of a rejection sampler that accepts 95 %
 RATE, DECAY, TARGET = 0.01, 0.9, 1.0  # of the adaptive step
 LEAST, MOST = 1e-4, 1e4  # of beta: where no step changes the choice it would grow for ever
 
 
-class Imle(Base):
+class Imle(Estimator):
     """Keep the top k of noisy scores, and compare it with the top k after a step against the loss's gradient v.
 
     ``z = topk(s + T e)``, ``g = (z - topk(s + T e - lambda v)) / lambda``: a finite difference of the sampler, with the same
@@ -30,7 +30,7 @@ class Imle(Base):
     Scores count from their row's mean.)
 
     Args:
-        strength: > 0; lambda where the temperature is 1, or the first beta if adaptive.
+        strength: in [1e-6, 1e6]; lambda where the temperature is 1, or the first beta if adaptive.
         adaptive: find the step's size while training.
         noise: ``gumbel``, or ``sum_of_gamma``, of which k add up to a Gumbel variable.
 
@@ -42,7 +42,7 @@ class Imle(Base):
     there). The backward temperature scales a fixed lambda.
 
     Raises:
-        HardAttentionError: strength not positive; unknown noise.
+        HardAttentionError: strength out of range; unknown noise.
 
     Source: Niepert, Minervini & Franceschi 2021, "Implicit MLE", arXiv:2106.01798, algorithm 1, and theorem 1 (noise);
     Minervini, Franceschi & Niepert 2023, "Adaptive Perturbation-Based Gradient Estimation for Discrete Latent Variable
@@ -54,14 +54,10 @@ class Imle(Base):
     source = "Niepert et al. 2021, arXiv:2106.01798; adaptive: Minervini et al. 2023, arXiv:2209.04862"
     state: Tensor | None
 
-    def __init__(self, strength: float = 1.0, adaptive: bool = True, noise: str = "gumbel") -> None:
+    def __init__(
+        self, strength: Positive = 1.0, adaptive: bool = True, noise: Literal["gumbel", "sum_of_gamma"] = "gumbel"
+    ) -> None:
         super().__init__()
-        if not strength > 0:
-            raise HardAttentionError(
-                f"strength={strength} is out of range at estimator imle; it is the size of a step, > 0."
-            )
-        if noise not in ("gumbel", "sum_of_gamma"):
-            raise unknown("noise", noise, ("gumbel", "sum_of_gamma"), "estimator imle")
         self.strength, self.adaptive, self.noise = strength, adaptive, noise
         # None, not numbers: from_pretrained fills buffers that no checkpoint holds with whatever the memory held
         self.register_buffer("state", None, persistent=False)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..laws import LOW, SubsetLaw
 from ..selection import topk_mask
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 
-class LogGate(Base):
+class LogGate(Estimator):
     """Keep the top k, treat that as given, and let the scores of the kept weigh the attention among them.
 
     ``g = k softmax(s / T over the kept)``. A gate multiplies ``exp(logit)``, so ``log g`` is added to the logits: the task

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from ..errors import HardAttentionError
 from ..laws import SubsetLaw
+from ..options import Positive, Range
 from ..selection import topk_mask
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
+
+_DRAWS = Range(2, 10**6, "A covariance takes 2 noises or more. The paper takes 500.")
 
 
-class Perturbed(Base):
+class Perturbed(Estimator):
     """Keep the top k, and pass the derivative of the smoothed top-k ``y(s) = E topk(s + sigma T Z)``, Z standard normal.
 
     ``dy_i / ds_j = E[topk(s + sigma T Z)_i Z_j] / (sigma T)`` (Stein), so the gradient of a loss with ``v = dloss/dy`` is
@@ -21,8 +24,8 @@ class Perturbed(Base):
     ``1 / (M - 1) sum_m <v, Y_m - mean Y> Z_m / (sigma T)``.
 
     Args:
-        draws: M >= 2, noises a step.
-        sigma: > 0, the noise's size where the temperature is 1. The paper's 0.05 is for scores scaled to [0, 1]; the default
+        draws: M in [2, 10**6], noises a step.
+        sigma: in [1e-6, 1e6], the noise's size where the temperature is 1. The paper's 0.05 is for scores scaled to [0, 1]; the default
             is for scores such as logits. Much smaller than the gaps between scores it gives no gradient.
         hard: True keeps the gates at 0 and 1 in the forward, the unperturbed top k; False gives the mean of the perturbed
             ones to the model, which then sees in training what it does not see in evaluation.
@@ -31,7 +34,7 @@ class Perturbed(Base):
     M top-k of N; 8 M N bytes a row are kept for the backward pass, so mind M where queries choose for themselves.
 
     Raises:
-        HardAttentionError: fewer than 2 draws; sigma not positive.
+        HardAttentionError: draws or sigma out of range.
 
     Source: Berthet et al. 2020, "Learning with Differentiable Perturbed Optimizers", arXiv:2002.08676, proposition 3.1;
     top-k: Cordonnier et al. 2021, "Differentiable Patch Selection", arXiv:2104.03059.
@@ -41,16 +44,8 @@ class Perturbed(Base):
     needs = ("gates",)
     source = "Berthet et al. 2020, arXiv:2002.08676; Cordonnier et al. 2021, arXiv:2104.03059"
 
-    def __init__(self, draws: int = 100, sigma: float = 1.0, hard: bool = True) -> None:
+    def __init__(self, draws: Annotated[int, _DRAWS] = 100, sigma: Positive = 1.0, hard: bool = True) -> None:
         super().__init__()
-        if draws < 2:
-            raise HardAttentionError(
-                f"draws={draws} is out of range at estimator perturbed; a covariance takes 2 noises or more. The paper takes 500."
-            )
-        if not sigma > 0:
-            raise HardAttentionError(
-                f"sigma={sigma} is out of range at estimator perturbed; it is the size of the noise, > 0."
-            )
         self.draws, self.sigma, self.hard = draws, sigma, hard
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
-from ..errors import unknown
 from ..laws import ConditionalBernoulli, PlackettLuce
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 LAWS = {"plackett_luce": PlackettLuce, "conditional_bernoulli": ConditionalBernoulli}
 
 
-class Reinforce(Base):
+class Reinforce(Estimator):
     """Sample k positions and return their log-probability under the very law they were drawn from.
 
     ``grad E[R] = E[(R - b) grad log p(sample)]``: unbiased for any reward, differentiable or not, given a baseline b
@@ -34,10 +35,8 @@ class Reinforce(Base):
     needs = ("reward",)
     source = "Williams 1992; subsets: Kool et al. 2019, arXiv:1903.06059; Wijk et al. 2025 (SFESS)"
 
-    def __init__(self, law: str = "plackett_luce") -> None:
+    def __init__(self, law: Literal["plackett_luce", "conditional_bernoulli"] = "plackett_luce") -> None:
         super().__init__()
-        if law not in LAWS:
-            raise unknown("law", law, LAWS, "estimator reinforce")
         self.law = LAWS[law]
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:

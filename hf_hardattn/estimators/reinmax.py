@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..laws import ConditionalBernoulli
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 
-class Reinmax(Base):
+class Reinmax(Estimator):
     """Keep an exact sample z of the k-subset law, with a gradient that is exact for losses up to quadratic.
 
     With m the marginals and C the covariance of the law, v the loss's gradient at z, all scores over T:

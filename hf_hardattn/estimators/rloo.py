@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 
-from ..errors import HardAttentionError
 from ..laws import PlackettLuce
-from . import Base, Choice, Sampling
+from ..options import Range
+from . import Choice, Estimator, Sampling
+
+_SAMPLES = Range(2, 1024, "Each sample needs another one for a baseline. For one sample use 'reinforce'.")
 
 
-class Rloo(Base):
+class Rloo(Estimator):
     """Draw ``samples`` ordered choices (Plackett-Luce) a step, one forward pass each, and score each against the others.
 
     ``g = 1/K sum_i (R_i - mean_{j != i} R_j) grad log p(order_i)``: unbiased, without a state or a number to tune; the
     configuration's ``baseline`` is not used. The loss is the mean over the samples, so the backbone's gradient gains too.
 
     Args:
-        samples: K >= 2, forward passes a training step.
+        samples: K in [2, 1024], forward passes a training step.
 
     Gradient and cost: K forward and backward passes, each gathered.
 
@@ -31,13 +35,8 @@ class Rloo(Base):
     needs = ("reward", "passes")
     source = "Kool, van Hoof & Welling 2019, Buy 4 REINFORCE Samples, Get a Baseline for Free!"
 
-    def __init__(self, samples: int = 4) -> None:
+    def __init__(self, samples: Annotated[int, _SAMPLES] = 4) -> None:
         super().__init__()
-        if samples < 2:
-            raise HardAttentionError(
-                f"samples={samples} is out of range at estimator rloo; each sample needs another one for a baseline, so >= 2. "
-                "For one sample use 'reinforce'."
-            )
         self.passes = samples
 
     @property

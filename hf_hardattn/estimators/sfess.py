@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 
-from ..errors import HardAttentionError
 from ..laws import ConditionalBernoulli
-from . import Base, Choice, Sampling
+from ..options import Range
+from . import Choice, Estimator, Sampling
+
+_SAMPLES = Range(
+    2,
+    1024,
+    "Each sample needs another one for a baseline. For one sample use 'reinforce' with law='conditional_bernoulli'.",
+)
 
 
-class Sfess(Base):
+class Sfess(Estimator):
     """Draw ``samples`` subsets a step from the conditional Bernoulli law, and score each against the others.
 
     ``g = 1/K sum_i (R_i - mean_{j != i} R_j) grad log p(S_i)`` with ``p(S) ~ exp(sum of scores)``, the law that SIMPLE
     differentiates. Unbiased. A set has less to say than its order, so the gradient is less noisy than RLOO's at equal K.
 
     Args:
-        samples: K >= 2, forward passes a training step.
+        samples: K in [2, 1024], forward passes a training step.
 
     Gradient and cost: K forward and backward passes, each gathered, and O(N k) for the law.
 
@@ -31,13 +39,8 @@ class Sfess(Base):
     needs = ("reward", "passes")
     source = "Wijk et al. 2025, SFESS, ICLR"
 
-    def __init__(self, samples: int = 5) -> None:
+    def __init__(self, samples: Annotated[int, _SAMPLES] = 5) -> None:
         super().__init__()
-        if samples < 2:
-            raise HardAttentionError(
-                f"samples={samples} is out of range at estimator sfess; each sample needs another one for a baseline, so >= 2. "
-                "For one sample use 'reinforce' with law='conditional_bernoulli'."
-            )
         self.passes = samples
 
     @property

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from ..laws import ConditionalBernoulli
 from ..selection import topk_mask
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 
-class Simple(Base):
+class Simple(Estimator):
     """Keep an exact sample of the k-subset law, and pass the gradient as if the gates were its marginals.
 
     ``p(S) ~ exp(sum_{i in S} s_i / T)``, ``m_i = P(i in S) = d log Z_k / d (s_i / T)``. Forward ``gate = 1[i in S]``,

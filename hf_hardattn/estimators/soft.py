@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 
-class Soft(Base):
+class Soft(Estimator):
     """Keep every valid position, in training and in evaluation; the budget is ignored.
 
     ``gate_i = 1[i valid]``, a constant: the output is the stock model's, the scorer's gradient is zero (zero, not absent:

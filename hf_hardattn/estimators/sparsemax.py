@@ -7,10 +7,10 @@ from torch import Tensor
 from ..errors import missing_extra
 from ..laws import LOW, SubsetLaw
 from ..selection import topk_mask
-from . import Base, Choice, Sampling
+from . import Choice, Estimator, Sampling
 
 
-class Sparsemax(Base):
+class Sparsemax(Estimator):
     """Project the scores on ``{p: 0 <= p <= 1, sum p = k}``: deterministic, and 0 or 1 for most positions.
 
     ``p = argmin |p - s / T|^2 = clip(s / T - c, 0, 1)``, c from the sum; ``dp/ds = (diag(a) - a a^T / sum a) / T``, a = 1 where

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from ..errors import unknown
 from ..selection import topk_mask
-from . import Base, Choice, Sampling
-
-SURROGATES = ("sigmoid", "balanced", "softmax", "identity")
+from . import Choice, Estimator, Sampling
 
 
-class StraightThrough(Base):
+class StraightThrough(Estimator):
     """Keep the top k, and pass the gradient as if the gates were a smooth function of the scores.
 
     Forward ``gate_i = 1[i in top-k]``; backward ``d gate / d s`` is that of the surrogate:
@@ -39,10 +38,8 @@ class StraightThrough(Base):
     needs = ("gates",)
     source = "Bengio, Leonard & Courville 2013, arXiv:1308.3432"
 
-    def __init__(self, surrogate: str = "sigmoid") -> None:
+    def __init__(self, surrogate: Literal["sigmoid", "balanced", "softmax", "identity"] = "sigmoid") -> None:
         super().__init__()
-        if surrogate not in SURROGATES:
-            raise unknown("surrogate", surrogate, SURROGATES, "estimator straight_through")
         self.surrogate = surrogate
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:

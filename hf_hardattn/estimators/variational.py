@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..errors import HardAttentionError
 from ..laws import ConditionalBernoulli
-from . import Base, Choice, Sampling
+from ..options import Weight
+from . import Choice, Estimator, Sampling
 
 
-class Variational(Base):
+class Variational(Estimator):
     """Draw from a posterior q(S | x, y), and pull the prior p(S | x) towards it: the evidence lower bound.
 
     ``loss = - log p(y | S) + weight KL(q || p)``, S drawn from q. Both are conditional Bernoulli laws over k-subsets, so the
@@ -17,10 +17,10 @@ class Variational(Base):
     term reaches q through SIMPLE's marginals. Evaluation takes the top k of the prior, as ever.
 
     Args:
-        weight: >= 0, of the divergence.
+        weight: in [0, 1e6], of the divergence.
 
     Raises:
-        HardAttentionError: a negative weight.
+        HardAttentionError: weight out of range.
 
     Gradient and cost: biased to first order, as SIMPLE; twice its cost, and a small inference network.
 
@@ -31,12 +31,8 @@ class Variational(Base):
     needs = ("gates", "target")
     source = "Deng et al. 2018, arXiv:1807.03756, section 4; k > 1: the conditional Bernoulli law"
 
-    def __init__(self, weight: float = 1.0) -> None:
+    def __init__(self, weight: Weight = 1.0) -> None:
         super().__init__()
-        if weight < 0:
-            raise HardAttentionError(
-                f"weight={weight} is out of range at estimator variational; a loss weight is >= 0."
-            )
         self.weight = weight
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:

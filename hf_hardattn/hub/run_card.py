@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from ..amounts import read_amount
 from ..errors import HardAttentionError
 from .remote_code import auto_class
 from .secrets import redact
@@ -81,7 +82,7 @@ def source_of_run(folder: Path, repo_id: str) -> dict[str, Any]:
             "estimator": str(hard["estimator"]),
             "inference": "deterministic, by the scores.",
             "always_kept": "CLS, or the end of a T5 row, where a row shares its choice",
-            "schedule": json.dumps(hard["budget"]) if isinstance(hard["budget"], dict) else "a constant budget",
+            "schedule": json.dumps(hard["budget"]) if _is_schedule(hard["budget"]) else "a constant budget",
             "recipe": {key: _ref("arguments", key) for key in RECIPE if key in arguments},
             "sites": [_site(hard, site) for site in found.get("kept_ratio", {})],
         },
@@ -154,6 +155,10 @@ def _ref(*parts: str) -> dict[str, str]:
     return {"$ref": f"{RESULTS}#/{'/'.join(part.replace('~', '~0').replace('/', '~1') for part in parts)}"}
 
 
+def _is_schedule(budget: Any) -> bool:
+    return isinstance(budget, dict) and "end" in budget
+
+
 def _site(hard: dict[str, Any], site: str) -> dict[str, Any]:
     """A site with its target, from the last pattern that sets a budget for it, and what it kept."""
     place: tuple[str, ...] = ("hard_attention", "budget")
@@ -161,11 +166,13 @@ def _site(hard: dict[str, Any], site: str) -> dict[str, Any]:
     for pattern, overrides in (hard.get("sites") or {}).items():
         if fnmatchcase(site, pattern) and "budget" in overrides:
             place, budget = ("hard_attention", "sites", pattern, "budget"), overrides["budget"]
-    if isinstance(budget, dict):
-        place, budget = (*place, "end"), budget["end"]
+    if _is_schedule(budget):
+        place, budget = (*place, "end"), float(budget["end"])
+    elif isinstance(budget, dict) and "ratio" in budget:
+        place, budget = (*place, "ratio"), float(budget["ratio"])
     target = (
         _ref(*place)
         if isinstance(budget, float)
-        else {"not_measured": f"a budget of {budget} positions or by scores has no ratio"}
+        else {"not_measured": f"a budget of {read_amount(budget, 'budget', site)} positions or by scores has no ratio"}
     )
     return {"site": site, "target": target, "achieved": _ref("metrics", "hard", "kept_ratio", site)}

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..options import Configurable
+
 
 @dataclass
 class Projections:
@@ -31,7 +33,7 @@ class Projections:
     grid: tuple[int, int] | None = None
 
 
-class Base(nn.Module):
+class Scorer(Configurable, nn.Module):
     """A scorer. Built as ``Scorer(hidden_size=D, query_size=Dq, heads=H, **scorer_options)``; H is 1 when heads share a choice.
 
     Class attributes:
@@ -51,6 +53,8 @@ class Base(nn.Module):
         prefix: rows in front of the patches (CLS, registers), for scorers that read a grid or pixels; set for the tower.
     """
 
+    kind = "scorer"
+    built_with = ("hidden_size", "query_size", "heads")
     per_query: ClassVar[bool] = False
     needs_cls: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
@@ -101,7 +105,7 @@ class Base(nn.Module):
         return features[..., 0].unsqueeze(2)
 
 
-class Sequential(Base):
+class Sequential(Scorer):
     """A scorer that looks several times: ``glimpses.look`` asks it for scores glimpse by glimpse.
 
     Attributes:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import Base
+from . import Scorer
 
 
-class Attention(Base):
+class Attention(Scorer):
     """Score each pair of query and position by the host attention's logit: ``s_qn = a_h q_q . k_n``, the mean over heads when they
     share a choice. Position biases are left out.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import Base, Projections
+from . import Projections, Scorer
 
 
-class ClsAttention(Base):
+class ClsAttention(Scorer):
     """Score each position by the attention CLS pays to it in this layer: ``s_n = log mean_h softmax_n(q_cls . k_n)``.
 
     Training-free. Cost: the key projection of the layer, once more. Source: EViT (Liang et al., 2022), section 3.2.

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import HardAttentionError
-from . import Base, Projections
+from ..options import Range, Width
+from . import Projections, Scorer
 
 
-class Conv(Base):
+class Conv(Scorer):
     """Score each patch from itself and its 3x3 neighbourhood: ``h = gelu(W1 norm(x) + b1)``, ``s = W2 gelu(h + depthwise3x3(h)) + b2``.
 
     At ``vision.inputs`` no layer has mixed the patches yet, so a patch alone cannot tell a part of the object from clutter; its
     neighbours can. What stands in front of the patches (CLS) gets no score of its own. A video is a row of frames, each a grid.
 
     Args:
-        hidden: width of the hidden layer.
-        frames: F of a video, >= 1.
+        hidden: width of the hidden layer, in [1, 8192].
+        frames: F of a video, in [1, 65536].
         whole_frames: all patches of a frame share its mean score, so that a budget of whole frames (a share k/F) keeps k of them;
             choose patches within them at the next site, ``vision.tokens.0``. Choices that are drawn rather than sorted
             (``sample=True`` of some estimators) may split a frame in training.
@@ -38,8 +40,8 @@ class Conv(Base):
         hidden_size: int,
         query_size: int,
         heads: int = 1,
-        hidden: int = 64,
-        frames: int = 1,
+        hidden: Width = 64,
+        frames: Annotated[int, Range(1, 65_536)] = 1,
         whole_frames: bool = False,
     ):
         super().__init__(hidden_size, query_size, heads)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import Base, Projections
+from . import Projections, Scorer
 
 
-class First(Base):
+class First(Scorer):
     """Score each position by its place, the first highest: ``s_n = -n``. Control: a fixed choice that looks at nothing."""
 
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
-from ..errors import unknown
-from . import Base, Projections
+from . import Projections, Scorer
 
 
-class KeyNorm(Base):
+class KeyNorm(Scorer):
     """Score each position by the size of its key: ``s_n = -|k_n|`` (or ``+|k_n|``), the mean over heads when they share a choice.
 
     Training-free control. Args: keep: ``"low"`` (default; low norms draw attention) or ``"high"``.
@@ -20,10 +21,8 @@ class KeyNorm(Base):
     needs_positions = False
     needs_projections = True
 
-    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, keep: str = "low"):
+    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, keep: Literal["low", "high"] = "low"):
         super().__init__(hidden_size, query_size, heads)
-        if keep not in ("low", "high"):
-            raise unknown("keep of scorer 'key_norm'", keep, ("low", "high"))
         self.sign = -1.0 if keep == "low" else 1.0
 
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import Base, Projections
+from . import Projections, Scorer
 
 
-class Linear(Base):
+class Linear(Scorer):
     """Score each position by one direction per head: ``s_n = w_h . norm(x_n) + b_h``.
 
     The state is normalised to unit root mean square first: residual streams grow with depth, and the size of a state

@@ -5,21 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import Base, Projections
+from ..options import Width
+from . import Projections, Scorer
 
 
-class Mlp(Base):
+class Mlp(Scorer):
     """Score each position by a two-layer MLP: ``s_n = W2 gelu(W1 norm(x_n) + b1) + b2``.
 
     Args:
-        hidden: width of the hidden layer.
+        hidden: width of the hidden layer, in [1, 8192].
 
     Cost: D * hidden multiplications per position. Source: DynamicViT (Rao et al., 2021), equation 4, local branch.
     """
 
     needs_positions = False
 
-    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, hidden: int = 64):
+    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, hidden: Width = 64):
         super().__init__(hidden_size, query_size, heads)
         self.weight_in = nn.Parameter(torch.empty(hidden, hidden_size))
         self.bias_in = nn.Parameter(torch.empty(hidden))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import Base, Projections
+from ..options import Width
+from . import Projections, Scorer
 
 
-class QueryKey(Base):
+class QueryKey(Scorer):
     """Score each pair of query and position: ``s_qn = (Wq norm(x_q)) . (Wk norm(x_n)) / sqrt(d)``, with its own small projections.
 
     With budget 1 on cross-attention this is the classic hard attention: the output is one value vector.
 
     Args:
-        size: d, width of the projections per head.
+        size: d, width of the projections per head, in [1, 8192].
         monotonic: a query reads on from where the one before read (its first position kept), for transduction.
 
     Cost: d multiplications per pair of query and position; monotonic choices are made one query after the other. Source: Show, Attend
@@ -24,7 +25,7 @@ class QueryKey(Base):
     needs_positions = False
     per_query = True
 
-    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, size: int = 16, monotonic: bool = False):
+    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, size: Width = 16, monotonic: bool = False):
         super().__init__(hidden_size, query_size, heads)
         self.size, self.monotonic = size, monotonic
         self.features = size + monotonic

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from ..noise import uniform
-from . import Base, Projections
+from ..options import Range
+from . import Projections, Scorer
 
 
-class Random(Base):
+class Random(Scorer):
     """Score each position by uniform noise.
 
     Training draws fresh noise. Evaluation hashes the position's own state and place: a choice that means nothing, yet the same
     for a row alone, in any batch, and with or without a decoding cache.
 
     Args:
-        seed: another seed, another choice.
+        seed: in [0, 2**31); another seed, another choice.
     """
 
-    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, seed: int = 0):
+    def __init__(
+        self, hidden_size: int, query_size: int, heads: int = 1, seed: Annotated[int, Range(0, 2**31 - 1)] = 0
+    ):
         super().__init__(hidden_size, query_size, heads)
         self.seed = seed
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
 
-from ..errors import HardAttentionError
+from ..options import Range, Weight
 from . import Projections, Sequential
 
 
@@ -16,9 +18,9 @@ class Recurrent(Sequential):
     The budget is spread evenly over the glimpses, and no position is looked at twice. One choice serves all queries of a row.
 
     Args:
-        size: d, width of the keys and of the state.
-        glimpses: T >= 1, looks at most; a budget below T makes as many looks as it has positions.
-        halting_cost: number >= 0: the model learns to stop early, and pays this for a full set of glimpses (in units of the loss, in
+        size: d, width of the keys and of the state, in [1, 4096].
+        glimpses: T, looks at most, in [1, 4096]; a budget below T makes as many looks as it has positions.
+        halting_cost: number in [0, 1e6]: the model learns to stop early, and pays this for a full set of glimpses (in units of the loss, in
             proportion to the expected glimpses); None looks T times.
         monotonic: a glimpse reads on behind the last position of the one before.
 
@@ -35,20 +37,12 @@ class Recurrent(Sequential):
         hidden_size: int,
         query_size: int,
         heads: int = 1,
-        size: int = 32,
-        glimpses: int = 4,
-        halting_cost: float | None = None,
+        size: Annotated[int, Range(1, 4096, "It is the width of a layer.")] = 32,
+        glimpses: Annotated[int, Range(1, 4096, "A recurrent scorer looks at least once.")] = 4,
+        halting_cost: Weight | None = None,
         monotonic: bool = False,
     ):
         super().__init__(hidden_size, query_size, heads)
-        if glimpses < 1:
-            raise HardAttentionError(
-                f"glimpses={glimpses} is out of range; scorer 'recurrent' looks at least once. Give an int >= 1."
-            )
-        if halting_cost is not None and halting_cost < 0:
-            raise HardAttentionError(
-                f"halting_cost={halting_cost} is negative; it is what a full set of glimpses costs. Give a number >= 0, or None."
-            )
         self.size = self.features = size
         self.glimpses, self.halting_cost, self.monotonic = glimpses, halting_cost, monotonic
         self.key_weight = nn.Parameter(torch.empty(heads * size, hidden_size))

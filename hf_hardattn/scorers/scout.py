@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
 
-from ..errors import HardAttentionError
-from . import Base, Projections
+from ..options import Range, Width
+from . import Projections, Scorer
 
 
-class Scout(Base):
+class Scout(Scorer):
     """Score each patch from its pixels at low resolution and from its 3x3 neighbourhood: ``h = gelu(W1 x + b1)``,
     ``s = W2 gelu(h + depthwise3x3(h)) + b2``, x the averages of ``cells`` x ``cells`` cells of the patch.
 
@@ -18,8 +20,8 @@ class Scout(Base):
     ``hidden`` multiplications a patch. It knows no places, so it goes with images of any size and shape.
 
     Args:
-        hidden: width of the hidden layer.
-        cells: a side of the grid of averages that stands for a patch; 1 sees nothing but its mean.
+        hidden: width of the hidden layer, in [1, 8192].
+        cells: a side of the grid of averages that stands for a patch, in [1, 256]; 1 sees nothing but its mean.
 
     Source: Katharopoulos & Fleuret 2019, "Processing Megapixel Images with Deep Attention-Sampling Models", arXiv:1905.03711, section 3
     (attention computed at low resolution, features only where it looks).
@@ -28,12 +30,15 @@ class Scout(Base):
     needs_positions = False
     needs_pixels = True
 
-    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, hidden: int = 32, cells: int = 4):
+    def __init__(
+        self,
+        hidden_size: int,
+        query_size: int,
+        heads: int = 1,
+        hidden: Width = 32,
+        cells: Annotated[int, Range(1, 256, "A patch is seen as cells x cells averages.")] = 4,
+    ):
         super().__init__(hidden_size, query_size, heads)
-        if cells < 1:
-            raise HardAttentionError(
-                f"cells={cells} is out of range; scorer 'scout' sees a patch as cells x cells averages. Give an int >= 1."
-            )
         self.cells = cells
         self.weight_in = nn.Parameter(torch.empty(hidden, hidden_size, cells, cells))
         self.bias_in = nn.Parameter(torch.empty(hidden))

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
 
-from . import Base, Projections
+from ..options import Range
+from . import Projections, Scorer
 
 
-class Static(Base):
+class Static(Scorer):
     """Score each position by its place alone: ``s_n = t_n``, one learned number per place and head. Control: what a choice that never looks
     at the input can reach.
 
     Args:
-        positions: places with a score of their own; those behind share the last one's.
+        positions: places with a score of their own, in [1, 2**20]; those behind share the last one's.
 
     Source: DynamicViT (Rao et al., 2021), Table 4, "static".
     """
 
-    def __init__(self, hidden_size: int, query_size: int, heads: int = 1, positions: int = 1024):
+    def __init__(
+        self, hidden_size: int, query_size: int, heads: int = 1, positions: Annotated[int, Range(1, 2**20)] = 1024
+    ):
         super().__init__(hidden_size, query_size, heads)
         self.table = nn.Parameter(torch.empty(heads, positions))
         self.reset_parameters()

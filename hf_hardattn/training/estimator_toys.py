@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import registry
-from ..estimators import Base, Choice, Sampling
+from ..estimators import Choice, Estimator, Sampling
 from ..laws import ConditionalBernoulli
 
 Loss = Callable[[Tensor], Tensor]  # gates [..., n] to [...]
@@ -60,7 +60,7 @@ class Variant:
     baseline: str = "none"
     warmup: int = 0
 
-    def build(self) -> Base:
+    def build(self) -> Estimator:
         return registry.load("estimators", self.name)(**self.options)
 
 
@@ -158,7 +158,7 @@ def truth(scores: Tensor, k: int, law: str, loss: Loss) -> tuple[Tensor, Tensor]
 # ---------------------------------------------------------------- estimates
 
 
-def choose(estimator: Base, scores: Tensor, k: int, temperature: float = 1.0) -> Choice:
+def choose(estimator: Estimator, scores: Tensor, k: int, temperature: float = 1.0) -> Choice:
     """A training choice of ``k`` positions of every row of ``scores`` (fp32 ``[..., n]``)."""
     valid = torch.ones(scores.shape, dtype=torch.bool)
     sampling = Sampling(uniform=torch.rand, temperature=temperature)

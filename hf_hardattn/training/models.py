@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..api import status
-from ..config import HardAttentionConfig
+from ..config import HardAttentionConfig, read_sites
 from ..errors import HardAttentionError
 from ..recording import selectors
 from .arguments import HardAttentionArguments, ScriptArguments
@@ -75,10 +75,11 @@ def hard_attention(args: HardAttentionArguments, saved: dict[str, Any] | None) -
     if args.sites:
         data["sites"] = {pattern: {} for pattern in args.sites}
     values = {name: yaml.safe_load(text) for name, text in short.items()}
-    if isinstance(data.get("sites"), dict):
+    sites = read_sites(data.get("sites"))
+    if sites is not None:
         data["sites"] = {
-            pattern: {k: v for k, v in (overrides or {}).items() if k.removesuffix("_options") not in values}
-            for pattern, overrides in data["sites"].items()
+            pattern: {k: v for k, v in overrides.items() if k.removesuffix("_options") not in values}
+            for pattern, overrides in sites.items()
         }
     for name in values:  # options belong to the member they were written for
         if name in ("scorer", "estimator", "baseline") and values[name] != data.get(name):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_hardattn import registry
-from hf_hardattn.estimators import Base, Choice, Sampling
+from hf_hardattn.estimators import Choice, Estimator, Sampling
 
 NAMES = registry.names("estimators")
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -35,7 +35,7 @@ VARIANTS = [
 ]
 
 
-def those(wanted: Callable[[type[Base], dict[str, Any]], bool]) -> list[Any]:
+def those(wanted: Callable[[type[Estimator], dict[str, Any]], bool]) -> list[Any]:
     """The variants of which something is true."""
     return [v for v in VARIANTS if wanted(registry.load("estimators", v.values[0]), v.values[1])]
 
@@ -53,12 +53,12 @@ def variants(*names: str) -> list[Any]:
     return [v for v in VARIANTS if v.values[0] in names]
 
 
-def build(name: str, options: dict[str, Any] | None = None) -> Base:
+def build(name: str, options: dict[str, Any] | None = None) -> Estimator:
     return registry.load("estimators", name)(**(options or {}))
 
 
 def choose(
-    estimator: str | Base,
+    estimator: str | Estimator,
     options: dict[str, Any],
     scores: Tensor,
     k: Tensor | int,

@@ -72,7 +72,7 @@ BAD = [
     ({"budget": "most"}, "budget='most' is not a budget"),
     ({"budget": "top_p:1.5"}, r"budget='top_p:1.5' is out of range.*lies in \(0, 1\)"),
     ({"temperature": 0}, "temperature=0 is out of range.*it must stay > 0"),
-    ({"entropy_weight": -1}, "a loss weight is negative"),
+    ({"entropy_weight": -1}, "entropy_weight=-1 is out of range .*a loss weight is a number >= 0"),
     ({"execution": "fast"}, "unknown execution 'fast'.*known: 'auto', 'gathered', 'masked'"),
     (
         {"scorer": "mlp", "scorer_options": {"hiden": 3}},

@@ -1,0 +1,150 @@
+"""The fields of a site's configuration: what each may hold, and how it is written to JSON.
+
+``read_field`` turns what a user or a file says into the one form that a configuration holds, or refuses it; ``write_field`` turns
+that form into JSON in which a count and a ratio cannot be mistaken for each other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .amounts import is_number
+from .budget import read_budget, write_budget
+from .errors import HardAttentionError, shown, unknown
+from .options import Range, check_json
+from .schedules import read_schedule, write_schedule
+
+EXECUTIONS = ("auto", "gathered", "masked")
+# Beyond 1e-6 and 1e6 scores divided by a temperature, and a loss times a weight, stop being numbers that float32 can add up.
+TEMPERATURE, PROBABILITY, WEIGHT = Range(1e-6, 1e6), Range(0, 1), Range(0, 1e6)
+Reader = Callable[[str, Any, str], Any]
+
+
+def _name(name: str, value: Any, where: str) -> str:
+    if not isinstance(value, str) or len(value) > 200:
+        raise HardAttentionError(
+            f"{name}={shown(value)} is not a name at {shown(where)}; give a string of 200 characters at most. "
+            "`hf-hardattn list` shows the names."
+        )
+    return value
+
+
+def _options(name: str, value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise HardAttentionError(
+            f"{name}={shown(value)} is not a dict at {shown(where)}; give keyword options by name."
+        )
+    for option, setting in value.items():
+        if not isinstance(option, str):
+            raise HardAttentionError(
+                f"{name} has the key {shown(option)} at {shown(where)}; options have names, strings."
+            )
+        check_json(option, setting, f"{name} of {shown(where)}")
+    return copy.deepcopy(dict(value))
+
+
+def _budget(name: str, value: Any, where: str) -> Any:
+    return read_budget(value, where)
+
+
+def _scheduled(numbers: Range, rule: str) -> Reader:
+    """A reader of a number or a schedule within ``numbers``; ``rule`` begins the sentence that says so."""
+
+    def read(name: str, value: Any, where: str) -> Any:
+        value = read_schedule(value, f"{where}, {name}")
+        for number in (value["start"], value["end"]) if isinstance(value, dict) else (value,):
+            if number not in numbers:
+                raise HardAttentionError(f"{name}={shown(value)} is out of range at {shown(where)}; {rule}, {numbers}.")
+        return value
+
+    return read
+
+
+def _backward_temperature(name: str, value: Any, where: str) -> Any:
+    if value is None or isinstance(value, str) and value == "adaptive":
+        return value
+    if isinstance(value, str):
+        raise HardAttentionError(
+            f"{name}={shown(value)} is not a temperature at {shown(where)}; use a number, a schedule, 'adaptive', or None "
+            "for that of the choice."
+        )
+    return _scheduled(TEMPERATURE, "it must stay > 0")(name, value, where)
+
+
+def _weight(name: str, value: Any, where: str) -> Any:
+    if not is_number(value) or value not in WEIGHT:
+        raise HardAttentionError(
+            f"{name}={shown(value)} is out of range at {shown(where)}; a loss weight is a number >= 0, {WEIGHT}."
+        )
+    return value
+
+
+def choice(options: Mapping[bool | None, str]) -> Reader:
+    """A reader of True, False or None, as far as ``options`` has them; its values say what they mean."""
+
+    def read(name: str, value: Any, where: str) -> Any:
+        # by identity: 1 == True, and "no" is true
+        if not any(value is option for option in options):
+            meanings = [f"{option} ({meaning})" for option, meaning in options.items()]
+            raise HardAttentionError(
+                f"{name}={shown(value)} is not a choice at {shown(where)}; use {', '.join(meanings[:-1])} or {meanings[-1]}."
+            )
+        return value
+
+    return read
+
+
+def _execution(name: str, value: Any, where: str) -> str:
+    if not isinstance(value, str) or value not in EXECUTIONS:
+        raise unknown(name, value, EXECUTIONS, where)
+    return value
+
+
+temperature = _scheduled(TEMPERATURE, "it must stay > 0")
+probability = _scheduled(PROBABILITY, "it is a probability, in [0, 1]")
+scheduled_weight = _scheduled(WEIGHT, "a loss weight is a number >= 0")
+
+READERS: dict[str, Reader] = {
+    "budget": _budget,
+    "scorer": _name,
+    "scorer_options": _options,
+    "estimator": _name,
+    "estimator_options": _options,
+    "baseline": _name,
+    "baseline_options": _options,
+    "temperature": temperature,
+    "backward_temperature": _backward_temperature,
+    "exploration": probability,
+    "soft_rate": probability,
+    "entropy_weight": scheduled_weight,
+    "score_function_weight": _weight,
+    "per_head": choice({True: "each head chooses", False: "heads share a choice"}),
+    "share_selection": choice({True: "layers share one selection", False: "each layer selects"}),
+    "execution": _execution,
+    "pack": choice({None: "where the host knows the counts", True: "always", False: "never"}),
+}
+
+
+def read_field(name: str, value: Any, where: str) -> Any:
+    """Return the form of a site's field that a configuration holds.
+
+    Args:
+        name: a key of ``READERS``. value: from Python or JSON. where: site or pattern, for the error.
+
+    Raises:
+        HardAttentionError: no such field, a wrong type, a number out of range.
+    """
+    if name not in READERS:
+        raise unknown("site field", name, READERS, where)
+    return READERS[name](name, value, where)
+
+
+def write_field(name: str, value: Any) -> Any:
+    """Return the JSON form of a field; a copy where it is a container."""
+    if name == "budget":
+        return write_budget(value)
+    if name.endswith("_options"):
+        return copy.deepcopy(value)
+    return write_schedule(value)
