@@ -103,13 +103,22 @@ class Base(nn.Module):
     ) -> Choice:
         """Choose ``k`` of the valid positions of each row.
 
+        A row that holds no choice (``k`` is 0, nothing is valid, or everything valid is kept) keeps nothing or everything
+        valid; its scores get a gradient of exactly zero, not none at all.
+
         Args:
-            scores: fp32 ``[..., N]``, finite; higher = keep.
+            scores: fp32 ``[..., N]``, finite, N >= 1; higher = keep.
             k: int64 ``[...]``, positions to keep; rows with fewer valid ones keep them all.
             valid: bool ``[..., N]``; False positions are never kept.
-            slots: static upper bound of ``k``.
+            slots: >= 0, static upper bound of what a row keeps; a larger ``k`` counts as ``slots``.
             sampling: how to draw in training; None takes the deterministic top-k, whatever the estimator.
+
+        Returns:
+            The choice, with exactly ``min(k, valid, slots)`` positions a row (unless ``exact_budget`` is False).
         """
+        # Rows whose own count exceeds the bound exist where a relaxation upstream left more rows than its budget. A bound of
+        # 0 is that of a row with nothing but its protected position; estimators see at least one slot, with k = 0.
+        k, slots = k.clamp(max=slots), max(1, min(slots, scores.shape[-1]))
         if sampling is None:
             return Choice(topk_mask(scores, k, valid, slots))
         choice = self.sample(scores, k, valid, slots=slots, sampling=sampling)

@@ -65,13 +65,15 @@ def choose(
     valid: Tensor | None = None,
     training: bool = True,
     temperature: float = 1.0,
+    slots: int | None = None,
     **sampling: Any,
 ) -> Choice:
     k = torch.as_tensor(k)
+    slots = max(1, int(k.max())) if slots is None else slots
     valid = torch.ones(scores.shape, dtype=torch.bool) if valid is None else valid.expand_as(scores)
     estimator = build(estimator, options) if isinstance(estimator, str) else estimator
     how = Sampling(uniform=torch.rand, temperature=temperature, **sampling) if training else None
-    return estimator.choose(scores, k.expand(scores.shape[:-1]), valid, slots=max(1, int(k.max())), sampling=how)
+    return estimator.choose(scores, k.expand(scores.shape[:-1]), valid, slots=slots, sampling=how)
 
 
 def carrier(choice: Choice) -> Any:

@@ -96,6 +96,64 @@ def test_without_a_choice_the_scores_stay_in_the_graph(name: str, options: dict[
     assert torch.equal(torch.autograd.grad(value.sum(), scores)[0], torch.zeros(2, 4))
 
 
+# Rows at the edge of what can be chosen: N, k, the valid positions of each row (counted from the first), slots.
+EDGES = {
+    "one position, and it is protected": (1, 0, [0], 0),
+    "one position": (1, 1, [1], 1),
+    "nothing valid": (5, 2, [0, 0], 2),
+    "nothing valid, no slot": (5, 0, [0], 0),
+    "no slot": (4, 0, [4], 0),
+    "no slot for the k asked": (4, 2, [4], 0),
+    "a row without a choice beside one with": (6, 2, [0, 1, 2, 6], 2),
+    "more than is valid": (6, 4, [2, 1, 0], 4),
+    "everything": (5, 5, [5], 5),
+    "everything, many slots": (5, 9, [5, 3], 9),
+    "more than the slots": (6, 4, [6, 5, 1], 2),
+    "more than one slot": (6, 4, [6, 1, 0], 1),
+}
+
+
+HOW: tuple[dict[str, Any], ...] = ({}, {"exploration": 1.0}, {"backward_temperature": 2.0})
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_rows_at_the_edge_of_a_choice(name: str, options: dict[str, Any], edge: str) -> None:
+    """No crash, no NaN, never more than ``min(k, valid, slots)``; rows without a choice have a zero gradient, and have one."""
+    torch.manual_seed(0)
+    n, k, lengths, slots = EDGES[edge]
+    valid = torch.arange(n) < torch.tensor(lengths).unsqueeze(-1)
+    asked = torch.tensor([min(k, length, slots) for length in lengths])
+    scores = torch.randn(len(lengths), n, requires_grad=True)
+    estimator = build(name, options)
+    for training, how in ((False, {}), *((True, how) for how in HOW)):
+        choice = choose(estimator, options, scores, k, valid, training=training, slots=slots, **how)
+        kept = choice.mask.sum(-1)
+        assert not (choice.mask & ~valid).any() and choice.mask.shape == scores.shape
+        if name == "soft":
+            assert torch.equal(choice.mask, valid)
+        elif estimator.exact_budget or not training:
+            assert torch.equal(kept, asked)
+        if not training:
+            continue
+        values = [v for v in (choice.gates, choice.log_prob, choice.entropy, choice.penalty) if v is not None]
+        assert all(value.isfinite().all() for value in values)
+        (gradient,) = torch.autograd.grad(sum((value * torch.rand(value.shape)).sum() for value in values), scores)
+        fixed = (asked == 0) | (asked == valid.sum(-1))
+        assert gradient.isfinite().all() and (gradient[fixed] == 0).all() and (gradient[~valid] == 0).all()
+        if choice.gates is not None and estimator.exact_budget:
+            torch.testing.assert_close(choice.gates.sum(-1), asked.float())
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_a_batch_without_rows(name: str, options: dict[str, Any]) -> None:
+    scores = torch.randn(0, 1, 1, 4, requires_grad=True)
+    k = torch.zeros(0, 1, 1, dtype=torch.long)
+    for training in (True, False):
+        choice = choose(name, options, scores, k, training=training, slots=2)
+        assert choice.mask.shape == scores.shape
+
+
 @pytest.mark.parametrize(("name", "options"), [v for v in VARIANTS if v.values[0] != "soft"])
 def test_evaluation_is_the_deterministic_top_k(name: str, options: dict[str, Any]) -> None:
     scores, k, valid = mixed_rows()
