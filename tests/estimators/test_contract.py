@@ -16,8 +16,10 @@ from choosing import (
     choose,
     mixed_rows,
 )
+from typer.testing import CliRunner
 
 from hf_hardattn import registry
+from hf_hardattn.cli import app
 from hf_hardattn.errors import HardAttentionError
 from hf_hardattn.estimators import NEEDS
 from hf_hardattn.selection import topk_mask
@@ -86,6 +88,52 @@ def test_gradient_reaches_every_valid_score(name: str, options: dict[str, Any]) 
     # but for scores that are each for themselves: one number added to all changes nothing
     if name not in ("hard_concrete", "perturbed") and options.get("surrogate") not in ("sigmoid", "identity"):
         assert gradient.sum(-1).abs().max() < 1e-4
+
+
+def test_default_surrogate_moves_no_row_as_a_whole() -> None:
+    """Whatever the loss's gradient, also one with a large mean: what one score gains, others lose."""
+    torch.manual_seed(0)
+    scores, weight = torch.randn(50, 9, requires_grad=True), torch.randn(50, 9) - 5
+    sums = {}
+    for surrogate in (None, "balanced", "softmax", "sigmoid", "identity"):
+        choice = choose("straight_through", {} if surrogate is None else {"surrogate": surrogate}, scores, 3)
+        gradient = torch.autograd.grad((choice.gates * weight).sum(), scores)[0]
+        sums[surrogate] = (gradient.sum(-1).abs() / gradient.abs().sum(-1)).max().item()
+    assert build("straight_through").surrogate == "balanced"
+    assert all(sums[name] < 1e-5 for name in (None, "balanced", "softmax"))
+    assert all(sums[name] > 0.5 for name in ("sigmoid", "identity"))
+
+
+@pytest.mark.parametrize(
+    ("saved", "schema", "meant"),
+    [
+        ({}, 1, {"surrogate": "sigmoid"}),
+        ({"surrogate": "softmax"}, 1, {"surrogate": "softmax"}),
+        ({}, 2, {}),
+    ],
+)
+def test_saved_options_keep_the_defaults_of_their_time(
+    saved: dict[str, Any], schema: int, meant: dict[str, Any]
+) -> None:
+    estimator = registry.load("estimators", "straight_through")
+    assert estimator.saved_options(saved, schema) == meant
+    assert registry.load("estimators", "simple").saved_options(saved, schema) == saved
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cautions_and_former_defaults_name_options(name: str) -> None:
+    estimator = registry.load("estimators", name)
+    for option in estimator.caution:
+        key, _, value = option.partition("=")
+        assert value and estimator(**{key: value}) is not None
+    for options in estimator.former_defaults.values():
+        assert estimator(**options) is not None
+
+
+def test_list_shows_cautions() -> None:
+    listed = CliRunner().invoke(app, ["list"]).output
+    for option, caution in registry.load("estimators", "straight_through").caution.items():
+        assert f"caution, {option}: {caution}" in listed
 
 
 @pytest.mark.parametrize(("name", "options"), LEARNING)
@@ -198,6 +246,10 @@ def test_soft_keeps_everything_valid(training: bool) -> None:
     [
         ("straight_through", {"surrogate": "sigmoyd"}, "unknown surrogate 'sigmoyd'.*'identity'.*mean 'sigmoid'"),
         ("reinforce", {"law": "plackett"}, "unknown law 'plackett'.*'conditional_bernoulli', 'plackett_luce'"),
+        ("grpo", {"samples": 1}, "samples=1 is out of range at estimator grpo.*For one sample use 'reinforce'"),
+        ("grpo", {"law": "plackett"}, "unknown law 'plackett'.*'conditional_bernoulli', 'plackett_luce'"),
+        ("reinmax_rao", {"draws": 0}, "draws=0 is out of range at estimator reinmax_rao; it counts noises, >= 1"),
+        ("reinmax_rao", {"tau": 0.0}, "tau=0.0 is out of range at estimator reinmax_rao; a temperature is > 0"),
         ("gumbel_rao", {"draws": 0}, "draws=0 is out of range at estimator gumbel_rao; it counts noises, >= 1"),
         ("perturbed", {"draws": 1}, "draws=1 is out of range.*2 noises or more. The paper takes 500"),
         ("perturbed", {"sigma": 0.0}, "sigma=0.0 is out of range.*> 0"),
