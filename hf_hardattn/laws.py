@@ -47,13 +47,16 @@ class SubsetLaw:
             scores: fp32 ``[..., N]``, finite, already divided by the temperature.
             k: int64 ``[...]`` (or broadcastable), size of the subset; rows with fewer valid positions keep them all.
             valid: bool, broadcastable to ``scores``; False positions have probability 0.
-            slots: upper bound of ``k`` known without reading it (spares a device synchronisation); N by default.
+            slots: upper bound of ``k`` known without reading it (spares a device synchronisation); N by default. A larger
+                ``k`` counts as ``slots``, and 0 is allowed: no row then holds a choice.
         """
         n = scores.shape[-1]
-        self.slots = n if slots is None else min(slots, n)
+        most = n if slots is None else min(slots, n)
+        # At least one slot, whatever ``most``: a top-k of none has no k-th score to look up.
+        self.slots = max(1, most)
         self.valid = valid.expand_as(scores)
         count = self.valid.sum(-1)
-        self.k = torch.minimum(k.expand(scores.shape[:-1]), count).clamp(0, self.slots)
+        self.k = torch.minimum(k.expand(scores.shape[:-1]), count).clamp(0, most)
         self.free = (self.k > 0) & (self.k < count)
         self.active = self.valid & self.free.unsqueeze(-1)
         # rows without a choice: all or nothing
@@ -191,7 +194,7 @@ class ConditionalBernoulli(SubsetLaw):
 
     def __new__(cls, scores: Tensor, k: Tensor, valid: Tensor, slots: int | None = None) -> ConditionalBernoulli:
         """One position at most needs no tree."""
-        return super().__new__(Categorical if slots == 1 else cls)
+        return super().__new__(Categorical if slots is not None and slots <= 1 else cls)
 
     def __init__(self, scores: Tensor, k: Tensor, valid: Tensor, slots: int | None = None) -> None:
         """Set the law up and multiply its tree; same arguments as ``PlackettLuce``."""

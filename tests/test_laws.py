@@ -64,6 +64,20 @@ def log_z_by_recurrence(scores: Tensor, k: int) -> Tensor:
     return table[k]
 
 
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("law", LAWS)
+def test_without_a_slot_no_row_has_a_choice(law: type, n: int) -> None:
+    """A row with nothing but its protected position: zeros, with a gradient of zero, and k counts as the slots."""
+    scores = torch.randn(3, n, requires_grad=True)
+    valid = torch.arange(n) < torch.tensor([[0], [1], [n]])
+    for k in (0, 2):
+        made = law(scores, torch.tensor(k), valid, 0)
+        mask, log_prob = made.draw(torch.rand(3, n))
+        assert not mask.any() and not made.free.any() and (log_prob == 0).all() and (made.entropy() == 0).all()
+        (gradient,) = torch.autograd.grad((log_prob + made.entropy()).sum(), scores)
+        assert torch.equal(gradient, torch.zeros(3, n))
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 9])
 def test_conditional_bernoulli_equals_enumeration(n: int) -> None:
     """Every k from 0 to n + 1 and random padding, in one batch of rows with their own k."""

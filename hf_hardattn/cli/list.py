@@ -19,6 +19,8 @@ def command() -> None:
                 needs = ", ".join(member.needs) or "nothing more"
                 facts = f" [{'biased' if member.biased else 'unbiased'}; needs {needs}]"
             typer.echo(f"  {name:<18}{lines[0] if lines else ''}{facts}")
+            for option, warning in getattr(member, "caution", {}).items():
+                typer.echo(f"  {'':<18}caution, {option}: {warning}")
     typer.echo("models:")
     for name in models.names():
         towers = ", ".join(f"{t.name} ({', '.join(t.kinds)})" for t in models.load(name).spec.towers)

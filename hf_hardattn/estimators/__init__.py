@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -79,6 +79,9 @@ class Estimator(Configurable, nn.Module):
         exact_budget: whether a training choice keeps exactly the budget (evaluation always does).
         detaches: whether the scorer's input is detached, so that the selector's loss leaves the backbone alone.
         source: paper and equation.
+        caution: option (``"name=value"``) to what is known to go wrong with it; shown by ``hf-hardattn list``.
+        former_defaults: schema version of a saved configuration to the options that had another default in it and in those
+            before; applied by ``saved_options``.
     """
 
     kind = "estimator"
@@ -88,14 +91,49 @@ class Estimator(Configurable, nn.Module):
     exact_budget: ClassVar[bool] = True
     detaches: ClassVar[bool] = False
     source: ClassVar[str]
+    caution: ClassVar[Mapping[str, str]] = {}
+    former_defaults: ClassVar[Mapping[int, Mapping[str, Any]]] = {}
 
     def __init_subclass__(cls) -> None:
         cls.trains_gathered = "gates" not in cls.needs
+
+    @classmethod
+    def saved_options(cls, options: Mapping[str, Any], schema_version: int) -> dict[str, Any]:
+        """Complete the options of a saved configuration by the defaults of its time, so that it keeps its meaning.
+
+        A configuration is saved with the options that were named, not with the defaults of the others. Call this once, on a
+        configuration that was read; one that a user writes takes today's defaults.
+
+        Args:
+            options: as saved.
+            schema_version: of the configuration that was read.
+
+        Example:
+            >>> StraightThrough.saved_options({}, schema_version=1)
+            {'surrogate': 'sigmoid'}
+        """
+        completed = dict(options)
+        for version in sorted(cls.former_defaults):
+            if schema_version <= version:
+                completed = {**cls.former_defaults[version], **completed}
+        return completed
 
     @property
     def samples(self) -> int:
         """Sampled forward passes a training step."""
         return 1
+
+    def advantage(self, reward: Tensor, others: Tensor) -> Tensor:
+        """Return the weight of a sample's log-probability gradient: its reward minus the mean of the other samples'.
+
+        Args:
+            reward: fp32 ``[B]``, of the sample; higher = better.
+            others: fp32 ``[M, B]``, of the same example's other samples.
+
+        Returns:
+            fp32 ``[B]``.
+        """
+        return reward - others.sum(0) / max(len(others), 1)
 
     def reset_parameters(self) -> None:
         """Initialise the parameters, where an estimator has any."""
@@ -105,13 +143,22 @@ class Estimator(Configurable, nn.Module):
     ) -> Choice:
         """Choose ``k`` of the valid positions of each row.
 
+        A row that holds no choice (``k`` is 0, nothing is valid, or everything valid is kept) keeps nothing or everything
+        valid; its scores get a gradient of exactly zero, not none at all.
+
         Args:
-            scores: fp32 ``[..., N]``, finite; higher = keep.
+            scores: fp32 ``[..., N]``, finite, N >= 1; higher = keep.
             k: int64 ``[...]``, positions to keep; rows with fewer valid ones keep them all.
             valid: bool ``[..., N]``; False positions are never kept.
-            slots: static upper bound of ``k``.
+            slots: >= 0, static upper bound of what a row keeps; a larger ``k`` counts as ``slots``.
             sampling: how to draw in training; None takes the deterministic top-k, whatever the estimator.
+
+        Returns:
+            The choice, with exactly ``min(k, valid, slots)`` positions a row (unless ``exact_budget`` is False).
         """
+        # Rows whose own count exceeds the bound exist where a relaxation upstream left more rows than its budget. A bound of
+        # 0 is that of a row with nothing but its protected position; estimators see at least one slot, with k = 0.
+        k, slots = k.clamp(max=slots), max(1, min(slots, scores.shape[-1]))
         if sampling is None:
             return Choice(topk_mask(scores, k, valid, slots))
         choice = self.sample(scores, k, valid, slots=slots, sampling=sampling)

@@ -1,11 +1,11 @@
-"""The relaxed k-hot vector of Gumbel top-k."""
+"""The relaxed k-hot vector of Gumbel top-k, and Gumbel noise given the order it led to."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..laws import LOW
+from ..laws import LOW, PlackettLuce
 
 
 def relax(noisy: Tensor, k: Tensor, active: Tensor, temperature: float | Tensor, rounds: int) -> Tensor:
@@ -39,3 +39,32 @@ def relax(noisy: Tensor, k: Tensor, active: Tensor, temperature: float | Tensor,
         left = torch.where(leads, others, torch.log1p(-share.masked_fill(leads, 0.0)))
         noisy = torch.where(active & open_row, noisy + left, noisy)
     return khot
+
+
+@torch.no_grad()
+def noisy_given_order(law: PlackettLuce, order: Tensor, uniform: Tensor) -> Tensor:
+    """Draw scores plus Gumbel noise, given that their largest are those of ``order``, in that order.
+
+    ``exp(-(s_j + G_j))`` is the arrival time of an exponential clock of rate ``e^{s_j}``, and the waits between the first k
+    arrivals do not depend on who arrives, so the conditional law has a closed form (``gumbel_rao`` states it).
+
+    Args:
+        law: over rows ``[..., N]``.
+        order: int64 ``[..., slots]`` from ``law.outcome``.
+        uniform: fp32 ``[M, ..., N]`` in [0, 1].
+
+    Returns:
+        fp32 ``[M, ..., N]``; not a choice's where ``law.active`` is False, but finite.
+    """
+    limits = torch.finfo(torch.float32)
+    waits = torch.log(-torch.log(uniform.float().clamp(limits.tiny, 1 - limits.eps / 2)))
+    counts = (torch.arange(order.shape[-1], device=order.device) < law.k.unsqueeze(-1)) & law.free.unsqueeze(-1)
+    scores = law.scores.masked_fill(~law.active, LOW)
+    picked = scores.gather(-1, order).masked_fill(~counts, LOW)
+    rest = scores.masked_fill(law.mask_of(order), LOW).logsumexp(-1, keepdim=True)
+    rates = torch.cat([picked, rest], -1).flip(-1).logcumsumexp(-1).flip(-1)[..., :-1]
+    order = order.expand(*uniform.shape[:-1], -1)
+    gaps = (waits.gather(-1, order) - rates).masked_fill(~counts, LOW)
+    arrivals = gaps.logcumsumexp(-1)
+    others = torch.logaddexp(arrivals[..., -1:], waits - law.scores)
+    return -others.scatter(-1, order, torch.where(counts, arrivals, others.gather(-1, order)))

@@ -7,10 +7,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ..laws import LOW, PlackettLuce
+from ..laws import PlackettLuce
 from ..options import Range
 from . import Choice, Estimator, Sampling
-from ._relaxation import relax
+from ._relaxation import noisy_given_order, relax
 
 
 class GumbelRao(Estimator):
@@ -53,36 +53,10 @@ class GumbelRao(Estimator):
         shape = tuple(scores.shape)
         law = PlackettLuce(scores, k, valid, slots)
         order = law.outcome(sampling.uniform(shape))
-        noisy = conditional(law, order, sampling.uniform((self.draws, *shape)))
+        noisy = noisy_given_order(law, order, sampling.uniform((self.draws, *shape)))
         # the derivative holds the noise fixed, so it passes from the scores to every draw as it is
         noisy = noisy + (law.scores - law.scores.detach())
         k_free, active = torch.where(law.free, law.k, 0), law.active.expand_as(noisy)
         relaxed = relax(noisy, k_free, active, sampling.backward, law.slots).mean(0)
         mask = law.mask_of(order)
         return Choice(mask, gates=mask + (relaxed - relaxed.detach()), entropy=law.entropy())
-
-
-@torch.no_grad()
-def conditional(law: PlackettLuce, order: Tensor, uniform: Tensor) -> Tensor:
-    """Draw scores plus Gumbel noise, given that their largest are those of ``order``, in that order.
-
-    Args:
-        law: over rows ``[..., N]``.
-        order: int64 ``[..., slots]`` from ``law.outcome``.
-        uniform: fp32 ``[M, ..., N]`` in [0, 1].
-
-    Returns:
-        fp32 ``[M, ..., N]``; not a choice's where ``law.active`` is False, but finite.
-    """
-    limits = torch.finfo(torch.float32)
-    waits = torch.log(-torch.log(uniform.float().clamp(limits.tiny, 1 - limits.eps / 2)))
-    counts = (torch.arange(order.shape[-1], device=order.device) < law.k.unsqueeze(-1)) & law.free.unsqueeze(-1)
-    scores = law.scores.masked_fill(~law.active, LOW)
-    picked = scores.gather(-1, order).masked_fill(~counts, LOW)
-    rest = scores.masked_fill(law.mask_of(order), LOW).logsumexp(-1, keepdim=True)
-    rates = torch.cat([picked, rest], -1).flip(-1).logcumsumexp(-1).flip(-1)[..., :-1]
-    order = order.expand(*uniform.shape[:-1], -1)
-    gaps = (waits.gather(-1, order) - rates).masked_fill(~counts, LOW)
-    arrivals = gaps.logcumsumexp(-1)
-    others = torch.logaddexp(arrivals[..., -1:], waits - law.scores)
-    return -others.scatter(-1, order, torch.where(counts, arrivals, others.gather(-1, order)))

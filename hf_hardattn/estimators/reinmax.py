@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..laws import ConditionalBernoulli
 from . import Choice, Estimator, Sampling
+from ._second_order import second_order_gates
 
 
 class Reinmax(Estimator):
@@ -38,17 +37,5 @@ class Reinmax(Estimator):
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
         """Draw k positions, with the second-order surrogate behind their gates."""
-        law = ConditionalBernoulli(scores / sampling.temperature, k, valid, slots)
-        mask = law.sample(sampling.uniform(tuple(scores.shape)))
-        marginals = law.marginals()
-        tau: float | Tensor = 1.0
-        wide, wider = law, marginals
-        if sampling.backward_temperature is not None:
-            tau = torch.as_tensor(sampling.backward / sampling.temperature, device=scores.device).clamp(min=1.0)
-            wide = ConditionalBernoulli(scores / (sampling.temperature * tau), k, valid, slots)
-            wider = wide.marginals()
-        # the log-probability's gradient is z - m: this is the outer product, as it meets v
-        log_prob = wide.log_prob(mask).unsqueeze(-1)
-        outer = (mask.to(wider) - wider.detach()) * (log_prob - log_prob.detach())
-        smooth = tau * (wider + 0.5 * outer) - 0.5 * marginals
-        return Choice(mask, gates=mask + (smooth - smooth.detach()), entropy=-law.log_prob(marginals))
+        mask, gates, entropy = second_order_gates(scores, k, valid, slots, sampling)
+        return Choice(mask, gates=gates, entropy=entropy)

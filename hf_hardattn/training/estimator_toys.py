@@ -47,7 +47,8 @@ class Variant:
         label: its row in the tables.
         name, options, temperature: of the estimator.
         law: ``conditional_bernoulli`` or ``plackett_luce``: the law it draws from, or comes near.
-        samples, baseline: of a score function: draws per gradient; ``none``, ``mean`` (the exact one) or ``others``.
+        samples, baseline: of a score function: draws per gradient; ``none``, ``mean`` (the exact one), ``others``
+            or ``group`` (GRPO's: in standard deviations of the samples).
         warmup: backward passes before it is measured, for one with a state.
     """
 
@@ -73,16 +74,19 @@ LEFT_OUT = {
     "variational": "without a target it is simple",
 }
 VARIANTS = (
-    Variant("straight_through, sigmoid", "straight_through"),
+    Variant("straight_through, balanced", "straight_through", {"surrogate": "balanced"}),
+    Variant("straight_through, sigmoid", "straight_through", {"surrogate": "sigmoid"}),
     Variant("straight_through, softmax", "straight_through", {"surrogate": "softmax"}),
     Variant("straight_through, identity", "straight_through", {"surrogate": "identity"}),
     Variant("simple", "simple"),
     Variant("simple, top k", "simple", {"sample": False}),
     Variant("reinmax", "reinmax"),
+    Variant("reinmax_rao, 32 draws", "reinmax_rao"),
     Variant("gumbel, T 0.5", "gumbel", temperature=0.5, law=ORDERS),
     Variant("gumbel, T 1", "gumbel", law=ORDERS),
     Variant("gumbel, relaxed, T 0.5", "gumbel", {"hard": False}, temperature=0.5, law=ORDERS),
     Variant("gumbel, relaxed, T 1", "gumbel", {"hard": False}, law=ORDERS),
+    Variant("gumbel_decoupled, T 0.5", "gumbel_decoupled", temperature=0.5, law=ORDERS),
     Variant("gumbel_rao, 10 draws, T 0.5", "gumbel_rao", temperature=0.5, law=ORDERS),
     Variant("gumbel_rao, 10 draws, T 1", "gumbel_rao", law=ORDERS),
     Variant("perturbed, 20 draws", "perturbed", {"draws": 20}),
@@ -103,6 +107,7 @@ VARIANTS = (
     Variant("reinforce, orders, exact mean", "reinforce", law=ORDERS, baseline="mean"),
     *(Variant(f"sfess, K {k}", "sfess", samples=k, baseline="others") for k in (2, 4, 8)),
     *(Variant(f"rloo, K {k}", "rloo", law=ORDERS, samples=k, baseline="others") for k in (2, 4, 8)),
+    *(Variant(f"grpo, K {k}", "grpo", law=ORDERS, samples=k, baseline="group") for k in (2, 4, 8)),
 )
 
 
@@ -178,6 +183,9 @@ def given(value: Tensor | None) -> Tensor:
 
 def advantages(rewards: Tensor, baseline: str, mean: Tensor) -> Tensor:
     """Rewards ``[..., K]`` less their baseline; ``mean`` ``[...]``: the exact one."""
+    if baseline == "group":
+        spread = rewards.std(-1, correction=0, keepdim=True)
+        return (rewards - rewards.mean(-1, keepdim=True)) / (spread + 1e-4)
     if baseline == "others":
         return rewards - (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[-1] - 1)
     return rewards - mean.unsqueeze(-1) if baseline == "mean" else rewards

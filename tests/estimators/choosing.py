@@ -20,6 +20,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "gumbel": [{"hard": True}, {"hard": False}],
     "simple": [{"sample": True}, {"sample": False}],
     "reinforce": [{"law": "plackett_luce"}, {"law": "conditional_bernoulli"}],
+    "grpo": [{"law": "plackett_luce"}, {"law": "conditional_bernoulli"}],
     "perturbed": [{"hard": True}, {"hard": False}],
     "imle": [
         {"adaptive": adaptive, "noise": noise} for adaptive in (True, False) for noise in ("gumbel", "sum_of_gamma")
@@ -65,13 +66,15 @@ def choose(
     valid: Tensor | None = None,
     training: bool = True,
     temperature: float = 1.0,
+    slots: int | None = None,
     **sampling: Any,
 ) -> Choice:
     k = torch.as_tensor(k)
+    slots = max(1, int(k.max())) if slots is None else slots
     valid = torch.ones(scores.shape, dtype=torch.bool) if valid is None else valid.expand_as(scores)
     estimator = build(estimator, options) if isinstance(estimator, str) else estimator
     how = Sampling(uniform=torch.rand, temperature=temperature, **sampling) if training else None
-    return estimator.choose(scores, k.expand(scores.shape[:-1]), valid, slots=max(1, int(k.max())), sampling=how)
+    return estimator.choose(scores, k.expand(scores.shape[:-1]), valid, slots=slots, sampling=how)
 
 
 def carrier(choice: Choice) -> Any:
@@ -114,14 +117,24 @@ def exact_gradient(scores: Tensor, k: int, law: str, reward: Any) -> Tensor:
 def sampled_gradients(
     name: str, options: dict[str, Any], scores: Tensor, k: int, reward: Any, draws: int, **sampling: Any
 ) -> Tensor:
-    """One gradient estimate per row, ``[draws, n]``."""
-    rows = scores.repeat(draws, 1).requires_grad_()
-    choice = choose(name, options, rows, k, **sampling)
-    if choice.log_prob is not None:
-        loss = (reward(choice.mask.double()).float() * choice.log_prob).sum()
-    else:
+    """One gradient estimate per row, ``[draws, n]``; of as many samples, with their advantages, as the estimator takes."""
+    estimator = build(name, options)
+    samples = estimator.samples
+    rows = scores.repeat(samples * draws, 1).requires_grad_()
+    choice = choose(estimator, options, rows, k, **sampling)
+    if choice.log_prob is None:
         loss = reward(choice.gates.double()).sum()
-    return torch.autograd.grad(loss, rows)[0].double()
+    else:
+        weights = reward(choice.mask.double()).float().view(samples, draws)
+        if samples > 1:
+            weights = torch.stack([estimator.advantage(weights[i], others(weights, i)) for i in range(samples)])
+        loss = (weights.flatten() * choice.log_prob).sum() / samples
+    return torch.autograd.grad(loss, rows)[0].double().view(samples, draws, -1).sum(0)
+
+
+def others(weights: Tensor, one: int) -> Tensor:
+    """All rows but one."""
+    return torch.cat([weights[:one], weights[one + 1 :]])
 
 
 def largest_z(gradients: Tensor, exact: Tensor) -> float:

@@ -16,8 +16,10 @@ from choosing import (
     choose,
     mixed_rows,
 )
+from typer.testing import CliRunner
 
 from hf_hardattn import registry
+from hf_hardattn.cli import app
 from hf_hardattn.errors import HardAttentionError
 from hf_hardattn.estimators import NEEDS
 from hf_hardattn.selection import topk_mask
@@ -88,12 +90,116 @@ def test_gradient_reaches_every_valid_score(name: str, options: dict[str, Any]) 
         assert gradient.sum(-1).abs().max() < 1e-4
 
 
+def test_default_surrogate_moves_no_row_as_a_whole() -> None:
+    """Whatever the loss's gradient, also one with a large mean: what one score gains, others lose."""
+    torch.manual_seed(0)
+    scores, weight = torch.randn(50, 9, requires_grad=True), torch.randn(50, 9) - 5
+    sums = {}
+    for surrogate in (None, "balanced", "softmax", "sigmoid", "identity"):
+        choice = choose("straight_through", {} if surrogate is None else {"surrogate": surrogate}, scores, 3)
+        gradient = torch.autograd.grad((choice.gates * weight).sum(), scores)[0]
+        sums[surrogate] = (gradient.sum(-1).abs() / gradient.abs().sum(-1)).max().item()
+    assert build("straight_through").surrogate == "balanced"
+    assert all(sums[name] < 1e-5 for name in (None, "balanced", "softmax"))
+    assert all(sums[name] > 0.5 for name in ("sigmoid", "identity"))
+
+
+@pytest.mark.parametrize(
+    ("saved", "schema", "meant"),
+    [
+        ({}, 1, {"surrogate": "sigmoid"}),
+        ({"surrogate": "softmax"}, 1, {"surrogate": "softmax"}),
+        ({}, 2, {}),
+    ],
+)
+def test_saved_options_keep_the_defaults_of_their_time(
+    saved: dict[str, Any], schema: int, meant: dict[str, Any]
+) -> None:
+    estimator = registry.load("estimators", "straight_through")
+    assert estimator.saved_options(saved, schema) == meant
+    assert registry.load("estimators", "simple").saved_options(saved, schema) == saved
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cautions_and_former_defaults_name_options(name: str) -> None:
+    estimator = registry.load("estimators", name)
+    for option in estimator.caution:
+        key, _, value = option.partition("=")
+        assert value and estimator(**{key: value}) is not None
+    for options in estimator.former_defaults.values():
+        assert estimator(**options) is not None
+
+
+def test_list_shows_cautions() -> None:
+    listed = CliRunner().invoke(app, ["list"]).output
+    for option, caution in registry.load("estimators", "straight_through").caution.items():
+        assert f"caution, {option}: {caution}" in listed
+
+
 @pytest.mark.parametrize(("name", "options"), LEARNING)
 def test_without_a_choice_the_scores_stay_in_the_graph(name: str, options: dict[str, Any]) -> None:
     """A budget that keeps everything gives a zero gradient, not None (distributed training counts on it)."""
     scores = torch.randn(2, 4, requires_grad=True)
     value = carrier(choose(name, options, scores, 4))
     assert torch.equal(torch.autograd.grad(value.sum(), scores)[0], torch.zeros(2, 4))
+
+
+# Rows at the edge of what can be chosen: N, k, the valid positions of each row (counted from the first), slots.
+EDGES = {
+    "one position, and it is protected": (1, 0, [0], 0),
+    "one position": (1, 1, [1], 1),
+    "nothing valid": (5, 2, [0, 0], 2),
+    "nothing valid, no slot": (5, 0, [0], 0),
+    "no slot": (4, 0, [4], 0),
+    "no slot for the k asked": (4, 2, [4], 0),
+    "a row without a choice beside one with": (6, 2, [0, 1, 2, 6], 2),
+    "more than is valid": (6, 4, [2, 1, 0], 4),
+    "everything": (5, 5, [5], 5),
+    "everything, many slots": (5, 9, [5, 3], 9),
+    "more than the slots": (6, 4, [6, 5, 1], 2),
+    "more than one slot": (6, 4, [6, 1, 0], 1),
+}
+
+
+HOW: tuple[dict[str, Any], ...] = ({}, {"exploration": 1.0}, {"backward_temperature": 2.0})
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_rows_at_the_edge_of_a_choice(name: str, options: dict[str, Any], edge: str) -> None:
+    """No crash, no NaN, never more than ``min(k, valid, slots)``; rows without a choice have a zero gradient, and have one."""
+    torch.manual_seed(0)
+    n, k, lengths, slots = EDGES[edge]
+    valid = torch.arange(n) < torch.tensor(lengths).unsqueeze(-1)
+    asked = torch.tensor([min(k, length, slots) for length in lengths])
+    scores = torch.randn(len(lengths), n, requires_grad=True)
+    estimator = build(name, options)
+    for training, how in ((False, {}), *((True, how) for how in HOW)):
+        choice = choose(estimator, options, scores, k, valid, training=training, slots=slots, **how)
+        kept = choice.mask.sum(-1)
+        assert not (choice.mask & ~valid).any() and choice.mask.shape == scores.shape
+        if name == "soft":
+            assert torch.equal(choice.mask, valid)
+        elif estimator.exact_budget or not training:
+            assert torch.equal(kept, asked)
+        if not training:
+            continue
+        values = [v for v in (choice.gates, choice.log_prob, choice.entropy, choice.penalty) if v is not None]
+        assert all(value.isfinite().all() for value in values)
+        (gradient,) = torch.autograd.grad(sum((value * torch.rand(value.shape)).sum() for value in values), scores)
+        fixed = (asked == 0) | (asked == valid.sum(-1))
+        assert gradient.isfinite().all() and (gradient[fixed] == 0).all() and (gradient[~valid] == 0).all()
+        if choice.gates is not None and estimator.exact_budget:
+            torch.testing.assert_close(choice.gates.sum(-1), asked.float())
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_a_batch_without_rows(name: str, options: dict[str, Any]) -> None:
+    scores = torch.randn(0, 1, 1, 4, requires_grad=True)
+    k = torch.zeros(0, 1, 1, dtype=torch.long)
+    for training in (True, False):
+        choice = choose(name, options, scores, k, training=training, slots=2)
+        assert choice.mask.shape == scores.shape
 
 
 @pytest.mark.parametrize(("name", "options"), [v for v in VARIANTS if v.values[0] != "soft"])
@@ -140,6 +246,10 @@ def test_soft_keeps_everything_valid(training: bool) -> None:
     [
         ("straight_through", {"surrogate": "sigmoyd"}, "unknown surrogate 'sigmoyd'.*'identity'.*mean 'sigmoid'"),
         ("reinforce", {"law": "plackett"}, "unknown law 'plackett'.*'conditional_bernoulli', 'plackett_luce'"),
+        ("grpo", {"samples": 1}, "samples=1 is out of range at estimator grpo.*For one sample use 'reinforce'"),
+        ("grpo", {"law": "plackett"}, "unknown law 'plackett'.*'conditional_bernoulli', 'plackett_luce'"),
+        ("reinmax_rao", {"draws": 0}, "draws=0 is out of range at estimator reinmax_rao; it counts noises, >= 1"),
+        ("reinmax_rao", {"tau": 0.0}, "tau=0.0 is out of range at estimator reinmax_rao; a temperature is > 0"),
         ("gumbel_rao", {"draws": 0}, "draws=0 is out of range at estimator gumbel_rao; .*It counts noises, >= 1"),
         ("perturbed", {"draws": 1}, "draws=1 is out of range.*2 noises or more. The paper takes 500"),
         ("perturbed", {"sigma": 0.0}, "sigma=0.0 is out of range.*> 0"),

@@ -1,0 +1,69 @@
+"""GRPO: several samples a step, each scored by how far its reward stands out from the group's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import HardAttentionError, unknown
+from ..laws import ConditionalBernoulli, PlackettLuce
+from . import Choice, Estimator, Sampling
+
+LAWS = {"plackett_luce": PlackettLuce, "conditional_bernoulli": ConditionalBernoulli}
+FLOOR = 1e-4  # added to the deviation: rewards that differ by rounding alone stay without effect
+
+
+class Grpo(Estimator):
+    """Draw ``samples`` choices a step, and weigh each by its reward in standard deviations of its group.
+
+    ``A_i = (R_i - mean(R)) / (std(R) + 1e-4)`` over the K samples of an example (std with K in the denominator), and
+    ``g = 1/K sum_i A_i grad log p(S_i)``. Every example weighs the same, whatever the scale of its rewards.
+
+    This is GRPO with one optimizer step for each draw. The probability ratio of new to old policy is then 1, so clipping it
+    would never change anything, and there is no clipping option; several optimizer steps on the same draws would need
+    the choices of a step to be replayed in the next, which training does not do. There is no divergence to a reference
+    policy either. What is left differs from ``rloo`` by the division: ``A_i = (K - 1) / K (R_i - mean of others) / std``.
+
+    Args:
+        samples: K >= 2, forward passes a training step. With 2, A is +1 and -1: which of the two was better is all that counts.
+        law: ``plackett_luce`` (log-probability of the order drawn) or ``conditional_bernoulli`` (of the set; O(N k)).
+
+    Gradient: fp32 ``[..., N]``. Biased: the deviation depends on the sample it divides, so the mean is no multiple of the
+    exact gradient. Examples whose K rewards are alike, the hard and the easy ones, count as much as the others.
+    Cost: K forward and backward passes, each gathered. The configuration's ``baseline`` is not used.
+
+    Raises:
+        HardAttentionError: fewer than 2 samples; unknown law.
+
+    Source: Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300, section 4.1.
+    """
+
+    biased = True
+    needs = ("reward", "passes")
+    source = "Shao et al. 2024, arXiv:2402.03300, section 4.1; one optimizer step a draw"
+
+    def __init__(self, samples: int = 4, law: str = "plackett_luce") -> None:
+        super().__init__()
+        if samples < 2:
+            raise HardAttentionError(
+                f"samples={samples} is out of range at estimator grpo; a deviation takes 2 samples or more. "
+                "For one sample use 'reinforce'."
+            )
+        if law not in LAWS:
+            raise unknown("law", law, LAWS, "estimator grpo")
+        self.passes, self.law = samples, LAWS[law]
+
+    @property
+    def samples(self) -> int:
+        return self.passes
+
+    def advantage(self, reward: Tensor, others: Tensor) -> Tensor:
+        """Return the reward's distance from the group's mean in the group's standard deviations, fp32 ``[B]``."""
+        group = torch.cat([reward.unsqueeze(0), others])
+        return (reward - group.mean(0)) / (group.std(0, correction=0) + FLOOR)
+
+    def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
+        """Draw k positions, with their log-probability and the law's entropy."""
+        law = self.law(scores / sampling.temperature, k, valid, slots)
+        mask, log_prob = law.explore(sampling.uniform, sampling.exploration)
+        return Choice(mask, log_prob=log_prob, entropy=law.entropy())
