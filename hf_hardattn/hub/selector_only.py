@@ -6,7 +6,6 @@ one tensor a parameter, named ``<site>.<parameter>``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -21,11 +20,12 @@ from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
 from ..recording import selectors
 from .building import build, headers, model_class, read_model_config
+from .fingerprints import fingerprint, is_base_of
 from .source import Source, fetch
-from .tensors import read_header
+from .tensors import check_finite, check_floats, read_header
 from .untrusted import read_config, read_json
 
-CONFIG, WEIGHTS, FORMAT = "hard_attention.json", "selectors.safetensors", 1
+CONFIG, WEIGHTS, FORMAT = "hard_attention.json", "selectors.safetensors", 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class SelectorFile:
         base_model, base_revision: repository (or folder) and commit of the weights the selectors sit on.
         base_sha256: of those weights, so that selectors never run on others; see ``fingerprint``.
         model_class: of Transformers. hard_attention: configuration. dtype: of the base's weights when saved.
+        format: 1 has a fingerprint without the tensors' names.
     """
 
     base_model: str
@@ -46,19 +47,6 @@ class SelectorFile:
     hard_attention: dict[str, Any]
     hf_hardattn_version: str = ""
     format: int = FORMAT
-
-
-def fingerprint(model: nn.Module) -> str:
-    """sha256 over the tensors outside the selectors, whatever their names and order."""
-    inside = {
-        id(tensor) for selector in selectors(model).values() for tensor in selector.state_dict(keep_vars=True).values()
-    }
-    digests = {
-        hashlib.sha256(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()).digest()
-        for tensor in model.state_dict(keep_vars=True).values()
-        if id(tensor) not in inside
-    }
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def write_selectors(model: Any, folder: Path, base_model: str, base_revision: str | None) -> None:
@@ -96,7 +84,12 @@ def read_selector_file(source: Source) -> SelectorFile:
         HardAttentionError: a key too few or too many, a wrong type, a newer format.
     """
     data, known = read_json(source.folder / CONFIG, source.name), SelectorFile.__dataclass_fields__
-    if isinstance(data.get("format"), int) and data["format"] > FORMAT:
+    if type(data.get("format")) is not int or data["format"] < 1:  # True is an int too
+        raise HardAttentionError(
+            f"{CONFIG} of {source.name} has format {str(data.get('format'))[:40]!r}; it is a whole number, 1 to {FORMAT}. The file is "
+            "damaged or was changed by hand."
+        )
+    if data["format"] > FORMAT:
         raise HardAttentionError(
             f"{CONFIG} of {source.name} has format {data['format']}; this hf_hardattn reads up to {FORMAT}. pip install -U hf-hardattn"
         )
@@ -152,13 +145,14 @@ def load_selectors(source: Source, hub: dict[str, Any], change: Any, verify_base
             raise HardAttentionError(
                 f"{WEIGHTS} of {where}: {name!r} has shape {header.shapes[name]}; the model needs {tuple(tensor.shape)}."
             )
+    check_floats(header, WEIGHTS, where)
     values = load_file(source.folder / WEIGHTS)
-    bad = sorted(name for name, value in values.items() if not value.isfinite().all())
-    if bad:
-        raise HardAttentionError(
-            f"{WEIGHTS} of {where}: {bad[0]!r} holds values that are not finite; the file is damaged."
-        )
-    if verify_base and str(model.dtype) == content.dtype and fingerprint(model) != content.base_sha256:
+    check_finite(values, WEIGHTS, where)
+
+    def reload(dtype: torch.dtype) -> Any:
+        return build(base, config, cls, base_header, dtype=dtype)[0]
+
+    if verify_base and not is_base_of(model, content.base_sha256, content.format, content.dtype, reload):
         raise HardAttentionError(
             f"the weights of {base.name} (revision {base.revision or 'of the folder'}) are not those that the selectors of {where} were "
             "trained on; their choices would mean nothing. Ask their owner which revision it was, push the full model if the backbone was "
