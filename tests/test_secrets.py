@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -183,3 +185,17 @@ def test_plain_names_are_no_secrets() -> None:
         "0" * 40,
     ):
         assert not is_secret(name)
+
+
+def test_looking_for_secrets_leaves_logs_and_warnings_alone() -> None:
+    """In a fresh process: detect-secrets takes over the root logger and all warnings when it is imported."""
+    code = """
+import logging, warnings
+logging.basicConfig(level=logging.INFO)
+root, shown = logging.getLogger(), warnings.showwarning
+before = list(root.handlers), root.level
+from hf_hardattn.hub.secrets import is_secret
+is_secret("x")
+assert warnings.showwarning is shown and before == (root.handlers, root.level)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,8 +9,10 @@ import base64
 import binascii
 import functools
 import html
+import logging
 import re
 import urllib.parse
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,17 +142,27 @@ def _header(path: Path) -> str:
 
 @functools.cache
 def _rules() -> tuple[Any, ...]:
-    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
-
-    classes = get_mapping_from_secret_type_to_class().values()
-    return tuple(rule() for rule in sorted(classes, key=lambda rule: rule.__name__) if rule.__name__ not in _LEFT_OUT)
+    classes = [rule for rule in _detectors() if rule.__name__ not in _LEFT_OUT]
+    return tuple(rule() for rule in sorted(classes, key=lambda rule: rule.__name__))
 
 
 @functools.cache
 def _keyword_rule() -> Any:
-    from detect_secrets.plugins.keyword import KeywordDetector
+    return next(rule for rule in _detectors() if rule.__name__ == "KeywordDetector")()
 
-    return KeywordDetector()
+
+def _detectors() -> list[Any]:
+    """The rules that detect-secrets brings, as classes."""
+    root, showwarning = logging.getLogger(), warnings.showwarning
+    handlers, level = list(root.handlers), root.level
+    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+
+    # its import takes over the root logger and the warnings of the whole process
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    if warnings.showwarning is not showwarning:
+        logging.captureWarnings(False)
+    return list(get_mapping_from_secret_type_to_class().values())
 
 
 def _own(token: str | bool | None) -> list[str]:

@@ -7,6 +7,8 @@ one tensor a parameter, named ``<site>.<parameter>``.
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -61,11 +63,42 @@ def write_selectors(model: Any, folder: Path, base_model: str, base_revision: st
         hf_hardattn_version=metadata.version("hf-hardattn"),
     )
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in named_tensors(model)}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f".{WEIGHTS}.part", metadata={"format": "pt"})
-    (folder / f".{WEIGHTS}.part").replace(folder / WEIGHTS)
-    (folder / f".{CONFIG}.part").write_text(json.dumps(asdict(content), indent=2) + "\n", encoding="utf-8")
-    (folder / f".{CONFIG}.part").replace(folder / CONFIG)  # last: without it the folder is nothing yet
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(asdict(content), indent=2) + "\n", encoding="utf-8")
+
+
+def check_base(model: Any, base_model: str, base_revision: str | None) -> None:
+    """Compare the weights that will not be saved with those of the base model.
+
+    A base that is not on this machine cannot be compared; a warning says so, and ``load`` will compare.
+
+    Raises:
+        HardAttentionError: they differ, so that the selectors would be saved without the weights they were trained on.
+    """
+    try:
+        base = fetch(base_model, base_revision, local_files_only=True)
+        header = headers(base)
+    except HardAttentionError as error:
+        warnings.warn(
+            f"the base model {base_model} is not on this machine, so nobody compared its weights with the model's ({error}). load() will.",
+            stacklevel=3,
+        )
+        return
+    config, _ = read_model_config(base, header)
+    config.hard_attention = None
+
+    def reload(dtype: torch.dtype) -> Any:
+        found, missing = build(base, config, type(model), header, dtype=dtype)
+        if missing:
+            raise _incomplete(base, type(model), missing)
+        return found
+
+    if not is_base_of(reload(torch.float32), fingerprint(model), FORMAT, str(model.dtype), reload):
+        raise HardAttentionError(
+            f"selectors_only=True would lose weights: those of the model are not those of its base {base.name} (revision "
+            f"{base.revision or 'of the folder'}), so more than the selectors was trained. Save the full model (selectors_only=False), or "
+            "name the base that it was loaded from."
+        )
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -131,10 +164,7 @@ def load_selectors(source: Source, hub: dict[str, Any], change: Any, verify_base
     inside = {id(tensor) for tensor in wanted.values()}
     outside = [key for key in missing if id(_tensor(model, key)) not in inside]
     if outside:
-        raise HardAttentionError(
-            f"the base model {base.name} lacks {len(outside)} tensors of {cls.__name__} (first: {sorted(outside)[0]!r}); selectors alone "
-            "need a complete base. Push the full model instead."
-        )
+        raise _incomplete(base, cls, outside)
     odd = sorted(wanted.keys() ^ header.shapes.keys())
     if odd:
         raise HardAttentionError(
@@ -162,6 +192,13 @@ def load_selectors(source: Source, hub: dict[str, Any], change: Any, verify_base
         for name, tensor in wanted.items():
             tensor.copy_(values[name])
     return model.eval()
+
+
+def _incomplete(base: Source, cls: type, missing: Collection[str]) -> HardAttentionError:
+    return HardAttentionError(
+        f"the base model {base.name} lacks {len(missing)} tensors of {cls.__name__} (first: {sorted(missing)[0]!r}); selectors alone "
+        "need a complete base. Save and push the full model instead."
+    )
 
 
 def _tensor(model: nn.Module, key: str) -> Any:
