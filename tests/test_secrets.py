@@ -188,7 +188,7 @@ def test_plain_names_are_no_secrets() -> None:
 
 
 def test_looking_for_secrets_leaves_logs_and_warnings_alone() -> None:
-    """In a fresh process: detect-secrets takes over the root logger and all warnings when it is imported."""
+    """In a fresh process: detect-secrets sends all warnings to a log when it is imported."""
     code = """
 import logging, warnings
 logging.basicConfig(level=logging.INFO)

@@ -153,14 +153,10 @@ def _keyword_rule() -> Any:
 
 def _detectors() -> list[Any]:
     """The rules that detect-secrets brings, as classes."""
-    root, showwarning = logging.getLogger(), warnings.showwarning
-    handlers, level = list(root.handlers), root.level
+    before = warnings.showwarning
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
-    # its import takes over the root logger and the warnings of the whole process
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    if warnings.showwarning is not showwarning:
+    if warnings.showwarning is not before:  # its import sends the warnings of the whole process to a log
         logging.captureWarnings(False)
     return list(get_mapping_from_secret_type_to_class().values())
 
