@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,75 @@ def test_leave_one_out() -> None:
     baseline = registry.load("baselines", "leave_one_out")()
     assert baseline(torch.tensor([1.0, 2.0, 6.0])).tolist() == [4.0, 3.5, 1.5]
     assert baseline(torch.tensor([3.0])).tolist() == [0.0]
+
+
+BAD = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("when", [0, 3], ids=["first", "later"])
+@pytest.mark.parametrize("whole_batch", [True, False])
+def test_moving_average_leaves_out_rewards_that_are_not_finite(
+    whole_batch: bool, when: int, bad: float, whiten: bool
+) -> None:
+    """As if the bad rewards had never been in the batch."""
+    poisoned, clean = (registry.load("baselines", "moving_average")(whiten=whiten) for _ in range(2))
+    for step in range(6):
+        rewards = torch.rand(4, generator=torch.Generator().manual_seed(step))
+        if step == when:
+            poisoned(torch.full((4,), bad) if whole_batch else torch.cat([rewards, torch.tensor([bad])]))
+            if whole_batch:
+                continue
+        else:
+            poisoned(rewards)
+        clean(rewards)
+    assert poisoned.value.item() == pytest.approx(clean.value.item())
+    assert poisoned.variance.item() == pytest.approx(clean.variance.item())
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_moving_average_leaves_out_bad_micro_batches(bad: float) -> None:
+    baseline = registry.load("baselines", "moving_average")()
+    baseline.deferred = True
+    for rewards in ([bad, bad], [1.0, 3.0], [bad, 5.0]):
+        baseline(torch.tensor(rewards))
+    baseline.update()
+    assert baseline.value.item() == pytest.approx(3.0) and baseline.variance.item() == pytest.approx(8 / 3)
+
+
+def test_moving_average_survives_rewards_whose_squares_overflow() -> None:
+    baseline = registry.load("baselines", "moving_average")(whiten=True)
+    for rewards in ([1.0, 2.0], [1e30, -1e30], [1.0, 2.0]):
+        baseline(torch.tensor(rewards))
+    assert baseline.value.isfinite() and baseline.scale().isfinite()
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_moving_average_recovers_from_a_checkpoint_that_is_not_finite(bad: float) -> None:
+    baseline = registry.load("baselines", "moving_average")(whiten=True)
+    baseline.value, baseline.variance = torch.tensor(bad), torch.tensor(bad)
+    assert baseline(torch.tensor([1.0, 3.0])).tolist() == [0.0, 0.0]
+    assert baseline.value.item() == 2.0 and baseline.scale().item() == 1.0
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("name", NAMES)
+def test_one_bad_reward_leaves_the_other_examples_alone(name: str, bad: float) -> None:
+    """The others' baselines, and the gradient of a learned one, stay finite."""
+    torch.manual_seed(0)
+    baseline = registry.load("baselines", name)()
+    baseline.build(5)
+    rewards, greedy, summary = torch.tensor([bad, 1.0, 2.0]), torch.tensor([1.0, bad, 2.0]), torch.ones(3, 5)
+    summary[0] = bad
+    value = baseline(rewards, greedy, summary)
+    assert value.isfinite().all()
+    lesson = baseline.loss(value, rewards)
+    if lesson is not None:
+        lesson.backward()
+        assert all(p.grad.isfinite().all() for p in baseline.parameters())
+
+
+def test_leave_one_out_is_the_mean_of_the_other_finite_rewards() -> None:
+    baseline = registry.load("baselines", "leave_one_out")()
+    assert baseline(torch.tensor([1.0, math.nan, 3.0, math.inf])).tolist() == [3.0, 2.0, 1.0, 2.0]

@@ -65,7 +65,10 @@ def test_latest_passes_over_a_damaged_checkpoint_and_a_named_one_is_refused(
         HardAttentionError, match=r"step_00000003 is damaged: optimizer.bin has 100 bytes where .* were"
     ):
         run(flags, tmp_path, "--max_train_steps", 4, "--resume_from_checkpoint", newest)
-    (newest / "optimizer.bin").write_bytes(b"x" * len(whole))  # as long as it was: only its reader can tell
+    (newest / "optimizer.bin").write_bytes(b"x" * len(whole))  # as long as it was
+    with pytest.raises(HardAttentionError, match=r"is damaged: optimizer.bin does not hold what was written"):
+        run(flags, tmp_path, "--max_train_steps", 4, "--resume_from_checkpoint", newest)
+    checkpoints._seal(newest)  # as if it had been written so: only its reader can tell
     with pytest.raises(HardAttentionError, match=r"step_00000003 cannot be loaded .*it is damaged, or was"):
         run(flags, tmp_path, "--max_train_steps", 4, "--resume_from_checkpoint", newest)
     (newest / "files.json").unlink()

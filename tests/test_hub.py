@@ -301,6 +301,44 @@ def test_pefts_own_ways_to_push_reload_hard(hub, ann, pushed, tmp_path):
     assert same(torch.load(tmp_path / "trained.pt"), torch.load(tmp_path / "trained2.pt"))
 
 
+@pytest.mark.parametrize("form", ["full", "sharded", "selectors", "peft"])
+def test_what_load_fetched_loads_offline(hub, pushed, tmp_path, form):
+    """By the name it was fetched by (branch, tag, commit) and by the commit that name stood for; the repository holds other files too."""
+    name = f"ann/offline-{form}"
+    ann = hub.person(ANN, f"offline-{form}")
+    commit = ann.do(
+        f"""
+        import sys; sys.path.insert(0, {str(TESTS)!r})
+        import hf_hardattn, huggingface_hub
+        from hub_server.models import keep_answer
+        plan = hf_hardattn.push({str(pushed / form)!r}, {name!r}, dry_run=False, tag="v1")
+        for extra in (".gitattributes", "README.md", "training/notes.txt"):
+            made = huggingface_hub.upload_file(repo_id={name!r}, path_in_repo=extra, path_or_fileobj=b"words")
+        huggingface_hub.create_tag({name!r}, tag="v2")
+        commit = result = made.oid
+        for revision in (None, "v2", commit):
+            hf_hardattn.load({name!r}, revision=revision)
+        """
+    )
+    expected = torch.load(pushed / ("answer_peft.pt" if form == "peft" else "answer.pt"))
+    hub.forget()
+    code = f"""
+        for number, revision in enumerate((None, "main", "v2", {commit!r})):
+            keep_answer(hf_hardattn.load({name!r}, revision=revision, local_files_only=True), f"{tmp_path}/{{number}}.pt")
+        """
+    ann.do(code)
+    environment = hub.environment(ANN, f"offline-{form}") | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS)}
+    command = f"import hf_hardattn; from hub_server.models import keep_answer; keep_answer(hf_hardattn.load({name!r}), '{tmp_path}/4.pt')"
+    subprocess.run([sys.executable, "-c", command], env=environment, check=True)
+    assert hub.log() == []
+    answers = [torch.load(path) for path in tmp_path.glob("*.pt")]
+    assert len(answers) == 5 and all(same(found, expected) for found in answers)
+    with pytest.raises(
+        Refused, match=f"{name} at revision 'v1' is not in the cache, and nothing is downloaded offline"
+    ):
+        ann.do(f"hf_hardattn.load({name!r}, revision='v1', local_files_only=True)")
+
+
 @pytest.mark.parametrize(
     "quirks", [["all regular", "small headers"], ["all lfs", "bare", "other words"]], ids=["regular", "bare"]
 )

@@ -237,7 +237,8 @@ def test_nothing_is_executed(copy, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "has format 2"),
+        ({"format": 3}, "has format 3"),
+        *(({"format": odd}, "it is a whole number, 1 to 2") for odd in ("1", None, True, 1.0, 0, -1, [1])),
         ({"base_sha256": ...}, "key 'base_sha256' is missing or unknown"),
         ({"extra": 1}, "key 'extra' is missing or unknown"),
         ({"base_model": 7}, "base_model='7' is no name"),
@@ -245,6 +246,7 @@ def test_nothing_is_executed(copy, tmp_path):
         ({"base_revision": 7}, "is no revision"),
         ({"model_class": "ViTModel"}, "have no place in the model|lacks"),
         ({"model_class": "Trainer"}, "names the class 'Trainer'"),
+        ({"model_class": "PreTrainedModel"}, "names the class 'PreTrainedModel'"),
         ({"hard_attention__sites": {"vision.tokens.0": {}}}, "disagree on"),
         ({"hard_attention__scorer": "mlp"}, "disagree on"),
         ({"base_sha256": "0"}, "are not those that the selectors of"),

@@ -127,6 +127,16 @@ def test_trainer_resume_keeps_step_and_baseline(tmp_path: Path) -> None:
         assert [row[name] for row in rows(resumed)] == pytest.approx([row[name] for row in rows(whole)], abs=1e-5)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("estimator, name", [("reinforce", "value"), ("imle", "state")])
+def test_run_state_that_is_not_finite_is_not_loaded(estimator: str, name: str, bad: float) -> None:
+    driver = Driver(build(budget=3, estimator=estimator))
+    before = driver.state_dict()
+    with pytest.warns(UserWarning, match=f"{name} of .* is not finite"):
+        driver.load_state_dict({"vision.inputs": {name: bad}})
+    assert driver.state_dict() == before
+
+
 def test_warmup_moves_the_selectors_only(tmp_path: Path) -> None:
     model = build(budget=3)
     before = weights(model)

@@ -14,7 +14,8 @@ class Learned(Baseline):
     """Predict each example's reward from the mean state of the site's candidates, ``b = w2 gelu(W1 norm(x) + b1) + b2``.
 
     It reads what the choice is made from, never what was chosen, so the gradient stays unbiased. It learns by the squared
-    error of its prediction, which is added to the training loss and leaves the backbone alone (its input is detached).
+    error of its prediction, which is added to the training loss and leaves the backbone alone (its input is detached). Examples
+    whose reward is NaN or infinite teach it nothing.
 
     Args:
         hidden: width of the hidden layer, in [1, 8192]. weight: in [0, 1e6], of the squared error in the loss.
@@ -43,13 +44,16 @@ class Learned(Baseline):
         nn.init.zeros_(self.bias_out)
 
     def loss(self, value: Tensor, reward: Tensor) -> Tensor:
-        """Mean squared error of the prediction."""
-        return self.weight * (value - reward).square().mean()
+        """Mean squared error of the prediction, over the examples whose reward is finite."""
+        finite = reward.isfinite()
+        errors = (value - reward.where(finite, 0.0)).square().where(finite, 0.0)
+        return self.weight * errors.sum() / finite.sum().clamp(min=1)
 
     def forward(self, reward: Tensor, greedy: Tensor | None = None, summary: Tensor | None = None) -> Tensor:
         """Return the prediction with its gradient, fp32 ``[B]``; ``reward`` is not used."""
         if summary is None:
             raise TypeError("Learned.forward needs summary [B, D].")
-        states = functional.rms_norm(summary, summary.shape[-1:])
+        # a state that is not finite would make every weight's gradient NaN, even where the loss ignores the example
+        states = functional.rms_norm(summary.where(summary.isfinite(), 0.0), summary.shape[-1:])
         hidden = functional.gelu(functional.linear(states, self.weight_in.float(), self.bias_in.float()))
         return functional.linear(hidden, self.weight_out.float(), self.bias_out.float()).squeeze(-1)

@@ -13,7 +13,7 @@ class LeaveOneOut(Baseline):
 
     ``b_i = (sum_j R_j - R_i) / (B - 1)``: without the example's own sample, so unbiased; no state, no tuning. With a
     batch made of copies of one example it is RLOO. A batch of one has no others: 0. Under gradient accumulation the batch is
-    the micro-batch: later ones are not known yet.
+    the micro-batch: later ones are not known yet. Rewards that are NaN or infinite are left out of the mean.
 
     Source: Kool, van Hoof & Welling 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!", ICLR workshop;
     Mnih & Rezende 2016, arXiv:1602.06725.
@@ -21,5 +21,7 @@ class LeaveOneOut(Baseline):
 
     def forward(self, reward: Tensor, greedy: Tensor | None = None, summary: Tensor | None = None) -> Tensor:
         """Return the others' mean reward, fp32 ``[B]``."""
-        total, count = sum_over_ranks(torch.stack([reward.sum(), torch.full_like(reward.sum(), reward.numel())]))
-        return (total - reward) / (count - 1).clamp(min=1)
+        finite = reward.isfinite()
+        own = reward.where(finite, 0.0)
+        total, count = sum_over_ranks(torch.stack([own.sum(), finite.sum().to(own)]))
+        return (total - own) / (count - finite.to(own)).clamp(min=1)

@@ -21,6 +21,9 @@ class MovingAverage(Baseline):
     Only training batches move the average. The batch is the optimizer step's: the mean is over the examples of all ranks and,
     where ``HardAttentionCallback`` or the training scripts drive it, of all micro-batches.
 
+    Rewards that are NaN or infinite are left out, as mixed-precision training skips the step that they belong to. An average that
+    is not finite all the same, for example one that an older checkpoint holds, counts as not yet known.
+
     Args:
         momentum: in [0, 1); 0 takes the previous batch's mean.
         whiten: divide ``reward - baseline`` by the standard deviation of earlier rewards, averaged in the same way: the size
@@ -51,11 +54,9 @@ class MovingAverage(Baseline):
 
     def forward(self, reward: Tensor, greedy: Tensor | None = None, summary: Tensor | None = None) -> Tensor:
         """Return the average before this batch, fp32 ``[B]``, the same for every example; in training, then move it."""
-        before = reward.new_zeros(()) if self.value is None else self.value.to(reward)
+        before = reward.new_zeros(()) if self.value is None else _or_else(self.value.to(reward), 0.0)
         if self.training:
-            reward = reward.detach()
-            mean = reward.mean()
-            seen = torch.stack([torch.full_like(mean, reward.numel()), mean, (reward - mean).square().sum()])
+            seen = _moments(reward.detach())
             self._seen = seen if self._seen is None else _together(self._seen, seen)
             if not self.deferred:
                 self.update()
@@ -68,19 +69,33 @@ class MovingAverage(Baseline):
             return
         (count, mean, distance), self._seen = self._seen, None
         total, rewards = sum_over_ranks(torch.stack([count, count * mean]))
-        middle = rewards / total
-        spread = sum_over_ranks(distance + count * (mean - middle).square()) / total
-        if self.value is None or self.variance is None:
-            self.value, self.variance = middle, spread
-            return
+        middle = rewards / total  # NaN when no reward was finite
+        spread = sum_over_ranks(distance + count * (mean - _or_else(middle, 0.0)).square()) / total
+        value = middle if self.value is None else _or_else(self.value.to(middle), middle)
+        variance = spread if self.variance is None else _or_else(self.variance.to(spread), spread)
         # what the averages of reward and squared reward would say, without the difference of two large numbers
-        moved = self.momentum * (1 - self.momentum) * (self.value.to(middle) - middle).square()
-        self.variance = torch.lerp(spread, self.variance.to(spread), self.momentum) + moved
-        self.value = torch.lerp(middle, self.value.to(middle), self.momentum)
+        moved = self.momentum * (1 - self.momentum) * (value - middle).square()
+        self.variance = _or_else(torch.lerp(spread, variance, self.momentum) + moved, variance)
+        self.value = _or_else(torch.lerp(middle, value, self.momentum), value)
 
     def scale(self) -> Tensor | None:
         """One over the standard deviation of earlier rewards; None before the first batch, or without ``whiten``."""
-        return self.variance.clamp(min=1e-8).rsqrt() if self.whiten and self.variance is not None else None
+        if not self.whiten or self.variance is None:
+            return None
+        return _or_else(self.variance, 1.0).clamp(min=1e-8).rsqrt()
+
+
+def _moments(rewards: Tensor) -> Tensor:
+    """Number of the finite rewards, their mean, and the sum of squared distances from it, fp32 ``[3]``."""
+    finite = rewards.isfinite()
+    count = finite.sum().to(rewards)
+    mean = rewards.where(finite, 0.0).sum() / count.clamp(min=1)
+    return torch.stack([count, mean, (rewards - mean).square().where(finite, 0.0).sum()])
+
+
+def _or_else(values: Tensor, fallback: Tensor | float) -> Tensor:
+    """``values`` where they are finite, ``fallback`` elsewhere; nothing is read from the device."""
+    return values.where(values.isfinite(), fallback)
 
 
 def _together(a: Tensor, b: Tensor) -> Tensor:
@@ -88,5 +103,5 @@ def _together(a: Tensor, b: Tensor) -> Tensor:
 
     Source: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
     """
-    count, gap = a[0] + b[0], b[1] - a[1]
-    return torch.stack([count, a[1] + gap * b[0] / count, a[2] + b[2] + gap.square() * a[0] * b[0] / count])
+    count, gap = (a[0] + b[0]).clamp(min=1), b[1] - a[1]
+    return torch.stack([a[0] + b[0], a[1] + gap * b[0] / count, a[2] + b[2] + gap.square() * a[0] * b[0] / count])

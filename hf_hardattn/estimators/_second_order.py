@@ -15,7 +15,7 @@ def second_order_gates(
     """Draw a subset z, and give its gates the gradient ``(1/2 (z - m)(z - m)^T + C_tau - 1/2 C) v`` (see ``reinmax``).
 
     Args:
-        scores, k, valid, slots, sampling: as in ``Base.choose``.
+        scores, k, valid, slots, sampling: as in ``Estimator.choose``.
 
     Returns:
         bool mask and fp32 gates ``[..., N]``; fp32 entropy of the law ``[...]``.

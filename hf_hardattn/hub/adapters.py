@@ -13,7 +13,7 @@ from ..errors import HardAttentionError
 from ..recording import selectors
 from .building import build, headers, model_class, read_model_config
 from .source import Source, fetch
-from .tensors import read_header
+from .tensors import check_finite, check_floats, read_header
 from .untrusted import read_config, read_json, walk
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -76,6 +76,7 @@ def load_adapter(
     from peft import PeftModel, get_peft_model_state_dict
 
     where, header = source.name, read_header(source.folder / WEIGHTS, source.name)
+    check_floats(header, WEIGHTS, where)
     settings = _read_settings(source, max((max(shape, default=0) for shape in header.shapes.values()), default=0))
     if not source.has("config.json") and given is None:
         raise HardAttentionError(
@@ -112,11 +113,7 @@ def load_adapter(
         raise HardAttentionError(
             f"{WEIGHTS} of {where} and its configuration disagree on {len(odd)} tensors (first: {odd[0][:150]!r}); they must match exactly."
         )
-    bad = sorted(key for key, value in load_file(source.folder / WEIGHTS).items() if not value.isfinite().all())
-    if bad:
-        raise HardAttentionError(
-            f"{WEIGHTS} of {where}: {bad[0]!r} holds values that are not finite; the file is damaged."
-        )
+    check_finite(load_file(source.folder / WEIGHTS), WEIGHTS, where)
     lost = {f"base_model.model.{key}" for key in missing} - found.keys()
     if lost:
         raise HardAttentionError(

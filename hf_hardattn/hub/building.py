@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from .. import models
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
 from .source import Source
-from .tensors import Header, read_headers
+from .tensors import WEIGHTS, Header, check_finite, check_floats, read_headers
 from .untrusted import read_config, read_json, walk
 
 # Keys that would make Transformers fetch kernels or bring in other packages.
@@ -28,6 +29,7 @@ REFUSED = (
     "quantization_config",
     "transformers_weights",  # another file of weights than the one that was looked at
 )
+_lock, _loading, _verbosity = threading.Lock(), 0, logging.WARNING
 ROOM = 2**20  # integers and parameters that a configuration may name beyond what its weights hold
 
 
@@ -38,12 +40,18 @@ def model_class(name: Any, where: str) -> type[PreTrainedModel]:
         # looked up in these packages alone: a name must not make Transformers import whatever else it knows
         package = importlib.import_module(models.load(each).spec.family.rstrip("."))
         found = found or (getattr(package, name, None) if isinstance(name, str) else None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and _is_complete(found)):
         known = ", ".join(models.names())
         raise HardAttentionError(
             f"{where} names the class {str(name)[:100]!r}; it must be one of Transformers' models of: {known}."
         )
     return found
+
+
+def _is_complete(found: type[PreTrainedModel]) -> bool:
+    """Whether a class makes models, and is not only a base of others."""
+    model_type = getattr(getattr(found, "config_class", None), "model_type", "")
+    return bool(model_type) and found.forward is not PreTrainedModel.forward
 
 
 def read_model_config(source: Source, header: Header) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
@@ -101,7 +109,17 @@ def build(
         HardAttentionError: weights that the model does not have, or of another shape; a model much larger than its weights.
     """
     where = source.name
-    blueprint(config, cls, header, where)
+    if source.has("adapter_config.json"):  # from_pretrained would follow it, past every check
+        raise HardAttentionError(
+            f"{where} holds adapter_config.json beside the weights of a model; a base model is whole, without an adapter of its own. "
+            "Merge the adapter (merge_and_unload) and save the result, or remove the file."
+        )
+    whole_numbers = {
+        name.rpartition(".")[2]
+        for name, buffer in blueprint(config, cls, header, where).named_buffers()
+        if not buffer.is_floating_point()
+    }
+    check_floats(header, WEIGHTS, where, whole_numbers)
     try:
         if config.hard_attention is not None:
             # an object, not a dict, says: selectors that the weights lack are no error yet
@@ -121,6 +139,7 @@ def build(
             raise HardAttentionError(
                 f"{len(odd)} weights of {where} have {remedy} (first: {odd[0]!r}); weights and config.json must match exactly."
             )
+    check_finite(dict(model.named_parameters()), WEIGHTS, where)
     model.name_or_path = model.config._name_or_path = where  # not the place of the files in somebody's cache
     model.config._commit_hash = source.revision
     return model, set(info["missing_keys"])
@@ -164,13 +183,23 @@ def headers(source: Source) -> Header:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Transformers' report of missing tensors, which is wrong where selectors or an adapter bring them."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    """Without Transformers' report of missing tensors, which is wrong where selectors or an adapter bring them.
+
+    The verbosity is the process's: threads that load at the same time share one change of it, and the last one takes it back.
+    """
+    global _loading, _verbosity
+    with _lock:
+        if not _loading:
+            _verbosity = logging.get_verbosity()
+            logging.set_verbosity_error()
+        _loading += 1
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        with _lock:
+            _loading -= 1
+            if not _loading:
+                logging.set_verbosity(_verbosity)
 
 
 def _all_keys(data: Any) -> list[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from ..recording import selectors
 from . import adapters, selector_only, tensors
 from .building import blueprint, read_model_config
 from .remote_code import STUB, stub_is_ours
-from .secrets import holds_token
+from .secrets import holds_token, is_secret, redact
 from .source import Source
 from .untrusted import check_name, read_json
 
@@ -71,13 +71,45 @@ def list_files(
         ):
             left.append(name)
             continue
+        if is_secret(name, token):
+            raise HardAttentionError(
+                f"the name of a file in {folder} ({redact(name, token)}) holds an access token or a password; names are public with the "
+                "repository. Rename the file."
+            )
         if not path.resolve().is_relative_to(root):
             raise HardAttentionError(
                 f"{name} links out of {folder}; copy the file into it, or leave it out: --exclude {name!r}."
             )
+        if not path.is_file():  # a link to a folder or to nothing, a pipe, a device
+            raise HardAttentionError(
+                f"{name} is no file; only files are pushed. Remove it, or leave it out: --exclude {name!r}."
+            )
         _check_file(path, name, token)
         kept.append(name)
+    _check_links(folder, kept)
     return kept, left
+
+
+def _check_links(folder: Path, kept: list[str]) -> None:
+    """Refuse a second name, by a symbolic or a hard link, of a file that is left out."""
+    names = set(kept)
+    hidden = {
+        _identity(path)
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink() and path.relative_to(folder).as_posix() not in names
+    }
+    for name in kept:
+        if _identity(folder / name) in hidden:
+            raise HardAttentionError(
+                f"{name} is a link to a file of {folder} that is left out; a push must not send it under another name. Copy what "
+                f"belongs in the repository, or leave it out: --exclude {name!r}."
+            )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What two links to one file have in common."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def check_hard(folder: Path, files: list[str], soft_too: bool = False) -> str:
@@ -151,5 +183,6 @@ def _check_file(path: Path, name: str, token: str | None) -> None:
         )
     if holds_token(path, token):
         raise HardAttentionError(
-            f"{name} holds an access token; it must not leave this machine. Remove it there, and revoke the token."
+            f"{name} holds an access token or a password; it must not leave this machine. Remove it there, and revoke it. If it is "
+            f"none, leave the file out: --exclude {name!r}."
         )

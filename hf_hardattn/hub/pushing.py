@@ -15,7 +15,7 @@ from ..errors import HardAttentionError
 from .card import CARD, RECORD
 from .card_check import EDITED, check_card
 from .contents import STALE, check_hard, list_files
-from .secrets import redact
+from .secrets import is_secret, redact
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,12 @@ def push(
         HardAttentionError: unsafe or unexpected files, a soft model, a repository of the other visibility, no right to write, an upload
             that broke off.
     """
-    for word, given in (("message", message), ("branch", branch), ("tag", tag)):
-        if given and redact(given, token) != given:
+    named = {"repository's name": repo_id, "message": message, "branch": branch, "tag": tag}
+    for word, given in named.items():
+        if given and is_secret(given, token):
             raise HardAttentionError(
-                f"the {word} holds an access token; everybody with the repository would read it. Take it out."
+                f"the {word} holds an access token or a password; everybody with the repository would read it. Take it out; a token "
+                "is given by 'hf auth login' or HF_TOKEN."
             )
     try:
         validate_repo_id(repo_id)
@@ -152,7 +154,7 @@ def make_plan(
         exists=exists,
         private=not public,
         files={name: (folder / name).stat().st_size for name in names},
-        left_out=tuple(left),
+        left_out=tuple(redact(name, token) for name in left),
         removed=tuple(sorted(name for name in there if STALE.fullmatch(name) and name not in names)),
         branch=branch,
         tag=tag,

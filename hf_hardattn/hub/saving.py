@@ -12,7 +12,10 @@ from ..errors import HardAttentionError
 from ..recording import selectors
 from . import adapters, selector_only
 from .remote_code import add_stub
+from .replacing import replaced
 
+# Of an earlier save in other pieces; left in place they could be loaded instead.
+OLD_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 PREFIXES = ("_orig_mod.",)  # what torch.compile puts into names; DDP's wrapper is taken off as a whole
 
 
@@ -25,23 +28,26 @@ def save(
     base_revision: str | None = None,
     max_shard_size: str | int = "5GB",
     remote_code_stub: bool = False,
+    verify_base: bool = True,
 ) -> Path:
     """Save a hard model in one of three forms; ``load(folder)`` reads each.
 
     Args:
         model: hard model, perhaps wrapped by DDP or compiled; a PEFT model is saved as its adapter, with the hard configuration.
-        folder: is made. Files of the same names are replaced.
+        folder: is made. Files of the same names are replaced, all at once: an error or a kill on the way leaves the old ones.
         selectors_only: write the selectors alone, some kB, on top of ``base_model``. Right when the backbone was not trained: the
             file names the base's weights by their hash, and ``load`` refuses any other.
         base_model, base_revision: what the model was loaded from, by default. Name a commit: a branch moves.
         max_shard_size: of a full checkpoint's files.
         remote_code_stub: add a file to a full checkpoint that, under ``trust_remote_code=True``, names the package to install.
+        verify_base: with ``selectors_only``, compare the model's other weights with those of ``base_model``, where it is on this machine.
 
     Returns:
         The folder.
 
     Raises:
-        HardAttentionError: no hard attention; no name of the base; an adapter without its selectors; a folder that holds another form.
+        HardAttentionError: no hard attention; no name of the base, or a base whose weights are not the model's; an adapter without its
+            selectors; a folder that holds another form; a full disk.
     """
     folder, inner = Path(folder), unwrap(model)
     if not selectors(inner):
@@ -61,13 +67,15 @@ def save(
                 "selectors_only=True of a PEFT model would leave its adapter out. Save the adapter (selectors_only=False), or "
                 "merge_and_unload() first and save the full model."
             )
-        adapters.save_adapter(inner, folder, base_model, base_revision)
+        with replaced(folder, "the adapter") as place:
+            adapters.save_adapter(inner, place, base_model, base_revision)
         return folder
     if not selectors_only:
         state = {_stripped(name): tensor for name, tensor in inner.state_dict().items()}
-        inner.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
-        if remote_code_stub:
-            add_stub(folder)
+        with replaced(folder, "the model", drop=OLD_WEIGHTS) as place:
+            inner.save_pretrained(place, state_dict=state, max_shard_size=max_shard_size)
+            if remote_code_stub:
+                add_stub(place)
         return folder
     base = base_model or inner.name_or_path
     if not base:
@@ -75,7 +83,10 @@ def save(
             "selectors_only=True names no base model; whoever loads the selectors needs one. Pass base_model='user/name' (and base_revision)."
         )
     revision = base_revision or (None if base_model else getattr(inner.config, "_commit_hash", None))
-    selector_only.write_selectors(inner, folder, str(base), revision)
+    if verify_base:
+        selector_only.check_base(inner, str(base), revision)
+    with replaced(folder, "the selectors") as place:
+        selector_only.write_selectors(inner, place, str(base), revision)
     return folder
 
 

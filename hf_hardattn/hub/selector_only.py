@@ -6,8 +6,9 @@ one tensor a parameter, named ``<site>.<parameter>``.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import warnings
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,11 +22,12 @@ from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
 from ..recording import selectors
 from .building import build, headers, model_class, read_model_config
+from .fingerprints import fingerprint, is_base_of
 from .source import Source, fetch
-from .tensors import read_header
+from .tensors import check_finite, check_floats, read_header
 from .untrusted import read_config, read_json
 
-CONFIG, WEIGHTS, FORMAT = "hard_attention.json", "selectors.safetensors", 1
+CONFIG, WEIGHTS, FORMAT = "hard_attention.json", "selectors.safetensors", 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class SelectorFile:
         base_model, base_revision: repository (or folder) and commit of the weights the selectors sit on.
         base_sha256: of those weights, so that selectors never run on others; see ``fingerprint``.
         model_class: of Transformers. hard_attention: configuration. dtype: of the base's weights when saved.
+        format: 1 has a fingerprint without the tensors' names.
     """
 
     base_model: str
@@ -46,19 +49,6 @@ class SelectorFile:
     hard_attention: dict[str, Any]
     hf_hardattn_version: str = ""
     format: int = FORMAT
-
-
-def fingerprint(model: nn.Module) -> str:
-    """sha256 over the tensors outside the selectors, whatever their names and order."""
-    inside = {
-        id(tensor) for selector in selectors(model).values() for tensor in selector.state_dict(keep_vars=True).values()
-    }
-    digests = {
-        hashlib.sha256(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()).digest()
-        for tensor in model.state_dict(keep_vars=True).values()
-        if id(tensor) not in inside
-    }
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def write_selectors(model: Any, folder: Path, base_model: str, base_revision: str | None) -> None:
@@ -73,11 +63,42 @@ def write_selectors(model: Any, folder: Path, base_model: str, base_revision: st
         hf_hardattn_version=metadata.version("hf-hardattn"),
     )
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in named_tensors(model)}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f".{WEIGHTS}.part", metadata={"format": "pt"})
-    (folder / f".{WEIGHTS}.part").replace(folder / WEIGHTS)
-    (folder / f".{CONFIG}.part").write_text(json.dumps(asdict(content), indent=2) + "\n", encoding="utf-8")
-    (folder / f".{CONFIG}.part").replace(folder / CONFIG)  # last: without it the folder is nothing yet
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(asdict(content), indent=2) + "\n", encoding="utf-8")
+
+
+def check_base(model: Any, base_model: str, base_revision: str | None) -> None:
+    """Compare the weights that will not be saved with those of the base model.
+
+    A base that is not on this machine cannot be compared; a warning says so, and ``load`` will compare.
+
+    Raises:
+        HardAttentionError: they differ, so that the selectors would be saved without the weights they were trained on.
+    """
+    try:
+        base = fetch(base_model, base_revision, local_files_only=True)
+        header = headers(base)
+    except HardAttentionError as error:
+        warnings.warn(
+            f"the base model {base_model} is not on this machine, so nobody compared its weights with the model's ({error}). load() will.",
+            stacklevel=3,
+        )
+        return
+    config, _ = read_model_config(base, header)
+    config.hard_attention = None
+
+    def reload(dtype: torch.dtype) -> Any:
+        found, missing = build(base, config, type(model), header, dtype=dtype)
+        if missing:
+            raise _incomplete(base, type(model), missing)
+        return found
+
+    if not is_base_of(reload(torch.float32), fingerprint(model), FORMAT, str(model.dtype), reload):
+        raise HardAttentionError(
+            f"selectors_only=True would lose weights: those of the model are not those of its base {base.name} (revision "
+            f"{base.revision or 'of the folder'}), so more than the selectors was trained. Save the full model (selectors_only=False), or "
+            "name the base that it was loaded from."
+        )
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -96,7 +117,12 @@ def read_selector_file(source: Source) -> SelectorFile:
         HardAttentionError: a key too few or too many, a wrong type, a newer format.
     """
     data, known = read_json(source.folder / CONFIG, source.name), SelectorFile.__dataclass_fields__
-    if isinstance(data.get("format"), int) and data["format"] > FORMAT:
+    if type(data.get("format")) is not int or data["format"] < 1:  # True is an int too
+        raise HardAttentionError(
+            f"{CONFIG} of {source.name} has format {str(data.get('format'))[:40]!r}; it is a whole number, 1 to {FORMAT}. The file is "
+            "damaged or was changed by hand."
+        )
+    if data["format"] > FORMAT:
         raise HardAttentionError(
             f"{CONFIG} of {source.name} has format {data['format']}; this hf_hardattn reads up to {FORMAT}. pip install -U hf-hardattn"
         )
@@ -138,10 +164,7 @@ def load_selectors(source: Source, hub: dict[str, Any], change: Any, verify_base
     inside = {id(tensor) for tensor in wanted.values()}
     outside = [key for key in missing if id(_tensor(model, key)) not in inside]
     if outside:
-        raise HardAttentionError(
-            f"the base model {base.name} lacks {len(outside)} tensors of {cls.__name__} (first: {sorted(outside)[0]!r}); selectors alone "
-            "need a complete base. Push the full model instead."
-        )
+        raise _incomplete(base, cls, outside)
     odd = sorted(wanted.keys() ^ header.shapes.keys())
     if odd:
         raise HardAttentionError(
@@ -152,13 +175,14 @@ def load_selectors(source: Source, hub: dict[str, Any], change: Any, verify_base
             raise HardAttentionError(
                 f"{WEIGHTS} of {where}: {name!r} has shape {header.shapes[name]}; the model needs {tuple(tensor.shape)}."
             )
+    check_floats(header, WEIGHTS, where)
     values = load_file(source.folder / WEIGHTS)
-    bad = sorted(name for name, value in values.items() if not value.isfinite().all())
-    if bad:
-        raise HardAttentionError(
-            f"{WEIGHTS} of {where}: {bad[0]!r} holds values that are not finite; the file is damaged."
-        )
-    if verify_base and str(model.dtype) == content.dtype and fingerprint(model) != content.base_sha256:
+    check_finite(values, WEIGHTS, where)
+
+    def reload(dtype: torch.dtype) -> Any:
+        return build(base, config, cls, base_header, dtype=dtype)[0]
+
+    if verify_base and not is_base_of(model, content.base_sha256, content.format, content.dtype, reload):
         raise HardAttentionError(
             f"the weights of {base.name} (revision {base.revision or 'of the folder'}) are not those that the selectors of {where} were "
             "trained on; their choices would mean nothing. Ask their owner which revision it was, push the full model if the backbone was "
@@ -168,6 +192,13 @@ def load_selectors(source: Source, hub: dict[str, Any], change: Any, verify_base
         for name, tensor in wanted.items():
             tensor.copy_(values[name])
     return model.eval()
+
+
+def _incomplete(base: Source, cls: type, missing: Collection[str]) -> HardAttentionError:
+    return HardAttentionError(
+        f"the base model {base.name} lacks {len(missing)} tensors of {cls.__name__} (first: {sorted(missing)[0]!r}); selectors alone "
+        "need a complete base. Save and push the full model instead."
+    )
 
 
 def _tensor(model: nn.Module, key: str) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import HardAttentionError
-from .secrets import redact
+from .secrets import is_secret, redact
 from .untrusted import check_name
 
 # All that loading reads. Code, pickles and everything else stay where they are.
-NEEDED = re.compile(
-    r"(config|generation_config|adapter_config|hard_attention|model\.safetensors\.index)\.json"
-    r"|(model|adapter_model|selectors)\.safetensors|model-\d{5}-of-\d{5}\.safetensors"
-)
+_NAMES = ("config", "generation_config", "adapter_config", "hard_attention", "model.safetensors.index")
+_WEIGHTS = ("model", "adapter_model", "selectors", f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}")
+PATTERNS = [*(f"{name}.json" for name in _NAMES), *(f"{name}.safetensors" for name in _WEIGHTS)]
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,18 @@ def fetch(
             or it is not in the cache offline.
         huggingface_hub.errors.HfHubHTTPError: not there, private, gated, no such revision.
     """
-    folder = Path(name)
-    if not remote_only and folder.is_dir():
+    if not remote_only and is_folder(name):
         if revision is not None:
             raise HardAttentionError(
                 f"revision={revision!r} of the folder {name}; only repositories on the Hub have revisions. Leave it out."
             )
-        return Source(folder, str(name))
+        return Source(Path(name), str(name))
+    for word, given in (("name", name), ("revision", revision)):
+        if given is not None and is_secret(str(given), token):  # errors and logs would repeat it
+            raise HardAttentionError(
+                f"the {word} of the repository ({redact(str(given), token)[:200]}) holds an access token or a password. Pass token=..., "
+                "log in with 'hf auth login', or set HF_TOKEN."
+            )
     try:
         validate_repo_id(str(name))
     except HFValidationError:  # its text repeats the name, which may be a token in the wrong place
@@ -76,13 +80,22 @@ def fetch(
     except LocalEntryNotFoundError as error:
         if not offline:
             raise _unanswered(name, token, error) from error
+        at = "" if revision is None else f" at revision {revision!r}"
         raise HardAttentionError(
-            f"{name} is not in the cache, and nothing is downloaded offline. Load it once with a connection, or name a folder."
+            f"{name}{at} is not in the cache, and nothing is downloaded offline. Load it once with a connection, or name a folder."
         ) from error
     except (HardAttentionError, HfHubHTTPError):
         raise
     except Exception as error:  # noqa: BLE001 - what the client's transport raises when nobody answers
         raise _unanswered(name, token, error) from error
+
+
+def is_folder(name: str | Path) -> bool:
+    """Whether ``name`` is a folder; False for what no file system takes for a name."""
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):  # too long, not permitted; characters that no name has
+        return False
 
 
 def _unanswered(name: str | Path, token: str | bool | None, error: Exception) -> HardAttentionError:
@@ -98,11 +111,14 @@ def _download(
 ) -> Source:
     where: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
     if offline:
-        found = Path(snapshot_download(name, revision=revision, local_files_only=True, **where))
+        # without the patterns the client asks for the whole repository, of which loading never fetched more than these
+        found = Path(
+            snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=PATTERNS, **where)
+        )
         return Source(found, name, found.name)
     info = HfApi(token=token).model_info(name, revision=revision)
     files = [check_name(sibling.rfilename, name) for sibling in info.siblings or []]
-    wanted = [file for file in files if NEEDED.fullmatch(file)]
+    wanted = [file for file in files if any(fnmatchcase(file, pattern) for pattern in PATTERNS)]
     if not wanted:
         raise HardAttentionError(
             f"{name} holds nothing to load ({len(files)} other files); a model has config.json, adapter_config.json or "

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..errors import HardAttentionError
 from .untrusted import check_name, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS, INTEGERS = ("F64", "F32", "F16", "BF16"), ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True)
 class Header:
-    """Names and shapes of the tensors in one or several files."""
+    """Names, shapes and dtypes (as safetensors writes them, ``F32``) of the tensors in one or several files."""
 
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str] = field(default_factory=dict)
 
     @property
     def elements(self) -> int:
@@ -35,12 +39,52 @@ def read_header(path: Path, where: str) -> Header:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return Header({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            header = Header(
+                {key: tuple(found.get_shape()) for key, found in slices.items()},
+                {key: str(found.get_dtype()) for key, found in slices.items()},
+            )
     except (SafetensorError, OSError) as error:
         raise HardAttentionError(
             f"{path.name} of {where} is no whole safetensors file ({' '.join(str(error).split())[:200]}); "
             "it was cut short or damaged. Download it again (force_download), or ask its owner to push it again."
         ) from error
+    odd = sorted(key for key, dtype in header.dtypes.items() if dtype not in (*FLOATS, *INTEGERS))
+    if odd:
+        raise HardAttentionError(
+            f"{path.name} of {where}: {odd[0][:150]!r} is of dtype {header.dtypes[odd[0]]}; weights are {', '.join(FLOATS)}. Save them "
+            "in one of these."
+        )
+    return header
+
+
+def check_floats(header: Header, path_name: str, where: str, besides: Collection[str] = ()) -> None:
+    """Raise for weights that are whole numbers: cast to the model's dtype they would be other weights.
+
+    Args:
+        besides: last parts of the names of tensors that are whole numbers in the model too.
+
+    Raises:
+        HardAttentionError: the first of them, by name.
+    """
+    odd = sorted(
+        key for key, dtype in header.dtypes.items() if dtype not in FLOATS and key.rpartition(".")[2] not in besides
+    )
+    if odd:
+        raise HardAttentionError(
+            f"{path_name} of {where}: {odd[0][:150]!r} is of dtype {header.dtypes[odd[0]]}; the model needs {', '.join(FLOATS)}. Save "
+            "the weights in one of these; quantised ones are loaded with from_pretrained."
+        )
+
+
+def check_finite(tensors: Mapping[str, Tensor], name: str, where: str) -> None:
+    """Raise for the first tensor with a NaN or infinite value; tensors without values (device ``meta``) are passed over."""
+    for key, tensor in sorted(tensors.items()):
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            raise HardAttentionError(
+                f"{name} of {where}: {key[:150]!r} holds values that are not finite; the file is damaged, or the training diverged. "
+                "Ask its owner for an earlier checkpoint."
+            )
 
 
 def read_headers(folder: Path, where: str) -> Header:
@@ -63,13 +107,16 @@ def read_headers(folder: Path, where: str) -> Header:
     if not isinstance(places, dict) or not all(isinstance(value, str) for value in places.values()):
         raise HardAttentionError(f"{INDEX} of {where} has no weight_map of names; the repository is damaged.")
     shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
     for shard in sorted(set(places.values())):
         if "/" in check_name(shard, where) or not shard.endswith(".safetensors"):
             raise HardAttentionError(f"{INDEX} of {where} names {shard!r}; a shard is a .safetensors file beside it.")
-        shapes |= read_header(folder / shard, where).shapes
+        header = read_header(folder / shard, where)
+        shapes |= header.shapes
+        dtypes |= header.dtypes
     if shapes.keys() != places.keys():
         odd = sorted(shapes.keys() ^ places.keys())
         raise HardAttentionError(
             f"{INDEX} of {where} and its shards disagree on {len(odd)} tensors (first: {odd[0][:100]!r}); they must match exactly."
         )
-    return Header(shapes)
+    return Header(shapes, dtypes)

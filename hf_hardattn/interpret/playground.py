@@ -15,6 +15,7 @@ from .html import paragraph
 from .probe import Probe
 from .report import pictures, said
 from .subject import Subject
+from .uploads import MOST_BYTES, MOST_CHARACTERS, BoundedBodies, check_text, read_image
 
 # The browser itself then refuses every request to another host, whatever a library's page asks for.
 POLICY = (
@@ -45,11 +46,18 @@ def _load(path: str) -> Subject:
 
 
 def look(path: str, image: Any, text: str, ratio: float) -> tuple[str, str]:
-    """What the page shows: HTML of the model run soft, and of the same weights keeping ``ratio`` of the places at every site."""
+    """What the page shows: HTML of the model run soft, and of the same weights keeping ``ratio`` of the places at every site.
+
+    Args:
+        path: of the model. image: file of a visitor, or None. text: of a visitor.
+    """
     subject = _load(path)
-    given = image if subject.sees else text
-    if given is None or given == "":
+    if image is None if subject.sees else not text.strip():
         return "", paragraph("Give it an image." if subject.sees else "Give it a text.")
+    try:
+        given = read_image(image) if subject.sees else check_text(text)
+    except HardAttentionError as error:
+        return "", paragraph(f"Not shown: {error}")
     with _turn:
         batch = subject.encode([given])
         with soft(subject.model):
@@ -86,18 +94,26 @@ def build(models: Sequence[str]) -> Any:
                 f"{path} has no hard-attention sites; the page compares soft and hard. Name a hard checkpoint."
             )
     first = _load(models[0])
-    with gr.Blocks(title="Where does it look?", analytics_enabled=False, fill_width=True) as page:
+    # uploads are removed after an hour
+    with gr.Blocks(
+        title="Where does it look?", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
+    ) as page:
         gr.Markdown(
             "# Where does it look?\nThe same weights twice: looking everywhere, and computing only on what their selectors keep. "
             "Lit and framed, or marked: kept. Faded, or struck through: dropped."
         )
-        model = gr.Dropdown(list(models), value=models[0], label="model", visible=len(models) > 1)
+        model = gr.Dropdown(list(models), value=models[0], label="model", interactive=len(models) > 1)
         with gr.Row():
             with gr.Column(min_width=240):
                 image = gr.Image(
-                    type="pil", sources=["upload", "clipboard"], label="image", visible=first.sees, height=280
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    label="image",
+                    visible=first.sees,
+                    height=280,
                 )
-                text = gr.Textbox(lines=5, label="text", visible=not first.sees)
+                text = gr.Textbox(lines=5, max_length=MOST_CHARACTERS, label="text", visible=not first.sees)
                 ratio = gr.Slider(
                     0.02, 1.0, value=_own_ratio(first), step=0.02, label="budget: share kept at every site"
                 )
@@ -119,6 +135,7 @@ def build(models: Sequence[str]) -> Any:
         model.change(choose, model, [image, text, ratio], show_progress="hidden")
         for change in (image.change, text.submit, text.blur, ratio.release):
             change(look, [model, image, text, ratio], [loose, hard], show_progress="minimal")
+    page.queue(max_size=32, default_concurrency_limit=1)
     return page
 
 
@@ -136,12 +153,13 @@ def launch(models: Sequence[str], port: int | None = None, host: str | None = No
         server_port=port,
         server_name=host,
         share=False,
+        max_file_size=MOST_BYTES,
         prevent_thread_lock=not block,
         quiet=not block,
         ssr_mode=False,
         footer_links=[],
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        app_kwargs={"middleware": [Middleware(SameOrigin)]},
+        app_kwargs={"middleware": [Middleware(SameOrigin), Middleware(BoundedBodies)]},
     )
     return str(address)
 

@@ -76,8 +76,17 @@ class Subject:
         return getattr(self.model.config, "vision_config", self.model.config).patch_size
 
     def encode(self, inputs: Sequence[Any]) -> dict[str, Any]:
-        """Images (PIL) or texts as a batch of the model's inputs."""
+        """Images (PIL) or texts as a batch of the model's inputs.
+
+        Raises:
+            HardAttentionError: a text without a word; no tokenizer to read it.
+        """
         if not self.sees:
+            empty = [index for index, text in enumerate(inputs) if not text.strip()]
+            if empty:
+                raise HardAttentionError(
+                    f"text {empty[0] + 1} of {len(inputs)} is empty; there is nothing to explain. Leave it out."
+                )
             if self.processor is None:
                 raise HardAttentionError(f"{self.name} holds no tokenizer; save it beside the model to explain a text.")
             rows = self.processor(list(inputs), padding=True, truncation=True, return_tensors="pt")

@@ -125,6 +125,9 @@ class LoopArguments:
     resume_from_checkpoint: str | None = flag(
         None, "A checkpoint directory, or 'latest', which starts afresh if there is none: a job can always be given it."
     )
+    trust_checkpoint: bool = flag(
+        False, "Resume even if the checkpoint holds pickles that can run code; only for one that you made yourself."
+    )
     with_tracking: bool = flag(False, "Log to every tracker that is installed, or to --report_to.")
     report_to: str = flag("none", "trackio | tensorboard | wandb | ... | none")
     logging_dir: str | None = flag(None, "Where trackers write; output_dir by default.")

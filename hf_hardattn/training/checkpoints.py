@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,10 +20,11 @@ from accelerate.logging import get_logger
 from safetensors import SafetensorError
 
 from ..errors import HardAttentionError
+from .pickles import check_pickles
 from .results import read_json, write_json
 
 logger = get_logger(__name__)
-MANIFEST = "files.json"  # name and size of every file; it is written last
+MANIFEST = "files.json"  # name, size and sha256 of every file; it is written last
 # what a damaged file makes its reader raise, and a full disk its writer: pickle, zip and safetensors each have their own
 FILE_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, UnpicklingError, SafetensorError)
 
@@ -104,10 +107,13 @@ def complete(output_dir: str) -> list[Path]:
     return sorted((Path(output_dir) / "checkpoints").glob("step_*"))
 
 
-def resume(accelerator: Accelerator, output_dir: str, wanted: str) -> bool:
+def resume(accelerator: Accelerator, output_dir: str, wanted: str, trusted: bool = False) -> bool:
     """Load the checkpoint ``wanted``: a directory, or ``latest``; False when there is no latest yet.
 
     ``latest`` passes over damaged checkpoints, with a warning for each.
+
+    Args:
+        trusted: load pickles that can run code too.
 
     Raises:
         HardAttentionError: no such directory; it is damaged; or it was made by another run.
@@ -136,17 +142,21 @@ def resume(accelerator: Accelerator, output_dir: str, wanted: str) -> bool:
             raise HardAttentionError(
                 f"the checkpoint {path} is damaged: {wrong}. Resume from another one; there are: {others}."
             )
-    load(accelerator, path)
+    load(accelerator, path, trusted)
     logger.info("resumed from %s", path)
     return True
 
 
-def load(accelerator: Accelerator, path: Path) -> None:
+def load(accelerator: Accelerator, path: Path, trusted: bool = False) -> None:
     """Load the state at ``path``.
 
+    Args:
+        trusted: load pickles that can run code too.
+
     Raises:
-        HardAttentionError: a file is missing or unreadable, or belongs to another model.
+        HardAttentionError: a file is missing or unreadable, could run code, or belongs to another model.
     """
+    check_pickles(path, trusted)
     try:
         accelerator.load_state(str(path))
     except HardAttentionError:
@@ -159,11 +169,29 @@ def load(accelerator: Accelerator, path: Path) -> None:
     accelerator.step = 0  # micro-batches within the optimizer step: none, whatever the accumulation was
 
 
-def best(accelerator: Accelerator, output_dir: str, run: RunState) -> None:
+def best(accelerator: Accelerator, output_dir: str, run: RunState, trusted: bool = False) -> None:
     """Load the best checkpoint in place of the last state."""
     step = run.step, run.seconds
-    load(accelerator, Path(output_dir) / "checkpoints" / f"best_{run.best_step:08d}")
+    load(accelerator, Path(output_dir) / "checkpoints" / f"best_{run.best_step:08d}", trusted)
     run.step, run.seconds = step
+
+
+def check_writable(output_dir: str) -> None:
+    """Make the folder of a run, and try to write to it, before hours of training depend on it.
+
+    Raises:
+        HardAttentionError: it cannot be made or written to.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        raise HardAttentionError(
+            f"--output_dir {output_dir!r} cannot be written to ({type(error).__name__}: {error}); the run leaves its model and records "
+            "there. Name another folder."
+        ) from error
 
 
 @contextmanager
@@ -189,11 +217,14 @@ def written_in_one_piece(folder: Path, what: str) -> Iterator[Path]:
 
 
 def _seal(folder: Path) -> None:
-    """Make sure that the files are on the disk, and note their sizes."""
+    """Make sure that the files are on the disk, and note what they are."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     for path in files:
         _flush(path)
-    write_json(folder / MANIFEST, {str(path.relative_to(folder)): path.stat().st_size for path in files})
+    write_json(
+        folder / MANIFEST,
+        {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files},
+    )
 
 
 def _flush(path: Path) -> None:
@@ -205,16 +236,30 @@ def _flush(path: Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        sizes = read_json(folder / MANIFEST)
-    except (OSError, ValueError):
+        files = read_json(folder / MANIFEST)
+    except (OSError, ValueError, RecursionError):
         return f"{MANIFEST}, which is written last, is missing or unreadable"
-    for name, size in sizes.items():
+    if not isinstance(files, dict):
+        return f"{MANIFEST} holds a {type(files).__name__} where names and sizes of files were written"
+    for name, noted in files.items():
+        if isinstance(noted, int):  # of an earlier version
+            noted = {"bytes": noted}
+        size = noted.get("bytes") if isinstance(noted, dict) else None
+        if not isinstance(size, int):
+            return f"{MANIFEST} has no size of {name}"
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} bytes where {size:,} were written"
+        if noted.get("sha256", "") and noted["sha256"] != _digest(path):
+            return f"{name} does not hold what was written"
     return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _forget(folder: Path) -> None:

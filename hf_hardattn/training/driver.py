@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -119,11 +120,18 @@ class Driver:
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put them where ``state_dict`` saw them; sites that are not there stay as they are."""
+        """Put them where ``state_dict`` saw them; sites that are not there, and numbers that are not finite, are left as they are."""
         for site, part in self._parts():
             for name in part._buffers.keys() & state.get(site, {}).keys():
-                value = state[site][name]
-                setattr(part, name, None if value is None else torch.tensor(value))
+                value = None if state[site][name] is None else torch.tensor(state[site][name])
+                if value is None or value.isfinite().all():
+                    setattr(part, name, value)
+                else:
+                    warnings.warn(
+                        f"the checkpoint's {name} of {type(part).__name__} at {site!r} is not finite ({state[site][name]}), "
+                        "so it was not loaded; it starts anew.",
+                        stacklevel=2,
+                    )
 
     def _parts(self) -> Iterator[tuple[str, nn.Module]]:
         """The parts of the selectors that keep a state of the run: baselines and estimators."""

@@ -66,7 +66,12 @@ class Task:
 
 
 def start(args: ScriptArguments) -> Accelerator:
-    """Set up processes, logging and seeds."""
+    """Set up processes, logging and seeds.
+
+    Raises:
+        HardAttentionError: ``output_dir`` cannot be written to.
+    """
+    checkpoints.check_writable(args.output_dir)
     tracked = "all" if args.with_tracking and args.report_to == "none" else args.report_to
     accelerator = Accelerator(
         cpu=args.cpu,
@@ -104,7 +109,7 @@ def train(accelerator: Accelerator, args: ScriptArguments, task: Task, argv: lis
     with Interruption(accelerator) as interruption:
         training.run_steps(interruption)
     if training.run.best_step is not None:
-        checkpoints.best(accelerator, args.output_dir, training.run)
+        checkpoints.best(accelerator, args.output_dir, training.run, args.trust_checkpoint)
         logger.info("the model is that of step %d, the best", training.run.best_step)
     save_model(accelerator, training.model, task.processor, args.output_dir)
     return _finish(accelerator, args, task, training.model, argv, {"train": training.summary()})
@@ -172,7 +177,7 @@ class Training:
         )
         accelerator.register_for_checkpointing(self.scheduler, self.driver, self.run)
         if args.resume_from_checkpoint:
-            checkpoints.resume(accelerator, args.output_dir, args.resume_from_checkpoint)
+            checkpoints.resume(accelerator, args.output_dir, args.resume_from_checkpoint, args.trust_checkpoint)
             self._set_rate()
         self.log = Log(Path(args.output_dir) / "log.jsonl", self.run.step) if accelerator.is_main_process else None
         if accelerator.log_with:

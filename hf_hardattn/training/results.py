@@ -64,8 +64,8 @@ class Log:
 
     def __init__(self, path: Path, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        rows = [row for row in map(_row, lines) if row is not None and row["step"] <= step]
+        text = path.read_text(encoding="utf-8", errors="replace") if step and path.exists() else ""
+        rows = [row for row in map(_row, text.splitlines()) if row is not None and row["step"] <= step]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self.path = path
 
@@ -75,7 +75,9 @@ class Log:
 
 
 def _row(line: str) -> dict[str, Any] | None:
+    """A row of the log; None for a line that a kill cut short or that something else wrote."""
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:  # cut short by a kill
+        row = json.loads(line)
+    except (ValueError, RecursionError):
         return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), (int, float)) else None

@@ -1,0 +1,86 @@
+"""What a page takes from its visitors: bounded before it is stored, decoded or given to a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import HardAttentionError
+
+MOST_BYTES = 10 * 1024 * 1024
+MOST_PIXELS = 25_000_000
+MOST_CHARACTERS = 5_000
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+
+class BoundedBodies:
+    """ASGI middleware that ends a request whose body is larger than an upload may be.
+
+    Args:
+        app: what answers the others. most: bytes; above those of a file, for the form around it.
+    """
+
+    def __init__(self, app: Callable[..., Any], most: int = 2 * MOST_BYTES):
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self.most:
+            return await _refuse(send)
+        seen = 0
+
+        async def bounded() -> Any:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            return {"type": "http.disconnect"} if seen > self.most else message  # sent in pieces, without its length
+
+        await self.app(scope, bounded, send)
+
+
+async def _refuse(send: Any) -> None:
+    text = f"The file is too large; {MOST_BYTES // 1024**2} MB at most.".encode()
+    headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": 413, "headers": headers})
+    await send({"type": "http.response.body", "body": text})
+
+
+def read_image(path: str | Path) -> Any:
+    """Open an uploaded picture, upright; its size is checked before a pixel is decoded.
+
+    Raises:
+        HardAttentionError: no picture of a known format, a damaged one, too many bytes or pixels.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    size = Path(path).stat().st_size
+    if size > MOST_BYTES:
+        raise HardAttentionError(f"the image has {size:,} bytes; {MOST_BYTES:,} at most. Make it smaller.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=FORMATS)
+        if image.width * image.height > MOST_PIXELS:
+            raise HardAttentionError(
+                f"the image has {image.width:,} x {image.height:,} pixels; {MOST_PIXELS:,} in all at most. Make it smaller."
+            )
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise HardAttentionError(
+            f"the file is no whole image ({type(error).__name__}); it must be one of {', '.join(FORMATS)}."
+        ) from error
+
+
+def check_text(text: str) -> str:
+    """Return ``text``.
+
+    Raises:
+        HardAttentionError: it is too long.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise HardAttentionError(f"the text has {len(text):,} characters; {MOST_CHARACTERS:,} at most. Shorten it.")
+    return text
