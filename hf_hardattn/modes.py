@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .config import EXECUTIONS
+from .fields import EXECUTIONS
 from .errors import unknown
 from .modeling.context import Mode, active
 from .modeling.selector import Selector

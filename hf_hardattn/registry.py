@@ -1,4 +1,4 @@
-"""Names of scorers, estimators, baselines and architectures: the files of their folders, and plug-ins.
+"""Names of scorers, estimators and baselines: the files of their folders, and plug-ins.
 
 A file ``<kind>/<name>.py`` with one class in it is registered under ``name``. A plug-in is registered by ``register``, or by an
 entry point of an installed package, whose name is ``<kind>.<name>``::

@@ -30,7 +30,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from ..registration import apply
+from ..api import apply
 
 LAYERS, TOKENS, NEW_TOKENS = 12, 64, 16
 TURNS, TURNS_GENERATING = 25, 5  # calls of each model in one round: a generate() is 16 forwards long
