@@ -120,7 +120,7 @@ def choose_source_keys(
     """
     valid = source_candidates(state, mask)
     selection = choose_among(
-        context, selector, source, valid, plan.source_protected, state.source_bound, view.projections()
+        context, selector, source, valid, plan.source_protected, projections=view.projections()
     )
     if selection is None:
         return None

@@ -71,7 +71,7 @@ def choose_keys(
     if not selector.once:
         return _choose_per_query(selector, context, state, view, states, mask)
     valid = state.candidates
-    selection = choose_among(context, selector, states, valid, plan.protected, state.bound, view.projections())
+    selection = choose_among(context, selector, states, valid, plan.protected, projections=view.projections())
     if selection is None:
         return None
     selection.positions = state.positions

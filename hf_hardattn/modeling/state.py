@@ -103,7 +103,6 @@ class TowerState:
         query_mask: the caller's mask over all rows, where it differs between queries.
         source_valid: bool ``[B, M]``, rows of the tower that its cross-attention reads; None when all count.
         source_gates: fp32 ``[B, M]`` of masked training in that tower; None otherwise.
-        source_bound: how many rows of it count at most; None when nothing was dropped there.
         source_dropped: that tower dropped rows.
         output_valid: rows of the tower's output that a reader may read, bool; None when all, or while it runs.
     """
@@ -123,7 +122,6 @@ class TowerState:
         self.query_mask: Tensor | None = None
         self.source_valid: Tensor | None = None
         self.source_gates: Tensor | None = None
-        self.source_bound: int | None = None
         self.source_dropped = False
         self.output_valid: Tensor | None = None
         self._steps: list[Tensor] = []

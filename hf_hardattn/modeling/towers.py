@@ -53,14 +53,14 @@ def _read_source(plan: TowerPlan, context: ForwardContext, state: TowerState, ar
     """Learn which rows of the other tower may be read, and give its cross-attention the mask of those."""
     source: Tensor = arguments.get(SOURCE)
     if context.source_given:
-        kept, gates, bound = context.kept_source, context.source_gates, None
+        kept, gates = context.kept_source, context.source_gates
         dropped = kept is not None
     else:
         other = None if plan.reads is None else context.towers.get(plan.reads)
         dropped = other is not None and other.dropped
-        kept = gates = bound = None
+        kept = gates = None
         if other is not None and dropped:
-            kept, gates, bound = other.output_valid, other.gates, other.bound
+            kept, gates = other.output_valid, other.gates
     kept, gates = _for_beams(kept, source), _for_beams(gates, source)
     if dropped and SOURCE_MASK in plan.names:
         arguments.set(SOURCE_MASK, None if kept is None else kept.long())
@@ -72,7 +72,7 @@ def _read_source(plan: TowerPlan, context: ForwardContext, state: TowerState, ar
         )
     if mask is None and dropped:
         mask = kept
-    state.source_dropped, state.source_bound, state.source_gates = dropped, bound, gates
+    state.source_dropped, state.source_gates = dropped, gates
     state.source_valid = mask.bool().to(source.device) if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
