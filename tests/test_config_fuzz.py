@@ -422,11 +422,8 @@ def assert_as_meant(config, data):
         assert again == config and again.to_dict() == written
 
 
-def assert_works(site):
-    """Build the parts of a site and choose once in training, with gradient: whatever comes out is finite."""
-    draws = site.estimator_options.get("draws", 0)
-    if draws > 100 or site.scorer_options.get("hidden", 0) > 1000:
-        return  # legal, and slow; the ends of the ranges have a test of their own
+def assert_works(site, choose):
+    """Build the parts of a site; with ``choose``, choose once in training, with gradient. Whatever comes out is finite."""
     scorer = registry.load("scorers", site.scorer)(hidden_size=6, query_size=6, heads=1, **site.scorer_options)
     estimator = registry.load("estimators", site.estimator)(**site.estimator_options)
     registry.load("baselines", site.baseline)(**site.baseline_options).build(6)
@@ -438,6 +435,8 @@ def assert_works(site):
     scheduled = isinstance(site.budget, dict)
     keep = Budget.parse(Schedule.parse(site.budget, "budget")(3, 10) if scheduled else site.budget, "budget")
     assert 0 < keep.slots(5) <= 5
+    if not choose or site.estimator_options.get("draws", 0) > 100:
+        return
     scores = torch.tensor([[0.3, -2.0, 1.0, 0.2, 0.1], [4.0, 0.0, 1.5, -3.0, 2.0]], requires_grad=True)
     valid = torch.tensor([[True] * 5, [True, True, True, True, False]])
     backward = site.backward_temperature
@@ -477,7 +476,7 @@ def check(data, draw, seen):
     assert_as_meant(config, data)
     resolved, _ = refusal(lambda: config.resolve(SITES, ["vision.inputs"], "a model"))
     for site in list((resolved or {}).values())[:1]:
-        assert_works(site)
+        assert_works(site, choose=seen["used"] % 3 == 0)  # one in three: most of the time goes into the gradients
         seen["used"] += 1
 
 
