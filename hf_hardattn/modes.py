@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .fields import EXECUTIONS
 from .errors import unknown
+from .fields import EXECUTIONS
 from .modeling.context import Mode, active
 from .modeling.selector import Selector
 

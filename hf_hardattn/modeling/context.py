@@ -122,7 +122,6 @@ class ForwardContext:
         source_gates: their gates ``[B, K]``, where masked training made them; None otherwise.
         source_given: the caller gave encoder states that were computed before.
         as_tuple: the caller asked for a tuple.
-        has_gradients: gradients were enabled when the call began.
         finished: the call is over; a layer that runs again is being recomputed in the backward pass.
         terms: what the estimators added to the task loss; None when they added nothing.
     """
@@ -139,7 +138,6 @@ class ForwardContext:
         self.source_gates: Tensor | None = None
         self.source_given = False
         self.as_tuple = False
-        self.has_gradients = torch.is_grad_enabled()
         self.finished = False
         self.terms: Tensor | None = None
 

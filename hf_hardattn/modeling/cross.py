@@ -119,9 +119,7 @@ def choose_source_keys(
         mask: of the source, as the layer was given it. cache: of the model, which later steps read, or None.
     """
     valid = source_candidates(state, mask)
-    selection = choose_among(
-        context, selector, source, valid, plan.source_protected, projections=view.projections()
-    )
+    selection = choose_among(context, selector, source, valid, plan.source_protected, projections=view.projections())
     if selection is None:
         return None
     keys = KeySubset.of(selection)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import distances
 from .arguments import Arguments
-from .checkpointing import follow_all_tensors
+from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
 from .cross import hand_over_source
 from .keys import as_matrix, attention_input, serves_table
@@ -41,7 +41,7 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     rows.hand_over_mask()
     hand_over_source(layer, plan, context, state, arguments)
     if state.gates is not None or state.source_gates is not None or plan.own or plan.crosses:
-        follow_all_tensors(layer)
+        checkpoint_without_reentry(layer)
     return arguments.result()
 
 

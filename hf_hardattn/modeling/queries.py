@@ -42,7 +42,6 @@ def attend_per_query(
     if call.cache is None or not call.cache.filled:
         inputs = selector.training_inputs(call.source, None, context, settings)
     selection = selector(features, Candidates(valid), settings, queries=call.hidden, inputs=inputs)
-    _refuse_lost_terms(selection, selector, context)
     if selector.scorer.monotonic and call.cache is not None:
         # the next step reads on from here, in its own beam
         call.cache.mark_passed(query.shape[-1], selector.heads, before(selection.mask[:, :, -1]))
@@ -88,19 +87,6 @@ def _check_cache(cache: Any, width: int, site: str) -> None:
         raise HardAttentionError(
             f"the cache holds keys {keys.shape[-1]} wide at '{site}', which another model or prefix tuning put there; the keys of a "
             f"site that chooses for each query carry its scores and are {width} wide. Start from an empty cache, or use budget 1.0 there."
-        )
-
-
-def _refuse_lost_terms(selection: Selection, selector: Selector, context: ForwardContext) -> None:
-    """Reentrant checkpointing runs a layer without gradients first: a loss term made inside it would not train."""
-    if not context.has_gradients or torch.is_grad_enabled() or context.finished:
-        return
-    terms = (selection.log_prob, selection.penalty, selection.entropy if selector.config.entropy_weight else None)
-    if any(term is not None for term in terms):
-        raise HardAttentionError(
-            f"reentrant gradient checkpointing, and the selection at '{selection.site}' is made inside the layer, where estimator "
-            f"'{selector.config.estimator}' adds a term to the loss; its gradient would be lost. Call "
-            'model.gradient_checkpointing_enable({"use_reentrant": False}).'
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -32,15 +34,23 @@ class Linear(Scorer):
 
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
         states = states.float()
-        # row by row, not as a matrix product: equal tokens then score equal to the last bit in any batch, with and without a cache
-        scores = [(states * weight).sum(-1) for weight in self.weight.float()]
-        # RMSNorm's factor on the scores, not on the states: what is normalised would be one more tensor of their size
-        square, eps = torch.linalg.vector_norm(states, dim=-1).square(), torch.finfo(torch.float32).eps
-        if torch.is_grad_enabled():
-            scale = (square / self.hidden_size + eps).rsqrt()
-            scaled = [score * scale + bias for score, bias in zip(scores, self.bias.float(), strict=True)]
-        else:
-            # the same with two operations less: in inference a GPU waits for each
-            scale = torch.rsub(square, eps, alpha=-1.0 / self.hidden_size).rsqrt()
-            scaled = [torch.addcmul(bias, score, scale) for score, bias in zip(scores, self.bias.float(), strict=True)]
-        return (torch.stack(scaled, 1) if len(scaled) > 1 else scaled[0].unsqueeze(1)).unsqueeze(-1)
+        if not torch.is_grad_enabled():
+            # few operations: a GPU waits for each
+            states = nn.functional.rms_norm(states, (self.hidden_size,))
+            return self._per_head([_dot(states, w) + b for w, b in self._heads()])
+        # RMSNorm's factor on the scores, not on the states: training would keep what is normalised, a tensor of their size
+        square = torch.linalg.vector_norm(states, dim=-1).square() / self.hidden_size
+        scale = (square + torch.finfo(square.dtype).eps).rsqrt()
+        return self._per_head([_dot(states, w) * scale + b for w, b in self._heads()])
+
+    def _heads(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.weight.float(), self.bias.float(), strict=True)
+
+    @staticmethod
+    def _per_head(scores: list[Tensor]) -> Tensor:
+        return (torch.stack(scores, 1) if len(scores) > 1 else scores[0].unsqueeze(1)).unsqueeze(-1)
+
+
+def _dot(states: Tensor, weight: Tensor) -> Tensor:
+    # row by row, not as a matrix product: equal tokens then score equal to the last bit in any batch, with and without a cache
+    return (states * weight).sum(-1)
