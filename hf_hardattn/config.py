@@ -244,7 +244,7 @@ class HardAttentionConfig(SiteConfig):
         for name in data:
             if name not in known:
                 raise unknown("key of hard_attention:", name, known)
-        return cls(**data)
+        return cls(**_with_former_defaults(data))
 
     @classmethod
     def parse(cls, value: Any) -> HardAttentionConfig:
@@ -304,6 +304,35 @@ def _read_overrides(overrides: Any, pattern: str) -> dict[str, Any]:
     if "start" in overrides and "budget" not in overrides:
         overrides = {"budget": overrides}  # a schedule alone
     return {name: read_field(name, value, pattern) for name, value in overrides.items()}
+
+
+def _with_former_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the defaults that estimators had in its schema, so that it keeps its meaning."""
+    version = data.get("schema_version", SCHEMA_VERSION)
+    if version == SCHEMA_VERSION:
+        return dict(data)
+    completed = _completed({"estimator": "simple", **data}, version)
+    sites = data.get("sites")
+    if isinstance(sites, Mapping):
+        named = {site: value for site, value in sites.items() if isinstance(value, Mapping)}
+        inherited = completed["estimator"]
+        completed["sites"] = {
+            **sites,
+            **{
+                site: _completed({"estimator": inherited, **value}, version)
+                for site, value in named.items()
+                if {"estimator", "estimator_options"} & value.keys()
+            },
+        }
+    return completed
+
+
+def _completed(fields: Mapping[str, Any], version: int) -> dict[str, Any]:
+    name, options = fields.get("estimator"), fields.get("estimator_options", {})
+    # what is no name or no dict is refused later, by name
+    if not isinstance(name, str) or not isinstance(options, Mapping) or name not in registry.names("estimators"):
+        return dict(fields)
+    return {**fields, "estimator_options": registry.load("estimators", name).saved_options(options, version)}
 
 
 def _check_schema_version(version: Any) -> None:

@@ -215,7 +215,7 @@ def markdown(r: dict[str, Any]) -> Iterable[str]:
         f"`{r['command']}`: {r['draws']:,} gradients of each, means over {len(r['seeds'])} seeds of the SIMPLE paper's toy (n = 10). bias = 1 - cos(mean, "
         "exact); error = mean of 1 - cos(g, exact), what one update is off by; sd = root mean square distance from the mean over |exact|; size = the "
         "mean's share along the exact gradient. In brackets: less the reference value. Exact is exact under the law that is drawn from: sets for "
-        "`simple`, `reinmax`, `sfess`, orders for `gumbel`, `rloo`. A relaxed variant sees its relaxed gates."
+        "`simple`, `reinmax`, `reinmax_rao`, `sfess`, orders for `gumbel`, `gumbel_decoupled`, `rloo`, `grpo`. A relaxed variant sees its relaxed gates."
     )
     yield ""
     yield (

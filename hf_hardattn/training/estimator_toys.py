@@ -45,7 +45,7 @@ class Variant:
 
     Attributes:
         label: its row in the tables.
-        name, options, temperature: of the estimator.
+        name, options, temperature, backward_temperature: of the estimator. The truth is that of a law at temperature 1.
         law: ``conditional_bernoulli`` or ``plackett_luce``: the law it draws from, or comes near.
         samples, baseline: of a score function: draws per gradient; ``none``, ``mean`` (the exact one), ``others``
             or ``group`` (GRPO's: in standard deviations of the samples).
@@ -60,6 +60,7 @@ class Variant:
     samples: int = 1
     baseline: str = "none"
     warmup: int = 0
+    backward_temperature: float | None = None
 
     def build(self) -> Estimator:
         return registry.load("estimators", self.name)(**self.options)
@@ -86,7 +87,8 @@ VARIANTS = (
     Variant("gumbel, T 1", "gumbel", law=ORDERS),
     Variant("gumbel, relaxed, T 0.5", "gumbel", {"hard": False}, temperature=0.5, law=ORDERS),
     Variant("gumbel, relaxed, T 1", "gumbel", {"hard": False}, law=ORDERS),
-    Variant("gumbel_decoupled, T 0.5", "gumbel_decoupled", temperature=0.5, law=ORDERS),
+    Variant("gumbel_decoupled, backward T 0.5", "gumbel_decoupled", law=ORDERS, backward_temperature=0.5),
+    Variant("gumbel_decoupled, backward T 2", "gumbel_decoupled", law=ORDERS, backward_temperature=2.0),
     Variant("gumbel_rao, 10 draws, T 0.5", "gumbel_rao", temperature=0.5, law=ORDERS),
     Variant("gumbel_rao, 10 draws, T 1", "gumbel_rao", law=ORDERS),
     Variant("perturbed, 20 draws", "perturbed", {"draws": 20}),
@@ -163,10 +165,12 @@ def truth(scores: Tensor, k: int, law: str, loss: Loss) -> tuple[Tensor, Tensor]
 # ---------------------------------------------------------------- estimates
 
 
-def choose(estimator: Estimator, scores: Tensor, k: int, temperature: float = 1.0) -> Choice:
+def choose(
+    estimator: Estimator, scores: Tensor, k: int, temperature: float = 1.0, backward_temperature: float | None = None
+) -> Choice:
     """A training choice of ``k`` positions of every row of ``scores`` (fp32 ``[..., n]``)."""
     valid = torch.ones(scores.shape, dtype=torch.bool)
-    sampling = Sampling(uniform=torch.rand, temperature=temperature)
+    sampling = Sampling(uniform=torch.rand, temperature=temperature, backward_temperature=backward_temperature)
     return estimator.choose(scores, torch.full(scores.shape[:-1], k), valid, slots=k, sampling=sampling)
 
 
@@ -198,9 +202,11 @@ def through_gates(variant: Variant, scores: Tensor, k: int, losses: dict[str, Lo
         estimator = variant.build()
         for _ in range(variant.warmup):
             rows = scores.float().repeat(100, 1).requires_grad_()
-            loss(given(choose(estimator, rows, k, variant.temperature).gates)).sum().backward()
+            loss(
+                given(choose(estimator, rows, k, variant.temperature, variant.backward_temperature).gates)
+            ).sum().backward()
         rows = scores.float().repeat(draws, 1).requires_grad_()
-        gates = given(choose(estimator, rows, k, variant.temperature).gates)
+        gates = given(choose(estimator, rows, k, variant.temperature, variant.backward_temperature).gates)
         found[name] = torch.autograd.grad(loss(gates).sum(), rows)[0].double()
     return found
 
@@ -215,7 +221,7 @@ class Draws:
     @classmethod
     def of(cls, variant: Variant, scores: Tensor, k: int, draws: int, samples: int) -> Draws:
         rows = scores.float().repeat(draws * samples, 1).requires_grad_()
-        choice = choose(variant.build(), rows, k, variant.temperature)
+        choice = choose(variant.build(), rows, k, variant.temperature, variant.backward_temperature)
         gradient = torch.autograd.grad(given(choice.log_prob).sum(), rows)[0]
         shape = (draws, samples, len(scores))
         return cls(choice.mask.double().view(shape), gradient.double().view(shape))
@@ -346,7 +352,7 @@ def optimise(
     velocity, estimator = torch.zeros_like(leaf), variant.build()
     for _ in range(steps):
         rows = leaf.repeat_interleave(variant.samples, 0).requires_grad_()
-        choice = choose(estimator, rows, k, variant.temperature)
+        choice = choose(estimator, rows, k, variant.temperature, variant.backward_temperature)
         if choice.log_prob is None:
             surrogate = loss(given(choice.gates)).sum()
         else:
