@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .errors import HardAttentionError
 from .losses import auxiliary_loss
 from .marginal import marginal_loss
+from .modeling.arguments import parameter_names, takes_keywords
 from .modeling.context import CONTEXT, ForwardContext, set_current
 from .modeling.selection import Selection
 from .models import family_of
@@ -62,6 +63,9 @@ class Step:
         context = self.another() if context is None else context
         if self.hands_down:
             return self.model.forward(*self.args, **{**self.kwargs, **changes, CONTEXT: context})
+        if not takes_keywords(self.model):
+            names = parameter_names(self.model)
+            changes = {name: value for name, value in changes.items() if name in names}
         set_current(context)
         try:
             return self.model.forward(*self.args, **{**self.kwargs, **changes})
