@@ -31,6 +31,9 @@ from transformers import (
     AutoModelForImageClassification,
     BlipConfig,
     BlipForConditionalGeneration,
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPVisionConfig,
     PreTrainedModel,
     T5Config,
     T5EncoderModel,
@@ -109,6 +112,13 @@ def blip(*sites: str, **hard: Any) -> Any:
     text = dict(**SIZES, **ends, vocab_size=60, encoder_hidden_size=24)
     vision = dict(**SIZES, image_size=32, patch_size=8)
     model = shaken(BlipForConditionalGeneration, BlipConfig(text_config=text, vision_config=vision))
+    return harden(model, sites=list(sites), **hard) if sites else model
+
+
+def clip(*sites: str, **hard: Any) -> Any:
+    """A classifying CLIP of 16 patches; hard where sites are named."""
+    vision = CLIPVisionConfig(**SIZES, image_size=32, patch_size=8)
+    model = shaken(CLIPForImageClassification, CLIPConfig(vision_config=vision.to_dict(), num_labels=3))
     return harden(model, sites=list(sites), **hard) if sites else model
 
 
@@ -289,6 +299,15 @@ def test_an_own_head_around_a_supported_base_is_hard() -> None:
     assert selections.kept(selections["vision.inputs"][0]).sum(-1).flatten().tolist() == [5, 5]
 
 
+def test_a_head_that_returns_a_tensor_trains() -> None:
+    """Its loss is computed outside, so a reward has nothing to ride in, and that is said."""
+    model = OwnHead(vit_config(hard_attention={"sites": ["vision.inputs"], "budget": 4})).train()
+    model(pixels()).sum().backward()
+    hf_hardattn.apply(model, {"sites": ["vision.inputs"], "budget": 4, "estimator": "reinforce"})
+    with pytest.warns(UserWarning, match="reward"):
+        model(pixels())
+
+
 def test_a_strict_forward_signature_is_no_obstacle() -> None:
     model = harden(shaken(StrictForImageClassification, vit_config()), sites=["vision.inputs"], budget=4)
     assert torch.equal(logits(model), logits(vit("vision.inputs", budget=4)))
@@ -431,6 +450,7 @@ def test_a_ratio_of_1_survives_a_json_writer_that_prints_it_as_1(tmp_path: Path)
 OFFLOADED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "scorer linear": (lambda: vit("vision.tokens.0", budget=4), images()),
     "scorer scout and the patch projection": (lambda: vit("vision.inputs", scorer="scout", budget=4), images()),
+    "scorer scout and a table of positions": (lambda: clip("vision.inputs", scorer="scout", budget=4), images()),
     "scorer recurrent": (lambda: vit("vision.inputs", scorer="recurrent", budget=4), images()),
     "the position bias of T5": (lambda: t5("decoder.cross.*", scorer="attention", budget=4), texts()),
     "the fused projection of BLIP": (
@@ -654,15 +674,35 @@ SILENT: dict[str, dict[str, Any]] = {
     "self-distillation": {"self_distillation": 1.0},
     "the reward of reinforce": {"estimator": "reinforce"},
     "the teacher of distil": {"estimator": "distil"},
+    "the choices of marginal": {"estimator": "marginal", "budget": 1},
+    "the cost of looking on": {"scorer": "recurrent", "scorer_options": {"halting_cost": 0.1}},
 }
 
 
 @pytest.mark.parametrize("option", SILENT)
 def test_a_term_that_the_loss_cannot_carry_is_announced(option: str) -> None:
     """Without labels a model returns no loss, as with the Trainer's label smoothing, and the terms do not reach the user's own."""
-    model = vit("vision.tokens.0", budget=0.3, **SILENT[option]).train()
+    model = vit("vision.tokens.0", **{"budget": 0.3, **SILENT[option]}).train()
     with pytest.warns(UserWarning, match="loss"):
         model(pixel_values=pixels())
+
+
+def test_a_model_without_such_terms_is_silent_without_a_loss() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vit("vision.tokens.0").train()(pixel_values=pixels())
+
+
+def test_terms_that_the_loss_cannot_carry_are_added_by_hand() -> None:
+    """What the warning recommends: the gradient of the penalty reaches the selector."""
+    model = vit("vision.tokens.0", budget=0.3, estimator="hard_concrete").train()
+    known = hf_hardattn.selectors(model)
+    with pytest.warns(UserWarning, match="auxiliary_loss"), hf_hardattn.record(model) as selections:
+        model(pixel_values=pixels())
+    loss = hf_hardattn.auxiliary_loss(selections, known, None)
+    assert loss is not None
+    loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in known["vision.tokens.0"].scorer.parameters())
 
 
 def trainer(model: Any, folder: Path, *callbacks: Any, **options: Any) -> Trainer:
