@@ -557,6 +557,38 @@ def test_a_compiled_model_that_ran_takes_a_new_reward(how: str) -> None:
 
 
 @COMPILED
+def test_a_compiled_model_with_a_strict_signature_is_recorded_afterwards(how: str) -> None:
+    """Compiled code cannot end what a context variable began: nothing may be left open."""
+    model = harden(shaken(StrictForImageClassification, vit_config(**SHALLOW)), sites=["vision.inputs"], budget=4)
+    run = compiled(model, how)
+    with hf_hardattn.record(model) as selections:
+        logits(run)
+    assert len(selections["vision.inputs"]) == 1
+
+
+@COMPILED
+def test_a_compiled_model_with_a_strict_signature_trains_or_is_refused(how: str) -> None:
+    simple = harden(shaken(StrictForImageClassification, vit_config(**SHALLOW)), sites=["vision.inputs"], budget=4)
+    compiled(simple.train(), how)(**images()).loss.backward()
+    assert any(p.grad.any() for p in hf_hardattn.selectors(simple)["vision.inputs"].parameters())
+    reinforce = harden(simple, sites=["vision.inputs"], budget=4, estimator="reinforce")
+    with pytest.raises(HardAttentionError, match="keywords"):
+        compiled(reinforce, how)
+
+
+@COMPILED
+def test_a_compiled_model_that_ran_follows_apply_set_budget_and_remove(how: str) -> None:
+    model = vit("vision.inputs", budget=4, config=SHALLOW)
+    run = compiled(model, how)
+    hf_hardattn.set_budget(model, 2)
+    assert torch.equal(logits(run), logits(vit("vision.inputs", budget=2, config=SHALLOW)))
+    hf_hardattn.remove(model)
+    assert differ(logits(run), logits(vit(config=SHALLOW))) <= TOLERANCE
+    harden(model, sites=["vision.inputs"], budget=4)
+    assert torch.equal(logits(run), logits(vit("vision.inputs", budget=4, config=SHALLOW)))
+
+
+@COMPILED
 def test_a_compiled_model_that_ran_is_verified_at_every_site(how: str) -> None:
     model = vit("vision.inputs", budget=4, config=SHALLOW)
     compiled(model, how)
