@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import json
 import subprocess
 import sys
@@ -393,7 +392,47 @@ def test_removing_one_model_leaves_another_of_the_same_config_hard(tmp_path: Pat
 
 def test_two_towers_of_one_name_have_their_own_selectors() -> None:
     towers = [hf_hardattn.apply(ViTModel(vit_config()), {"sites": ["vision.inputs"], "budget": 4}) for _ in range(2)]
-    assert len(hf_hardattn.selectors(nn.ModuleList(towers))) == 2
+    container = nn.ModuleList(towers)
+    assert list(hf_hardattn.selectors(container)) == ["vision.inputs", "vision2.inputs"]
+    with torch.no_grad(), hf_hardattn.record(container) as selections:
+        expected = [tower.eval()(pixels()).last_hidden_state for tower in towers]
+    assert selections.sites == ["vision.inputs", "vision2.inputs"]
+    first = (torch.arange(17) < 5).expand(2, -1)
+    with torch.no_grad(), hf_hardattn.replay(container, {"vision2.inputs": first}):
+        found = [tower(pixels()).last_hidden_state for tower in towers]
+    assert torch.equal(found[0], expected[0]) and differ(found[1], expected[1]) > TOLERANCE
+
+
+class TwoTowers(PreTrainedModel):
+    config_class = ViTConfig
+
+    def __init__(self, config: ViTConfig):
+        super().__init__(config)
+        self.left, self.right, self.head = ViTModel(config), ViTModel(config), nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+        rows = self.left(pixel_values).last_hidden_state + self.right(pixel_values).last_hidden_state
+        predicted = self.head(rows[:, 0])
+        return {"loss": None if labels is None else nn.functional.cross_entropy(predicted, labels), "logits": predicted}
+
+
+def test_two_towers_of_one_name_are_numbered_in_the_model_around_them(tmp_path: Path) -> None:
+    hard = {"sites": ["vision*.inputs"], "budget": 4, "estimator": "reinforce"}
+    model = shaken(TwoTowers, vit_config(hard_attention=hard))
+    sites = ["vision.inputs", "vision2.inputs"]
+    assert [selector.site for selector in hf_hardattn.selectors(model).values()] == sites
+    with torch.no_grad(), hf_hardattn.record(model) as selections:
+        expected = model(pixels())["logits"]
+    assert selections.sites == sites
+    model.save_pretrained(tmp_path)
+    loaded = TwoTowers.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert list(hf_hardattn.selectors(loaded)) == sites and torch.equal(loaded(pixels())["logits"], expected)
+    labels = torch.tensor([0, 1])
+    model.train()(pixels(), labels)["loss"].backward()
+    for site, selector in hf_hardattn.selectors(model).items():
+        assert any(p.grad is not None and p.grad.any() for p in selector.parameters()), site
 
 
 def test_a_hard_model_is_made_of_a_state_dict_without_a_name() -> None:
@@ -647,7 +686,8 @@ def test_a_recorded_selection_can_be_replaced() -> None:
     model = vit("vision.inputs", budget=4)
     with hf_hardattn.record(model) as selections:
         logits(model)
-    assert dataclasses.replace(selections[0], site="elsewhere").site == "elsewhere"
+    assert selections[0].replace(site="elsewhere").site == "elsewhere"
+    assert selections[0].site == selections["vision.inputs"][0].site == "vision.inputs"
 
 
 def test_what_is_recorded_as_dropped_is_not_computed_on_whatever_the_scores() -> None:

@@ -69,6 +69,7 @@ def attach(
     detach(model)
     for site, present in kept.items():
         for selector in _copies(present):
+            selector.site = site  # a tower may have another name here than in the model that it stood in alone
             selector.set_config(resolved[site])
     for site, selector in {**kept, **built}.items():
         tower, kind, layer = kinds[site]
