@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import models, peft_saving
+from . import models
 from .config import HardAttentionConfig
 from .errors import HardAttentionError
 from .modeling.attach import FOLLOWS, attach, detach, place, remove_config
@@ -64,7 +64,6 @@ def attach_to(model: nn.Module, config: HardAttentionConfig, *, fresh: bool = Fa
     """
     family = family_or_refuse(model)
     built = attach(model, config, family, TERMS)
-    peft_saving.register()
     if not fresh:
         return
     for selector in built.values():

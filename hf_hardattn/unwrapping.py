@@ -18,6 +18,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
+        elif type(inner).__name__ == "PeftMixedModel":
+            inner = inner.base_model.model
         elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
             inner = inner._orig_mod
         elif isinstance(getattr(inner, "module", None), nn.Module) and not isinstance(inner, PreTrainedModel):

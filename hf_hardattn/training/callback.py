@@ -65,6 +65,13 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
                 "Load it with hard_attention=... or call hf_hardattn.apply().",
                 stacklevel=2,
             )
+        learned = [selector for selector in self.driver.selectors.values() if selector.learned]
+        if learned and not any(p.requires_grad for selector in learned for p in selector.parameters()):
+            warnings.warn(
+                f"no selector of {type(model).__name__} is trained: none of their parameters requires a gradient, so they stay as they "
+                "are. With PEFT, use modules_to_save=['selector', 'input_selector'].",
+                stacklevel=2,
+            )
         kept: Any = state.stateful_callbacks  # a dict by class name; the annotation in Transformers says list
         saved = kept.get(type(self).__name__)
         if state.global_step and isinstance(saved, dict):
