@@ -36,6 +36,7 @@ from .pictures import draw
 from .publishing import push, save_model
 from .results import Log, describe_data, describe_run, write_json
 from .sharding import check_warmup, name_fsdp_units, without_peft
+from .summary import summarise
 
 logger = get_logger(__name__)
 
@@ -370,7 +371,7 @@ def _finish(
     results |= {"data": describe_data(args, {"train": task.train, "validation": task.validation})}
     if accelerator.is_main_process:
         write_json(Path(args.output_dir) / "results.json", results)
-        logger.info("%s -> %s", metrics, Path(args.output_dir) / "results.json")
+        tqdm.write(summarise(results, args.output_dir))
     accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:
         push(args)
