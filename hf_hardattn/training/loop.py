@@ -36,6 +36,7 @@ from .pictures import draw
 from .publishing import push, save_model
 from .results import Log, describe_data, describe_run, write_json
 from .sharding import check_warmup, name_fsdp_units, without_peft
+from .summary import summarise
 
 logger = get_logger(__name__)
 
@@ -106,8 +107,11 @@ def train(accelerator: Accelerator, args: ScriptArguments, task: Task, argv: lis
     if task.train is None or (isinstance(task.train, Dataset) and len(task.train) == 0):
         raise HardAttentionError("there is no training data; name it with --dataset_name, --train_dir or --train_file.")
     training = Training(accelerator, args, task)
-    with Interruption(accelerator) as interruption:
-        training.run_steps(interruption)
+    try:
+        with Interruption(accelerator) as interruption:
+            training.run_steps(interruption)
+    finally:
+        training.driver.close()
     if training.run.best_step is not None:
         checkpoints.best(accelerator, args.output_dir, training.run, args.trust_checkpoint)
         logger.info("the model is that of step %d, the best", training.run.best_step)
@@ -232,7 +236,6 @@ class Training:
         if run.step < self.steps and not ended:
             raise HardAttentionError(f"the stream of training data ended before step {run.step}; it holds no rows.")
         bar.close()
-        self.driver.close()
 
     def take(self, micro_batches: list[dict[str, Any]]) -> None:
         """Take one optimizer step."""
@@ -368,7 +371,7 @@ def _finish(
     results |= {"data": describe_data(args, {"train": task.train, "validation": task.validation})}
     if accelerator.is_main_process:
         write_json(Path(args.output_dir) / "results.json", results)
-        logger.info("%s -> %s", metrics, Path(args.output_dir) / "results.json")
+        tqdm.write(summarise(results, args.output_dir))
     accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:
         push(args)
