@@ -106,6 +106,11 @@ def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     state.output_valid = state.kept_mask(len(hidden), hidden.device, plan.restores)
     if whole:
         return (rows, *output[1:])
+    pooled = output.get("pooler_output")
+    if pooled is not None and state.gates is not None:
+        # the last choice may not reach what was pooled inside the tower: a gradient of zero rather than none, since distributed
+        # training waits for every parameter
+        output.pooler_output = pooled + 0.0 * state.gates.sum().to(pooled.dtype)
     if not plan.is_read:
         output.last_hidden_state = rows
         return output
