@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import typer
 
@@ -16,7 +17,7 @@ def command() -> None:
     import torch
 
     packages = ("hf-hardattn", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft", "huggingface_hub")
-    facts = {
+    facts: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor() or platform.machine(),

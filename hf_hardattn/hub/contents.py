@@ -204,6 +204,6 @@ def _check_file(path: Path, name: str, token: str | None) -> None:
         )
     if holds_token(path, token):
         raise HardAttentionError(
-            f"{name} holds an access token or a password; it must not leave this machine. Remove it there, and revoke it. If it is "
+            f"{name} holds an access token; it must not leave this machine, nor must a password or key. Remove it there, and revoke it. If it is "
             f"none, leave the file out: --exclude {name!r}."
         )
