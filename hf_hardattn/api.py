@@ -174,7 +174,6 @@ def set_step(model: nn.Module, step: int, steps: int | None = None) -> None:
     Args:
         steps: how many the whole training has; needed by schedules (and recipes) that give their length as a share of it.
     """
-    selector: Any
     for selector in all_selectors(unwrap(model)):
         selector.step, selector.steps = step, steps or selector.steps
 

@@ -76,6 +76,7 @@ def attach(
     detach(model)
     for site, present in kept.items():
         for selector in _copies(present):
+            selector.site = site  # a tower may have another name here than in the model that it stood in alone
             selector.set_config(resolved[site])
     for site, selector in {**kept, **built}.items():
         tower, kind, layer = kinds[site]
@@ -166,10 +167,15 @@ def _selector_at(tower: Tower, kind: str, layer: int) -> Selector | None:
     return None
 
 
+def _selectors_at(tower: Tower) -> list[Selector]:
+    """The selectors of the tower's sites, those that never select left out."""
+    found = (_selector_at(tower, kind, layer) for _, kind, layer in tower.sites())
+    return [selector for selector in found if selector is not None]
+
+
 def _keeps_all(tower: Tower) -> bool:
     """Whether every site of the tower keeps everything."""
-    found = (_selector_at(tower, kind, layer) for _, kind, layer in tower.sites())
-    return all(selector is None or selector.keeps_all for selector in found)
+    return all(selector.keeps_all for selector in _selectors_at(tower))
 
 
 def _first_drop(tower: Tower) -> int | None:
@@ -280,6 +286,7 @@ def _install_tower(
         patches=spec if pixels and _selector_at(tower, "inputs", 0) is not None else None,
         protected=tower.protected,
         idle=idle,
+        adds_terms=bool(config.self_distillation) or any(selector.adds_terms for selector in _selectors_at(tower)),
         pools=first_drop is not None and tower.spec.pooling is not None,
         patch_size=heads.patch_size(tower.config) if tower.reads_images else None,
     )

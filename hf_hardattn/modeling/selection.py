@@ -148,6 +148,8 @@ class Selection:
         """A copy with some attributes changed."""
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
-        for name, value in changes.items():
+        for name, value in {"site": self.site, **changes}.items():
             setattr(copy, name, value)
         return copy
+
+    __replace__ = replace  # for copy.replace, from Python 3.13 on

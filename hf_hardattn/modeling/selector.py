@@ -173,6 +173,14 @@ class Selector(nn.Module):
         return next(self.scorer.parameters(), None) is not None
 
     @property
+    def adds_terms(self) -> bool:
+        """Whether a training choice may add a term to the loss: a reward's, a penalty, an entropy bonus, a teacher's."""
+        estimator = self.estimator
+        reads_loss = bool({"reward", "choices", "teacher", "target"} & set(estimator.needs))
+        entropy = not self.entropy_weight.constant or self.entropy_weight.end != 0
+        return reads_loss or not estimator.exact_budget or entropy or self.halts
+
+    @property
     def keeps_all(self) -> bool:
         """Whether nothing can be dropped here, whatever the scores."""
         return self.config.estimator == "soft" or (isinstance(self.config.budget, float) and self.config.budget == 1.0)
