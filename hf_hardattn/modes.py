@@ -14,11 +14,12 @@ from .errors import unknown
 from .fields import EXECUTIONS
 from .modeling.context import Mode, active
 from .modeling.selector import Selector
+from .unwrapping import unwrap
 
 
 def all_selectors(model: nn.Module) -> list[nn.Module]:
     """Every selector in a model, the copies of PEFT's other adapters too."""
-    return [module for module in model.modules() if isinstance(module, Selector)]
+    return [module for module in unwrap(model).modules() if isinstance(module, Selector)]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def selectors(model: nn.Module) -> dict[str, Selector]:
     """The selectors of a model by site name (the active copies, where PEFT keeps several)."""
     found: dict[str, Selector] = {}
     idle: set[int] = set()
-    for module in model.modules():
+    for module in unwrap(model).modules():
         if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
             idle |= _idle(module)  # PEFT's wrapper comes before what it wraps
         if isinstance(module, Selector) and id(module) not in idle:

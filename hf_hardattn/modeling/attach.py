@@ -206,7 +206,8 @@ def _install_layers(tower: Tower, first_drop: int | None, source_drops: bool, id
             layer.register_forward_pre_hook(before_layer, with_kwargs=True)
         plan.pools = spec.pooling is not None and plan.index == len(plans) - 1 and first_drop is not None
         if plan.tokens or plan.pools or (behind and packs):
-            layer.register_forward_hook(after_layer, with_kwargs=True)
+            # in front of others' hooks: FSDP2's takes the selector's weights away again
+            layer.register_forward_hook(after_layer, with_kwargs=True, prepend=True)
         if spec.attention and (behind or plan.inputs or reads_keys or plan.uses_table or plan.eager_only):
             attention.install(tower.attention(layer, "self"), tower.attention_spec("self"), plan.index, cross=False)
         if reads_source or reads or (plan.eager_only and plan.cross is not None):
@@ -366,4 +367,12 @@ def place(selector: Selector, model: nn.Module) -> None:
     """Move a fresh selector to where the model's weights are, in their dtype."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weight is not None:
-        selector.to(device=weight.device, dtype=weight.dtype if weight.dtype.itemsize > 1 else torch.float32)
+        device = weight.device if not weight.is_meta else _execution_device(model)
+        selector.to(device=device, dtype=weight.dtype if weight.dtype.itemsize > 1 else torch.float32)
+
+
+def _execution_device(model: nn.Module) -> Any:
+    """Where Accelerate computes with weights that it keeps elsewhere; a selector of some kB stays there."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in devices if device is not None), "cpu")

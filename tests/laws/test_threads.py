@@ -114,7 +114,7 @@ def test_an_exception_ends_a_block():
     example = hard_example("vit", "ViTForImageClassification")
     plain = run(example)
     for mode in (hf_hardattn.soft, hf_hardattn.record, hf_hardattn.sampled):
-        with pytest.raises(ValueError, match="pixel_values"), mode(example.model):
+        with pytest.raises(AttributeError), mode(example.model):
             example.model()
         close(run(example), plain, 0)
 
