@@ -15,7 +15,7 @@ from ..errors import HardAttentionError
 from . import attention, heads, patches, pooling
 from .arguments import parameter_names, takes_keywords
 from .build import Kinds, build_selector, reusable, shared_choices, source_protected
-from .family import Family, Tower
+from .family import FAMILY, Family, Tower
 from .layers import after_layer, before_layer
 from .plan import LAYER, TOWER, LayerPlan, TowerPlan
 from .selector import Selector, running
@@ -144,6 +144,7 @@ def _install(
     module: Any = model
     module.__dict__[HANDS_DOWN] = family.owns(model) and takes_keywords(model)
     module.__dict__[TRAINING_LOSS] = training_loss
+    module.__dict__[FAMILY] = family.name
     model.register_forward_pre_hook(open_call, with_kwargs=True)
     model.register_forward_hook(close_call, with_kwargs=True, always_call=not module.__dict__[HANDS_DOWN])
 
@@ -305,7 +306,7 @@ def _remove_hooks(model: nn.Module) -> None:
         attention.uninstall(module)
         patches.uninstall(module)
         pooling.uninstall(module)
-        for name in (LAYER, TOWER, HANDS_DOWN, TRAINING_LOSS):
+        for name in (LAYER, TOWER, HANDS_DOWN, TRAINING_LOSS, FAMILY):
             module.__dict__.pop(name, None)
 
 

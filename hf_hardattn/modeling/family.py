@@ -12,6 +12,9 @@ from .selector import Protected
 from .spec import AttentionSpec, ModelSpec, TowerSpec
 
 
+FAMILY = "hard_attention_family"  # attribute of a hard model: the name of its family
+
+
 class Tower:
     """A tower of one model.
 
