@@ -16,11 +16,12 @@ from .fields import EXECUTIONS
 from .modeling.context import Mode, active
 from .modeling.plan import TOWER
 from .modeling.selector import Selector
+from .unwrapping import unwrap
 
 
 def all_selectors(model: nn.Module) -> list[Selector]:
     """Every selector in a model, the copies of PEFT's other adapters too."""
-    return [module for module in model.modules() if isinstance(module, Selector)]
+    return [module for module in unwrap(model).modules() if isinstance(module, Selector)]
 
 
 def site_names(model: nn.Module) -> dict[int, str]:

@@ -26,7 +26,7 @@ def selectors(model: nn.Module) -> dict[str, Selector]:
     found: dict[str, Selector] = {}
     names = site_names(model)
     idle: set[int] = set()
-    for module in model.modules():
+    for module in unwrap(model).modules():
         if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
             idle |= _idle(module)  # PEFT's wrapper comes before what it wraps
         if isinstance(module, Selector) and id(module) not in idle:
