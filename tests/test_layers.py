@@ -18,62 +18,58 @@ LAYERS = {
     "errors": 0,
     "devices": 0,
     "selection": 0,
+    "backbones": 0,  # models in Transformers' form, without a word of hard attention
     "registry": 1,
     "amounts": 1,
     "options": 1,
-    "fields": 2,
     "budget": 1,
     "schedules": 1,
     "laws": 1,
     "noise": 1,
     "polynomials": 1,
-    "config": 2,
     "recipes": 1,
+    "config": 2,
+    "fields": 2,
     "scorers": 3,
     "estimators": 4,
     "baselines": 4,
-    "selector": 5,
+    "posterior": 4,
     "glimpses": 5,
     "attention": 5,
-    "recording": 5,
     "patches": 5,
-    "resolution": 5,
-    "backbones": 0,  # models in Transformers' form, without a word of hard attention
-    "stream": 5,
-    "sites": 5,
-    "layers": 5,
-    "kept": 5,
     "distances": 5,
     "packing": 5,
-    "losses": 5,
-    "modes": 5,
-    "posterior": 4,
-    "architectures": 6,
-    "hooks": 7,
-    "marginal": 7,
-    "teacher": 7,
+    "unwrapping": 6,
+    "modeling": 6,
+    "models": 7,
+    "modes": 7,
+    "losses": 7,
     "peft_saving": 7,
-    "registration": 7,
-    "patching": 7,
     "video": 7,
-    "hub": 8,  # reads what training wrote, never its code; training's scripts push through it, interpret loads through it
-    "interpret": 8,
-    "metrics": 8,
-    "efficiency": 8,
-    "verify": 8,
-    "collapse": 8,
-    "diagnostics": 8,
-    "training": 9,
-    "cli": 11,
-    "__main__": 11,
-    "__init__": 11,  # the package itself: it gathers the public names, so nothing below imports from it
+    "recording": 8,
+    "marginal": 8,
+    "teacher": 8,
+    "training_loss": 9,
+    "api": 9,
+    "patching": 9,
+    "hub": 9,  # reads what training wrote, never its code; training's scripts push through it, interpret loads through it
+    "verify": 9,
+    "collapse": 9,
+    "diagnostics": 9,
+    "interpret": 10,
+    "metrics": 10,
+    "efficiency": 10,
+    "training": 11,
+    "cli": 12,
+    "__main__": 12,
+    "__init__": 12,  # the package itself: it gathers the public names, so nothing below imports from it
 }
 # Stricter than "its own layer and below".
 ALSO_FORBIDDEN = {
     "scorers": {"config"},
     "estimators": {"config", "scorers"},
     "baselines": {"config", "scorers"},
-    "hub": {name for name, layer in LAYERS.items() if layer > 2} - {"hub", "registration", "recording"},
+    "hub": {name for name, layer in LAYERS.items() if layer > 2} - {"hub", "models", "recording"},
 }
 FOLDERS = set(registry.KINDS)  # members (their files) are siblings; a file `_name.py` and `__init__.py` are no members
 TRANSFORMERS_FROM = 6  # the lowest layer that may import transformers
@@ -139,8 +135,6 @@ def violations(source: str, module: tuple[str, ...], is_package: bool = False) -
             found.append(
                 f"{line}: {'.'.join(module)} imports {'.'.join(parts)}; take it from the registry or an argument"
             )
-        elif top == "registration" and target in FOLDERS and not private(parts):
-            found.append(f"{line}: registration imports {'.'.join(parts)}; go through hf_hardattn.registry")
     return found
 
 
@@ -184,8 +178,8 @@ def test_registered_name_loads(kind: str, name: str) -> None:
         (("estimators", "simple"), "from ..scorers import Scorer", "imports scorers"),
         (("estimators", "simple"), "from .gumbel import Gumbel", "imports its sibling estimators.gumbel"),
         (("estimators", "simple"), "from ..baselines.none import NoBaseline", "take it from the registry"),
-        (("architectures", "vit"), "import hf_hardattn.architectures.t5", "imports its sibling architectures.t5"),
-        (("registration",), "from .architectures import vit", "go through hf_hardattn.registry"),
+        (("modeling", "attach"), "from ..models import vit", "imports models"),
+        (("modeling", "attach"), "import hf_hardattn.models.vit", "imports models"),
         (("hub", "card"), "from ..training.results import write_json", "imports training"),
     ],
 )
@@ -195,7 +189,7 @@ def test_violation_is_found(
     everything = {(name,) for name in LAYERS} | {
         *(("scorers", name) for name in ("linear", "mlp")),
         *(("estimators", name) for name in ("simple", "gumbel")),
-        *(("architectures", name) for name in ("vit", "t5")),
+        *(("models", name) for name in ("vit", "t5")),
         ("baselines", "none"),
     }
     monkeypatch.setattr(f"{__name__}.exists", everything.__contains__)
@@ -211,7 +205,7 @@ def test_violation_is_found(
             "import torch\nfrom torch import nn\nfrom . import Scorer\nfrom ..errors import unknown",
         ),
         (("estimators", "simple"), "from . import Estimator\nfrom .. import errors\nfrom ..registry import load"),
-        (("architectures", "vit"), "from transformers import ViTModel\nfrom ..errors import HardAttentionError"),
+        (("models", "vit"), "from transformers import ViTModel\nfrom ..errors import HardAttentionError"),
         (("cli",), "import hf_hardattn\nfrom hf_hardattn import registry"),
     ],
 )

@@ -19,7 +19,7 @@ import hf_hardattn
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts" / "research"))
     GradientState._reset_state()
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -38,6 +38,7 @@ from hf_hardattn.training import checkpoints
 from hf_hardattn.training.driver import Driver
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+RESEARCH = SCRIPTS / "research"
 WORDS = "red green blue big small square on grey".split()
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
@@ -57,8 +58,9 @@ def reset() -> None:
 
 @functools.cache
 def script(name: str) -> ModuleType:
-    """A script under a name of its own: `evaluate` is a library too."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    """A script, or one of those behind results/, under a name of its own: `evaluate` is a library too."""
+    path = next(path for folder in (SCRIPTS, RESEARCH) if (path := folder / f"{name}.py").is_file())
+    spec = importlib.util.spec_from_file_location(f"script_{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
