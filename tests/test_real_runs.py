@@ -52,7 +52,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
             soft={"bleu": 18.0},
         )
     ended(tmp_path / "translation_de-hard-5", 30, 5, hard={"bleu": 0.0, "kept_ratio": kept}, soft={"bleu": 0.0})
-    ended(tmp_path / "translation_de-trunk", 100, 0, soft={"bleu": 15.0})
+    ended(tmp_path / "translation_de-base", 100, 0, soft={"bleu": 15.0})
     found = results.side_by_side("translation_de", tmp_path)
     assert found["hard_minus_soft"]["values"] == pytest.approx([-1.0, 0.2])  # the third seed has no soft run
     assert found["hard_minus_soft"]["mean"] == pytest.approx(-0.4) and found["target"] == {"points": 0.5, "held": True}

@@ -473,14 +473,14 @@ def test_real_runs_name_real_flags(task: str) -> None:
         assert Path(program).is_file()
         args = parse(choose(expand(words), runs.FAMILIES[task]).Arguments, words)
         found[arm] = args, hard_attention(args, None)
-    assert len({args.max_train_steps for arm, (args, _) in found.items() if arm != "trunk"}) == 1
-    assert found["trunk"][1] is None and found["soft"][1] is None
+    assert len({args.max_train_steps for arm, (args, _) in found.items() if arm != "base"}) == 1
+    assert found["base"][1] is None and found["soft"][1] is None
     hard, random = found["hard"][1], found["random"][1]
     assert random.scorer == "random" != hard.scorer and random.sites.keys() == hard.sites.keys()
     assert hard.budget["end"] == random.budget["end"] <= 0.3 or all(
         site["budget"]["end"] <= 0.3 for site in hard.sites.values()
     )
-    assert found["hard"][0].model_name_or_path == found["trunk"][0].output_dir
+    assert found["hard"][0].model_name_or_path == found["base"][0].output_dir
 
 
 def test_texts_by_language() -> None:

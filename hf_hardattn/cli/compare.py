@@ -21,7 +21,9 @@ def command(
     ] = None,
     folder: Annotated[
         Path | None,
-        typer.Option(help="Takes trunks and runs, to go on from; outputs/compare/<name of the config> by default."),
+        typer.Option(
+            help="Takes base checkpoints and runs, to go on from; outputs/compare/<name of the config> by default."
+        ),
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Run this variant only; may be given several times.")] = None,
     retry: Annotated[bool, typer.Option(help="Do failed runs again.")] = False,

@@ -25,7 +25,7 @@ from .workloads import share_weights
 
 
 def run(folder: Path, columns: dict[str, Any], *, batch: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Measure every method on the models ``soft`` and ``hard`` of ``folder``, from one trunk; the methods without training keep as much.
+    """Measure every method on the models ``soft`` and ``hard`` of ``folder``, from one base checkpoint; the methods without training keep as much.
 
     Args:
         columns: the test set, ``pixel_values`` and ``labels``. batch: images of a timed call.

@@ -159,8 +159,8 @@ def markdown(results: dict[str, Any]) -> str:
     one = " (one for all seeds)" if results.get("trunk_seed") is not None else ""
     lines += [
         "",
-        f"`{results['command']}`: {len(seeds)} seed{'s' * (len(seeds) > 1)}, mean ± standard deviation; {recipe['trunk_steps']:,} steps of soft "
-        f"trunk{one}, then {recipe['branch_steps']:,} steps each, batch {recipe['batch']}; seconds on {where}. "
+        f"`{results['command']}`: {len(seeds)} seed{'s' * (len(seeds) > 1)}, mean ± standard deviation; {recipe['trunk_steps']:,} steps of the soft "
+        f"base checkpoint{one}, then {recipe['branch_steps']:,} steps each, batch {recipe['batch']}; seconds on {where}. "
         f"Failed: raised, diverged, or within {COLLAPSED:.0f} points of the random choice.",
     ]
     lines += [f"- `{name}`, {message}" for name, row in results["summary"].items() for message in row["messages"]]

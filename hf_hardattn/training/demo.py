@@ -26,11 +26,11 @@ SITE = "vision.inputs"
 
 @dataclass(frozen=True)
 class Recipe:
-    """The demo's numbers. All three models train ``trunk_steps + branch_steps``; they share the soft trunk.
+    """The demo's numbers. All three models train ``trunk_steps + branch_steps``; they share the soft base checkpoint.
 
     Attributes:
         keep: patches kept of 64. anneal: share of the branch over which the budget falls from all patches to ``keep``.
-        clutter: fragments an image; the trunk ramps up to it over ``ramp`` steps.
+        clutter: fragments an image; the base checkpoint's training ramps up to it over ``ramp`` steps.
     """
 
     trunk_steps: int = 600

@@ -28,7 +28,7 @@ def fit(
     branch: bool,
     tell: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Train ``model`` in place, on its device: the soft trunk at a constant learning rate, or a branch from it with a linear decay.
+    """Train ``model`` in place, on its device: the soft base checkpoint at a constant learning rate, or a branch from it with a linear decay.
 
     Args:
         seed: of the batches. branch: whether this is a branch. tell: called with the step and its loss.

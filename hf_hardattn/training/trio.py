@@ -43,7 +43,7 @@ def run(
     output: Path,
     tell: Tell = lambda name, step, steps, loss: None,
 ) -> tuple[dict[str, Any], dict[str, PreTrainedModel]]:
-    """Train a soft trunk, and from it a soft, a hard and a random model equally long; save them below ``output``, measure them.
+    """Train a soft base checkpoint, and from it a soft, a hard and a random model equally long; save them below ``output``, measure them.
 
     Args:
         hard_attention: of ``hard`` and of ``random``, as ``from_pretrained`` takes it.
@@ -55,14 +55,14 @@ def run(
     """
     task = tasks.load(task_name, task_options)
     cost, models = {}, {}
-    for name in ("trunk", *NAMES):
-        given = None if name in ("trunk", "soft") else hard_attention[name]
+    for name in ("base", *NAMES):
+        given = None if name in ("base", "soft") else hard_attention[name]
         models[name], cost[name] = _train(task, recipe, name, given, seed, output, tell)
-    del models["trunk"]
+    del models["base"]
     hard, inputs = models["hard"], next(task.test()).inputs
     tested = {name: task.evaluate(model) for name, model in models.items()}
     asked = {name: value[:32] for name, value in inputs.items() if name != "labels"}
-    own = [cost["trunk"], cost["hard"]]  # what this checkpoint took: the other two are there to be compared with
+    own = [cost["base"], cost["hard"]]  # what this checkpoint took: the other two are there to be compared with
     rows, measured = _inference(models, {name: value[:64] for name, value in inputs.items()})
     groups, findings = _subgroups(task, models)
     results = {
@@ -98,11 +98,11 @@ def run(
 def _train(
     task: tasks.Base, recipe: tasks.Recipe, name: str, hard_attention: Any, seed: int, output: Path, tell: Tell
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    branch = name != "trunk"
+    branch = name != "base"
     steps = recipe.branch_steps if branch else recipe.trunk_steps
     torch.manual_seed(seed + branch)
     if branch:
-        model = task.model_class.from_pretrained(output / "trunk", hard_attention=hard_attention)
+        model = task.model_class.from_pretrained(output / "base", hard_attention=hard_attention)
     else:
         model = task.model_class(task.config())
     started = time.perf_counter()

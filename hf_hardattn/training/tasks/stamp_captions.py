@@ -37,7 +37,7 @@ class StampCaptions(Texts):
     maker = "python scripts/data/prepare_stamp_features.py"
     model_class = GruForConditionalGeneration
     site = "decoder.cross.0"
-    scorer = "attention"  # from a soft trunk it starts with a choice that means something
+    scorer = "attention"  # from a soft base checkpoint it starts with a choice that means something
     budget = 0.005  # one patch
     recipe = Recipe(trunk_steps=800, branch_steps=200, batch=32, learning_rate=2e-3, weight_decay=0.01)
 

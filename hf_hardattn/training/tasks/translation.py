@@ -36,7 +36,7 @@ class Translation(Texts):
     maker = "python scripts/data/prepare_translation.py --language it"
     model_class = T5ForConditionalGeneration
     site = "decoder.cross.*"
-    scorer = "attention"  # from a soft trunk it starts with a choice that means something
+    scorer = "attention"  # from a soft base checkpoint it starts with a choice that means something
     budget = 0.25
     recipe = Recipe(
         trunk_steps=4000, branch_steps=200, batch=32, learning_rate=3e-3, weight_decay=0.01, trunk_warmup=200

@@ -63,7 +63,7 @@ def table() -> str:
             "is that of other weights of the same shapes."
         )
     lines += [
-        "One soft trunk each, then branches of equally many steps from it; and what else was measured, soft / hard:",
+        "One soft base checkpoint each, then branches of equally many steps from it; and what else was measured, soft / hard:",
         "",
     ]
     for name, r in runs.items():

@@ -172,7 +172,7 @@ def transduction() -> list[str]:
     return [
         *lines,
         "",
-        f"A recurrent encoder-decoder (GRU), {len(r['seeds'])} seeds from one soft trunk of {recipe['trunk_steps']:,} steps, {recipe['branch_steps']} steps each. "
+        f"A recurrent encoder-decoder (GRU), {len(r['seeds'])} seeds from one soft base checkpoint of {recipe['trunk_steps']:,} steps, {recipe['branch_steps']} steps each. "
         "Drawn: what most of 8 words agree on that were written with drawn choices (`exact_mc8`).",
     ]
 
@@ -194,7 +194,7 @@ def captions() -> list[str]:
     return [
         *lines,
         "",
-        f"A GRU decoder over a frozen ViT's patches, the captions of Tux Paint's stamps, {len(r['seeds'])} seeds of a trunk of {recipe['trunk_steps']:,} "
+        f"A GRU decoder over a frozen ViT's patches, the captions of Tux Paint's stamps, {len(r['seeds'])} seeds of a base checkpoint of {recipe['trunk_steps']:,} "
         f"steps and {recipe['branch_steps']} each. Published, hard less soft in BLEU-4 (Xu et al. 2015, after secondary sources): Flickr8k +1.8, "
         "Flickr30k +0.8, COCO +0.7. Each patch of a ViT has read the whole image, so that one by chance says much, and to be within 2 points of it counts as failed.",
     ]

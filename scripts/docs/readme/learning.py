@@ -87,7 +87,7 @@ def translation() -> list[str]:
     return [
         *lines,
         "",
-        f"A T5 of 2 + 1 layers trained from scratch on pairs of Debian's package descriptions, greedy decoding; one soft trunk of "
+        f"A T5 of 2 + 1 layers trained from scratch on pairs of Debian's package descriptions, greedy decoding; one soft base checkpoint of "
         f"{recipe['trunk_steps']:,} steps for all, then branches of equal length, soft too: seeds x steps are {', '.join(notes)}.",
     ]
 
