@@ -1,4 +1,4 @@
-"""The shoot-out: complete, resumable, and honest about runs that fail."""
+"""Comparisons: complete, resumable, and honest about runs that fail."""
 
 from __future__ import annotations
 

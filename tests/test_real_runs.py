@@ -108,11 +108,10 @@ def test_checkpoint_is_trained_drawn_and_explained(tmp_path: Path, monkeypatch: 
     config.write_text(
         f"task: cluttered_digits\ntask_options: {options}\nvariants: {{robust: {{recipe: robust}}, random: null}}\n"
     )
-    trio = script(
-        "train_checkpoint"
-    ).trio  # the fresh process and the many rounds of its timing have tests of their own
-    monkeypatch.setattr(trio, "_reload", lambda *args: {})
-    monkeypatch.setattr(trio, "interleaved_seconds", lambda calls, rounds: {name: [1.0] for name in calls})
+    # the fresh process and the many rounds of its timing have tests of their own
+    variants = script("train_checkpoint").variants
+    monkeypatch.setattr(variants, "_reload", lambda *args: {})
+    monkeypatch.setattr(variants, "interleaved_seconds", lambda calls, rounds: {name: [1.0] for name in calls})
     words = [
         "train_checkpoint.py",
         "--name",

@@ -461,19 +461,19 @@ def test_example_config_names_real_flags(name: str) -> None:
 
 @pytest.mark.parametrize("task", script("finetuning_runs").FAMILIES)
 def test_real_runs_name_real_flags(task: str) -> None:
-    """Every command of the runs behind results/finetuning parses; all branches take equally many steps, and differ as their arms do."""
+    """Every command of the runs behind results/finetuning parses; all branches take equally many steps, and differ as their variants do."""
     from hf_hardattn.training.finetuning import choose
     from hf_hardattn.training.models import hard_attention
     from hf_hardattn.training.parsing import expand, parse
 
     runs = script("finetuning_runs")
     found = {}
-    for arm in runs.ARMS:
-        program, *words = runs.flags(task, arm, 1)
+    for variant in runs.VARIANTS:
+        program, *words = runs.flags(task, variant, 1)
         assert Path(program).is_file()
         args = parse(choose(expand(words), runs.FAMILIES[task]).Arguments, words)
-        found[arm] = args, hard_attention(args, None)
-    assert len({args.max_train_steps for arm, (args, _) in found.items() if arm != "base"}) == 1
+        found[variant] = args, hard_attention(args, None)
+    assert len({args.max_train_steps for variant, (args, _) in found.items() if variant != "base"}) == 1
     assert found["base"][1] is None and found["soft"][1] is None
     hard, random = found["hard"][1], found["random"][1]
     assert random.scorer == "random" != hard.scorer and random.sites.keys() == hard.sites.keys()

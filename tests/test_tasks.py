@@ -1,4 +1,4 @@
-"""Every task of the shoot-out: deterministic batches its model takes, gold positions that hold the answer, errors that name the remedy."""
+"""Every task of `hf-hardattn compare`: deterministic batches its model takes, gold positions that hold the answer, errors that name the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shoot-out: the same data, budget, steps and seeds for every way to choose, and for not choosing at all.
+"""Train and test the variants of a comparison: the same data, budget, steps and seeds for every way to choose, and for not choosing at all.
 
 For each seed (or for all) a soft base checkpoint is trained once; every variant starts from it and trains equally long. Each run that ends is a file, so
 that an interrupted comparison goes on where it stopped.

@@ -1,4 +1,4 @@
-"""What a shoot-out shows: a summary of its rows, a table, a plot of the metric against counted FLOPs."""
+"""Report a comparison: a summary of its rows, a table, a plot of the metric against counted FLOPs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLLAPSED = 2.0  # points: a learned choice no further from a random one has lea
 def report(
     comparison: Comparison, rows: list[dict[str, Any]], command: str, *, quick: bool, jobs: int, threads: int
 ) -> dict[str, Any]:
-    """All that is to be kept of a shoot-out, as JSON: what was compared, every run, the summary, and how it was made."""
+    """Return the record of a comparison, as JSON: what was compared, every run, the summary, and how it was made."""
     task, recipe, variants = comparison.settle(quick)
     run = describe_run(None)
     return {

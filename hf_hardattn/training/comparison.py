@@ -1,4 +1,4 @@
-"""What a shoot-out compares: a task, its recipe, and named ways to choose."""
+"""Define a comparison: a task, its recipe, and named variants, each a way to select."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..config import HardAttentionConfig
 from ..interpret.overlay import patch_overlay
 from ..recording import record
-from . import tasks, trio
+from . import tasks, variants
 from .cluttered_digits import SCENE
 
 SITE = "vision.inputs"
@@ -69,7 +69,7 @@ def run(recipe: Recipe, output: Path, threads: int | None = None) -> dict[str, A
     )
     hard = {"hard": hard_config(recipe), "random": random_config(recipe)}
     with _bars() as tell:
-        found, models = trio.run("cluttered_digits", options, numbers, hard, recipe.seed, output, tell)
+        found, models = variants.run("cluttered_digits", options, numbers, hard, recipe.seed, output, tell)
     seconds = time.perf_counter() - began
     results = {"command": "hf-hardattn demo", "recipe": asdict(recipe), **found, "seconds": seconds}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -98,7 +98,7 @@ def _annealed(recipe: Recipe) -> dict[str, Any]:
 
 
 @contextmanager
-def _bars() -> Iterator[trio.Tell]:
+def _bars() -> Iterator[variants.OnStep]:
     """A progress bar a model."""
     bars: dict[str, Any] = {}
 

@@ -1,4 +1,4 @@
-"""Put the runs of `finetuning_runs.py` side by side: `results/finetuning/TASK.json` of every arm and seed that has ended.
+"""Put the runs of `finetuning_runs.py` side by side: `results/finetuning/TASK.json` of every variant and seed that has ended.
 
     python scripts/research/finetuning_results.py captioning translation_de
     python scripts/research/finetuning_timing.py captioning            # before, for the speed; on a quiet machine
@@ -65,15 +65,15 @@ def side_by_side(task: str, root: Path = Path("outputs")) -> dict[str, Any]:
     """Everything about a task's runs.
 
     Raises:
-        SystemExit: no hard run has ended, or arms had other numbers of steps.
+        SystemExit: no hard run has ended, or variants had other numbers of steps.
     """
     runs: dict[str, dict[int, dict[str, Any]]] = {}
-    for arm in ("soft", "hard", "random"):
-        found = {seed: read(folder(task, arm, seed, root)) for seed in range(10)}
-        runs[arm] = {seed: said for seed, said in found.items() if said is not None}
+    for variant in ("soft", "hard", "random"):
+        found = {seed: read(folder(task, variant, seed, root)) for seed in range(10)}
+        runs[variant] = {seed: said for seed, said in found.items() if said is not None}
     if not runs["hard"]:
         raise SystemExit(f"no run under {folder(task, 'hard', 0, root)}; make it with finetuning_runs.py {task}")
-    steps = {said["train"]["steps"] for arm in runs.values() for said in arm.values()}
+    steps = {said["train"]["steps"] for variant in runs.values() for said in variant.values()}
     if len(steps) > 1:
         raise SystemExit(f"the runs of {task} have {sorted(steps)} steps; compare equal ones")
     base, first = read(folder(task, "base", 0, root)), next(iter(runs["hard"].values()))
@@ -90,20 +90,20 @@ def side_by_side(task: str, root: Path = Path("outputs")) -> dict[str, Any]:
         points * (runs["hard"][seed]["metrics"]["hard"][metric] - runs["soft"][seed]["metrics"]["soft"][metric])
         for seed in both
     ]
-    commands = {arm: next(iter(found.values()))["command"] for arm, found in runs.items() if found}
+    commands = {variant: next(iter(found.values()))["command"] for variant, found in runs.items() if found}
     if base is not None:
         commands = {"trunk": base["command"], **commands}
     found_at = folder(task, "hard", min(runs["hard"]), root) / "timing.json"
     return {
         "task": first["task"],
-        "seeds": {arm: list(found) for arm, found in runs.items()},
+        "seeds": {variant: list(found) for variant, found in runs.items()},
         "steps": {"trunk": None if base is None else base["train"]["steps"], "branch": steps.pop()},
         "batch": first["train"]["batch"],
         "metric": metric,
         "points_per_unit": points,
         "hard_minus_soft": spread(lost) if lost else None,
         "target": {"points": TARGET, "held": bool(lost) and statistics.mean(lost) >= -TARGET},
-        "arms": {arm: over_seeds(rows) for arm, rows in shown.items() if rows},
+        "arms": {variant: over_seeds(rows) for variant, rows in shown.items() if rows},
         "timing": read_json(found_at) if found_at.is_file() else None,
         "hard_attention": first["hard_attention"],
         "commands": commands,
@@ -122,10 +122,10 @@ def main(argv: list[str] | None = None) -> None:
     for task in arguments.task:
         found = side_by_side(task)
         write_json(arguments.output / f"{task}.json", found)
-        arms = {arm: round(row[found["metric"]]["mean"], 3) for arm, row in found["arms"].items()}
+        means = {variant: round(row[found["metric"]]["mean"], 3) for variant, row in found["arms"].items()}
         lost = found["hard_minus_soft"]
         print(
-            f"{task}: {found['metric']} {arms}, hard - soft {lost and round(lost['mean'], 2)} points; {found['target']}"
+            f"{task}: {found['metric']} {means}, hard - soft {lost and round(lost['mean'], 2)} points; {found['target']}"
         )
 
 

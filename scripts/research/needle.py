@@ -2,7 +2,7 @@
 
     hf-hardattn compare --config scripts/configs/compare/needle.yaml --seeds 3 --save
     hf-hardattn compare --config scripts/configs/compare/long_text.yaml --seeds 3 --save
-    python scripts/research/needle.py accuracy --seeds 3      # the models trained above, at sizes they were not trained at; --kind, --size, --arm: of one
+    python scripts/research/needle.py accuracy --seeds 3      # the models trained above, at sizes they were not trained at; --kind, --size, --variant: of one
     python scripts/research/needle.py cost                    # time, counted FLOPs and memory of wider models with random weights; --model: of one
     python scripts/research/needle.py draw
 
@@ -80,29 +80,29 @@ COSTS: dict[str, tuple[dict[str, Any], dict[int, bool]]] = {
 
 
 def accuracy(
-    kinds: list[str], only: int | None, arm: str | None, seeds: int, folder: Path
+    kinds: list[str], only: int | None, variant: str | None, seeds: int, folder: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """Test the trained models at every size, or at one; all arms, or one."""
+    """Test the trained models at every size, or at one; all variants, or one."""
     found: dict[str, list[dict[str, Any]]] = {}
     for kind in kinds:
-        comparison, variant, budgets, sizes = TESTS[kind]
+        comparison, hard, budgets, sizes = TESTS[kind]
         found[kind] = []
         for seed in range(seeds):
-            for name in ("soft", "random", variant):
-                told = "hard" if name == variant else name
-                if arm not in (None, told):
+            for name in ("soft", "random", hard):
+                role = "hard" if name == hard else name
+                if variant not in (None, role):
                     continue
                 model = load(kind, folder / comparison / "models" / f"{name}-{seed}")
-                for keep in budgets if name == variant else budgets[:1]:
+                for keep in budgets if name == hard else budgets[:1]:
                     for selector in hf_hardattn.selectors(model).values():
                         selector.config = hf_hardattn.SiteConfig(**{**vars(selector.config), "budget": keep})
                         selector.budget_schedule = None
                     for size, (count, whole) in sizes.items():
                         if only not in (None, size):
                             continue
-                        if name != variant and not whole:  # a random choice is no better in a larger haystack
+                        if name != hard and not whole:  # a random choice is no better in a larger haystack
                             continue
-                        row = {"model": told, "keep": keep, "seed": seed, "size": size, "examples": count}
+                        row = {"model": role, "keep": keep, "seed": seed, "size": size, "examples": count}
                         found[kind].append(row | right(kind, model, size, count))
                         print(found[kind][-1], flush=True)
     return found
@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=tuple(TESTS))
     parser.add_argument("--model", choices=tuple(COSTS))
     parser.add_argument("--size", type=int, help="pixels a side, or tokens")
-    parser.add_argument("--arm", choices=("soft", "random", "hard"))
+    parser.add_argument("--variant", choices=("soft", "random", "hard"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -291,12 +291,12 @@ def main() -> None:
     if args.what == "accuracy":
         made = {"accuracy": read_json(RESULTS).get("accuracy", {}) if RESULTS.exists() else {}}
         for kind, rows in accuracy(
-            [args.kind] if args.kind else list(TESTS), args.size, args.arm, args.seeds, args.folder
+            [args.kind] if args.kind else list(TESTS), args.size, args.variant, args.seeds, args.folder
         ).items():
             others = [
                 row
                 for row in made["accuracy"].get(kind, [])
-                if args.size not in (None, row["size"]) or args.arm not in (None, row["model"])
+                if args.size not in (None, row["size"]) or args.variant not in (None, row["model"])
             ]
             made["accuracy"][kind] = others + rows
     else:

@@ -22,7 +22,7 @@ import transformers
 
 from hf_hardattn.interpret.overlay import patch_overlay
 from hf_hardattn.recording import record, selectors
-from hf_hardattn.training import tasks, trio
+from hf_hardattn.training import tasks, variants
 from hf_hardattn.training.comparison import Comparison
 
 
@@ -67,7 +67,7 @@ def main() -> None:
         if (step + 1) % 100 == 0 or step + 1 == steps:
             print(f"{name:>6} {step + 1:>6} of {steps}: loss {loss:.3f}", flush=True)
 
-    found, models = trio.run(comparison.task, comparison.task_options, recipe, hard, args.seed, output, tell)
+    found, models = variants.run(comparison.task, comparison.task_options, recipe, hard, args.seed, output, tell)
     results = {
         "command": shlex.join(["python", *sys.argv]),
         "task": comparison.task,

@@ -1,4 +1,4 @@
-"""Tasks of the shoot-out. One file each; the file name is the registered name.
+"""Tasks of ``hf-hardattn compare``. One file each; the file name is the registered name.
 
 A task is small enough to be learned from scratch on one CPU core, its signal is sparse, and its difficulty is set: so that an
 estimator can be told from another, and a learned choice from a random one.

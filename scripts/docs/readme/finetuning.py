@@ -42,16 +42,17 @@ def table() -> str:
         "|---" * 10 + "|",
     ]
     for name, r in runs.items():
-        arms, metric, scale, lost = r["arms"], r["metric"], r["points_per_unit"], r["hard_minus_soft"]
+        variants, metric, scale, lost = r["arms"], r["metric"], r["points_per_unit"], r["hard_minus_soft"]
         soft, hard, chance = (
-            spread(arms[arm][metric], scale) if arm in arms else "" for arm in ("soft", "hard", "random")
+            spread(variants[variant][metric], scale) if variant in variants else ""
+            for variant in ("soft", "hard", "random")
         )
         works = {} if r["timing"] is None else r["timing"]["works"]
         speed = "; ".join(f"{work} {row['stock_over_hard']:.2f}" for work, row in works.items()) or "not measured"
         held = "" if lost is None else "yes" if r["target"]["held"] else "no"
         lines.append(
             f"| {RUNS[name]} | {METRICS[metric]} | {soft} | {hard} | {'' if lost is None else signed(lost)} | {held} | {chance} | "
-            f"{arms['hard']['kept']['mean']:.0%} | {speed} | {len(r['seeds']['hard'])} |"
+            f"{variants['hard']['kept']['mean']:.0%} | {speed} | {len(r['seeds']['hard'])} |"
         )
     on_gpu = [RUNS[n] for n, r in runs.items() if r.get("device", "cpu") == "cuda"]
     timed = sorted({(t["threads"], t["rounds"]) for r in runs.values() if (t := r["timing"]) is not None})
@@ -72,10 +73,10 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def _beside(arms: dict[str, Any]) -> list[str]:
+def _beside(variants: dict[str, Any]) -> list[str]:
     """The other metrics of a run, soft and hard."""
     return [
-        f"{name} {spread(arms['soft'][metric], scale)} / {spread(arms['hard'][metric], scale)}"
+        f"{name} {spread(variants['soft'][metric], scale)} / {spread(variants['hard'][metric], scale)}"
         for metric, (name, scale) in BESIDE.items()
-        if "soft" in arms and metric in arms["hard"]
+        if "soft" in variants and metric in variants["hard"]
     ]

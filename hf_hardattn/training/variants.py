@@ -1,4 +1,4 @@
-"""A checkpoint worth publishing: a hard model, the soft one and a random choice beside it, and all that a model card says of them."""
+"""Train matched hard, soft and random-selection models, and collect everything that the model card reports."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .fitting import fit
 
 NAMES = ("soft", "hard", "random")
 MOST_GROUPS = 30
-Tell = Callable[[str, int, int, float], None]
+OnStep = Callable[[str, int, int, float], None]
 
 
 def run(
@@ -41,13 +41,13 @@ def run(
     hard_attention: Mapping[str, Any],
     seed: int,
     output: Path,
-    tell: Tell = lambda name, step, steps, loss: None,
+    on_step: OnStep = lambda name, step, steps, loss: None,
 ) -> tuple[dict[str, Any], dict[str, PreTrainedModel]]:
     """Train a soft base checkpoint, and from it a soft, a hard and a random model equally long; save them below ``output``, measure them.
 
     Args:
         hard_attention: of ``hard`` and of ``random``, as ``from_pretrained`` takes it.
-        tell: called with the model's name, the step, how many there are, and the loss.
+        on_step: called with the model's name, the step, how many there are, and the loss.
 
     Returns:
         JSON (``models``, ``found``, ``subgroups``, ``audit``, ``certificate``, ``reload``, ``training``, ``hashes``, ``measured``,
@@ -57,7 +57,7 @@ def run(
     cost, models = {}, {}
     for name in ("base", *NAMES):
         given = None if name in ("base", "soft") else hard_attention[name]
-        models[name], cost[name] = _train(task, recipe, name, given, seed, output, tell)
+        models[name], cost[name] = _train(task, recipe, name, given, seed, output, on_step)
     del models["base"]
     hard, inputs = models["hard"], next(task.test()).inputs
     tested = {name: task.evaluate(model) for name, model in models.items()}
@@ -96,7 +96,7 @@ def run(
 
 
 def _train(
-    task: tasks.Base, recipe: tasks.Recipe, name: str, hard_attention: Any, seed: int, output: Path, tell: Tell
+    task: tasks.Base, recipe: tasks.Recipe, name: str, hard_attention: Any, seed: int, output: Path, on_step: OnStep
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     branch = name != "base"
     steps = recipe.branch_steps if branch else recipe.trunk_steps
@@ -113,7 +113,7 @@ def _train(
             recipe,
             seed=seed + 1000 * branch,
             branch=branch,
-            tell=lambda step, loss: tell(name, step, steps, loss),
+            tell=lambda step, loss: on_step(name, step, steps, loss),
         )
     seconds = time.perf_counter() - started
     batch = task.draw(recipe.batch, torch.Generator().manual_seed(seed))
@@ -195,7 +195,7 @@ def _subgroups(task: tasks.Base, models: Mapping[str, PreTrainedModel]) -> tuple
 
 def _reload(folder: Path, task_name: str, task_options: dict[str, Any], expected: float) -> dict[str, Any]:
     """Load the saved hard model in a fresh process, from its folder alone, and test it again."""
-    code = "import sys; from hf_hardattn.training.trio import check; check(*sys.argv[1:])"
+    code = "import sys; from hf_hardattn.training.variants import check; check(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(folder), task_name, json.dumps(task_options)]
     answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     metric = tasks.load(task_name, task_options).metric
