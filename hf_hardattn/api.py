@@ -12,16 +12,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import models, peft_saving
+from . import models
 from .config import HardAttentionConfig
 from .errors import HardAttentionError
+from .integrations import peft as peft_saving
+from .losses.training_loss import TERMS
 from .modeling.attach import FOLLOWS, attach, detach, place, remove_config
 from .modeling.context import is_soft_now
 from .modeling.family import Family
 from .modeling.selector import Selector
 from .modes import all_selectors
 from .recording import selectors
-from .training_loss import TERMS
 from .unwrapping import unwrap
 
 REWARD = "_hard_attention_reward"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributions import ConditionalBernoulli
 from .errors import HardAttentionError, unknown
-from .laws import ConditionalBernoulli
 from .modeling.context import Mode, active
 from .modeling.selection import Selection
 from .modeling.selector import Selector

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_hardattn import registry
-from hf_hardattn.laws import ConditionalBernoulli
+from hf_hardattn.distributions import ConditionalBernoulli
 from hf_hardattn.training import estimator_toys as toys
 from hf_hardattn.training.estimator_toys import ORDERS, SEEDS, Variant
 

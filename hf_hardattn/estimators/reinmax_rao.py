@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..distributions import LOW, ConditionalBernoulli, PlackettLuce
 from ..errors import HardAttentionError
-from ..laws import LOW, ConditionalBernoulli, PlackettLuce
 from . import Choice, Estimator, Sampling
 from ._relaxation import noisy_given_order, relax
 from ._second_order import second_order_gates

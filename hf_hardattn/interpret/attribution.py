@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import HardAttentionError, missing_extra
+from ..losses.distillation import teach
 from ..models import family_of
 from ..recording import record
-from ..teacher import teach
 from .probe import Probe
 
 

@@ -9,7 +9,14 @@ import torch
 
 from ..errors import HardAttentionError
 from ..recording import Recording, record
-from .audit import Finding, audit, border_groups, length_groups, position_groups, rarity_groups
+from .audit import (
+    Finding,
+    audit,
+    border_groups,
+    length_groups,
+    position_groups,
+    rarity_groups,
+)
 from .probe import choosable
 from .subject import Subject
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..selection import topk_mask
+from ..functional.topk import topk_mask
 from .measures import (
     THRESHOLDS,
     area,

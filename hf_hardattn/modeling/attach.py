@@ -19,7 +19,14 @@ from .family import Family, Tower
 from .layers import after_layer, before_layer
 from .plan import LAYER, TOWER, LayerPlan, TowerPlan
 from .selector import Selector, running
-from .towers import HANDS_DOWN, TRAINING_LOSS, close_call, finish_tower, open_call, open_tower
+from .towers import (
+    HANDS_DOWN,
+    TRAINING_LOSS,
+    close_call,
+    finish_tower,
+    open_call,
+    open_tower,
+)
 
 HOSTS = ("selector", "input_selector")  # attributes that hold selectors
 FOLLOWS = "hard_attention_follows"  # attribute of an attention module: the site whose choice it shares

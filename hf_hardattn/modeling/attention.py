@@ -15,9 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .. import distances
-from ..attention import attend, attend_by_parts, attend_packed, fits, gated_attend, keep_columns, keep_heads, keep_rows
-from ..packing import Packing
+from ..functional import position_bias as distances
+from ..functional.attention import (
+    attend,
+    attend_by_parts,
+    attend_packed,
+    fits,
+    gated_attend,
+    keep_columns,
+    keep_heads,
+    keep_rows,
+)
+from ..functional.varlen import Packing
 from .arguments import parameter_names
 from .cache import CacheLayer
 from .masks import additive, as_allowed, combine, gather_keys, padding_mask
@@ -262,8 +271,8 @@ class AttentionCall:
 
     def _attend_packed_keys(self, keys: KeySubset) -> Tensor:
         """Attend to kept keys whose numbers differ between rows, without padding them to the longest."""
-        packing, indices = keys.packing, keys.indices
-        assert packing is not None and indices is not None
+        packing: Any = keys.packing
+        indices: Any = keys.indices
         states = packing.to_packed(keep_rows(self.source, indices[:, 0]))
         query, key, value = self._all_of_source(states)
         if self.cache is not None:
@@ -276,9 +285,9 @@ class AttentionCall:
 
     def _attend_by_parts(self, query: Tensor, key: Tensor, value: Tensor, keys: KeySubset, bias: Tensor) -> Tensor:
         """Attend with a bias whose columns would take more memory than the bias itself: some examples at a time."""
-        assert keys.indices is not None
+        indices: Any = keys.indices
         options: dict[str, Any] = dict(scale=self.view.scale, dropout=self.view.dropout)
-        output = attend_by_parts(query, key, value, keys.indices, bias, allowed=keys.valid, **options)
+        output = attend_by_parts(query, key, value, indices, bias, allowed=keys.valid, **options)
         return output.transpose(1, 2).flatten(2)
 
     def _attend(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import distances
+from ..functional import position_bias as distances
 from .arguments import Arguments
 from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
@@ -159,8 +159,7 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     whole = isinstance(output, tuple)
     hidden: Tensor = output[0] if whole else output
     changed = False
-    if _is_packed(arguments):
-        assert state.packing is not None
+    if _is_packed(arguments) and state.packing is not None:
         hidden, changed = state.packing.to_padded(hidden), True
     bias = output[1] if whole and plan.has_bias else None
     if plan.tokens:

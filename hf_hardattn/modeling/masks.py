@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
 
-from ..attention import as_bool
+from ..functional.attention import as_bool
 from .state import TowerState
 
 
@@ -57,8 +57,7 @@ def row_mask(state: TowerState, config: Any, hidden: Tensor, given: Any, plain: 
 
 def per_query_mask(state: TowerState, dtype: torch.dtype) -> Tensor:
     """The caller's mask that differs between queries, at the rows that are left."""
-    mask = state.query_mask
-    assert mask is not None
+    mask: Any = state.query_mask
     if state.positions is not None:
         mask = gather_keys(gather_queries(mask, state.positions), state.positions[:, None])
     if state.valid is None:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from .. import registry
 from ..budget import Budget
 from ..config import SiteConfig
+from ..distributions.noise import uniform
 from ..errors import HardAttentionError
 from ..estimators import Choice, Sampling
-from ..glimpses import look, read_on
-from ..noise import uniform
-from ..posterior import Posterior
 from ..schedules import Schedule
 from ..scorers import Projections, Sequential
 from .context import ForwardContext, Settings
+from .glimpses import look, read_on
+from .posterior import Posterior
 from .selection import Selection
 
 

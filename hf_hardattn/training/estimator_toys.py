@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import registry
+from ..distributions import ConditionalBernoulli
 from ..estimators import Choice, Estimator, Sampling
-from ..laws import ConditionalBernoulli
 
 Loss = Callable[[Tensor], Tensor]  # gates [..., n] to [...]
 

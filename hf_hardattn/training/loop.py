@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import enable_full_determinism, get_scheduler
 
+from ..distributions.noise import keyed, mix_number
 from ..errors import HardAttentionError
 from ..models import family_of
-from ..noise import keyed, mix_number
 from . import checkpoints
 from .arguments import ScriptArguments, schedule_settings
 from .driver import Driver

@@ -10,10 +10,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from ...backbones.video import kept_frames
 from ...errors import HardAttentionError
 from ...modeling.context import is_soft_now
 from ...recording import record, selectors
-from ...video import kept_frames
 from ..arguments import flag
 from ..loop import Task
 from ..sources import column

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .modeling.selection import Selection
-from .modeling.selector import Selector
-from .models import family_of
-from .modes import evaluating, soft
-from .recording import Recording
-from .selection import mask_to_indices
+from ..functional.topk import mask_to_indices
+from ..modeling.selection import Selection
+from ..modeling.selector import Selector
+from ..models import family_of
+from ..modes import evaluating, soft
+from ..recording import Recording
 
 
 @dataclass

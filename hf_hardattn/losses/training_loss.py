@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import HardAttentionError
-from .losses import auxiliary_loss
+from ..errors import HardAttentionError
+from ..modeling.context import CONTEXT, ForwardContext, set_current
+from ..modeling.selection import Selection
+from ..models import family_of
+from ..modes import evaluating
+from ..recording import Recording, selectors
+from ..schedules import Schedule
+from .distillation import attention_loss, prediction_loss, teach
 from .marginal import marginal_loss
-from .modeling.context import CONTEXT, ForwardContext, set_current
-from .modeling.selection import Selection
-from .models import family_of
-from .modes import evaluating
-from .recording import Recording, selectors
-from .schedules import Schedule
-from .teacher import attention_loss, prediction_loss, teach
+from .score_function import auxiliary_loss
 
 
 def prepare_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: ForwardContext) -> None:

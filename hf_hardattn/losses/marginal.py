@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import HardAttentionError
-from .laws import LOW, ConditionalBernoulli
-from .modeling.selection import Selection
-from .modeling.selector import Selector
-from .models import family_of
-from .recording import replay
+from ..distributions import LOW, ConditionalBernoulli
+from ..errors import HardAttentionError
+from ..modeling.selection import Selection
+from ..modeling.selector import Selector
+from ..models import family_of
+from ..recording import replay
 
 
 def marginal_loss(

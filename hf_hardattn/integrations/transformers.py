@@ -16,12 +16,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .api import attach_to, remove
-from .config import HardAttentionConfig
-from .errors import HardAttentionError
-from .modeling.selector import Selector
-from .models import family_of
-from .recording import selectors
+from ..api import attach_to, remove
+from ..config import HardAttentionConfig
+from ..errors import HardAttentionError
+from ..modeling.selector import Selector
+from ..models import family_of
+from ..recording import selectors
 
 
 def _check_loaded(

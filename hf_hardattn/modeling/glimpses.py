@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .estimators import Choice, Estimator, Sampling
-from .scorers import Sequential
+from ..estimators import Choice, Estimator, Sampling
+from ..scorers import Sequential
 
 
 def look(

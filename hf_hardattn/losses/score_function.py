@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from .modeling.selection import Selection
-from .modeling.selector import Selector
+from ..modeling.selection import Selection
+from ..modeling.selector import Selector
 
 
 def auxiliary_loss(

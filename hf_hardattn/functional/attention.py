@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import distances
-from .packing import Packing
+from . import position_bias as distances
+from .varlen import Packing
 
 # A dropped position may outscore the kept ones by this much before its gate's gradient saturates (at e^5): T5's logits are not
 # scaled, and one dropped token that outscores the kept ones by 13 nats would otherwise decide the direction of a whole step.

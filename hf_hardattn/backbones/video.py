@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import BlipConfig
 from transformers.models.blip.modeling_blip import BlipVisionEmbeddings
 
-from .errors import HardAttentionError
-from .modeling.selection import Selection
+from ..errors import HardAttentionError
+from ..modeling.selection import Selection
 
 
 class VideoEmbeddings(BlipVisionEmbeddings):
