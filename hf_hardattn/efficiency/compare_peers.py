@@ -71,7 +71,7 @@ def _methods(soft: Any, hard: nn.Module) -> dict[str, tuple[str, nn.Module]]:
         ).eval()
 
     site, selector = next(iter(selectors(hard).items()))
-    budget = selector.budget
+    budget = selector.budget(drawing=False)
     ours = round(budget.value if budget.kind == "ratio" else budget.value / _patches(soft), 2)
     methods: dict[str, tuple[str, nn.Module]] = {"soft": ("soft", soft), f"ours, {site} keep {ours}": ("hard", hard)}
     for r in (4, 8, 12, 16, 24):
