@@ -19,8 +19,8 @@ from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTFor
 import hf_hardattn
 from hf_hardattn.errors import HardAttentionError
 from hf_hardattn.interpret import uploads
+from hf_hardattn.interpret.model_with_processor import ModelWithProcessor
 from hf_hardattn.interpret.playground import launch, look
-from hf_hardattn.interpret.subject import Subject
 from hf_hardattn.interpret.uploads import MOST_BYTES, MOST_CHARACTERS, BoundedBodies, read_image
 
 
@@ -158,4 +158,4 @@ def test_a_text_that_is_too_long_is_refused(t5: str) -> None:
 def test_an_empty_text_is_asked_for(t5: str, text: str) -> None:
     assert "Give it a text" in look(t5, None, text, 0.5)[1]
     with pytest.raises(HardAttentionError, match="text 2 of 2 is empty; there is nothing to explain"):
-        Subject.load(t5).encode(["word", text])
+        ModelWithProcessor.load(t5).encode(["word", text])

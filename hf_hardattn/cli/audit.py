@@ -22,12 +22,12 @@ def command(
     """Say what a hard model keeps and drops systematically: by subgroup, position, border, length, rare words."""
     from ..interpret.audit import CAUTION
     from ..interpret.dataset_audit import audit_rows
+    from ..interpret.model_with_processor import ModelWithProcessor
     from ..interpret.sources import read_table
-    from ..interpret.subject import Subject
 
     rows = read_table(data)
     rows = rows.select(range(min(limit, len(rows))))
-    findings = audit_rows(Subject.load(model), rows, column, by or [], site, batch)
+    findings = audit_rows(ModelWithProcessor.load(model), rows, column, by or [], site, batch)
     for finding in findings:
         typer.echo(("* " if finding.notable else "  ") + finding.sentence)
     typer.echo(CAUTION)

@@ -23,9 +23,9 @@ from hf_hardattn.errors import HardAttentionError
 from hf_hardattn.interpret import attribution
 from hf_hardattn.interpret.curves import faithfulness_curves
 from hf_hardattn.interpret.faithfulness import compare, own_sufficiency
+from hf_hardattn.interpret.model_with_processor import ModelWithProcessor
 from hf_hardattn.interpret.probe import Probe
 from hf_hardattn.interpret.report import explain
-from hf_hardattn.interpret.subject import Subject
 from hf_hardattn.training import tasks
 
 EXPLANATIONS = ("oracle", "selection", "soft attention", "integrated gradients", "random")
@@ -71,13 +71,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("results/reports"))
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    subject, task = Subject.load(args.model), tasks.load(args.task, args.task_options)
+    bundle, task = ModelWithProcessor.load(args.model), tasks.load(args.task, args.task_options)
     batch = next(task.test())
     inputs = {name: value[: args.rows] for name, value in batch.inputs.items()}
-    if subject.sees:
+    if bundle.takes_images:
         shown = ((inputs["pixel_values"][: args.shown] + 1) * 127.5).round().byte()
         images = [Image.fromarray(pixels[0].numpy()) for pixels in shown]
-        page = explain(subject, images, title=args.title)
+        page = explain(bundle, images, title=args.title)
         (args.output_dir / f"{args.name}.html").write_text(page, encoding="utf-8")
     if batch.gold is None:
         return
@@ -85,7 +85,7 @@ def main() -> None:
     tokens = (
         inputs["labels"].shape[1] if inputs["labels"].dim() == 2 else 1
     )  # of a generated answer: as many as the right one has
-    answers = Probe(subject.model, inputs, answer_tokens=tokens).answer
+    answers = Probe(bundle.model, inputs, answer_tokens=tokens).answer
     right = answers == inputs["labels"] if answers.dim() == 1 else _same(answers, inputs["labels"])
     # where the answer is wrong, what was planted is no rationale of it: the oracle is one on right answers only
     groups = {"right answers": right.nonzero()[:, 0], "all answers": torch.arange(len(gold))}
@@ -95,7 +95,7 @@ def main() -> None:
             print(f"left out: {name}, there are none among {len(gold)} rows")
             continue
         asked = {key: value[rows] for key, value in inputs.items()}
-        results[name] = measure(Probe(subject.model, asked, answer_tokens=tokens), gold[rows])
+        results[name] = measure(Probe(bundle.model, asked, answer_tokens=tokens), gold[rows])
     figure = faithfulness_curves(next(iter(results.values()))["explanations"])
     figure.savefig(args.output_dir / f"{args.name}_faithfulness.png", dpi=110)
     written = {"command": shlex.join(["python", *sys.argv]), **results}

@@ -1,4 +1,4 @@
-"""The model under the lens, with what turns images and texts into its inputs and its outputs into words."""
+"""A model together with its processor: from images and texts to predictions, with every selection recorded."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ..recording import Recording, record, selectors
 
 
 @dataclass
-class Answer:
-    """What a model said to one input.
+class Prediction:
+    """The prediction of a model for one input.
 
     Attributes:
         text: the class's name or the generated text. probability: of the class; None for a text.
-        recording: of that forward or ``generate()``. tokens: ids of a generated text without its prompt, else empty.
+        recording: the selections of that forward or ``generate()``. tokens: ids of a generated text without its prompt, else empty.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Answer:
 
 
 @dataclass
-class Subject:
+class ModelWithProcessor:
     """A model in evaluation mode and its processor.
 
     Attributes:
@@ -49,7 +49,7 @@ class Subject:
     name: str
 
     @classmethod
-    def load(cls, path: str) -> Subject:
+    def load(cls, path: str) -> ModelWithProcessor:
         """Load a hard checkpoint of any form, with the head and the processor it was saved with; ``hf_hardattn.load`` says how safely.
 
         Raises:
@@ -61,27 +61,27 @@ class Subject:
         return cls(model, processor, Path(path).name if Path(path).exists() else path)
 
     @property
-    def sees(self) -> bool:
-        """Whether it takes images."""
+    def takes_images(self) -> bool:
+        """True if the model takes images."""
         return hasattr(self.model.config, "vision_config") or hasattr(self.model.config, "patch_size")
 
     @property
     def hard(self) -> bool:
-        """Whether it has sites."""
+        """True if the model has sites."""
         return bool(selectors(self.model))
 
     @property
     def patch_size(self) -> int:
-        """Pixels."""
+        """Side of a patch, in pixels."""
         return getattr(self.model.config, "vision_config", self.model.config).patch_size
 
     def encode(self, inputs: Sequence[Any]) -> dict[str, Any]:
-        """Images (PIL) or texts as a batch of the model's inputs.
+        """Encode images (PIL) or texts as a batch of the model's inputs.
 
         Raises:
             HardAttentionError: a text without a word; no tokenizer to read it.
         """
-        if not self.sees:
+        if not self.takes_images:
             empty = [index for index, text in enumerate(inputs) if not text.strip()]
             if empty:
                 raise HardAttentionError(
@@ -103,8 +103,8 @@ class Subject:
         return {"pixel_values": stacked.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1}
 
     @torch.no_grad()
-    def answer(self, batch: dict[str, Any], max_new_tokens: int = 40) -> Answer:
-        """Ask about one input, a batch of one row, and record every selection."""
+    def predict(self, batch: dict[str, Any], max_new_tokens: int = 40) -> Prediction:
+        """Run the model on one input, a batch of one row, and record every selection."""
         recording = Recording()
         if self.hard and any(not is_soft_now(selector) for selector in selectors(self.model).values()):
             with record(self.model) as recording:
@@ -113,10 +113,10 @@ class Subject:
             output = self._run(batch, max_new_tokens)
         if isinstance(output, Tensor):
             text = self.tokenizer.decode(output[0], skip_special_tokens=True)
-            return Answer(text, None, recording, output[0, 1:].tolist())
+            return Prediction(text, None, recording, output[0, 1:].tolist())
         probabilities = output.logits[0].float().softmax(-1)
         best = int(probabilities.argmax())
-        return Answer(str(self.model.config.id2label[best]), float(probabilities[best]), recording, [])
+        return Prediction(str(self.model.config.id2label[best]), float(probabilities[best]), recording, [])
 
     def _run(self, batch: dict[str, Any], max_new_tokens: int) -> Any:
         if self.model.can_generate():
@@ -129,11 +129,11 @@ class Subject:
         return getattr(self.processor, "tokenizer", self.processor)
 
     def words(self, ids: Sequence[int]) -> list[str]:
-        """Tokens as a reader sees them."""
+        """Tokens as a reader takes_images them."""
         return [self.tokenizer.decode([token]).strip() or "␣" for token in ids]
 
     @contextmanager
-    def at_budget(self, budget: float | int | None) -> Iterator[Subject]:
+    def at_budget(self, budget: float | int | None) -> Iterator[ModelWithProcessor]:
         """Keep ``budget`` at every site inside the block; None leaves the model's own."""
         found = [] if budget is None else [m for m in self.model.modules() if isinstance(m, Selector)]
         before = [(s.config, s.budget_schedule) for s in found]
