@@ -145,7 +145,7 @@ def test_explain_a_caption(tmp_path: Path, photos: Path) -> None:
 
 
 def test_a_comparison_that_is_left_out_is_named(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(probe: Any) -> None:
+    def absent(evaluator: Any) -> None:
         raise ImportError("install <captum>")
 
     monkeypatch.setitem(EXPLANATIONS, "integrated gradients", absent)

@@ -18,7 +18,7 @@ from .audit import (
     rarity_groups,
 )
 from .model_with_processor import ModelWithProcessor
-from .probe import choosable
+from .perturbation import choosable
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from ..modes import soft
 from ..recording import selectors
 from .html import paragraph
 from .model_with_processor import ModelWithProcessor
-from .probe import Probe
+from .perturbation import PerturbationEvaluator
 from .report import pictures, quoted
 from .uploads import MOST_BYTES, MOST_CHARACTERS, BoundedBodies, check_text, read_image
 
@@ -62,10 +62,10 @@ def look(path: str, image: Any, text: str, ratio: float) -> tuple[str, str]:
         batch = bundle.encode([given])
         with soft(bundle.model):
             loose = bundle.predict(batch)
-            whole = count_flops(bundle.model, Probe(bundle.model, batch).batch)
+            whole = count_flops(bundle.model, PerturbationEvaluator(bundle.model, batch).batch)
         with bundle.at_budget(ratio):
             hard = bundle.predict(batch)
-            cost = count_flops(bundle.model, Probe(bundle.model, batch).batch)
+            cost = count_flops(bundle.model, PerturbationEvaluator(bundle.model, batch).batch)
             shown = "\n".join(pictures(bundle, given, batch, hard))
     kept = "; ".join(f"{row['site']} keeps {row['kept_ratio']:.0%}" for row in hard.recording.summary())
     return (
@@ -110,10 +110,10 @@ def build(models: Sequence[str]) -> Any:
                     image_mode=None,
                     sources=["upload", "clipboard"],
                     label="image",
-                    visible=first.sees,
+                    visible=first.takes_images,
                     height=280,
                 )
-                text = gr.Textbox(lines=5, max_length=MOST_CHARACTERS, label="text", visible=not first.sees)
+                text = gr.Textbox(lines=5, max_length=MOST_CHARACTERS, label="text", visible=not first.takes_images)
                 ratio = gr.Slider(
                     0.02, 1.0, value=_own_ratio(first), step=0.02, label="budget: share kept at every site"
                 )

@@ -19,7 +19,7 @@ from .heatmap import heat_map
 from .html import Html, cards, page, paragraph, picture, section, table
 from .model_with_processor import ModelWithProcessor, Prediction
 from .overlay import layer_overlay
-from .probe import Probe
+from .perturbation import PerturbationEvaluator
 from .sanity import randomised_weights
 from .tokens import token_highlight
 
@@ -54,13 +54,13 @@ def explain(bundle: ModelWithProcessor, inputs: Sequence[Any], measure: bool = T
     wide = not bundle.takes_images or bundle.model.can_generate()  # a text or a grid of words takes the whole width
     key = paragraph(LIT if bundle.takes_images else MARKED, "note")
     parts = [section("What it kept", key, "\n".join(shown) if wide else cards(shown))]
-    probe = Probe(bundle.model, bundle.encode(inputs))
-    certificate = verify(bundle.model, probe.batch)
+    evaluator = PerturbationEvaluator(bundle.model, bundle.encode(inputs))
+    certificate = verify(bundle.model, evaluator.batch)
     parts.append(_certificate(certificate))
     if measure:
-        parts += [_measured(probe), _sanity(bundle, probe)]
+        parts += [_measured(evaluator), _sanity(bundle, evaluator)]
     with record(bundle.model) as recording:
-        bundle.model(**probe.batch)
+        bundle.model(**evaluator.batch)
     if len(inputs) > 1:
         figure = picture(
             heat_map(recording),
@@ -75,7 +75,7 @@ def _one(bundle: ModelWithProcessor, given: Any) -> str:
     hard = bundle.predict(batch)
     with soft(bundle.model):
         loose = bundle.predict(batch)
-    scored = Probe(bundle.model, batch).batch
+    scored = PerturbationEvaluator(bundle.model, batch).batch
     cost = count_flops(bundle.model, scored)
     with soft(bundle.model):
         whole = count_flops(bundle.model, scored)
@@ -129,15 +129,15 @@ def _certificate(report: Report) -> str:
     return section("What the dropped places can still do", *lines, paragraph(note, "note"))
 
 
-def _measured(probe: Probe) -> str:
+def _measured(evaluator: PerturbationEvaluator) -> str:
     scores, absent = {}, []
     for name, make in attribution.EXPLANATIONS.items():
         try:
-            scores[name] = make(probe)
+            scores[name] = make(evaluator)
         except (HardAttentionError, ImportError) as error:  # a comparison that this model or installation has not
             absent.append(paragraph(f"Not compared with {name}: {error}", "note"))
-    left_out = attribution.leave_one_out(probe) if probe.places.shape[1] <= 300 else None
-    measured = compare(probe, scores, leave_one_out=left_out)
+    left_out = attribution.leave_one_out(evaluator) if evaluator.places.shape[1] <= 300 else None
+    measured = compare(evaluator, scores, leave_one_out=left_out)
     names = ["sufficiency", "comprehensiveness", "deletion", "insertion", "rank_correlation"]
     header = [
         "explanation",
@@ -152,21 +152,21 @@ def _measured(probe: Probe) -> str:
         table(header, rows),
         picture(faithfulness_curves(measured), "The answer's probability as the best places go, or come."),
     ]
-    how = "left out of the computation" if probe.removal == "select" else "masked or greyed"
+    how = "left out of the computation" if evaluator.removal == "select" else "masked or greyed"
     note = (
-        f"Means over {len(probe.full)} inputs; places are {how}. Sufficiency and comprehensiveness are averaged over rationales of 1, 5, 10, "
+        f"Means over {len(evaluator.full)} inputs; places are {how}. Sufficiency and comprehensiveness are averaged over rationales of 1, 5, 10, "
         "20 and 50 % of the places (ERASER's AOPC)."
     )
     parts += [paragraph(note, "note"), *absent]
-    if probe.removal == "select":
-        own = own_sufficiency(probe).abs().max().item()
+    if evaluator.removal == "select":
+        own = own_sufficiency(evaluator).abs().max().item()
         text = f"On exactly what it kept, its answer's probability changes by {own:g}"
         parts.append(paragraph(text + (": sufficiency is 0 by construction." if own == 0.0 else ", which is a bug.")))
     return section("How faithful that is, measured", *parts)
 
 
-def _sanity(bundle: ModelWithProcessor, probe: Probe) -> str:
-    found = randomised_weights(bundle.model, probe.batch, seeds=2)
+def _sanity(bundle: ModelWithProcessor, evaluator: PerturbationEvaluator) -> str:
+    found = randomised_weights(bundle.model, evaluator.batch, seeds=2)
     rows = [[site, value["jaccard"], value["chance"]] for site, value in found.items()]
     text = "Agreement far above chance would mean that the selection does not need what the model learned."
     return section(

@@ -24,7 +24,7 @@ from hf_hardattn.interpret import attribution
 from hf_hardattn.interpret.curves import faithfulness_curves
 from hf_hardattn.interpret.faithfulness import compare, own_sufficiency
 from hf_hardattn.interpret.model_with_processor import ModelWithProcessor
-from hf_hardattn.interpret.probe import Probe
+from hf_hardattn.interpret.perturbation import PerturbationEvaluator
 from hf_hardattn.interpret.report import explain
 from hf_hardattn.training import tasks
 
@@ -34,25 +34,25 @@ EXPLANATIONS = ("oracle", "selection", "soft attention", "integrated gradients",
 ORDERED_BY = {"sufficiency_of_size": 1, "comprehensiveness_of_size": -1, "sufficiency": 1, "comprehensiveness": -1}
 
 
-def measure(probe: Probe, gold: torch.Tensor) -> dict[str, Any]:
+def measure(evaluator: PerturbationEvaluator, gold: torch.Tensor) -> dict[str, Any]:
     """Every explanation of the model's own answers; places are left out of the computation where the model can do that."""
     scores: dict[str, torch.Tensor] = {}
     for name, make in attribution.EXPLANATIONS.items():
         try:
-            scores[name] = make(probe)
+            scores[name] = make(evaluator)
         except HardAttentionError as error:  # integrated gradients of a model that takes no embeddings
             print(f"left out: {name}, {error}")
-    left_out = attribution.leave_one_out(probe)
+    left_out = attribution.leave_one_out(evaluator)
     scores["oracle"] = gold.float() + 0.5 * (left_out - left_out.min()) / (left_out.max() - left_out.min()).clamp(
         min=1e-9
     )
     shown = {name: scores[name] for name in EXPLANATIONS if name in scores}
-    found = compare(probe, shown, human=gold, leave_one_out=left_out)
+    found = compare(evaluator, shown, human=gold, leave_one_out=left_out)
     order = {key: sorted(found, key=lambda name: sign * found[name][key]) for key, sign in ORDERED_BY.items()}
-    own = float(own_sufficiency(probe).abs().max()) if probe.removal == "select" else None
+    own = float(own_sufficiency(evaluator).abs().max()) if evaluator.removal == "select" else None
     return {
         "rows": len(gold),
-        "removal": probe.removal,
+        "removal": evaluator.removal,
         "own_sufficiency": own,
         "best_first": order,
         "explanations": found,
@@ -85,7 +85,7 @@ def main() -> None:
     tokens = (
         inputs["labels"].shape[1] if inputs["labels"].dim() == 2 else 1
     )  # of a generated answer: as many as the right one has
-    answers = Probe(bundle.model, inputs, answer_tokens=tokens).answer
+    answers = PerturbationEvaluator(bundle.model, inputs, answer_tokens=tokens).answer
     right = answers == inputs["labels"] if answers.dim() == 1 else _same(answers, inputs["labels"])
     # where the answer is wrong, what was planted is no rationale of it: the oracle is one on right answers only
     groups = {"right answers": right.nonzero()[:, 0], "all answers": torch.arange(len(gold))}
@@ -95,7 +95,7 @@ def main() -> None:
             print(f"left out: {name}, there are none among {len(gold)} rows")
             continue
         asked = {key: value[rows] for key, value in inputs.items()}
-        results[name] = measure(Probe(bundle.model, asked, answer_tokens=tokens), gold[rows])
+        results[name] = measure(PerturbationEvaluator(bundle.model, asked, answer_tokens=tokens), gold[rows])
     figure = faithfulness_curves(next(iter(results.values()))["explanations"])
     figure.savefig(args.output_dir / f"{args.name}_faithfulness.png", dpi=110)
     written = {"command": shlex.join(["python", *sys.argv]), **results}

@@ -1,4 +1,4 @@
-"""How sure a model stays of its own answer when it gets only a part of the input."""
+"""Evaluate how a model's confidence in its own answer changes when parts of the input are removed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ REMOVALS = ("select", "replace")
 NOT_INPUTS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 
 
-class Probe:
-    """``p(y^ | part of the input)`` of a model on a batch, y^ its own answer to the whole.
+class PerturbationEvaluator:
+    """Compute ``p(y^ | part of the input)`` of a model on a batch, y^ its own answer to the whole.
 
     The answer is the class of a classifier, or the text a model generates greedily; the probability of a text is the geometric
     mean of its tokens'. The model is evaluated in evaluation mode, without gradient.
@@ -94,7 +94,7 @@ class Probe:
             logits = _logits(self.model, self.model(**self.batch))
             if logits.dim() != 2:
                 raise HardAttentionError(
-                    f"{type(self.model).__name__} gives logits of shape {tuple(logits.shape)}; a probe follows one answer a row, [B, classes]."
+                    f"{type(self.model).__name__} gives logits of shape {tuple(logits.shape)}; an evaluator follows one answer a row, [B, classes]."
                 )
             self.answer = logits.argmax(-1)
             return
@@ -139,7 +139,7 @@ def _logits(model: Any, output: Any) -> Tensor:
     for name in ("logits", "itm_score"):
         if output.get(name) is not None:
             return output[name]
-    raise HardAttentionError(f"{type(model).__name__} gives no answer; a probe needs a head with logits.")
+    raise HardAttentionError(f"{type(model).__name__} gives no answer; an evaluator needs a head with logits.")
 
 
 def _ends(model: Any) -> list[int]:
