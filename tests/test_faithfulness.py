@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 import hf_hardattn
-from hf_hardattn import HardAttentionError, metrics, stream
+from hf_hardattn import HardAttentionError, metrics
 from hf_hardattn.collapse import find_collapse
 from hf_hardattn.interpret import attribution, measures
 from hf_hardattn.interpret.faithfulness import compare, faithfulness, own_sufficiency, plausibility, top
 from hf_hardattn.interpret.perturbation import PerturbationEvaluator
 from hf_hardattn.interpret.sanity import randomised_weights, shuffled
+from hf_hardattn.modeling import state
 
 sys.path.insert(0, str(Path(__file__).parent / "laws"))
 from rounding import SOME, tolerance  # noqa: E402
@@ -172,12 +173,12 @@ def test_a_planted_leak_is_caught(architecture: Any, head: str, site: str, monke
     """A double that lets every kept row have a thousandth of the mean of all rows: the certificate says so."""
     model, batch = example(architecture, head, [site], budget=0.4)
     assert hf_hardattn.verify(model, batch).sites[0].certified
-    honest = stream.keep_rows
+    honest = state.keep_rows
 
     def leaky(hidden: Tensor, indices: Tensor) -> Tensor:
         return honest(hidden, indices) + 1e-3 * hidden.mean(1, keepdim=True)
 
-    monkeypatch.setattr(stream, "keep_rows", leaky)
+    monkeypatch.setattr(state, "keep_rows", leaky)
     (found,) = hf_hardattn.verify(model, batch).sites
     assert not found.certified and "LEAKS" in found.statement and found.leak is not None and found.leak > 0
 

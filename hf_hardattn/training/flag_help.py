@@ -170,15 +170,14 @@ def _value(classes: dict[str, ast.ClassDef], name: str, wanted: str) -> Any:
     """What a class says of ``wanted``, itself or by its bases: a constant, or the name of a class."""
     for each in _ancestors(classes, name):
         for node in classes[each].body:
-            targets = (
-                node.targets
-                if isinstance(node, ast.Assign)
-                else [node.target]
-                if isinstance(node, ast.AnnAssign)
-                else []
-            )
+            if isinstance(node, ast.Assign):
+                targets = node.targets
+            elif isinstance(node, ast.AnnAssign):
+                targets = [node.target]
+            else:
+                continue
             if any(isinstance(target, ast.Name) and target.id == wanted for target in targets):
-                value = node.value  # type: ignore[union-attr]
+                value = node.value
                 if isinstance(value, ast.Constant):
                     return value.value
                 if isinstance(value, ast.Name):
