@@ -20,7 +20,7 @@ from hf_hardattn.interpret import attribution, measures
 from hf_hardattn.interpret.faithfulness import compare, faithfulness, own_sufficiency, plausibility, top
 from hf_hardattn.interpret.perturbation import PerturbationEvaluator
 from hf_hardattn.interpret.sanity import randomised_weights, shuffled
-from hf_hardattn.modeling import state
+from hf_hardattn.modeling import layers
 
 sys.path.insert(0, str(Path(__file__).parent / "laws"))
 from rounding import SOME, tolerance  # noqa: E402
@@ -173,12 +173,12 @@ def test_a_planted_leak_is_caught(architecture: Any, head: str, site: str, monke
     """A double that lets every kept row have a thousandth of the mean of all rows: the certificate says so."""
     model, batch = example(architecture, head, [site], budget=0.4)
     assert hf_hardattn.verify(model, batch).sites[0].certified
-    honest = state.keep_rows
+    honest = layers.keep
 
     def leaky(hidden: Tensor, indices: Tensor) -> Tensor:
         return honest(hidden, indices) + 1e-3 * hidden.mean(1, keepdim=True)
 
-    monkeypatch.setattr(state, "keep_rows", leaky)
+    monkeypatch.setattr(layers, "keep", leaky)
     (found,) = hf_hardattn.verify(model, batch).sites
     assert not found.certified and "LEAKS" in found.statement and found.leak is not None and found.leak > 0
 
