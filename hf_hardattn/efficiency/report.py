@@ -183,7 +183,7 @@ def exported(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def peers(results: dict[str, Any]) -> str:
+def competing(results: dict[str, Any]) -> str:
     """The table of the comparison with other methods, the fastest first."""
     lines = [
         f"# {results['title']}",

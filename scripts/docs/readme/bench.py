@@ -9,7 +9,10 @@ from hf_hardattn.efficiency.report import is_control
 
 from . import read
 
-PEERS = {"peers": "the demo's trained ViT", "peers_cluttered_fashion": "the ViT trained on cluttered Fashion-MNIST"}
+COMPETING = {
+    "competing": "the demo's trained ViT",
+    "competing_cluttered_fashion": "the ViT trained on cluttered Fashion-MNIST",
+}
 
 
 ELSEWHERE = {"avx512": "nothing beside it", "amx": "other work beside it", "avx2": "other work beside it"}
@@ -49,7 +52,7 @@ def table() -> str:
             f" A stock ViT with the library imported runs at {1 / i['relative_time']:.3f} × its speed without, outputs "
             f"{'bit-identical' if i['identical_outputs'] else 'DIFFERENT'}."
         )
-    others = " ".join(filter(None, (break_even(), growth(), exported(), *map(peers, PEERS))))
+    others = " ".join(filter(None, (break_even(), growth(), exported(), *map(competing, COMPETING))))
     return "\n".join([*lines, "", *elsewhere(), "", *gpu(), "", others])
 
 
@@ -57,6 +60,7 @@ def selection(group: dict[str, Any], name: str) -> str:
     """A row's name, with the share of stock's cross-attention cache that it holds."""
     cache = group["rows"][name].get("cross_cache_bytes")
     held = f", cross cache {cache / group['rows']['stock']['cross_cache_bytes']:.1%}" if cache else ""
+    name = name.replace("peer: ", "competing: ")  # as results made before the word was changed call it
     return "none (exact)" if name == "exact" else name + held
 
 
@@ -151,7 +155,7 @@ def gpu() -> list[str]:
     ]
 
 
-def peers(trained: str) -> str:
+def competing(trained: str) -> str:
     """The fastest ToMe beside ours; empty where it was not run."""
     found = read(f"bench/{trained}.json")
     if found is None:
@@ -165,7 +169,7 @@ def peers(trained: str) -> str:
         f"{name}: {methods[name]['accuracy']:.1%} at {methods[name]['against_soft']['median']:.2f} ×"
         for name in (ours, best)
     ]
-    return f"On {PEERS[trained]} (soft {methods['soft']['accuracy']:.1%}; {processor(found)[:-1]}), the fastest ToMe in the same run: {'; '.join(shown)} the soft model's speed."
+    return f"On {COMPETING[trained]} (soft {methods['soft']['accuracy']:.1%}; {processor(found)[:-1]}), the fastest ToMe in the same run: {'; '.join(shown)} the soft model's speed."
 
 
 def suite(name: str) -> list[dict[str, Any]]:

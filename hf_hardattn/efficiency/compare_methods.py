@@ -15,11 +15,11 @@ from ..api import apply
 from ..errors import HardAttentionError
 from ..recording import selectors
 from .bench import flops, quartiles, spread
+from .competing.evit import EViT
+from .competing.tome import ToMe
+from .competing.topk_mask import TopKMask
 from .counting import work
 from .limits import profile_call
-from .peers.evit import EViT
-from .peers.tome import ToMe
-from .peers.topk_mask import TopKMask
 from .timing import interleaved_seconds, ratios
 from .workloads import share_weights
 
@@ -37,7 +37,7 @@ def run(folder: Path, columns: dict[str, Any], *, batch: int, rounds: int) -> di
     missing = [name for name in ("soft", "hard") if not (folder / name).is_dir()]
     if missing:
         raise HardAttentionError(
-            f"{folder} holds no {' and no '.join(map(repr, missing))} model; the peers are compared on those of a training. Run: hf-hardattn demo "
+            f"{folder} holds no {' and no '.join(map(repr, missing))} model; competing methods are compared on those of a training. Run: hf-hardattn demo "
             f"--output {folder}, or train them with scripts/research/train_checkpoint.py and name their folder."
         )
     soft, hard = (AutoModelForImageClassification.from_pretrained(folder / name).eval() for name in ("soft", "hard"))

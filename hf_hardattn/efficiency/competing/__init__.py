@@ -10,7 +10,7 @@ from transformers import ViTForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
 
-class Peer(nn.Module):
+class CompetingMethod(nn.Module):
     """A soft ViT run in another way; subclasses give ``layer``."""
 
     def __init__(self, model: ViTForImageClassification):

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from hf_hardattn import HardAttentionError, apply
 from hf_hardattn.cli import app
-from hf_hardattn.efficiency import compare_peers
-from hf_hardattn.efficiency.peers.evit import EViT
-from hf_hardattn.efficiency.peers.tome import ToMe, merge
-from hf_hardattn.efficiency.peers.topk_mask import TopKMask
+from hf_hardattn.efficiency import compare_methods
+from hf_hardattn.efficiency.competing.evit import EViT
+from hf_hardattn.efficiency.competing.tome import ToMe, merge
+from hf_hardattn.efficiency.competing.topk_mask import TopKMask
 from hf_hardattn.training import tasks
 
 
@@ -34,11 +34,13 @@ def projected(layer: Any, hidden: torch.Tensor) -> list[torch.Tensor]:
     return [p(normed).view(17, 3, 8) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
 
 
-@pytest.mark.parametrize(("peer", "nothing"), [(ToMe, 0), (TopKMask, 1.0)])
-def test_a_peer_that_spares_nothing_is_the_stock_model(peer: type, nothing: float) -> None:
+@pytest.mark.parametrize(("method", "nothing"), [(ToMe, 0), (TopKMask, 1.0)])
+def test_a_method_that_spares_nothing_is_the_stock_model(method: type, nothing: float) -> None:
     model, pixels = vit(), torch.randn(2, 1, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(peer(model, nothing)(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
+        torch.testing.assert_close(
+            method(model, nothing)(pixel_values=pixels).logits, model(pixel_values=pixels).logits
+        )
 
 
 @pytest.mark.parametrize("r", [1, 3, 5])
@@ -99,7 +101,7 @@ def test_top_k_masking_keeps_k_keys_of_each_query() -> None:
         torch.testing.assert_close(found, joined + layer.mlp(layer.layernorm_after(joined)))
 
 
-def test_the_peers_of_a_task_run_on_its_trained_models(tmp_path: Path) -> None:
+def test_competing_methods_run_on_its_trained_models(tmp_path: Path) -> None:
     """Every method, on untrained models in the place of trained ones."""
     task = tasks.load("cluttered_digits", {"test_images": 8})
     torch.manual_seed(0)
@@ -107,7 +109,7 @@ def test_the_peers_of_a_task_run_on_its_trained_models(tmp_path: Path) -> None:
     soft.save_pretrained(tmp_path / "soft")
     hard = {"sites": ["vision.inputs"], "scorer": "conv", "budget": 9}
     apply(ViTForImageClassification(task.config()), hard).save_pretrained(tmp_path / "hard")
-    found = compare_peers.run(tmp_path, task.columns(), batch=4, rounds=1)
+    found = compare_methods.run(tmp_path, task.columns(), batch=4, rounds=1)
     ours = found["ours, vision.inputs keep 0.14"]
     assert {row["weights"] for row in found.values()} == {"soft", "hard"} and ours["weights"] == "hard"
     assert {name.split(" ")[0] for name in found} == {
@@ -125,16 +127,26 @@ def test_the_peers_of_a_task_run_on_its_trained_models(tmp_path: Path) -> None:
     assert ours["flops"]["executed"] < found["ToMe r=24"]["flops"]["executed"] < found["ToMe r=4"]["flops"]["executed"]
     assert all(0 <= row["accuracy"] <= 1 and row["images_per_second"] > 0 for row in found.values())
     with pytest.raises(HardAttentionError, match="holds no 'soft' and no 'hard' model"):
-        compare_peers.run(tmp_path / "nowhere", task.columns(), batch=4, rounds=1)
+        compare_methods.run(tmp_path / "nowhere", task.columns(), batch=4, rounds=1)
 
 
-def test_peers_are_named_after_their_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_named_after_their_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"weights": "soft", "accuracy": 0.5, "images_per_second": 2.0, "peak_bytes": 1}
     row |= {"against_soft": {"median": 1.0, "quartiles": [1.0, 1.0, 1.0]}, "flops": {"executed": 2, "nominal": 1}}
-    monkeypatch.setattr(compare_peers, "run", lambda folder, columns, **options: {"soft": row})
+    monkeypatch.setattr(compare_methods, "run", lambda folder, columns, **options: {"soft": row})
     monkeypatch.setattr("hf_hardattn.efficiency.allocator.restart_with_settings", lambda: None)
-    flags = ["bench", "--suite", "peers", "--task", "cluttered_digits_60", "--threads", "1", "--output", str(tmp_path)]
+    flags = [
+        "bench",
+        "--suite",
+        "competing",
+        "--task",
+        "cluttered_digits_60",
+        "--threads",
+        "1",
+        "--output",
+        str(tmp_path),
+    ]
     result = CliRunner().invoke(app, flags)
     assert result.exit_code == 0, result.output
-    assert json.loads((tmp_path / "peers_cluttered_digits_60.json").read_text())["images"] == 2000
-    assert "cluttered digits 60" in (tmp_path / "peers_cluttered_digits_60.md").read_text()
+    assert json.loads((tmp_path / "competing_cluttered_digits_60.json").read_text())["images"] == 2000
+    assert "cluttered digits 60" in (tmp_path / "competing_cluttered_digits_60.md").read_text()

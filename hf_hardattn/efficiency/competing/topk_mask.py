@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Peer, feed_forward, join, project
+from . import CompetingMethod, feed_forward, join, project
 
 
-class TopKMask(Peer):
+class TopKMask(CompetingMethod):
     """Every query of every layer and head attends to its k largest logits; the others are set to minus infinity. Nothing is computed less.
 
     Args:

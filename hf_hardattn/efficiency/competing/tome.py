@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import Peer, feed_forward, join, project
+from . import CompetingMethod, feed_forward, join, project
 
 
-class ToMe(Peer):
+class ToMe(CompetingMethod):
     """Bipartite soft matching between attention and MLP; tokens remember how many they stand for.
 
     Tokens are dealt alternately into two sets; each of the first proposes its most similar one of the second by the cosine of their keys (the

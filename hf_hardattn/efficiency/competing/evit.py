@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Peer, feed_forward, join, project
+from . import CompetingMethod, feed_forward, join, project
 
 
-class EViT(Peer):
+class EViT(CompetingMethod):
     """After the attention of one layer, keep the ``keep`` share of patches with the largest attention from CLS (the mean over heads); the others
     become one token, their sum weighted by that attention.
 
