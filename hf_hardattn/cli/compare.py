@@ -44,7 +44,7 @@ def command(
     folder = folder or Path("outputs/compare") / (config.stem + "-quick" * quick)
     total, done = seeds * len(comparison.variants), 0
 
-    def tell(row: dict[str, Any]) -> None:
+    def show_row(row: dict[str, Any]) -> None:
         nonlocal done
         done += 1
         result = row.get("message") or ", ".join(f"{key} {value:.4f}" for key, value in row["metrics"].items())
@@ -52,7 +52,7 @@ def command(
 
     chosen = list(range(first_seed, first_seed + seeds))
     rows = compare(
-        comparison, chosen, folder, jobs=jobs, threads=threads, quick=quick, retry=retry, save=save, tell=tell
+        comparison, chosen, folder, jobs=jobs, threads=threads, quick=quick, retry=retry, save=save, on_row=show_row
     )
     results = report(
         comparison, rows, shlex.join(["hf-hardattn", *sys.argv[1:]]), quick=quick, jobs=jobs, threads=threads

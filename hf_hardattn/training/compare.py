@@ -42,7 +42,7 @@ def compare(
     quick: bool = False,
     retry: bool = False,
     save: bool = False,
-    tell: Callable[[dict[str, Any]], None] = lambda row: None,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Train what is not trained yet, and return a row for every variant and seed.
 
@@ -52,7 +52,7 @@ def compare(
         quick: a few steps and one test batch only.
         retry: do failed runs again.
         save: keep each model that is trained from now on, in ``folder``'s ``models``.
-        tell: called with each row as soon as it is there.
+        on_row: called with each row as soon as it is there.
 
     Returns:
         Rows with ``variant``, ``seed``, ``status`` (``finished`` or ``failed``) and, by that, ``metrics``, ``gflops``, ``seconds`` and
@@ -82,7 +82,7 @@ def compare(
     rows = {}
     for row in _each(partial(train_branch, save=save), runs, folder, jobs, threads):
         rows[row["variant"], row["seed"]] = row
-        tell(row)
+        on_row(row)
     return [rows[name, seed] for name in variants for seed in seeds]
 
 
@@ -98,8 +98,8 @@ def train_base(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     started, processor = time.perf_counter(), time.process_time()
     torch.manual_seed(spec["seed"])
     model = task.model_class(task.config()).to(default_device())  # type: ignore[arg-type]  # Transformers wraps it
-    with _bar("base checkpoint", recipe.trunk_steps) as tell:
-        losses = fit(model, task, recipe, seed=spec["seed"], branch=False, tell=tell)
+    with _bar("base checkpoint", recipe.trunk_steps) as on_step:
+        losses = fit(model, task, recipe, seed=spec["seed"], branch=False, on_step=on_step)
     model.save_pretrained(place)
     seconds = {"train": time.perf_counter() - started, "processor": time.process_time() - processor}
     row = {"spec": spec, "seconds": seconds, "losses": _thin(losses)}
@@ -128,8 +128,8 @@ def _measure(spec: dict[str, Any], folder: Path, save: bool) -> dict[str, Any]:
     model = task.model_class.from_pretrained(base_folder(spec, folder), hard_attention=spec["hard_attention"])
     model.to(default_device())  # type: ignore[arg-type]
     started, processor = time.perf_counter(), time.process_time()
-    with _bar(spec["variant"], recipe.branch_steps) as tell:
-        losses = fit(model, task, recipe, seed=spec["seed"] + 1000, branch=True, tell=tell)
+    with _bar(spec["variant"], recipe.branch_steps) as on_step:
+        losses = fit(model, task, recipe, seed=spec["seed"] + 1000, branch=True, on_step=on_step)
     trained, processor = time.perf_counter(), time.process_time() - processor
     if save:
         place = folder / "models" / run_path(spec, folder).stem
@@ -169,11 +169,11 @@ def _bar(name: str, steps: int) -> Iterator[Callable[[int, float], None]]:
     """The progress of a training, on a terminal; none in one of several processes, whose lines would mix."""
     with tqdm(total=steps, desc=name, leave=False, disable=True if parent_process() else None) as bar:
 
-        def tell(step: int, loss: float) -> None:
+        def on_step(step: int, loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
 
-        yield tell
+        yield on_step
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -68,8 +68,8 @@ def run(recipe: Recipe, output: Path, threads: int | None = None) -> dict[str, A
         ramp=recipe.ramp / recipe.trunk_steps,
     )
     hard = {"hard": hard_config(recipe), "random": random_config(recipe)}
-    with _bars() as tell:
-        found, models = variants.run("cluttered_digits", options, numbers, hard, recipe.seed, output, tell)
+    with _bars() as on_step:
+        found, models = variants.run("cluttered_digits", options, numbers, hard, recipe.seed, output, on_step)
     seconds = time.perf_counter() - began
     results = {"command": "hf-hardattn demo", "recipe": asdict(recipe), **found, "seconds": seconds}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -102,7 +102,7 @@ def _bars() -> Iterator[variants.OnStep]:
     """A progress bar a model."""
     bars: dict[str, Any] = {}
 
-    def tell(name: str, step: int, steps: int, loss: float) -> None:
+    def on_step(name: str, step: int, steps: int, loss: float) -> None:
         if name not in bars:
             bars[name] = tqdm(total=steps, desc=f"{name:>6}", unit="step", mininterval=1.0)
         bars[name].update()
@@ -112,7 +112,7 @@ def _bars() -> Iterator[variants.OnStep]:
             bars[name].close()
 
     try:
-        yield tell
+        yield on_step
     finally:
         for bar in bars.values():
             bar.close()

@@ -113,7 +113,7 @@ def _train(
             recipe,
             seed=seed + 1000 * branch,
             branch=branch,
-            tell=lambda step, loss: on_step(name, step, steps, loss),
+            on_step=lambda step, loss: on_step(name, step, steps, loss),
         )
     seconds = time.perf_counter() - started
     batch = task.draw(recipe.batch, torch.Generator().manual_seed(seed))

@@ -63,11 +63,11 @@ def main() -> None:
     hard = {"hard": fields[args.variant], "random": fields["random"]}
     output = args.output_dir / args.name
 
-    def tell(name: str, step: int, steps: int, loss: float) -> None:
+    def on_step(name: str, step: int, steps: int, loss: float) -> None:
         if (step + 1) % 100 == 0 or step + 1 == steps:
             print(f"{name:>6} {step + 1:>6} of {steps}: loss {loss:.3f}", flush=True)
 
-    found, models = variants.run(comparison.task, comparison.task_options, recipe, hard, args.seed, output, tell)
+    found, models = variants.run(comparison.task, comparison.task_options, recipe, hard, args.seed, output, on_step)
     results = {
         "command": shlex.join(["python", *sys.argv]),
         "task": comparison.task,
