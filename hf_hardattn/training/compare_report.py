@@ -192,11 +192,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     right.set_ylabel(f"{metric} (points)")
     right.set_xlabel("GFLOPs an example, forward (counted)")
     right.set_xlim(0, 1.08 * max((row["gflops"] for _, row in shown), default=1.0))
-    told = [item for item in shown if item[0] in ("soft", "random")]
+    labelled = [item for item in shown if item[0] in ("soft", "random")]
     learned = [item for item in shown if item[0] not in CONTROLS]
     if learned:
-        told.append(max(learned, key=lambda item: _mean(item[1], metric)))
-    for name, row in told:
+        labelled.append(max(learned, key=lambda item: _mean(item[1], metric)))
+    for name, row in labelled:
         where = (row["gflops"], _mean(row, metric) * points)
         side = "right" if row["gflops"] > right.get_xlim()[1] / 2 else "left"
         right.annotate(

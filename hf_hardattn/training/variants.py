@@ -173,8 +173,8 @@ def _subgroups(task: tasks.Base, models: Mapping[str, PreTrainedModel]) -> tuple
         free.append(other)
         if batch.gold is not None:
             gold.append(batch.gold[:, 0])
-    told: dict[Any, Any] = hard.config.id2label or {}
-    names = {label: str(told.get(label, label)) for label in sorted(set(truth))}
+    labels: dict[Any, Any] = hard.config.id2label or {}
+    names = {label: str(labels.get(label, label)) for label in sorted(set(truth))}
     if len(names) > MOST_GROUPS or len(truth) != sum(map(len, kept)):
         return [], []  # free texts: there are no groups that the task itself knows
     members = {label: [i for i, other in enumerate(truth) if other == label] for label in names}

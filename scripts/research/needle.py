@@ -188,8 +188,8 @@ def costs(models: list[str], rounds: int, threads: int) -> Iterator[dict[str, An
         for size in COSTS[model][1]:
             command = [sys.executable, __file__, "one", "--model", model, "--size", str(size)]
             command += ["--rounds", str(rounds), "--threads", str(threads)]
-            told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            yield json.loads(told.splitlines()[-1])
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            yield json.loads(output.splitlines()[-1])
 
 
 def _call(model: nn.Module, batch: dict[str, Tensor]) -> Any:

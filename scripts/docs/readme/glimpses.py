@@ -56,13 +56,13 @@ def needles() -> list[str]:
         ]
         lines.append(f"| {row['model']} | {row['size']:,} | {' | '.join(cells)} |")
     machine = r["cost"]["machine"]
-    told = {
+    descriptions = {
         "image": "A handwritten digit fills one patch of 32 px among fragments of others (trained at 256 px).",
         "text": "Four informative tokens stand in a document, and all four are to be said (`mlp` at `encoder.inputs`, trained at 160 tokens by a schedule that was chosen on one of these seeds).",
     }
     lines += [
         "",
-        f"{' '.join(told[kind] for kind in r['accuracy'])} Cost: models of ViT-S's width with two layers and random weights, patches of 16 px, batch 1, "
+        f"{' '.join(descriptions[kind] for kind in r['accuracy'])} Cost: models of ViT-S's width with two layers and random weights, patches of 16 px, batch 1, "
         f"float32, {machine['threads']} threads of {machine['processor']}, interleaved medians on a shared machine, in a process that may allocate "
         f"{r['cost']['limit_bytes'] / 2**30:.0f} GiB; FLOPs are counted.",
     ]
