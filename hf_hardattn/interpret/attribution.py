@@ -38,7 +38,7 @@ def random(evaluator: PerturbationEvaluator, seed: int = 0) -> Tensor:
 def soft_attention(evaluator: PerturbationEvaluator) -> Tensor:
     """Attention of the same weights run soft: of the decoder to the input where there is one (mean over layers, heads and steps),
     else of CLS, or of all tokens, in the last layer (mean over heads)."""
-    teacher = teach(evaluator.model, lambda **asked: evaluator.model(**evaluator.batch, **asked), attention=True)
+    teacher = teach(evaluator.model, lambda **keywords: evaluator.model(**evaluator.batch, **keywords), attention=True)
     towers = family_of(evaluator.model).towers(evaluator.model)  # type: ignore[union-attr]  # the evaluator knows the model
     cross = [
         m

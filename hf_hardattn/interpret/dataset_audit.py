@@ -42,13 +42,13 @@ def audit_rows(
     kept, places, ids = [], [], []
     for start in range(0, len(rows), batch):
         encoded = bundle.encode(rows[start : start + batch][column])
-        asked = dict(encoded)
+        inputs = dict(encoded)
         if bundle.model.can_generate():  # one decoder step is enough to reach every site of the input
             with record(bundle.model) as recording:
-                bundle.model.generate(**asked, max_new_tokens=1, num_beams=1, do_sample=False)
+                bundle.model.generate(**inputs, max_new_tokens=1, num_beams=1, do_sample=False)
         else:
             with record(bundle.model) as recording:
-                bundle.model(**asked)
+                bundle.model(**inputs)
         one, free = kept_and_free(bundle.model, encoded, recording, site)
         kept.append(one)
         places.append(free)

@@ -61,7 +61,7 @@ def run(
     del models["base"]
     hard, inputs = models["hard"], next(task.test()).inputs
     tested = {name: task.evaluate(model) for name, model in models.items()}
-    asked = {name: value[:32] for name, value in inputs.items() if name != "labels"}
+    checked = {name: value[:32] for name, value in inputs.items() if name != "labels"}
     own = [cost["base"], cost["hard"]]  # what this checkpoint took: the other two are there to be compared with
     rows, measured = _inference(models, {name: value[:64] for name, value in inputs.items()})
     groups, findings = _subgroups(task, models)
@@ -75,7 +75,7 @@ def run(
         "test_examples": sum(len(task.references(batch.inputs)) for batch in task.test()),
         "subgroups": groups,
         "audit": {"findings": [finding.to_dict() for finding in findings], "caution": CAUTION},
-        "certificate": verify(hard, asked).to_dict(),
+        "certificate": verify(hard, checked).to_dict(),
         "reload": _reload(output / "hard", task_name, task_options, tested["hard"][task.metric]),
         "training": {
             "parameters": sum(p.numel() for p in hard.parameters()),

@@ -94,8 +94,8 @@ def main() -> None:
         if not len(rows):
             print(f"left out: {name}, there are none among {len(gold)} rows")
             continue
-        asked = {key: value[rows] for key, value in inputs.items()}
-        results[name] = measure(PerturbationEvaluator(bundle.model, asked, answer_tokens=tokens), gold[rows])
+        subset = {key: value[rows] for key, value in inputs.items()}
+        results[name] = measure(PerturbationEvaluator(bundle.model, subset, answer_tokens=tokens), gold[rows])
     figure = faithfulness_curves(next(iter(results.values()))["explanations"])
     figure.savefig(args.output_dir / f"{args.name}_faithfulness.png", dpi=110)
     written = {"command": shlex.join(["python", *sys.argv]), **results}

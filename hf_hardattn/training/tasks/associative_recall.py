@@ -51,14 +51,14 @@ class AssociativeRecall(Drawn):
     def rows(self, size: int, generator: torch.Generator) -> Batch:
         keys = torch.rand(size, self.keys, generator=generator).argsort(-1)[:, : self.facts]
         values = torch.randint(self.values, (size, self.facts), generator=generator)
-        asked = torch.rand(size, self.facts, generator=generator).argsort(-1)[:, : self.queries]
+        queried = torch.rand(size, self.facts, generator=generator).argsort(-1)[:, : self.queries]
         facts = FIRST + self.keys + self.values + keys * self.values + values
         inputs = {
             "input_ids": torch.nn.functional.pad(facts, (0, 1), value=END),
-            "decoder_input_ids": FIRST + keys.gather(1, asked),
-            "labels": FIRST + self.keys + values.gather(1, asked),
+            "decoder_input_ids": FIRST + keys.gather(1, queried),
+            "labels": FIRST + self.keys + values.gather(1, queried),
         }
-        return Batch(inputs, torch.arange(self.facts + 1) == asked[..., None])
+        return Batch(inputs, torch.arange(self.facts + 1) == queried[..., None])
 
     def _with(self, facts: int) -> AssociativeRecall:
         return AssociativeRecall(facts, min(facts, self.queries), self.keys, self.values, self.test_rows)

@@ -32,7 +32,7 @@ def table() -> str:
             if name != "stock":
                 lines.append(
                     f"| {group['name']} | {selection(group, name)} | {' | '.join(measured(group, name))} | "
-                    f"{' | '.join([*measured(also, name), f'{beyond(also, name):.2f}'] if also else [''] * 6)} | {asked(group, also, name)} | "
+                    f"{' | '.join([*measured(also, name), f'{beyond(also, name):.2f}'] if also else [''] * 6)} | {required(group, also, name)} | "
                     f"{row['peak_bytes'] / group['rows']['stock']['peak_bytes']:.0%} |"
                 )
     shares = [o["share"] for group in found["groups"] for o in group["selection_overhead"].values()]
@@ -83,7 +83,7 @@ def beyond(compiled: dict[str, Any], name: str) -> float:
     return seconds[UNCOMPILED] / seconds[name]
 
 
-def asked(group: dict[str, Any], compiled: dict[str, Any] | None, name: str) -> str:
+def required(group: dict[str, Any], compiled: dict[str, Any] | None, name: str) -> str:
     """The target of a row against stock, and the first of its measurements that holds it."""
     row = group["rows"][name]
     exact = next(filter(None, (row["targets"].get("exact_against_stock") for row in group["rows"].values())), None)
