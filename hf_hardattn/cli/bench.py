@@ -93,7 +93,7 @@ def command(
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{chosen.name}{'' if mode == 'eager' else f'_{mode}'}.json"
     before = json.loads(path.read_text()) if path.exists() and only != "*" else {"groups": []}
-    made = {group["name"]: group for group in before["groups"]}
+    by_name = {group["name"]: group for group in before["groups"]}
     as_run = "" if mode == "eager" else f" --mode {mode}"
     if exported:
         measured: Iterator[dict[str, Any]] = bench_exported.run(groups, rounds=rounds, seconds=seconds, threads=threads)
@@ -111,8 +111,8 @@ def command(
         "import": cost_of_import(threads, 56) if import_cost else before.get("import"),
     }
     for group in measured:  # written as they come: an interrupted run keeps what it has
-        made[group["name"]] = group
-        results["groups"] = [made[known.name] for known in chosen.groups if known.name in made]
+        by_name[group["name"]] = group
+        results["groups"] = [by_name[known.name] for known in chosen.groups if known.name in by_name]
         path.write_text(json.dumps(results, indent=1) + "\n")
     if exported:
         path.with_suffix(".md").write_text(report.exported(results))

@@ -19,13 +19,13 @@ def selection(evaluator: PerturbationEvaluator, site: str | None = None) -> Tens
     """The selector's own scores, mean over heads and queries, fp32 ``[B, P]``; what an earlier site dropped ranks last."""
     with torch.no_grad(), record(evaluator.model) as recording:
         evaluator.model(**evaluator.batch)
-    made = recording[
+    chosen = recording[
         site or next((s for s in recording.sites if recording.tower(s) == evaluator.tower), evaluator.site)
     ][0]
-    kept = recording.kept(made).flatten(1, 2).float().mean(1)
-    if made.scores.shape[-1] != evaluator.places.shape[1]:
+    kept = recording.kept(chosen).flatten(1, 2).float().mean(1)
+    if chosen.scores.shape[-1] != evaluator.places.shape[1]:
         return kept.expand(evaluator.places.shape)
-    scores = made.scores.float().flatten(1, 2).mean(1)
+    scores = chosen.scores.float().flatten(1, 2).mean(1)
     scale = (scores.amax(-1, keepdim=True) - scores.amin(-1, keepdim=True)).clamp(min=1e-9)
     return (kept + (scores - scores.amin(-1, keepdim=True)) / (2 * scale)).expand(evaluator.places.shape)
 

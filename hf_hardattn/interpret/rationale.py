@@ -22,7 +22,7 @@ def kept_places(recording: Recording, site: str) -> Tensor:
 
 
 def kept_per_token(recording: Recording, site: str, beam_indices: Tensor | None = None) -> Tensor:
-    """Places that ``site`` kept for each generated token (any head): the choice made at the query that predicted it.
+    """Places that ``site`` kept for each generated token (any head): the choice selections at the query that predicted it.
 
     Args:
         recording: of one ``generate()`` call.
@@ -32,9 +32,11 @@ def kept_per_token(recording: Recording, site: str, beam_indices: Tensor | None 
     Returns:
         bool ``[B, T, P]``; all False behind a sequence's end when ``beam_indices`` says where it ends.
     """
-    made: list[Selection] = recording[site]
-    once = made[0].mask.shape[2] == 1 and len(made) == 1  # one choice serves every step: its keys are cached
-    steps = [recording.kept(selection)[:, :, -1].any(1) for selection in made]
+    selections: list[Selection] = recording[site]
+    once = (
+        selections[0].mask.shape[2] == 1 and len(selections) == 1
+    )  # one choice serves every step: its keys are cached
+    steps = [recording.kept(selection)[:, :, -1].any(1) for selection in selections]
     if beam_indices is None:
         return torch.stack(steps, 1)
     rows, count = beam_indices.long().cpu(), beam_indices.shape[1]

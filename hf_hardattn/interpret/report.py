@@ -79,12 +79,14 @@ def _one(bundle: ModelWithProcessor, given: Any) -> str:
     cost = count_flops(bundle.model, scored)
     with soft(bundle.model):
         whole = count_flops(bundle.model, scored)
-    made = hard.recording[hard.recording.sites[0]][0]
-    candidates = made.valid if made.required is None else made.valid & ~made.required  # CLS and </s> are no choice
-    kept, known = (int(m.flatten(0, 2).any(0).sum()) for m in (hard.recording.kept(made, choice=True), candidates))
+    selection = hard.recording[hard.recording.sites[0]][0]
+    candidates = (
+        selection.valid if selection.required is None else selection.valid & ~selection.required
+    )  # CLS and </s> are no choice
+    kept, known = (int(m.flatten(0, 2).any(0).sum()) for m in (hard.recording.kept(selection, choice=True), candidates))
     line = (
         f"Answer: {quoted(hard)}. The same weights looking everywhere: {quoted(loose)}. It kept {kept} of {known} "
-        f"{'patches' if bundle.takes_images else 'tokens'} at {made.site}; counted cost {cost / whole:.0%} of looking everywhere."
+        f"{'patches' if bundle.takes_images else 'tokens'} at {selection.site}; counted cost {cost / whole:.0%} of looking everywhere."
     )
     return paragraph(line) + "\n".join(pictures(bundle, given, batch, hard))
 

@@ -210,9 +210,9 @@ def check(folder: str, task_name: str, task_options: str) -> None:
     site = next(iter(selectors(model)))
     with record(model) as selections, torch.no_grad():
         model(**{name: value[:8] for name, value in next(task.test()).inputs.items()})
-    made = selections[site][0]
-    always = 0 if made.required is None else 1  # CLS or </s> is there always, and is no choice
-    answer = {task.metric: task.evaluate(model)[task.metric], "patches_kept": made.slots - always}
+    selection = selections[site][0]
+    always = 0 if selection.required is None else 1  # CLS or </s> is there always, and is no choice
+    answer = {task.metric: task.evaluate(model)[task.metric], "patches_kept": selection.slots - always}
     print(json.dumps({**answer, "hard": bool(selectors(model))}))
 
 

@@ -45,8 +45,8 @@ def choice(name: str, options: dict[str, Any], batch: int, patches: int, k: int)
     weight = torch.randn(scores.shape)
 
     def run() -> None:
-        made = estimator.choose(scores, count, valid, slots=k, sampling=Sampling(uniform=torch.rand))
-        (made.gates * weight).sum().backward()
+        selection = estimator.choose(scores, count, valid, slots=k, sampling=Sampling(uniform=torch.rand))
+        (selection.gates * weight).sum().backward()
         scores.grad = None
 
     return run

@@ -287,24 +287,24 @@ def main() -> None:
     if args.what == "draw":
         draw(read_json(RESULTS), RESULTS.with_suffix(".png"))
         return
-    made: dict[str, Any]
+    results: dict[str, Any]
     if args.what == "accuracy":
-        made = {"accuracy": read_json(RESULTS).get("accuracy", {}) if RESULTS.exists() else {}}
+        results = {"accuracy": read_json(RESULTS).get("accuracy", {}) if RESULTS.exists() else {}}
         for kind, rows in accuracy(
             [args.kind] if args.kind else list(TESTS), args.size, args.variant, args.seeds, args.folder
         ).items():
             others = [
                 row
-                for row in made["accuracy"].get(kind, [])
+                for row in results["accuracy"].get(kind, [])
                 if args.size not in (None, row["size"]) or args.variant not in (None, row["model"])
             ]
-            made["accuracy"][kind] = others + rows
+            results["accuracy"][kind] = others + rows
     else:
         rows = list(costs([args.model] if args.model else list(COSTS), args.rounds, args.threads))
-        made = {"cost": {"machine": machine(args.threads), "limit_bytes": LIMIT, "kept": SCOUT["budget"]}}
+        results = {"cost": {"machine": machine(args.threads), "limit_bytes": LIMIT, "kept": SCOUT["budget"]}}
         before = read_json(RESULTS).get("cost", {}).get("rows", []) if RESULTS.exists() and args.model else []
-        made["cost"]["rows"] = [row for row in before if row["model"] != args.model] + rows
-    write_json(RESULTS, {**(read_json(RESULTS) if RESULTS.exists() else {}), **made})
+        results["cost"]["rows"] = [row for row in before if row["model"] != args.model] + rows
+    write_json(RESULTS, {**(read_json(RESULTS) if RESULTS.exists() else {}), **results})
 
 
 if __name__ == "__main__":

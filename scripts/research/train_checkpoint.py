@@ -34,10 +34,12 @@ def draw(model: Any, task: tasks.Base, path: Path, images: int = 12) -> None:
         found = model(**inputs).logits.argmax(-1).tolist()
     names, labels = model.config.id2label, inputs["labels"].tolist()
     titles = [names[a] if a == b else f"{names[a]} (is {names[b]})" for a, b in zip(found, labels, strict=True)]
-    made = selections[next(iter(selectors(model)))][0]
-    share = float(made.kept_ratio.mean())
+    selection = selections[next(iter(selectors(model)))][0]
+    share = float(selection.kept_ratio.mean())
     caption = f"The model computed on the lit patches only ({share:.0%}); above each image, what it read there."
-    figure = patch_overlay(inputs["pixel_values"], made, model.config.patch_size, titles, columns=6, caption=caption)
+    figure = patch_overlay(
+        inputs["pixel_values"], selection, model.config.patch_size, titles, columns=6, caption=caption
+    )
     figure.savefig(path, dpi=130)
 
 
