@@ -386,8 +386,8 @@ def _measure(accelerator: Accelerator, args: ScriptArguments, task: Task, model:
 
 def _windows(batches: Any, size: int) -> Iterator[list[dict[str, Any]]]:
     """The micro-batches of each optimizer step."""
-    left = iter(batches)
-    while window := list(itertools.islice(left, size)):
+    remaining = iter(batches)
+    while window := list(itertools.islice(remaining, size)):
         if len(window) == size:
             yield window
 
