@@ -159,12 +159,12 @@ def _subgroups(task: tasks.Base, models: Mapping[str, PreTrainedModel]) -> tuple
     """The metric of each label for hard and soft; and what the hard model keeps and drops systematically."""
     hard = models["hard"]
     site = next(iter(selectors(hard)))
-    said: dict[str, list[Any]] = {"hard": [], "soft": []}
+    predictions: dict[str, list[Any]] = {"hard": [], "soft": []}
     truth: list[Any] = []
     kept, free, gold = [], [], []
     for batch in task.test():
-        for name in said:
-            said[name] += task.predict(models[name], batch.inputs)
+        for name in predictions:
+            predictions[name] += task.predict(models[name], batch.inputs)
         truth += task.references(batch.inputs)
         with record(hard) as recording:
             hard(**batch.inputs)
@@ -180,7 +180,10 @@ def _subgroups(task: tasks.Base, models: Mapping[str, PreTrainedModel]) -> tuple
     members = {label: [i for i, other in enumerate(truth) if other == label] for label in names}
     groups = [
         {"group": names[label], "examples": len(rows)}
-        | {name: task.score([words[i] for i in rows], [label] * len(rows))[task.metric] for name, words in said.items()}
+        | {
+            name: task.score([words[i] for i in rows], [label] * len(rows))[task.metric]
+            for name, words in predictions.items()
+        }
         for label, rows in members.items()
     ]
     places = torch.cat(free)

@@ -36,15 +36,15 @@ def read(place: Path) -> dict[str, Any] | None:
     path = place / "results.json"
     if not path.is_file():
         return None
-    said: dict[str, Any] = read_json(path)
-    said["command"] = "python " + re.sub(r"^\S*scripts/", "scripts/", said["command"])
-    for metrics in said["metrics"].values():
+    result: dict[str, Any] = read_json(path)
+    result["command"] = "python " + re.sub(r"^\S*scripts/", "scripts/", result["command"])
+    for metrics in result["metrics"].values():
         recalls = [value for name, value in metrics.items() if re.match(r"(image|text)_to_\w+_recall@", name)]
         if recalls:
             metrics["mean_recall"] = sum(recalls) / len(recalls)
         if "kept_ratio" in metrics:
             metrics["kept"] = statistics.mean(metrics.pop("kept_ratio").values())
-    return said
+    return result
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -70,19 +70,19 @@ def side_by_side(task: str, root: Path = Path("outputs")) -> dict[str, Any]:
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for variant in ("soft", "hard", "random"):
         found = {seed: read(folder(task, variant, seed, root)) for seed in range(10)}
-        runs[variant] = {seed: said for seed, said in found.items() if said is not None}
+        runs[variant] = {seed: result for seed, result in found.items() if result is not None}
     if not runs["hard"]:
         raise SystemExit(f"no run under {folder(task, 'hard', 0, root)}; make it with finetuning_runs.py {task}")
-    steps = {said["train"]["steps"] for variant in runs.values() for said in variant.values()}
+    steps = {result["train"]["steps"] for variant in runs.values() for result in variant.values()}
     if len(steps) > 1:
         raise SystemExit(f"the runs of {task} have {sorted(steps)} steps; compare equal ones")
     base, first = read(folder(task, "base", 0, root)), next(iter(runs["hard"].values()))
     metric, points = POINTS[first["task"]]
     shown = {
-        "soft": [said["metrics"]["soft"] for said in runs["soft"].values()],
-        "hard": [said["metrics"]["hard"] for said in runs["hard"].values()],
-        "hard run, soft": [said["metrics"]["soft"] for said in runs["hard"].values()],
-        "random": [said["metrics"]["hard"] for said in runs["random"].values()],
+        "soft": [result["metrics"]["soft"] for result in runs["soft"].values()],
+        "hard": [result["metrics"]["hard"] for result in runs["hard"].values()],
+        "hard run, soft": [result["metrics"]["soft"] for result in runs["hard"].values()],
+        "random": [result["metrics"]["hard"] for result in runs["random"].values()],
         "trunk": [] if base is None else [base["metrics"]["soft"]],
     }
     both = sorted(runs["soft"].keys() & runs["hard"].keys())

@@ -34,9 +34,9 @@ NOT_HERE += ("estimator", "per_head")
 
 def task_of(place: Path, rows: int) -> Any:
     """The task of a finished run with its trained model, on ``rows`` rows of its test data."""
-    said = read_json(place / "results.json")
-    kind = finetuning.load(said["task"])
-    given = {field.name: said["arguments"][field.name] for field in fields(kind.Arguments)}
+    result = read_json(place / "results.json")
+    kind = finetuning.load(result["task"])
+    given = {field.name: result["arguments"][field.name] for field in fields(kind.Arguments)}
     given = {name: value for name, value in given.items() if name not in NOT_HERE}
     given |= {"model_name_or_path": str(place), "max_eval_samples": rows}
     return kind(kind.Arguments(**given), Accelerator(cpu=True)).setup()

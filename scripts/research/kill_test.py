@@ -86,7 +86,7 @@ class Aim(NamedTuple):
 
     due: Callable[[float], bool]
     wait: float
-    said: dict[str, Any]
+    description: dict[str, Any]
     last: bool = False
 
 
@@ -95,8 +95,8 @@ def at_a_save(draw: random.Random, output: Path, before: int) -> Aim:
     target, wait = min(before + draw.randint(1, 4), STEPS + 1), draw.uniform(0.0, 0.08)
     places, last = output / "checkpoints", target > STEPS
     signs = (output / ".partial" if last else places / f"partial_step_{target:08d}", places / f"step_{target:08d}")
-    said = {"aimed_at_step": target, "seconds_later": round(wait, 4)}
-    return Aim(lambda began: any(appeared(sign, began) for sign in signs), wait, said, last)
+    description = {"aimed_at_step": target, "seconds_later": round(wait, 4)}
+    return Aim(lambda began: any(appeared(sign, began) for sign in signs), wait, description, last)
 
 
 def at_any_moment(draw: random.Random, life: float) -> Aim:
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             ended, status = strike(start(flags, folder / "log"), aim)
             if os.waitstatus_to_exitcode(status) == -signal.SIGKILL:
                 found = check(output, before)
-                kills.append({**aim.said, **found})
+                kills.append({**aim.description, **found})
                 before = found["step"]
                 if not aim.last:
                     continue
