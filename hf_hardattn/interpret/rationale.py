@@ -22,7 +22,7 @@ def kept_places(recording: Recording, site: str) -> Tensor:
 
 
 def kept_per_token(recording: Recording, site: str, beam_indices: Tensor | None = None) -> Tensor:
-    """Places that ``site`` kept for each generated token (any head): the choice selections at the query that predicted it.
+    """Places that ``site`` kept for each generated token (any head): the choice made at the query that predicted it.
 
     Args:
         recording: of one ``generate()`` call.
