@@ -13,7 +13,7 @@ import typer
 def command(
     config: Annotated[Path, typer.Option(help="What to compare, e.g. scripts/configs/compare/cluttered_digits.yaml.")],
     seeds: Annotated[int, typer.Option(help="How many seeds.", min=1)] = 5,
-    first_seed: Annotated[int, typer.Option(help="The first of them; tune on others than you report.")] = 0,
+    first_seed: Annotated[int, typer.Option(help="First seed; tune on other seeds than the ones you report.")] = 0,
     jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     threads: Annotated[int, typer.Option(help="PyTorch threads of each process.", min=1)] = 1,
     output: Annotated[

@@ -45,8 +45,8 @@ def _load(path: str) -> ModelWithProcessor:
     return ModelWithProcessor.load(path)
 
 
-def look(path: str, image: Any, text: str, ratio: float) -> tuple[str, str]:
-    """What the page shows: HTML of the model run soft, and of the same weights keeping ``ratio`` of the places at every site.
+def compare(path: str, image: Any, text: str, ratio: float) -> tuple[str, str]:
+    """Render what the page shows: HTML of the model run soft, and of the same weights keeping ``ratio`` of the places at every site.
 
     Args:
         path: of the model. image: file of a visitor, or None. text: of a visitor.
@@ -134,7 +134,7 @@ def build(models: Sequence[str]) -> Any:
 
         model.change(choose, model, [image, text, ratio], show_progress="hidden")
         for change in (image.change, text.submit, text.blur, ratio.release):
-            change(look, [model, image, text, ratio], [loose, hard], show_progress="minimal")
+            change(compare, [model, image, text, ratio], [loose, hard], show_progress="minimal")
     page.queue(max_size=32, default_concurrency_limit=1)
     return page
 

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/data/moving-fashion"), help="folder of the rows")
     parser.add_argument("--train", type=int, default=2000, help="training videos (default: 2000)")
     parser.add_argument("--test", type=int, default=300, help="test videos (default: 300)")
-    parser.add_argument("--width", type=int, default=64, help="of the tiny BLIP (default: 64)")
+    parser.add_argument("--width", type=int, default=64, help="width of the tiny BLIP (default: 64)")
     parser.add_argument("--layers", type=int, default=2, help="of each of its towers (default: 2)")
     arguments = parser.parse_args()
     for seed, (part, count) in enumerate({"train": arguments.train, "test": arguments.test}.items()):

@@ -147,7 +147,9 @@ def source_packages(lists: Path) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--language", default="it", help="of the translations: it, fr, de, es ... (default: it)")
+    parser.add_argument(
+        "--language", default="it", help="language of the translations: it, fr, de, es ... (default: it)"
+    )
     parser.add_argument("--output", type=Path, help="folder; outputs/data/translation-LANGUAGE by default")
     parser.add_argument("--lists", type=Path, help="folder with apt's lists; fetched by default")
     parser.add_argument("--longest", type=int, default=9, help="words of a sentence (default: 9)")

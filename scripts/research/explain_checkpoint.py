@@ -61,11 +61,11 @@ def measure(evaluator: PerturbationEvaluator, gold: torch.Tensor) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, help="Of the files.")
+    parser.add_argument("--name", required=True, help="Name of the files.")
     parser.add_argument("--model", required=True, help="Hard checkpoint.")
-    parser.add_argument("--task", required=True, help="Whose test set it is.")
-    parser.add_argument("--task_options", type=json.loads, default={}, help="JSON.")
-    parser.add_argument("--title", default="", help="Of the page.")
+    parser.add_argument("--task", required=True, help="Task whose test set is used.")
+    parser.add_argument("--task_options", type=json.loads, default={}, help="Options of the task, as JSON.")
+    parser.add_argument("--title", default="", help="Title of the page.")
     parser.add_argument("--rows", type=int, default=200, help="Test rows of the measurement.")
     parser.add_argument("--shown", type=int, default=6, help="Test images on the page.")
     parser.add_argument("--output_dir", type=Path, default=Path("results/reports"))

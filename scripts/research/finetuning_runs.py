@@ -3,7 +3,7 @@
     python scripts/research/finetuning_runs.py captioning                              # the base checkpoint, then all variants of three seeds
     python scripts/research/finetuning_runs.py captioning --variants base
     python scripts/research/finetuning_runs.py captioning --variants soft hard --seeds 1
-    python scripts/research/finetuning_runs.py captioning --jobs 3                     # three branches at a time, as on one GPU
+    python scripts/research/finetuning_runs.py captioning --jobs 3                     # three runs at a time, as on one GPU
     python scripts/research/finetuning_runs.py captioning --try 20                     # 20 steps of each, on 40 examples, into outputs/try
 
 Each run is one call of a training script with the files of `scripts/research/finetuning`, into `outputs/TASK-base` or `outputs/TASK-VARIANT-SEED`; one
@@ -55,11 +55,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="+", choices=sorted(FAMILIES))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the branches (default: 0 1 2)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the variants (default: 0 1 2)"
+    )
     parser.add_argument(
         "--try", dest="steps", type=int, help="take so few steps, to see that it works and how long it takes"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="branches at a time (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     arguments = parser.parse_args(argv)
     root = Path("outputs/try") if arguments.steps else Path("outputs")

@@ -3,7 +3,7 @@
 python scripts/research/glimpse_model.py --config scripts/configs/compare/cluttered_mnist_60.yaml --steps 20000
 python scripts/research/glimpse_model.py --config scripts/configs/compare/cluttered_mnist_60.yaml --steps 20000 --random
 
-Trains `RamForImageClassification` (with `--random`: the control, which looks at random places) and adds its rows to
+Trains `RamForImageClassification` (with `--random`: the control, which glimpses at random places) and adds its rows to
 results/glimpse_models.json, after each seed. Accuracy is that of the likeliest places; `accuracy_mc8` that of the mean prediction over 8 draws.
 """
 
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--estimator", choices=ESTIMATORS, default="reinforce")
     parser.add_argument("--random", action="store_true", help="the control: random places, in training too")
     parser.add_argument(
-        "--sigma", type=float, nargs=2, default=(0.4, 0.1), help="of the policy, at first and in the end"
+        "--sigma", type=float, nargs=2, default=(0.4, 0.1), help="standard deviation of the policy, first and last"
     )
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--every", type=int, default=500, help="steps from one line of progress to the next")

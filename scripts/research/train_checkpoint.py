@@ -45,14 +45,14 @@ def draw(model: Any, task: tasks.Base, path: Path, images: int = 12) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, help="Of the checkpoint.")
+    parser.add_argument("--name", required=True, help="Name of the checkpoint.")
     parser.add_argument("--config", type=Path, required=True, help="A comparison: its task and recipe.")
-    parser.add_argument("--variant", required=True, help="Of the comparison: how the hard model chooses.")
-    parser.add_argument("--seed", type=int, required=True, help="None of the comparison's.")
+    parser.add_argument("--variant", required=True, help="Variant of the comparison: how the hard model selects.")
+    parser.add_argument("--seed", type=int, required=True, help="Seed; none that the comparison reports.")
     parser.add_argument("--threads", type=int, default=0, help="PyTorch threads; 0 leaves the choice to PyTorch.")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/checkpoints"), help="For models.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/checkpoints"), help="Folder for the models.")
     parser.add_argument(
-        "--results_dir", type=Path, default=Path("results/checkpoints"), help="For numbers and picture."
+        "--results_dir", type=Path, default=Path("results/checkpoints"), help="Folder for the numbers and the picture."
     )
     parser.add_argument("--quick", action="store_true", help="A few steps only: a check that everything runs.")
     args = parser.parse_args()
