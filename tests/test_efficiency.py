@@ -443,7 +443,7 @@ def test_compiled_calls_say_the_same_with_packed_weights_and_a_static_cache_of_t
         (["--mode", "compile"], "Did you mean 'compiled'"),
         (["--suite", "export", "--mode", "compiled"], "'export' is not run by --mode compiled"),
         (["--suite", "growth", "--mode", "cuda_graphs"], "'growth' is not run by --mode cuda_graphs"),
-        (["--suite", "peers", "--mode", "compiled"], "'peers' is not run by --mode compiled"),
+        (["--suite", "competing", "--mode", "compiled"], "'competing' is not run by --mode compiled"),
         (["--suite", "host", "--mode", "compiled"], "'host' is not run by --mode compiled"),
     ],
 )

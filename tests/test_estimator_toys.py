@@ -160,7 +160,7 @@ def test_imle_toy_starts_and_ends_where_it_should() -> None:
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts" / "research"))
     command = importlib.import_module("estimator_table")
     few = tuple(v for v in toys.VARIANTS if v.label in ("simple", "reinmax", "log_gate", "sfess, K 4"))
     monkeypatch.setattr(toys, "all_variants", lambda: few)

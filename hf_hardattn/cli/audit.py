@@ -27,13 +27,13 @@ def command(
     """Say what a hard model keeps and drops systematically: by subgroup, position, border, length, rare words."""
     from ..interpret.audit import CAUTION
     from ..interpret.dataset_audit import audit_rows
+    from ..interpret.model_with_processor import ModelWithProcessor
     from ..interpret.sources import read_table
-    from ..interpret.subject import Subject
 
     output = place(output, Path("outputs/audit.json"), overwrite)
     rows = read_table(data)
     rows = rows.select(range(min(limit, len(rows))))
-    findings = audit_rows(Subject.load(model), rows, column, by or [], site, batch)
+    findings = audit_rows(ModelWithProcessor.load(model), rows, column, by or [], site, batch)
     for finding in findings:
         typer.echo(("* " if finding.notable else "  ") + finding.sentence)
     typer.echo("* marks what is notable.")

@@ -15,7 +15,7 @@ from ..errors import HardAttentionError, unknown
 
 # by the files of its folder, read without importing the package
 SUITES = sorted(
-    [*(path.stem for path in (Path(__file__).parents[1] / "efficiency" / "suites").glob("*.yaml")), "peers"]
+    [*(path.stem for path in (Path(__file__).parents[1] / "efficiency" / "suites").glob("*.yaml")), "competing", "host"]
 )
 
 
@@ -56,10 +56,10 @@ def command(
     import_cost: Annotated[
         bool, typer.Option(help="Also measure what importing the library costs a stock model.")
     ] = False,
-    models: Annotated[Path, typer.Option(help="Where a training left its models 'soft' and 'hard'; for peers.")] = Path(
-        "outputs/demo"
-    ),
-    task: Annotated[str, typer.Option(help="Their task; for peers.")] = "cluttered_digits",
+    models: Annotated[
+        Path, typer.Option(help="Where a training left its models 'soft' and 'hard'; for competing.")
+    ] = Path("outputs/demo"),
+    task: Annotated[str, typer.Option(help="Their task; for competing.")] = "cluttered_digits",
     output: Annotated[Path, typer.Option(help="Folder for SUITE.json, .md and .png.")] = Path("outputs/bench"),
 ) -> None:
     """Measure what selection saves, beside stock Transformers and this library at budget 1.0, in one interleaved run."""
@@ -83,9 +83,9 @@ def command(
     if suite not in SUITES and not suite.endswith((".yaml", ".yml")):
         raise unknown("suite", suite, SUITES)
     torch.set_num_threads(threads)
-    if suite == "peers":
+    if suite == "competing":
         _eagerly(suite, mode)
-        return _peers(models, task, rounds, threads, output)
+        return _competing(models, task, rounds, threads, output)
     if suite == "host":
         _eagerly(suite, mode)
         return _host(rounds, seconds, output)
@@ -103,7 +103,7 @@ def command(
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{chosen.name}{'' if mode == 'eager' else f'_{mode}'}.json"
     before = json.loads(path.read_text()) if path.exists() and only != "*" else {"groups": []}
-    made = {group["name"]: group for group in before["groups"]}
+    by_name = {group["name"]: group for group in before["groups"]}
     as_run = "" if mode == "eager" else f" --mode {mode}"
     if exported:
         measured: Iterator[dict[str, Any]] = bench_exported.run(groups, rounds=rounds, seconds=seconds, threads=threads)
@@ -121,8 +121,8 @@ def command(
         "import": cost_of_import(threads, 56) if import_cost else before.get("import"),
     }
     for group in measured:  # written as they come: an interrupted run keeps what it has
-        made[group["name"]] = group
-        results["groups"] = [made[known.name] for known in chosen.groups if known.name in made]
+        by_name[group["name"]] = group
+        results["groups"] = [by_name[known.name] for known in chosen.groups if known.name in by_name]
         path.write_text(json.dumps(results, indent=1) + "\n")
     if exported:
         path.with_suffix(".md").write_text(report.exported(results))
@@ -139,14 +139,14 @@ def _eagerly(suite: str, mode: str) -> None:
         raise HardAttentionError(f"suite {suite!r} is not run by --mode {mode}, only eagerly. Leave --mode out.")
 
 
-def _peers(models: Path, name: str, rounds: int, threads: int, output: Path) -> None:
+def _competing(models: Path, name: str, rounds: int, threads: int, output: Path) -> None:
     """Trained models beside other methods on the test set of their task."""
-    from ..efficiency import bench, compare_peers, report
+    from ..efficiency import bench, compare_methods, report
     from ..efficiency.pictures import accuracy_and_speed
     from ..training import tasks
 
     task: Any = tasks.load(name, {})
-    found = compare_peers.run(models, columns := task.columns(), batch=64, rounds=rounds)
+    found = compare_methods.run(models, columns := task.columns(), batch=64, rounds=rounds)
     results: dict[str, Any] = {
         "command": " ".join(["hf-hardattn", *sys.argv[1:]]),
         "title": f"Ways to spare tokens, on a trained ViT: {name.replace('_', ' ')}",
@@ -156,11 +156,11 @@ def _peers(models: Path, name: str, rounds: int, threads: int, output: Path) -> 
         "methods": found,
     }
     output.mkdir(parents=True, exist_ok=True)
-    path = output / ("peers.json" if name == "cluttered_digits" else f"peers_{name}.json")
+    path = output / ("competing.json" if name == "cluttered_digits" else f"competing_{name}.json")
     path.write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(report.peers(results))
+    path.with_suffix(".md").write_text(report.competing(results))
     accuracy_and_speed(results, path.with_suffix(".png"))
-    typer.echo(report.peers(results))
+    typer.echo(report.competing(results))
 
 
 def _host(rounds: int, seconds: float, output: Path) -> None:

@@ -15,7 +15,7 @@ from ._output import place
 def command(
     config: Annotated[Path, typer.Option(help="What to compare, e.g. scripts/configs/compare/cluttered_digits.yaml.")],
     seeds: Annotated[int, typer.Option(help="How many seeds.", min=1)] = 5,
-    first_seed: Annotated[int, typer.Option(help="The first of them; tune on others than you report.")] = 0,
+    first_seed: Annotated[int, typer.Option(help="First seed; tune on other seeds than the ones you report.")] = 0,
     jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     threads: Annotated[int, typer.Option(help="PyTorch threads of each process.", min=1)] = 1,
     output: Annotated[
@@ -24,7 +24,9 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False,
     folder: Annotated[
         Path | None,
-        typer.Option(help="Takes trunks and runs, to go on from; outputs/compare/<name of the config> by default."),
+        typer.Option(
+            help="Takes base checkpoints and runs, to go on from; outputs/compare/<name of the config> by default."
+        ),
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Run this variant only; may be given several times.")] = None,
     retry: Annotated[bool, typer.Option(help="Do failed runs again.")] = False,
@@ -50,14 +52,14 @@ def command(
     output = wanted
     total, done = seeds * len(comparison.variants), 0
 
-    def tell(row: dict[str, Any]) -> None:
+    def show_row(row: dict[str, Any]) -> None:
         nonlocal done
         done += 1
         result = row.get("message") or ", ".join(f"{key} {value:.4f}" for key, value in row["metrics"].items())
         typer.echo(f"{done:>4} of {total}  {row['variant']} seed {row['seed']}: {result}")
 
     rows = compare(
-        comparison, chosen, folder, jobs=jobs, threads=threads, quick=quick, retry=retry, save=save, tell=tell
+        comparison, chosen, folder, jobs=jobs, threads=threads, quick=quick, retry=retry, save=save, on_row=show_row
     )
     results = report(
         comparison, rows, shlex.join(["hf-hardattn", *sys.argv[1:]]), quick=quick, jobs=jobs, threads=threads

@@ -23,13 +23,13 @@ def command(
     title: Annotated[str, typer.Option(help="Title of the page.")] = "",
 ) -> None:
     """Write one self-contained page: what a hard model kept, what that proves, and what it does not."""
+    from ..interpret.model_with_processor import ModelWithProcessor
     from ..interpret.report import explain
     from ..interpret.sources import read_inputs
-    from ..interpret.subject import Subject
 
     output = place(output, Path("outputs/report.html"), overwrite)
     inputs = [item for given in input for item in read_inputs(given, column, limit)][:limit]
-    page = explain(Subject.load(model), inputs, measure, title)
+    page = explain(ModelWithProcessor.load(model), inputs, measure, title)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
     typer.echo(

@@ -31,7 +31,7 @@ class ReinmaxRao(Estimator):
 
     Gradient: fp32 ``[..., N]``; it sums to 0 over a row. Biased, also for linear losses, for which ReinMax is exact: given
     that z is largest, ``y_m`` lies near z more often than ``log pi`` says, so the estimate is too small on average. On the toys
-    with exact gradients (``scripts/estimator_table.py``) the variance is a little below ReinMax's and the error of a single step
+    with exact gradients (``scripts/research/estimator_table.py``) the variance is a little below ReinMax's and the error of a single step
     above it; ``simple`` has less of both. The paper's gains are in training discrete VAEs.
 
     Cost: one forward pass; for rows of one position M softmaxes over N positions and their memory.

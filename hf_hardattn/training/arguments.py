@@ -29,7 +29,9 @@ class ModelArguments:
     model_revision: str = flag("main", "Branch, tag or commit on the Hub.")
     cache_dir: str | None = flag(None, "Where downloads and prepared data go.")
     attn_implementation: str | None = flag(None, "eager | sdpa | ...; the library's choice by default.")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = flag(None, "Of the weights; the checkpoint's by default.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = flag(
+        None, "Dtype of the weights; the checkpoint's by default."
+    )
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, more time.")
     use_peft: bool = flag(False, "Train LoRA adapters and the selectors; the backbone stays as it is.")
     lora_r: int = flag(16, "Rank of the adapters.")

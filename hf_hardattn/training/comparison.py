@@ -1,4 +1,4 @@
-"""What a shoot-out compares: a task, its recipe, and named ways to choose."""
+"""Define a comparison: a task, its recipe, and named variants, each a way to select."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Comparison:
         budget: the ratio to keep of variants that name none; None is the task's own.
         variants: name to the fields of a ``HardAttentionConfig`` that differ from the task's recommendation. Without fields a
             name stands for the control or the estimator of that name. A float ``budget`` is annealed.
-        trunk_seed: of the one soft trunk that all seeds start from; None trains one for each seed.
+        trunk_seed: of the one soft base checkpoint that all seeds start from; None trains one for each seed.
     """
 
     task: str
@@ -112,5 +112,5 @@ def _hard(
     fields = {**base, **given}
     if isinstance(fields["budget"], float) and "recipe" not in given and recipe.anneal:
         fields["budget"] = {"start": 1.0, "end": fields["budget"], "steps": recipe.anneal}
-    HardAttentionConfig.from_dict(fields)  # raises now, not after the first trunk
+    HardAttentionConfig.from_dict(fields)  # raises now, not after the first base checkpoint
     return fields

@@ -1,4 +1,4 @@
-"""What a training script does, from its command line to ``results.json``."""
+"""Run a training script, from its command line to ``results.json``."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ class Training:
                 group["lr"] = base * factor(self.scheduler.last_epoch)
 
     def run_steps(self, interruption: Interruption) -> None:
-        """Take the steps that are left."""
+        """Run the remaining optimizer steps."""
         args, run = self.args, self.run
         logger.info(
             "%s examples, %d optimizer steps (%s epochs) of %d x %d x %d examples (device x processes x accumulation)",
@@ -287,7 +287,7 @@ class Training:
         return self.loss
 
     def look_around(self) -> bool:
-        """Evaluate, draw and save where it is time to; whether the training is to stop early."""
+        """Run due evaluations, pictures and checkpoints. Returns True to stop early."""
         args, run, task = self.args, self.run, self.task
         last, epoch_ended = run.step == self.steps, self.epochs(run.step) > self.epochs(run.step - 1)
         stop = False
@@ -311,7 +311,7 @@ class Training:
         return found
 
     def judge(self, found: dict[str, Any]) -> bool:
-        """Keep the best model by what an evaluation found; whether patience is at its end."""
+        """Update the best model after an evaluation. Returns True when the patience of early stopping is exhausted."""
         args, run = self.args, self.run
         name = args.metric_for_best_model or next(iter(found))
         value = found.get(name)
@@ -386,8 +386,8 @@ def _measure(accelerator: Accelerator, args: ScriptArguments, task: Task, model:
 
 def _windows(batches: Any, size: int) -> Iterator[list[dict[str, Any]]]:
     """The micro-batches of each optimizer step."""
-    left = iter(batches)
-    while window := list(itertools.islice(left, size)):
+    remaining = iter(batches)
+    while window := list(itertools.islice(remaining, size)):
         if len(window) == size:
             yield window
 

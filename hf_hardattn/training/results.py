@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``results.json`` and ``log.jsonl``."""
+"""Write the record of a run: ``results.json`` and ``log.jsonl``."""
 
 from __future__ import annotations
 

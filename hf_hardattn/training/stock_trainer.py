@@ -1,4 +1,4 @@
-"""What the stock ``Trainer`` does not do for a model with hard attention, added to it when ``HardAttentionCallback`` is made.
+"""Add to the stock ``Trainer`` what it does not do for a model with hard attention, when ``HardAttentionCallback`` is made.
 
 Three things: the callback's numbers reach the trackers; a checkpoint that is loaded, to resume or as the best one, brings every
 weight; and a training that ends with an error leaves nothing of the callback on the model.

@@ -1,4 +1,4 @@
-"""The end of a run in words: a table of what was measured, and what to do next."""
+"""Summarise a finished run: a table of its measurements, and what to do next."""
 
 from __future__ import annotations
 

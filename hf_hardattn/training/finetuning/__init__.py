@@ -1,7 +1,7 @@
 """Tasks of the training scripts. One file each; the file name is what ``--task`` takes.
 
 A task says how the rows of a user's data become a model's inputs, what the model predicts from them, and how that is scored. The
-tasks of ``training/tasks`` make their data from nothing, for the shoot-out of ``compare``; these read it.
+tasks of ``training/tasks`` make their data from nothing, for ``hf-hardattn compare``; these read it.
 """
 
 from __future__ import annotations
