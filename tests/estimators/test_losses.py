@@ -10,7 +10,7 @@ import torch
 from choosing import build
 from torch import Tensor
 
-from hf_hardattn.functional.topk import Selection
+from hf_hardattn.modeling.selection import Selection
 from hf_hardattn.losses.score_function import auxiliary_loss
 
 B = 4
