@@ -6,10 +6,12 @@ Every function takes the model however it is wrapped.
 from __future__ import annotations
 
 import collections
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import models
@@ -51,14 +53,36 @@ def apply(
         HardAttentionError: an unsupported model, or a site that does not exist.
     """
     inner = unwrap(model)
-    attach_to(inner, HardAttentionConfig.parse(config if config is not None else {}), fresh=True)
+    built = attach_to(inner, HardAttentionConfig.parse(config if config is not None else {}), fresh=True)
+    _warn_of_lonely_selectors(model, built)
     if reward is not None:
         set_reward(inner, reward)
     return model
 
 
-def attach_to(model: nn.Module, config: HardAttentionConfig, *, fresh: bool = False) -> None:
+def _warn_of_lonely_selectors(model: Any, built: Mapping[str, Selector]) -> None:
+    """Say so where nothing averages the gradients of new selectors over the processes: what wraps the model came first."""
+    many = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    learned = [site for site, selector in built.items() if selector.learned]
+    if not many or not learned:
+        return
+    parts = model.modules() if isinstance(model, nn.Module) else unwrap(model).modules()
+    for module in parts:
+        sharded = any(hasattr(weight, "full_tensor") for weight in module.parameters(recurse=False))
+        if sharded or isinstance(module, nn.parallel.DistributedDataParallel):
+            warnings.warn(
+                f"the selectors of {learned} were made after {'FSDP2' if sharded else 'DDP'} had wrapped {type(model).__name__}: their "
+                "gradients are not averaged over the processes, which so drift apart. Call apply() first, then wrap the model.",
+                stacklevel=3,
+            )
+            return
+
+
+def attach_to(model: nn.Module, config: HardAttentionConfig, *, fresh: bool = False) -> dict[str, Selector]:
     """Attach a configuration to a model that is being built, or (``fresh``) to one whose weights are there.
+
+    Returns:
+        The selectors that were made, by site.
 
     Raises:
         HardAttentionError: no family knows the model.
@@ -67,13 +91,14 @@ def attach_to(model: nn.Module, config: HardAttentionConfig, *, fresh: bool = Fa
     built = attach(model, config, family, TERMS)
     peft_saving.register()
     if not fresh:
-        return
+        return built
     for selector in built.values():
         place(selector, model)
         selector.train(model.training)
         module: Any
         for module in selector.modules():  # loaded later or trained: Transformers must not initialise it again
             module._is_hf_initialized = True
+    return built
 
 
 def family_or_refuse(model: nn.Module) -> Family:
@@ -175,7 +200,7 @@ def set_step(model: nn.Module, step: int, steps: int | None = None) -> None:
         steps: how many the whole training has; needed by schedules (and recipes) that give their length as a share of it.
     """
     selector: Any
-    for selector in all_selectors(unwrap(model)):
+    for selector in all_selectors(model):
         selector.step, selector.steps = step, steps or selector.steps
 
 
@@ -193,7 +218,8 @@ def set_reward(model: nn.Module, reward: Callable[[dict[str, Any], Any], Tensor]
 def freeze_backbone(model: nn.Module) -> Iterator[nn.Module]:
     """Train the selectors only, inside the block (and for an optimizer built inside it)."""
     trained = {id(p) for s in all_selectors(model) for p in s.parameters()}
-    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
+    whole = model if isinstance(model, nn.Module) else unwrap(model)  # PEFT's own parameters lie outside its base
+    frozen = [p for p in whole.parameters() if p.requires_grad and id(p) not in trained]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:

@@ -10,7 +10,7 @@ from typing import Any
 from . import registry
 from .amounts import is_marked, is_number
 from .errors import HardAttentionError, shown, unknown
-from .fields import READERS, choice, read_field, scheduled_weight, write_field
+from .fields import READERS, choice, is_configuration, read_field, scheduled_weight, write_field
 from .options import check_options
 from .recipes import expand
 from .schedules import write_schedule
@@ -248,8 +248,10 @@ class HardAttentionConfig(SiteConfig):
 
     @classmethod
     def parse(cls, value: Any) -> HardAttentionConfig:
-        """Accept a ``HardAttentionConfig`` or its dict."""
-        return value if isinstance(value, cls) else cls.from_dict(value)
+        """Accept a ``HardAttentionConfig``, of another copy of this package too, or its dict."""
+        if isinstance(value, cls):
+            return value
+        return cls.from_dict(value.to_dict() if is_configuration(value) else value)
 
     def replace(self, **changes: Any) -> HardAttentionConfig:
         """A copy with some fields changed, validated again."""

@@ -148,3 +148,8 @@ def write_field(name: str, value: Any) -> Any:
     if name.endswith("_options"):
         return copy.deepcopy(value)
     return write_schedule(value)
+
+
+def is_configuration(value: Any) -> bool:
+    """Whether ``value`` is a ``HardAttentionConfig``, also where another copy of this package made it."""
+    return any(cls.__name__ == "HardAttentionConfig" for cls in type(value).__mro__) and hasattr(value, "to_dict")

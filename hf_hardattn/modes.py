@@ -5,6 +5,7 @@ Modes belong to the thread that switched them on. Compiled models run eagerly in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,18 +14,46 @@ from torch import nn
 from .errors import unknown
 from .fields import EXECUTIONS
 from .modeling.context import Mode, active
+from .modeling.plan import TOWER
 from .modeling.selector import Selector
+from .unwrapping import unwrap
 
 
-def all_selectors(model: nn.Module) -> list[nn.Module]:
+def all_selectors(model: nn.Module) -> list[Selector]:
     """Every selector in a model, the copies of PEFT's other adapters too."""
-    return [module for module in model.modules() if isinstance(module, Selector)]
+    return [module for module in unwrap(model).modules() if isinstance(module, Selector)]
+
+
+def site_names(model: nn.Module) -> dict[int, str]:
+    """The site of every selector in a model, by the selector's id; PEFT's copies of one selector share a name.
+
+    A model attached as a whole numbers its towers of one kind itself. Where several models stand in one container, the second
+    tower of a name is numbered here in the same way: ``vision2.inputs``.
+    """
+    names: dict[int, str] = {}
+    towers: set[str] = set()
+    for tower in model.modules():
+        if TOWER in tower.__dict__:
+            name = _free_name(tower.__dict__[TOWER].name, towers)
+            towers.add(name)
+            for selector in all_selectors(tower):
+                names[id(selector)] = f"{name}.{selector.site.split('.', 1)[1]}"
+    for selector in all_selectors(model):
+        names.setdefault(id(selector), selector.site)
+    return names
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """``name``, or with the first number that is not taken."""
+    kind = name.rstrip("0123456789")
+    numbered = (f"{kind}{number}" for number in itertools.count(2))
+    return next(free for free in itertools.chain([name], numbered) if free not in taken)
 
 
 @contextmanager
 def soft(model: nn.Module) -> Iterator[nn.Module]:
     """Run the model soft inside the block: no site selects anything, the weights stay."""
-    with active(Mode(all_selectors(model), soft=True)):
+    with active(Mode(site_names(model), soft=True)):
         yield model
 
 
@@ -35,7 +64,7 @@ def sampled(model: nn.Module) -> Iterator[nn.Module]:
     In evaluation mode a choice is the likeliest one. The mean of the predictions over several draws is the Monte-Carlo estimate of what
     the model says on average. Estimators that draw nothing (``sample=False``) choose as ever.
     """
-    with active(Mode(all_selectors(model), sampled=True)):
+    with active(Mode(site_names(model), sampled=True)):
         yield model
 
 
@@ -48,7 +77,7 @@ def execution(model: nn.Module, mode: str) -> Iterator[nn.Module]:
     """
     if mode not in EXECUTIONS:
         raise unknown("execution", mode, EXECUTIONS)
-    with active(Mode(all_selectors(model), execution=mode)):
+    with active(Mode(site_names(model), execution=mode)):
         yield model
 
 

@@ -17,19 +17,20 @@ from .modeling.context import Mode, active
 from .modeling.selection import Selection
 from .modeling.selector import Selector
 from .models import family_of
-from .modes import all_selectors
+from .modes import site_names
 from .unwrapping import unwrap
 
 
 def selectors(model: nn.Module) -> dict[str, Selector]:
     """The selectors of a model by site name (the active copies, where PEFT keeps several)."""
     found: dict[str, Selector] = {}
+    names = site_names(model)
     idle: set[int] = set()
-    for module in model.modules():
+    for module in unwrap(model).modules():
         if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
             idle |= _idle(module)  # PEFT's wrapper comes before what it wraps
         if isinstance(module, Selector) and id(module) not in idle:
-            found[module.site] = module
+            found[names[id(module)]] = module
     return found
 
 
@@ -47,12 +48,27 @@ class Recorded(Selection):
     define over the sets of as many positions, ``p(S) ~ exp(sum of the scores in S)``: how sure the selector was of its choice.
     """
 
+    __slots__ = ("_name",)  # beside the attributes that it shares with the selection
+
     @classmethod
-    def of(cls, selection: Selection) -> Recorded:
-        """The same selection, no copy: what its site notes on it later (``positions``) is seen too."""
+    def of(cls, selection: Selection, name: str | None = None) -> Recorded:
+        """The same selection, no copy: what its site notes on it later (``positions``) is seen too.
+
+        Args:
+            name: of the site in the recorded model; None for the selector's own.
+        """
         found = object.__new__(cls)
         found.__dict__ = selection.__dict__
+        found._name = selection.site if name is None else name
         return found
+
+    @property
+    def site(self) -> str:  # type: ignore[override]  # an attribute of the base class
+        return self._name
+
+    @site.setter
+    def site(self, site: str) -> None:
+        self._name = site
 
     @property
     def own(self) -> Selection:
@@ -103,7 +119,11 @@ class Recording(list[Selection]):
 
     def append(self, selection: Selection) -> None:
         """Add a selection, as ``Recorded``."""
-        super().append(Recorded.of(selection))
+        self.add(selection)
+
+    def add(self, selection: Selection, site: str | None = None) -> None:
+        """Add a selection under the name that its site has in the recorded model; None for the selector's own."""
+        super().append(Recorded.of(selection, site))
 
     def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, str):
@@ -204,15 +224,15 @@ def record(model: nn.Module) -> Iterator[Recording]:
         HardAttentionError: the model has no sites.
     """
     inner = unwrap(model)
-    found = all_selectors(inner)
-    if not found:
+    names = site_names(inner)
+    if not names:
         raise HardAttentionError(
             f"{type(inner).__name__} has no hard-attention sites to record; load it with hard_attention=... or call apply()."
         )
     family = family_of(inner)
     towers = {} if family is None else family.towers(inner)
     recording = Recording(reads={name: tower.source for name, tower in towers.items()})
-    with active(Mode(found, recorder=recording)):
+    with active(Mode(names, recorder=recording)):
         yield recording
 
 
@@ -242,7 +262,7 @@ def replay(model: nn.Module, selections: Iterable[Selection] | Mapping[str, Tens
     for site in queues:
         if site not in known:
             raise unknown("site", site, known, type(inner).__name__)
-    with active(Mode(all_selectors(inner), replayed=queues)):
+    with active(Mode(site_names(inner), replayed=queues)):
         yield
 
 

@@ -13,13 +13,16 @@ import typer
 
 from ..errors import HardAttentionError, unknown
 
+# by the files of its folder, read without importing the package
+SUITES = sorted(
+    [*(path.stem for path in (Path(__file__).parents[1] / "efficiency" / "suites").glob("*.yaml")), "competing", "host"]
+)
+
 
 def command(
     suite: Annotated[
         str,
-        typer.Option(
-            help="quick, targets, packing, eviction, break_even, growth, export, competing, host, or a YAML file like the first ones'."
-        ),
+        typer.Option(help=f"One of {', '.join(SUITES)}, or a YAML file like theirs."),
     ] = "quick",
     model: Annotated[
         str | None, typer.Option(help="Measure this instead: vit, t5_encoder, ... or a checkpoint.")
@@ -72,8 +75,17 @@ def command(
 
     if mode not in bench.MODES:
         raise unknown("mode", mode, bench.MODES)
+    if suite == "gpu" and model is None and not torch.cuda.is_available():
+        raise HardAttentionError(
+            "suite 'gpu' measures a GPU, and PyTorch sees none here; on a CPU it would take hours and say nothing. Run it on a machine with "
+            "one, or take --suite quick or targets."
+        )
+    if suite == "peers":  # as earlier results call it
+        suite = "competing"
+    if suite not in SUITES and not suite.endswith((".yaml", ".yml")):
+        raise unknown("suite", suite, SUITES)
     torch.set_num_threads(threads)
-    if suite in ("competing", "peers"):  # the second is what earlier results call it
+    if suite == "competing":
         _eagerly(suite, mode)
         return _competing(models, task, rounds, threads, output)
     if suite == "host":
@@ -176,6 +188,19 @@ def _own(
     model: str, sizes: list[int], sites: list[str], budgets: list[float], config: Path | None, batch: int, dtype: str
 ) -> dict[str, Any]:
     """A suite of the user's own model."""
+    saved = _saved(model) if not (sites or config) else None
+    if saved is not None:
+        rows = [{"name": "as saved", "hard": saved["hard_attention"]}]
+        sizes = sizes or [saved["size"]]
+        item = {
+            "name": f"{model} {{size}}",
+            "model": model,
+            "sizes": sizes,
+            "batch": batch,
+            "dtype": dtype,
+            "rows": rows,
+        }
+        return {"title": f"{model} at its own sites (selectors of its kind, with new weights)", "groups": [item]}
     if not sizes or not (sites or config):
         raise HardAttentionError(
             f"--model {model!r} needs to know what to measure; give --size (pixels a side, or tokens), and --site or --config."
@@ -187,6 +212,25 @@ def _own(
         rows = [{"name": f"{', '.join(sites)} keep {{budget}}", "hard": {"sites": sites}, "budgets": budgets}]
     item = {"name": f"{model} {{size}}", "model": model, "sizes": sizes, "batch": batch, "dtype": dtype, "rows": rows}
     return {"title": f"{model}, {', '.join(sites) or config}", "groups": [item]}
+
+
+def _saved(model: str) -> dict[str, Any] | None:
+    """What a hard checkpoint says of itself: where it selects, at the end of its schedules, and its usual size; None for others."""
+    from transformers import AutoConfig
+
+    from ..config import HardAttentionConfig
+
+    if not (Path(model) / "config.json").is_file() and "/" not in model:
+        return None
+    config: Any = AutoConfig.from_pretrained(model)
+    if getattr(config, "hard_attention", None) is None:
+        return None
+    hard = HardAttentionConfig.parse(config.hard_attention).to_dict()
+    for part in (hard, *(hard.get("sites") or {}).values()):
+        for name in ("budget", "temperature", "entropy_weight", "exploration"):
+            if isinstance(part.get(name), dict) and "end" in part[name]:
+                part[name] = part[name]["end"]
+    return {"hard_attention": hard, "size": getattr(config, "image_size", None) or 512}
 
 
 def _resized(group: Any, layers: int | None) -> Any:

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ._output import place
+
 
 def command(
     config: Annotated[Path, typer.Option(help="What to compare, e.g. scripts/configs/compare/cluttered_digits.yaml.")],
@@ -17,8 +19,9 @@ def command(
     jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     threads: Annotated[int, typer.Option(help="PyTorch threads of each process.", min=1)] = 1,
     output: Annotated[
-        Path | None, typer.Option(help="JSON to write; results/compare/<name of the config>.json by default.")
+        Path | None, typer.Option(help="JSON to write; outputs/compare/<name of the config>.json by default.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False,
     folder: Annotated[
         Path | None,
         typer.Option(
@@ -35,13 +38,18 @@ def command(
     from rich.table import Table
 
     from ..training.compare import compare
-    from ..training.compare_report import cells, draw, markdown, report
+    from ..training.compare_report import cells, draw, is_part_of, markdown, report
     from ..training.comparison import Comparison
     from ..training.results import write_json
 
     comparison = Comparison.read(config).only(only)
-    output = output or Path("results/compare") / f"{config.stem}.json"
-    folder = folder or Path("outputs/compare") / (config.stem + "-quick" * quick)
+    default = Path("outputs/compare") / (config.stem + "-quick" * quick)
+    folder = folder or default
+    chosen = list(range(first_seed, first_seed + seeds))
+    wanted = output or default.with_name(f"{default.name}.json")
+    if not is_part_of(wanted, comparison, quick, chosen):
+        wanted = place(output, wanted, overwrite)
+    output = wanted
     total, done = seeds * len(comparison.variants), 0
 
     def show_row(row: dict[str, Any]) -> None:
@@ -50,7 +58,6 @@ def command(
         result = row.get("message") or ", ".join(f"{key} {value:.4f}" for key, value in row["metrics"].items())
         typer.echo(f"{done:>4} of {total}  {row['variant']} seed {row['seed']}: {result}")
 
-    chosen = list(range(first_seed, first_seed + seeds))
     rows = compare(
         comparison, chosen, folder, jobs=jobs, threads=threads, quick=quick, retry=retry, save=save, on_row=show_row
     )

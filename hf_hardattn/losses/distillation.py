@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import HardAttentionError
 from ..functional.topk import mask_to_indices
 from ..modeling.selection import Selection
 from ..modeling.selector import Selector
@@ -59,6 +60,11 @@ def _weights(model: nn.Module, seen: dict[tuple[str, str, int], Tensor]) -> Iter
             for layer, block in enumerate(tower.layers):
 
                 def keep(module: nn.Module, args: Any, output: Any, key: Any = (name, kind, layer)) -> None:
+                    if output[-1] is None:
+                        raise HardAttentionError(
+                            f"estimator 'distil' reads attention weights, which {type(model).__name__} does not return; let its "
+                            "forward take output_attentions, or use another estimator."
+                        )
                     seen[key] = output[-1].detach().float()
 
                 handles.append(tower.attention(block, kind).register_forward_hook(keep))

@@ -47,8 +47,8 @@ def auxiliary_loss(
     Welling 2019 (baseline from the other samples).
     """
     terms: list[Tensor] = []
-    for selection in (recorded.own for recorded in selections):
-        selector = selectors[selection.site]
+    for recorded in selections:
+        selection, selector = recorded.own, selectors[recorded.site]
         terms += _regularisation(selection, selector)
         terms += _score_function(selection, selector, reward, greedy, others)
     return torch.stack(terms).sum() if terms else None

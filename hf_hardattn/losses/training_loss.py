@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import HardAttentionError
+from ..modeling.arguments import parameter_names, takes_keywords
 from ..modeling.context import CONTEXT, ForwardContext, set_current
 from ..modeling.selection import Selection
 from ..models import family_of
@@ -62,6 +63,9 @@ class Step:
         context = self.another() if context is None else context
         if self.hands_down:
             return self.model.forward(*self.args, **{**self.kwargs, **changes, CONTEXT: context})
+        if not takes_keywords(self.model):
+            names = parameter_names(self.model)
+            changes = {name: value for name, value in changes.items() if name in names}
         set_current(context)
         try:
             return self.model.forward(*self.args, **{**self.kwargs, **changes})
@@ -78,13 +82,8 @@ class Step:
     def close(self, output: Any) -> None:
         """Put the whole training loss into ``output``."""
         record = self.context
-        if output.get("loss") is None:
-            if any({"reward", "teacher"} & set(self.selectors[s.site].estimator.needs) for s in record.selections):
-                warnings.warn(
-                    f"{type(self.model).__name__} returned no loss, so the score-function estimators of its sites got no reward and do not "
-                    "train (nor does 'distil', which adds to it). Pass labels, or add hf_hardattn.auxiliary_loss(selections, hf_hardattn.selectors(model), reward) to your loss.",
-                    stacklevel=2,
-                )
+        if not isinstance(output, Mapping) or output.get("loss") is None:
+            self._warn_of_lost_terms(record.selections)
             return
         exact = [s for s in record.selections if "choices" in self.selectors[s.site].estimator.needs]
         if exact:
@@ -107,6 +106,33 @@ class Step:
             loss = loss + record.terms
         output["loss"] = loss
 
+    def _warn_of_lost_terms(self, selections: list[Selection]) -> None:
+        """Say which terms of the training loss have no loss to ride in."""
+        own = [(selection, self.selectors[selection.site]) for selection in selections]
+        needs = {need for _, selector in own for need in selector.estimator.needs}
+        lost = {
+            "the reward of score-function estimators": "reward" in needs,
+            "the penalties of estimators and scorers": any(selection.penalty is not None for selection, _ in own),
+            "the entropy bonus": any(selector.now(selector.entropy_weight) for _, selector in own),
+            "estimator 'marginal'": "choices" in needs,
+            "estimator 'distil'": "teacher" in needs,
+            "self-distillation": bool(self._distillation_weight()),
+        }
+        names = [name for name, is_lost in lost.items() if is_lost]
+        if names:
+            warnings.warn(
+                f"{type(self.model).__name__} returned no loss, so this has no effect: {', '.join(names)}. Pass labels; the Trainer "
+                "keeps them from the model with label_smoothing_factor and compute_loss_func. Rewards, penalties and the entropy bonus "
+                "can also be added to a loss of your own: with hf_hardattn.record(model) as selections, call "
+                "hf_hardattn.auxiliary_loss(selections, hf_hardattn.selectors(model), reward).",
+                stacklevel=2,
+            )
+
+    def _distillation_weight(self) -> float:
+        data = getattr(self.model.config, "hard_attention", None) or {}
+        schedule = Schedule.parse(data.get("self_distillation", 0.0), "self_distillation")
+        return next(iter(self.selectors.values())).now(schedule)
+
     def _terms(self, passes: list[tuple[Any, list[Selection]]]) -> Tensor | None:
         terms, rewards, greedy = [], None, None
         if any(s.log_prob is not None for s in passes[0][1]):
@@ -128,10 +154,7 @@ class Step:
     def _lessons(self, output: Any, selections: list[Selection]) -> Iterator[Tensor]:
         """What the soft teacher adds."""
         pupils = [s for s in selections if "teacher" in self.selectors[s.site].estimator.needs]
-        data = getattr(self.model.config, "hard_attention", None) or {}
-        weight = next(iter(self.selectors.values())).now(
-            Schedule.parse(data.get("self_distillation", 0.0), "self_distillation")
-        )
+        weight = self._distillation_weight()
         if not pupils and not weight:
             return
         teacher = teach(self.model, self.forward, attention=bool(pupils))
@@ -164,7 +187,9 @@ def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
 
 def _reward(model: nn.Module, inputs: dict[str, Any], output: Any, loss: Tensor) -> Tensor:
     """Reward of each example ``[B]``, or of the batch ``[]`` where the output does not tell."""
-    custom = model.__dict__.get("_hard_attention_reward")
+    custom = getattr(
+        model, "_hard_attention_reward", None
+    )  # not through __dict__: compiled code watches attributes only
     with torch.no_grad():
         if custom is not None:
             reward = torch.as_tensor(custom(inputs, output), dtype=torch.float32, device=loss.device)

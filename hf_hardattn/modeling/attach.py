@@ -15,7 +15,7 @@ from ..errors import HardAttentionError
 from . import attention, heads, patches, pooling
 from .arguments import parameter_names, takes_keywords
 from .build import Kinds, build_selector, reusable, shared_choices, source_protected
-from .family import Family, Tower
+from .family import FAMILY, Family, Tower
 from .layers import after_layer, before_layer
 from .plan import LAYER, TOWER, LayerPlan, TowerPlan
 from .selector import Selector, running
@@ -76,6 +76,7 @@ def attach(
     detach(model)
     for site, present in kept.items():
         for selector in _copies(present):
+            selector.site = site  # a tower may have another name here than in the model that it stood in alone
             selector.set_config(resolved[site])
     for site, selector in {**kept, **built}.items():
         tower, kind, layer = kinds[site]
@@ -151,6 +152,7 @@ def _install(
     module: Any = model
     module.__dict__[HANDS_DOWN] = family.owns(model) and takes_keywords(model)
     module.__dict__[TRAINING_LOSS] = training_loss
+    module.__dict__[FAMILY] = family.name
     model.register_forward_pre_hook(open_call, with_kwargs=True)
     model.register_forward_hook(close_call, with_kwargs=True, always_call=not module.__dict__[HANDS_DOWN])
 
@@ -166,10 +168,15 @@ def _selector_at(tower: Tower, kind: str, layer: int) -> Selector | None:
     return None
 
 
+def _selectors_at(tower: Tower) -> list[Selector]:
+    """The selectors of the tower's sites, those that never select left out."""
+    found = (_selector_at(tower, kind, layer) for _, kind, layer in tower.sites())
+    return [selector for selector in found if selector is not None]
+
+
 def _keeps_all(tower: Tower) -> bool:
     """Whether every site of the tower keeps everything."""
-    found = (_selector_at(tower, kind, layer) for _, kind, layer in tower.sites())
-    return all(selector is None or selector.keeps_all for selector in found)
+    return all(selector.keeps_all for selector in _selectors_at(tower))
 
 
 def _first_drop(tower: Tower) -> int | None:
@@ -213,7 +220,8 @@ def _install_layers(tower: Tower, first_drop: int | None, source_drops: bool, id
             layer.register_forward_pre_hook(before_layer, with_kwargs=True)
         plan.pools = spec.pooling is not None and plan.index == len(plans) - 1 and first_drop is not None
         if plan.tokens or plan.pools or (behind and packs):
-            layer.register_forward_hook(after_layer, with_kwargs=True)
+            # in front of others' hooks: FSDP2's takes the selector's weights away again
+            layer.register_forward_hook(after_layer, with_kwargs=True, prepend=True)
         if spec.attention and (behind or plan.inputs or reads_keys or plan.uses_table or plan.eager_only):
             attention.install(tower.attention(layer, "self"), tower.attention_spec("self"), plan.index, cross=False)
         if reads_source or reads or (plan.eager_only and plan.cross is not None):
@@ -280,6 +288,7 @@ def _install_tower(
         patches=spec if pixels and _selector_at(tower, "inputs", 0) is not None else None,
         protected=tower.protected,
         idle=idle,
+        adds_terms=bool(config.self_distillation) or any(selector.adds_terms for selector in _selectors_at(tower)),
         pools=first_drop is not None and tower.spec.pooling is not None,
         patch_size=heads.patch_size(tower.config) if tower.reads_images else None,
     )
@@ -311,7 +320,7 @@ def _remove_hooks(model: nn.Module) -> None:
         attention.uninstall(module)
         patches.uninstall(module)
         pooling.uninstall(module)
-        for name in (LAYER, TOWER, HANDS_DOWN, TRAINING_LOSS):
+        for name in (LAYER, TOWER, HANDS_DOWN, TRAINING_LOSS, FAMILY):
             module.__dict__.pop(name, None)
 
 
@@ -373,4 +382,12 @@ def place(selector: Selector, model: nn.Module) -> None:
     """Move a fresh selector to where the model's weights are, in their dtype."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weight is not None:
-        selector.to(device=weight.device, dtype=weight.dtype if weight.dtype.itemsize > 1 else torch.float32)
+        device = weight.device if not weight.is_meta else _execution_device(model)
+        selector.to(device=device, dtype=weight.dtype if weight.dtype.itemsize > 1 else torch.float32)
+
+
+def _execution_device(model: nn.Module) -> Any:
+    """Where Accelerate computes with weights that it keeps elsewhere; a selector of some kB stays there."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in devices if device is not None), "cpu")

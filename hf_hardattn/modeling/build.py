@@ -47,6 +47,8 @@ def build_selector(site: str, config: SiteConfig, tower: Tower, kind: str, targe
         target_size=target_size,
     )
     selector.scorer.prefix = tower.protected.first
+    if config.estimator == "soft":
+        selector.requires_grad_(False)  # it never chooses: distributed training must not wait for its gradient
     _check_execution(site, config, selector)
     return selector
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +29,7 @@ class Settings(NamedTuple):
         final: schedules stand at their end.
         execution: ``"masked"`` or ``"gathered"``, or None to follow the configuration.
         forced: bool ``[B, H, Q, N]``, keep this instead; None to choose.
-        recorders: lists that receive the selection.
+        recorders: what receives the selection, each with the name that it knows the site by.
     """
 
     soft: bool = False
@@ -37,14 +37,14 @@ class Settings(NamedTuple):
     final: bool = False
     execution: str | None = None
     forced: Tensor | None = None
-    recorders: tuple[Any, ...] = ()
+    recorders: tuple[tuple[Any, str], ...] = ()
 
 
 class Mode:
     """What one context manager asks of the selectors of one model, in one thread.
 
     Args:
-        selectors: the model's selectors.
+        sites: site of each of the model's selectors, by the selector's id.
         soft, sampled: see ``hf_hardattn.soft`` and ``hf_hardattn.sampled``.
         execution: see ``hf_hardattn.execution``.
         recorder: receives every selection.
@@ -53,7 +53,7 @@ class Mode:
 
     def __init__(
         self,
-        selectors: Iterable[nn.Module],
+        sites: Mapping[int, str],
         *,
         soft: bool = False,
         sampled: bool = False,
@@ -61,13 +61,14 @@ class Mode:
         recorder: Any = None,
         replayed: dict[str, Iterator[Tensor]] | None = None,
     ):
-        self.members = frozenset(map(id, selectors))
+        self.sites = sites
         self.soft, self.sampled, self.execution = soft, sampled, execution
         self.recorder, self.replayed = recorder, replayed or {}
 
 
 _MODES: ContextVar[tuple[Mode, ...]] = ContextVar("hard_attention_modes", default=())
 _CURRENT: ContextVar[Any] = ContextVar("hard_attention_current", default=None)
+_traced: Any = None  # the same while Dynamo traces a call, which follows no ContextVar; None again when the call ends
 
 # Compiled code cannot see a thread's modes, so models run eagerly while any thread has one. The stance is process-wide:
 # count its users, since blocks of different threads may overlap.
@@ -145,54 +146,58 @@ class ForwardContext:
         """How ``selector`` works in this call."""
         if not self.modes:
             return Settings(drawing=selector.training)
-        modes = [mode for mode in self.modes if id(selector) in mode.members]
-        sampled = any(mode.sampled for mode in modes)
-        executions = [mode.execution for mode in modes if mode.execution is not None]
-        replays = [mode.replayed[selector.site] for mode in modes if selector.site in mode.replayed]
+        modes = [(mode, mode.sites[id(selector)]) for mode in self.modes if id(selector) in mode.sites]
+        sampled = any(mode.sampled for mode, _ in modes)
+        executions = [mode.execution for mode, _ in modes if mode.execution is not None]
+        replays = [mode.replayed[site] for mode, site in modes if site in mode.replayed]
         return Settings(
-            soft=any(mode.soft for mode in modes),
+            soft=any(mode.soft for mode, _ in modes),
             drawing=selector.training or sampled,
             final=sampled,
             execution=executions[-1] if executions else None,
             forced=next(replays[-1]) if replays else None,
-            recorders=tuple(mode.recorder for mode in modes if mode.recorder is not None),
+            recorders=tuple((mode.recorder, site) for mode, site in modes if mode.recorder is not None),
         )
 
     def runs_masked(self, selector: Selector) -> bool:
         """Whether a choice of ``selector`` in this call weighs all candidates."""
         if not self.modes:
             return selector.masked
-        modes = [mode for mode in self.modes if id(selector) in mode.members]
+        modes = [mode for mode in self.modes if id(selector) in mode.sites]
         executions = [mode.execution for mode in modes if mode.execution is not None]
         drawing = selector.training or any(mode.sampled for mode in modes)
         return selector.runs_masked(Settings(drawing=drawing, execution=executions[-1] if executions else None))
 
     def is_soft(self, selector: Selector) -> bool:
         """Whether ``selector`` is switched off in this call."""
-        return any(mode.soft and id(selector) in mode.members for mode in self.modes)
+        return any(mode.soft and id(selector) in mode.sites for mode in self.modes)
 
     def add(self, selection: Selection, settings: Settings) -> None:
         """Note a selection. A recomputation in the backward pass makes no new one."""
         if self.finished:
             return
         self.selections.append(selection)
-        for recorder in settings.recorders:
-            recorder.append(selection)
+        for recorder, site in settings.recorders:
+            recorder.add(selection, site)
 
 
 def current_context() -> ForwardContext | None:
     """The context of the model around this one, where a strict signature kept it from being handed down."""
-    return None if torch.compiler.is_compiling() else _CURRENT.get()
+    return _traced if torch.compiler.is_compiling() else _CURRENT.get()
 
 
 def set_current(context: ForwardContext | None) -> None:
     """Make ``context`` what towers find that were handed none."""
-    _CURRENT.set(context)
+    global _traced
+    if torch.compiler.is_compiling():
+        _traced = context
+    else:
+        _CURRENT.set(context)
 
 
 def is_soft_now(selector: nn.Module) -> bool:
     """Whether this thread runs ``selector`` soft."""
-    return any(mode.soft and id(selector) in mode.members for mode in _MODES.get())
+    return any(mode.soft and id(selector) in mode.sites for mode in _MODES.get())
 
 
 def has_modes(context: ForwardContext | None) -> bool:

@@ -11,6 +11,8 @@ from . import heads
 from .selector import Protected
 from .spec import AttentionSpec, ModelSpec, TowerSpec
 
+FAMILY = "hard_attention_family"  # attribute of a hard model: the name of its family
+
 
 class Tower:
     """A tower of one model.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,8 @@ def look(
         The choice, and fp32 scores ``[B, H, 1, N]``: of the look that kept a position (of the last look where none did), raised by a
         constant per look, so that what was seen earlier ranks above what was seen later, and that above what was dropped.
     """
-    looks = min(scorer.glimpses, slots)
+    # a row of nothing but its protected position has no slot; one look that chooses nothing serves it
+    looks = max(1, min(scorer.glimpses, slots))
     # a row with a smaller budget makes fewer glimpses, as it would alone: none of the batch decides for it
     turns = k.clamp(min=1, max=looks)  # [B, H, 1]
     state, remaining = scorer("start", features), candidates
@@ -118,12 +121,23 @@ def read_on(
     for query in range(scores.shape[2]):
         part = slice(query, query + 1)
         free = candidates[:, :, part] & ~passed.unsqueeze(2)
-        choice = estimator.choose(scores[:, :, part], k[:, :, part], free, slots=slots, sampling=sampling)
+        drawn = None if sampling is None else _of_query(sampling, part)
+        choice = estimator.choose(scores[:, :, part], k[:, :, part], free, slots=slots, sampling=drawn)
         passed = passed | before(choice.mask).squeeze(2)
         made.append(choice)
     return Choice(
         torch.cat([choice.mask for choice in made], 2),
         *(_joined([getattr(choice, name) for choice in made]) for name in ("gates", "log_prob", "entropy", "penalty")),
+    )
+
+
+def _of_query(sampling: Sampling, part: slice) -> Sampling:
+    """How one query's choice is drawn: its rows of what differs between queries, ``[B, H, Q, ...]``."""
+    temperature, posterior = sampling.backward_temperature, sampling.posterior
+    return replace(
+        sampling,
+        backward_temperature=temperature[:, :, part] if isinstance(temperature, Tensor) else temperature,
+        posterior=None if posterior is None else posterior[:, :, part],
     )
 
 

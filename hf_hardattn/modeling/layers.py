@@ -171,6 +171,10 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             bias = bias_of_rows(bias, indices)
     if plan.pools and state.chosen is not None:
         hidden, changed = state.gather_chosen(hidden), True
+    if plan.tokens and not changed and hidden.requires_grad and hasattr(layer, "set_reshard_after_backward"):
+        # FSDP2 fetches a layer's weights when the gradient reaches the layer's output. What leaves the layer must be made after the
+        # choice, or the gradient reaches the selector first, whose weights are not there yet
+        hidden, changed = hidden.clone(), True
     if not changed:
         return None
     if not whole:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .arguments import Arguments, parameter_names
 from .context import ForwardContext
+from .offloading import weights_in_place
 from .plan import TowerPlan
 from .rows import candidates_among
 from .selector import running
@@ -123,14 +124,12 @@ def embed_chosen(embeddings: Any, *args: Any, **kwargs: Any) -> Tensor:
         return found
     projection: Any = embeddings.get_submodule(spec.projection)
     pixels = arguments.get("pixel_values")
-    size = _kernel(projection)
-    rows = embed_patches(projection, pixels.to(projection.weight.dtype), choice.patches, size)
+    rows = embed_patches(projection, pixels.to(projection.weight.dtype), choice.patches, _kernel(projection))
     hidden = choice.given if spec.carrier == "bool_masked_pos" else arguments.get("bool_masked_pos")
     if hidden is not None:
         token = embeddings.mask_token
         rows = torch.where(hidden.gather(1, choice.patches).unsqueeze(-1), token.view(1, 1, -1), rows)
-    table = getattr(embeddings, spec.positions)
-    table = table.weight.unsqueeze(0) if isinstance(table, nn.Embedding) else table
+    table = _position_table(embeddings, spec)
     rows = rows + embed_positions(table, choice.patches, choice.grid, prefix=int(spec.cls is not None))
     rows = torch.cat((*_prefix_rows(embeddings, spec, table, len(rows)), rows), 1)
     dropout = getattr(embeddings, "dropout", None)
@@ -145,6 +144,15 @@ def _prefix_rows(embeddings: Any, spec: PatchSpec, table: Tensor, batch: int) ->
     if spec.registers is not None:
         rows.append(getattr(embeddings, spec.registers).expand(batch, -1, -1))
     return rows
+
+
+def _position_table(embeddings: Any, spec: PatchSpec) -> Tensor:
+    """The embeddings of all positions, ``[1, prefix + P, D]``."""
+    table = getattr(embeddings, spec.positions)
+    if not isinstance(table, nn.Embedding):
+        return table
+    with weights_in_place(table):
+        return table.weight.unsqueeze(0)
 
 
 def _kernel(projection: Any) -> tuple[int, int]:
@@ -165,8 +173,9 @@ def embed_patches(projection: nn.Module, pixels: Tensor, patches: Tensor, size: 
     across = tiles.shape[2]
     batch = torch.arange(len(pixels), device=pixels.device).unsqueeze(-1)
     found = tiles[batch, patches // across, patches % across]  # [B, K, C, h, w]
-    if type(projection) is nn.Conv2d and not hasattr(projection, "_hf_hook"):
-        return nn.functional.linear(found.flatten(2), projection.weight.flatten(1), projection.bias)
+    if type(projection) is nn.Conv2d:
+        with weights_in_place(projection):
+            return nn.functional.linear(found.flatten(2), projection.weight.flatten(1), projection.bias)
     # an adapter wraps the convolution: ask it for each patch as for an image, or its part would be lost
     rows: Any = projection(found.flatten(0, 1))
     return rows.flatten(1).unflatten(0, patches.shape)

@@ -71,6 +71,7 @@ class TowerPlan:
         patches: how its embedding module is to be used by a scorer of pixels; None when no site needs it.
         protected: rows always kept.
         pools: an attention inside it pools the rows.
+        adds_terms: an estimator of its sites adds a term to the training loss.
         idle: every site in reach keeps everything: outside training there is nothing to do.
         patch_size: height and width of a patch, where the rows are patches of an image; None otherwise.
     """
@@ -85,6 +86,7 @@ class TowerPlan:
     patch_size: tuple[int, int] | None = None
     pools: bool = False
     idle: bool = False
+    adds_terms: bool = False
 
 
 def plan_of(module: Any, name: str) -> Any:

@@ -85,7 +85,8 @@ class Selection:
     @property
     def valid(self) -> Tensor:
         if self._valid is None:
-            self._valid = torch.ones((1, 1, 1, self.scores.shape[-1]), dtype=torch.bool, device=self.scores.device)
+            n, rows = self.scores.shape[-1], self.indices.shape[:-1]
+            self._valid = torch.ones(n, dtype=torch.bool, device=self.scores.device).expand(*rows, n)
         return self._valid
 
     @valid.setter
@@ -147,6 +148,8 @@ class Selection:
         """A copy with some attributes changed."""
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
-        for name, value in changes.items():
+        for name, value in {"site": self.site, **changes}.items():
             setattr(copy, name, value)
         return copy
+
+    __replace__ = replace  # for copy.replace, from Python 3.13 on

@@ -173,6 +173,14 @@ class Selector(nn.Module):
         return next(self.scorer.parameters(), None) is not None
 
     @property
+    def adds_terms(self) -> bool:
+        """Whether a training choice may add a term to the loss: a reward's, a penalty, an entropy bonus, a teacher's."""
+        estimator = self.estimator
+        reads_loss = bool({"reward", "choices", "teacher", "target"} & set(estimator.needs))
+        entropy = not self.entropy_weight.constant or self.entropy_weight.end != 0
+        return reads_loss or not estimator.exact_budget or entropy or self.halts
+
+    @property
     def keeps_all(self) -> bool:
         """Whether nothing can be dropped here, whatever the scores."""
         return self.config.estimator == "soft" or (isinstance(self.config.budget, float) and self.config.budget == 1.0)
@@ -371,7 +379,7 @@ class Selector(nn.Module):
             protected = protected if everything else valid & protected
         masked = self.runs_masked(settings)
         if settings.forced is not None:
-            mask = settings.forced.expand(shape) & valid
+            mask = self._forced(settings.forced, shape) & valid
             mask = mask if protected is None else mask | protected
             slots, full, lengths = self._count(mask, masked)
             return Selection(
@@ -425,6 +433,15 @@ class Selector(nn.Module):
             lengths=lengths,
             counted=self.data_dependent,
         )
+
+    def _forced(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A mask to replay, ``[B, H, Q, N]``, at the candidates that are there."""
+        if any(given not in (1, size) for given, size in zip(mask.shape, shape, strict=True)):
+            raise HardAttentionError(
+                f"the selection to replay at '{self.site}' has the shape {list(mask.shape)}; the choice there is {list(shape)}. Replay a "
+                "recording on the batch it was made on, under the same hf_hardattn.execution: masked sites drop no rows."
+            )
+        return mask.expand(shape)
 
     def _choose(
         self, scores: Tensor, features: Tensor, k: Tensor, free: Tensor, slots: int, sampling: Sampling | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import HardAttentionError
@@ -28,6 +29,8 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     context: ForwardContext | None = kwargs.get(CONTEXT) or current_context()
     if plan.idle and not tower.training and not has_modes(context):
         return None
+    if context is None and plan.adds_terms and tower.training and torch.compiler.is_compiling():
+        torch.compiler.disable(_refuse_compiled_training)(plan.name)
     context = context or ForwardContext(tower)
     arguments = Arguments(plan.names, args, kwargs)
     arguments.keywords[CONTEXT] = context
@@ -35,7 +38,7 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     state = TowerState(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
     context.towers[plan.name] = state
     pixels = arguments.get("pixel_values") if plan.patch_size is not None else None
-    if pixels is not None and plan.patch_size is not None:
+    if isinstance(pixels, Tensor) and plan.patch_size is not None:  # of anything else Transformers says what is wrong
         state.grid = pixels.shape[-2] // plan.patch_size[0], pixels.shape[-1] // plan.patch_size[1]
     if plan.pools:
         set_current(context)  # what pools the rows gets no keywords
@@ -47,6 +50,15 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if arguments.get(SOURCE) is not None:
         _read_source(plan, context, state, arguments)
     return arguments.result()
+
+
+def _refuse_compiled_training(tower: str) -> None:
+    """Raise outside of compiled code, where Dynamo hands the error on instead of trying again without compiling."""
+    raise HardAttentionError(
+        f"the estimator of '{tower}' adds a term to the training loss, and the compiled model around it does not hand its keywords "
+        f"down to '{tower}', so the term would be lost. Let forward take **kwargs and pass them on, train without torch.compile, "
+        "or use an estimator without such a term ('simple')."
+    )
 
 
 def _read_source(plan: TowerPlan, context: ForwardContext, state: TowerState, arguments: Arguments) -> None:
@@ -106,6 +118,11 @@ def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     state.output_valid = state.kept_mask(len(hidden), hidden.device, plan.restores)
     if whole:
         return (rows, *output[1:])
+    pooled = output.get("pooler_output")
+    if pooled is not None and state.gates is not None:
+        # the last choice may not reach what was pooled inside the tower: a gradient of zero rather than none, since distributed
+        # training waits for every parameter
+        output.pooler_output = pooled + 0.0 * state.gates.sum().to(pooled.dtype)
     if not plan.is_read:
         output.last_hidden_state = rows
         return output
@@ -132,6 +149,9 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Forward pre-hook of a model: open the context of a call, unless the model around it has one."""
     if kwargs.get(CONTEXT) is not None or current_context() is not None:
         return None
+    hands_down = model.__dict__[HANDS_DOWN]
+    if not hands_down and torch.compiler.is_compiling():
+        return None  # compiled code cannot read a thread's context variable: each tower opens a call of its own
     context = ForwardContext(model)
     given = kwargs.get("encoder_outputs")
     if given is not None:
@@ -139,12 +159,12 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         context.kept_source = getattr(given, "kept_mask", None)
         context.source_gates = getattr(given, "kept_gates", None)
     by_name = kwargs.get("return_dict", getattr(model.config, "return_dict", True))
-    context.as_tuple = by_name is False
+    context.as_tuple = by_name is False and (hands_down or "return_dict" in kwargs)
     if context.as_tuple and model.training:
         kwargs = {**kwargs, "return_dict": True}  # the training loss reads the outputs by name
     _, before = model.__dict__[TRAINING_LOSS]
     before(model, args, kwargs, context)
-    if model.__dict__[HANDS_DOWN]:
+    if hands_down:
         return args, {**kwargs, CONTEXT: context}
     set_current(context)
     return args, kwargs

@@ -12,7 +12,7 @@ from typing import Any
 from ..devices import default_device, device_name
 from ..errors import missing_extra
 from .comparison import CONTROLS, Comparison
-from .results import describe_run
+from .results import describe_run, read_json
 
 COLLAPSED = 2.0  # points: a learned choice no further from a random one has learned nothing
 
@@ -39,6 +39,17 @@ def report(
         "versions": run["versions"],
         "platform": run["platform"],
     }
+
+
+def is_part_of(path: Path, comparison: Comparison, quick: bool, seeds: list[int]) -> bool:
+    """Whether a report is of the same comparison, with no other variants and seeds: one that goes on, or is made again, loses nothing."""
+    try:
+        found = read_json(path)
+        task, recipe, variants = comparison.settle(quick)
+        same = found["task"] == comparison.task and found["recipe"] == json.loads(json.dumps(asdict(recipe)))
+        return same and set(found["variants"]) <= set(variants) and set(found["seeds"]) <= set(seeds)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def summarise(rows: list[dict[str, Any]], metric: str, points: float) -> dict[str, dict[str, Any]]:

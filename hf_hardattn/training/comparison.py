@@ -12,6 +12,7 @@ from .. import registry
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError, unknown
 from . import tasks
+from .parsing import shipped
 
 # What every comparison should carry. A value of None is the soft model.
 CONTROLS: dict[str, dict[str, Any] | None] = {
@@ -50,17 +51,28 @@ class Comparison:
         Raises:
             HardAttentionError: no such file, or a key, task or variant that does not exist.
         """
+        path = shipped(path)
         if not path.is_file():
             raise HardAttentionError(
                 f"--config {str(path)!r} is no file; give one like scripts/configs/compare/*.yaml."
             )
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(data, dict):
+            raise HardAttentionError(
+                f"{path} holds a {type(data).__name__}; a comparison is a mapping of a task and variants."
+            )
         for name in data:
             if name not in cls.__dataclass_fields__:
                 raise unknown("key", name, cls.__dataclass_fields__, str(path))
         for name in ("task", "variants"):
             if not data.get(name):
                 raise HardAttentionError(f"{path} names no {name}; a comparison needs a task and variants.")
+        for name, kind in (("variants", dict), ("task_options", dict), ("recipe", dict)):
+            if not isinstance(data.get(name, {}), kind):
+                raise HardAttentionError(
+                    f"{name} of {path} is a {type(data[name]).__name__}; it is a mapping, one 'name: settings' a line. A control or an "
+                    "estimator stands without settings: 'simple:'."
+                )
         return cls(**data)
 
     def only(self, names: list[str] | None) -> Comparison:

@@ -64,8 +64,6 @@ class Driver:
         peft: Any = model
         inner = peft.get_base_model() if hasattr(model, "get_base_model") else model
         self._handles.append(inner.register_forward_hook(self._weigh, with_kwargs=True))
-        for baseline in self.baselines:
-            baseline.deferred = True
 
     def begin_step(self, step: int, share: Tensor | None = None) -> None:
         """Start a micro-batch of the optimizer step ``step``, counted from 0 over the whole run, a resumed one included.
@@ -76,11 +74,14 @@ class Driver:
         """
         self.step, self._share = step, share
         set_step(self.model, step, self.steps)
+        # only while a step is under way: a training that is interrupted between steps leaves the baselines moving
+        self._defer(True)
 
     def before_update(self) -> None:
         """Call when the gradients are complete, before they are clipped and the optimizer takes them."""
         for baseline in self.baselines:
             baseline.update()
+        self._defer(False)
         if self.step < self.warmup:
             drop_backbone_gradients(self.model)
 
@@ -108,8 +109,11 @@ class Driver:
         for handle in self._handles:
             handle.remove()
         self._handles, self._latest = [], {}
+        self._defer(False)
+
+    def _defer(self, deferred: bool) -> None:
         for baseline in self.baselines:
-            baseline.deferred = False
+            baseline.deferred = deferred
 
     def state_dict(self) -> dict[str, Any]:
         """The state of baselines and estimators, numbers and lists only: it describes the run, so no model file holds it."""

@@ -1,0 +1,25 @@
+"""Weights that Accelerate keeps elsewhere until their module is called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def weights_in_place(module: nn.Module) -> Iterator[None]:
+    """Have a module's own weights on their device inside the block, for code that reads them without calling the module.
+
+    Accelerate loads an offloaded module's weights in a hook around its ``forward``; elsewhere they are on ``meta``.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
