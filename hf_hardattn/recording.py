@@ -63,7 +63,7 @@ class Recorded(Selection):
         return found
 
     @property
-    def site(self) -> str:  # type: ignore[override]  # an attribute of the base class
+    def site(self) -> str:
         return self._name
 
     @site.setter
@@ -77,7 +77,7 @@ class Recorded(Selection):
         return found
 
     @property
-    def log_prob(self) -> Tensor:  # type: ignore[override]  # an attribute of the base class
+    def log_prob(self) -> Tensor:
         """fp32 ``[B, H, Q]``."""
         known = self.__dict__["log_prob"]
         return self._law().log_prob(self._chosen()) if known is None else known
@@ -87,7 +87,7 @@ class Recorded(Selection):
         self.__dict__["log_prob"] = value
 
     @property
-    def entropy(self) -> Tensor:  # type: ignore[override]
+    def entropy(self) -> Tensor:
         """fp32 ``[B, H, Q]``, nats."""
         known = self.__dict__["entropy"]
         return self._law().entropy() if known is None else known

@@ -28,8 +28,9 @@ def unwrap(model: Any) -> nn.Module:
             "with from_pretrained(...)."
         )
     while True:
-        if hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
+        base = getattr(inner, "get_base_model", None)
+        if callable(base):
+            inner = base()
         elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
             inner = inner._orig_mod
         elif isinstance(getattr(inner, "module", None), nn.Module) and not isinstance(inner, PreTrainedModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ class Step:
     def close(self, output: Any) -> None:
         """Put the whole training loss into ``output``."""
         record = self.context
-        if not isinstance(output, Mapping) or output.get("loss") is None:
+        if not isinstance(output, MutableMapping) or output.get("loss") is None:
             self._warn_of_lost_terms(record.selections)
             return
         exact = [s for s in record.selections if "choices" in self.selectors[s.site].estimator.needs]

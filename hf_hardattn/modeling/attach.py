@@ -33,14 +33,17 @@ FOLLOWS = "hard_attention_follows"  # attribute of an attention module: the site
 
 
 def attach(
-    model: nn.Module, config: HardAttentionConfig, family: Family, training_loss: Callable[..., Any]
+    model: nn.Module,
+    config: HardAttentionConfig,
+    family: Family,
+    training_loss: tuple[Callable[..., None], Callable[..., None]],
 ) -> dict[str, Selector]:
     """Give a model the sites of a configuration, in place. A configuration that is refused changes nothing.
 
     Selectors that are there already and fit the new configuration are kept, with what they learned.
 
     Args:
-        family: of the model. training_loss: adds the estimators' terms to an output, see ``towers.close_call``.
+        family: of the model. training_loss: adds the estimators' terms to an output, and prepares a training call; see ``towers.TRAINING_LOSS``.
 
     Returns:
         The selectors that were made, by site.
@@ -140,7 +143,7 @@ def _install(
     family: Family,
     towers: Mapping[str, Tower],
     config: HardAttentionConfig,
-    training_loss: Callable[..., Any],
+    training_loss: tuple[Callable[..., None], Callable[..., None]],
 ) -> None:
     drops = {name: _first_drop(tower) for name, tower in towers.items()}
     idle = {name: _keeps_all(tower) for name, tower in towers.items()}

@@ -305,7 +305,7 @@ class AttentionCall:
                 bias, mask = mask, None  # an additive mask, as the kernel takes it
             return self.attend_plainly(query, key, value, mask, bias)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, stock_eager)
-        extra = {"position_bias": bias} if self.plan.spec.position_bias else {}
+        extra: dict[str, Any] = {"position_bias": bias} if self.plan.spec.position_bias else {}
         if self.wants_weights:
             extra["output_attentions"] = True
         output, weights = function(

@@ -31,7 +31,7 @@ def padding_mask(valid: Tensor | None, config: Any, hidden: Tensor, source: Tens
         return valid[:, None, None, :]
     if implementation == "eager":
         return additive(valid[:, None, None, :], hidden.dtype)
-    extra = {} if source is None else {"encoder_hidden_states": source}
+    extra: dict[str, Any] = {} if source is None else {"encoder_hidden_states": source}
     return create_bidirectional_mask(config=config, inputs_embeds=hidden, attention_mask=valid, **extra)
 
 

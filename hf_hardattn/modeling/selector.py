@@ -36,13 +36,13 @@ class Protected(NamedTuple):
     last: bool = False
 
     @property
-    def count(self) -> int:
+    def rows(self) -> int:
         """How many rows of a row of candidates are protected."""
         return self.first + int(self.last)
 
     def mask(self, shape: tuple[int, int], valid: Tensor | None, device: torch.device) -> Tensor | None:
         """Which rows are protected, bool ``[B, N]``; None when none is."""
-        if not self.count:
+        if not self.rows:
             return None
         place = torch.arange(shape[1], device=device).expand(shape)
         protected = place < self.first
@@ -372,7 +372,7 @@ class Selector(nn.Module):
         shape = tuple(size if other == 1 else other for size, other in zip(scores.shape, valid.shape, strict=True))
         scores, valid = scores.expand(shape), valid.expand(shape)
         free, protected = valid, candidates.protected
-        if protected is None and candidates.ends.count:
+        if protected is None and candidates.ends.rows:
             protected = candidates.ends.mask((1, n), None, scores.device)[:, None, None]  # type: ignore[index]
         if protected is not None:
             free = (~protected).expand(shape) if everything else valid & ~protected
@@ -394,7 +394,7 @@ class Selector(nn.Module):
                 lengths=lengths,
                 counted=True,
             )
-        extra = candidates.ends.count
+        extra = candidates.ends.rows
         budget = self.budget(drawing=settings.drawing, final=settings.final)
         if dense:  # as many candidates in every row, so nothing is counted
             k = torch.full(shape[:-1], budget.slots(n - extra), device=scores.device)

@@ -170,9 +170,12 @@ def _value(classes: dict[str, ast.ClassDef], name: str, wanted: str) -> Any:
     """What a class says of ``wanted``, itself or by its bases: a constant, or the name of a class."""
     for each in _ancestors(classes, name):
         for node in classes[each].body:
-            if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+            if isinstance(node, ast.Assign):
+                targets = node.targets
+            elif isinstance(node, ast.AnnAssign):
+                targets = [node.target]
+            else:
                 continue
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if any(isinstance(target, ast.Name) and target.id == wanted for target in targets):
                 value = node.value
                 if isinstance(value, ast.Constant):
