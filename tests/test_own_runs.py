@@ -61,8 +61,11 @@ def test_the_suite_of_gpus_is_refused_without_one(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(HardAttentionError, match="suite 'gpu' measures a GPU, and PyTorch sees none"):
         command("bench", "--suite", "gpu", "--no-fixed-allocator")
-    with pytest.raises(HardAttentionError, match="unknown suite 'pears'; .*'gpu', .*'peers'.* Did you mean 'peers'"):
-        command("bench", "--suite", "pears", "--no-fixed-allocator")
+    with pytest.raises(
+        HardAttentionError,
+        match="unknown suite 'competng'; .*'competing', .*'gpu', .*'host'.* Did you mean 'competing'",
+    ):
+        command("bench", "--suite", "competng", "--no-fixed-allocator")
 
 
 def test_a_benchmark_measures_a_model_at_its_own_sites(tmp_path: Path) -> None:
