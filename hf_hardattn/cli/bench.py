@@ -80,8 +80,6 @@ def command(
             "suite 'gpu' measures a GPU, and PyTorch sees none here; on a CPU it would take hours and say nothing. Run it on a machine with "
             "one, or take --suite quick or targets."
         )
-    if suite == "peers":  # as earlier results call it
-        suite = "competing"
     if suite not in SUITES and not suite.endswith((".yaml", ".yml")):
         raise unknown("suite", suite, SUITES)
     torch.set_num_threads(threads)
