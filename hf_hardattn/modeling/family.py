@@ -11,7 +11,6 @@ from . import heads
 from .selector import Protected
 from .spec import AttentionSpec, ModelSpec, TowerSpec
 
-
 FAMILY = "hard_attention_family"  # attribute of a hard model: the name of its family
 
 

@@ -10,7 +10,6 @@ from torch import nn
 from ..modeling.family import FAMILY, Family
 from ..modeling.spec import ModelSpec
 
-
 # plain data, not functools.cache: Dynamo traces a training loss that asks for the family, and would run what is cached again
 _names = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
 _loaded: dict[str, Family] = {}
