@@ -23,7 +23,7 @@ from .modeling.attach import FOLLOWS, attach, detach, place, remove_config
 from .modeling.context import is_soft_now
 from .modeling.family import Family
 from .modeling.selector import Selector
-from .modes import all_selectors
+from .modes import all_selectors, selectors_or_refuse
 from .recording import selectors
 from .unwrapping import unwrap
 
@@ -210,14 +210,29 @@ def set_reward(model: nn.Module, reward: Callable[[dict[str, Any], Any], Tensor]
     Args:
         reward: maps the model's keyword inputs and its output to fp32 ``[B]``, higher = better; it need not be differentiable.
             None restores the default, minus the task loss of each example.
+
+    Raises:
+        HardAttentionError: the model has no sites.
     """
+    found: Any = selectors_or_refuse(model) if reward is not None else []
+    if found and not any("reward" in selector.estimator.needs for selector in found):
+        names = sorted({selector.config.estimator for selector in found})
+        warnings.warn(
+            f"no site of {type(unwrap(model)).__name__} reads a reward: its estimators are {', '.join(names)}. Use a score-function estimator "
+            "('reinforce', 'rloo', 'grpo'), or leave the reward out.",
+            stacklevel=2,
+        )
     unwrap(model).__dict__[REWARD] = reward
 
 
 @contextmanager
 def freeze_backbone(model: nn.Module) -> Iterator[nn.Module]:
-    """Train the selectors only, inside the block (and for an optimizer built inside it)."""
-    trained = {id(p) for s in all_selectors(model) for p in s.parameters()}
+    """Train the selectors only, inside the block (and for an optimizer built inside it).
+
+    Raises:
+        HardAttentionError: the model has no sites.
+    """
+    trained = {id(p) for s in selectors_or_refuse(model) for p in s.parameters()}
     whole = model if isinstance(model, nn.Module) else unwrap(model)  # PEFT's own parameters lie outside its base
     frozen = [p for p in whole.parameters() if p.requires_grad and id(p) not in trained]
     for parameter in frozen:

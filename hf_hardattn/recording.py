@@ -17,7 +17,7 @@ from .modeling.context import Mode, active
 from .modeling.selection import Selection
 from .modeling.selector import Selector
 from .models import family_of
-from .modes import site_names
+from .modes import selectors_or_refuse, site_names
 from .unwrapping import unwrap
 
 
@@ -245,10 +245,11 @@ def replay(model: nn.Module, selections: Iterable[Selection] | Mapping[str, Tens
             ``[B, H, Q, N]``), used at every call. Sites not named choose for themselves.
 
     Raises:
-        HardAttentionError: a site that the model does not have, a mask that is no bool tensor of such a shape, or fewer
+        HardAttentionError: no sites, a site that the model does not have, a mask that is no bool tensor of such a shape, or fewer
             selections than calls.
     """
     inner = unwrap(model)
+    selectors_or_refuse(inner)
     known = selectors(inner)
     queues: dict[str, Iterator[Tensor]] = {}
     if isinstance(selections, Mapping):
