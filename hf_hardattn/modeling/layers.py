@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import position_bias as distances
 from .arguments import Arguments
+from .attention import is_softmax
 from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
 from .cross import hand_over_source
@@ -114,10 +115,14 @@ class _Rows:
                 return what
         if state.gates is not None:
             return AttentionInput(mask, gates=state.gates)
-        if state.packing is not None and not self._wants_weights():
+        if state.packing is not None and not self._wants_weights() and self._may_replace():
             arguments.set(plan.names[0], state.packing.to_packed(self.hidden))
             return AttentionInput(packing=state.packing)
         return AttentionInput(mask) if plan.eager_only and plan.attention and self._serves_sdpa(mask) else None
+
+    def _may_replace(self) -> bool:
+        """Whether the rows of a packed batch may be attended to in another way than by the implementation's own function."""
+        return not self.plan.attention_spec.interface or is_softmax(self.config._attn_implementation)
 
     def _serves_sdpa(self, mask: Any) -> bool:
         """Whether the attention of a family without an attention function is to run here: only the stock one tells weights."""
