@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from . import models
 from .config import HardAttentionConfig
 from .errors import HardAttentionError
-from .integrations import peft as peft_saving
 from .losses.training_loss import TERMS
 from .modeling.attach import FOLLOWS, attach, detach, place, remove_config
 from .modeling.context import is_soft_now
@@ -89,7 +88,6 @@ def attach_to(model: nn.Module, config: HardAttentionConfig, *, fresh: bool = Fa
     """
     family = family_or_refuse(model)
     built = attach(model, config, family, TERMS)
-    peft_saving.register()
     if not fresh:
         return built
     for selector in built.values():

@@ -31,6 +31,9 @@ def unwrap(model: Any) -> nn.Module:
         base = getattr(inner, "get_base_model", None)
         if callable(base):
             inner = base()
+        elif type(inner).__name__ == "PeftMixedModel":
+            mixed: Any = inner
+            inner = mixed.base_model.model
         elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
             inner = inner._orig_mod
         elif isinstance(getattr(inner, "module", None), nn.Module) and not isinstance(inner, PreTrainedModel):

@@ -356,7 +356,8 @@ def test_saving_says_what_is_missing(tmp_path):
         hf_hardattn.save(with_adapter(model), tmp_path / "x")
     from peft import LoraConfig, get_peft_model
 
-    bare = get_peft_model(harden(stock()), LoraConfig(target_modules=["q_proj"]))
+    # one that is to be trained gains the selectors by itself
+    bare = get_peft_model(harden(stock()), LoraConfig(target_modules=["q_proj"], inference_mode=True))
     with pytest.raises(HardAttentionError, match="the adapter leaves out .*modules_to_save="):
         hf_hardattn.save(bare, tmp_path / "x", base_model="a/b")
     assert not (tmp_path / "x").exists()

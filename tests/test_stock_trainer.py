@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_training import arguments, batch, build, examples, rows
 from transformers import (
@@ -190,16 +189,3 @@ def test_an_interrupted_training_leaves_nothing_behind(tmp_path: Path, moment: s
         model.train()(**batch()).loss.backward()
         values.append(selector.baseline.value.item())
     assert len(set(values)) > 1
-
-
-@pytest.mark.parametrize("whole", [None, ["selector", "input_selector"]])
-def test_selectors_that_adapters_leave_frozen_are_named(tmp_path: Path, whole: list[str] | None) -> None:
-    model = get_peft_model(build(budget=3), LoraConfig(target_modules=["q_proj"], modules_to_save=whole))
-    trainer = Trainer(
-        model, arguments(tmp_path, max_steps=1), train_dataset=examples(), callbacks=[HardAttentionCallback()]
-    )
-    if whole:
-        trainer.train()
-        return
-    with pytest.warns(UserWarning, match="'vision.inputs' has parameters, and none of them learns .*modules_to_save"):
-        trainer.train()

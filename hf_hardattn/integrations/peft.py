@@ -1,42 +1,53 @@
-"""PEFT writes where it adapts a model, but not where the model looks: its ``save_pretrained`` leaves the hard ``config.json`` too.
+"""PEFT writes where it adapts a model, but not where the model looks: whatever saves an adapter leaves the hard ``config.json`` too.
 
-``peft_model.push_to_hub`` and the Trainer save through the same method, so what they write reloads hard with ``hf_hardattn.load``.
+``peft_model.push_to_hub`` and the Trainer save through the same method, so what they write reloads hard: with ``hf_hardattn.load``,
+``PeftModel.from_pretrained`` or an Auto class.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_MARK = "_saves_hard_attention"
+from .wrapping import wrap_method
 
 
 def register() -> None:
-    """Wrap ``PeftModel.save_pretrained`` once. Called when a model becomes hard, so that nobody else pays for importing PEFT."""
+    """Wrap ``save_pretrained`` of PEFT and of Transformers once."""
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
-    save_pretrained: Any = PeftModel.save_pretrained
-    if hasattr(save_pretrained, _MARK):
-        return
-    signature = inspect.signature(save_pretrained)
+    wrap_method(PeftModel, "save_pretrained", _save_pretrained)
+    wrap_method(PreTrainedModel, "save_pretrained", _save_pretrained_of_transformers)
 
-    @functools.wraps(save_pretrained)
-    def hard_save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
-        save_pretrained(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs)
+
+def _save_pretrained(save: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
+    save(self, *args, **kwargs)
+    given = inspect.signature(save).bind(self, *args, **kwargs)
+    given.apply_defaults()
+    asked = given.arguments
+    inner = self.get_base_model()
+    if asked["is_main_process"] and _is_hard(inner):
+        for name in asked["selected_adapters"] or self.peft_config:
+            folder = Path(asked["save_directory"])
+            save_config(inner, folder if name == "default" else folder / name)
+
+
+def _save_pretrained_of_transformers(save: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    result = save(self, *args, **kwargs)
+    # of a model with adapters Transformers writes the adapter alone
+    if getattr(self, "_hf_peft_config_loaded", False) and _is_hard(self):
+        given = inspect.signature(save).bind(self, *args, **kwargs)
         given.apply_defaults()
-        asked = given.arguments
-        inner = self.get_base_model()
-        config = getattr(inner, "config", None)
-        if asked["is_main_process"] and getattr(config, "hard_attention", None) is not None:
-            for name in asked["selected_adapters"] or self.peft_config:
-                folder = Path(asked["save_directory"])
-                save_config(inner, folder if name == "default" else folder / name)
+        if given.arguments["is_main_process"]:
+            save_config(self, Path(given.arguments["save_directory"]))
+    return result
 
-    setattr(hard_save_pretrained, _MARK, True)
-    PeftModel.save_pretrained = hard_save_pretrained  # type: ignore[method-assign]
+
+def _is_hard(model: Any) -> bool:
+    return getattr(getattr(model, "config", None), "hard_attention", None) is not None
 
 
 def save_config(model: Any, folder: Path) -> None:

@@ -21,22 +21,23 @@ from ..fields import is_configuration
 from ..modeling.selector import Selector
 from ..models import family_of
 from ..recording import selectors
+from . import peft, peft_adapters
+from .peft_adapters import base_of_adapter, check_selectors
 from .wrapping import wrap_method
 
 _ADVICE = "Pass hard_attention=... to use them, or hard_attention=None to silence this."
 
 
 def _check_loaded(
-    model: PreTrainedModel, info: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], asked: bool
+    model: PreTrainedModel, info: Mapping[str, Any], place: Any, kwargs: Mapping[str, Any], asked: bool
 ) -> None:
     """Raise when a checkpoint says that it is hard and lacks its selectors; warn when it has selectors and runs soft."""
-    if asked:
+    if asked or getattr(model, "_hf_peft_config_loaded", False):  # an adapter's tensors were checked when it was loaded
         return
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Selector))
     lacking = sorted(key for key in info["missing_keys"] if key.startswith(prefixes)) if prefixes else []
     # where no weight at all was found, the file is not of this model, and Transformers' own report says so
     if lacking and len(info["missing_keys"]) < len(model.state_dict()):
-        place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         saved = _saved_hard_attention(place, kwargs)
         if saved and HardAttentionConfig.parse(saved).to_dict() == model.config.hard_attention:
             raise HardAttentionError(
@@ -103,9 +104,27 @@ def _from_pretrained(
     **kwargs: Any,
 ) -> Any:
     asked = "hard_attention" in kwargs or _asks(kwargs.get("config"))
-    model, info = from_pretrained(cls, *args, output_loading_info=True, **kwargs)
-    _check_loaded(model, info, args, kwargs, asked)
+    place = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
+    adapter = base_of_adapter(place)
+    if adapter is not None:
+        kwargs = _through_base(adapter, place, kwargs)
+    model, info = from_pretrained(
+        cls, place if adapter is None else adapter["name"], *args[1:], output_loading_info=True, **kwargs
+    )
+    if adapter is None:
+        _check_loaded(model, info, place, kwargs, asked)
+    elif selectors(model) and _saved_hard_attention(adapter["name"], kwargs) is None:
+        check_selectors(model, place, {}, complete=True)  # the base has none: the adapter must hold them all
     return (model, info) if output_loading_info else model
+
+
+def _through_base(adapter: Mapping[str, Any], folder: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that load an adapter's base, under the configuration in the adapter's folder, and the adapter onto it."""
+    known = {**kwargs, "config": kwargs.get("config") or str(folder)}
+    known["adapter_kwargs"] = {**(kwargs.get("adapter_kwargs") or {}), "_adapter_model_path": str(folder)}
+    if adapter["revision"]:
+        known["revision"] = adapter["revision"]
+    return known
 
 
 def _to_dict(to_dict: Callable[..., Any], self: PreTrainedConfig) -> dict[str, Any]:
@@ -122,3 +141,5 @@ def register() -> None:
     wrap_method(PreTrainedModel, "_initialize_weights", _initialize_weights)
     wrap_method(PreTrainedModel, "from_pretrained", _from_pretrained)
     wrap_method(PreTrainedConfig, "to_dict", _to_dict)
+    peft.register()
+    peft_adapters.register()

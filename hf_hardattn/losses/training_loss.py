@@ -187,9 +187,8 @@ def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
 
 def _reward(model: nn.Module, inputs: dict[str, Any], output: Any, loss: Tensor) -> Tensor:
     """Reward of each example ``[B]``, or of the batch ``[]`` where the output does not tell."""
-    custom = getattr(
-        model, "_hard_attention_reward", None
-    )  # not through __dict__: compiled code watches attributes only
+    # not through __dict__: compiled code watches attributes only
+    custom = getattr(model, "_hard_attention_reward", None)
     with torch.no_grad():
         if custom is not None:
             reward = torch.as_tensor(custom(inputs, output), dtype=torch.float32, device=loss.device)

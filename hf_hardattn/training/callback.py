@@ -63,11 +63,11 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
                 "Load it with hard_attention=... or call hf_hardattn.apply().",
                 stacklevel=2,
             )
-        frozen = _frozen_beside_adapters(model, self.driver)
-        if frozen:
+        learned = [selector for selector in self.driver.selectors.values() if selector.learned]
+        if learned and not any(p.requires_grad for selector in learned for p in selector.parameters()):
             warnings.warn(
-                f"the selector at {frozen[0]!r} has parameters, and none of them learns beside the adapters. If it was not trained before, "
-                "add modules_to_save=['selector', 'input_selector'] to the adapter's configuration.",
+                f"no selector of {type(model).__name__} is trained: none of their parameters requires a gradient, so they stay as they "
+                "are. With PEFT, use modules_to_save=['selector', 'input_selector'].",
                 stacklevel=2,
             )
         kept: Any = state.stateful_callbacks  # a dict by class name; the annotation in Transformers says list
@@ -115,12 +115,3 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
         """What ``trainer_state.json`` keeps."""
         baselines = self.baselines if self.driver is None else self.driver.state_dict()
         return {"args": {"selector_warmup_steps": self.selector_warmup_steps}, "attributes": {"baselines": baselines}}
-
-
-def _frozen_beside_adapters(model: Any, driver: Driver) -> list[str]:
-    """Sites of a PEFT model whose selectors have parameters that do not learn."""
-    found = []
-    for site, selector in driver.selectors.items() if hasattr(model, "peft_config") else ():
-        learns = [parameter.requires_grad for parameter in selector.parameters()]
-        found += [site] if learns and not any(learns) else []
-    return found
