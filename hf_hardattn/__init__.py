@@ -6,15 +6,23 @@ Importing the package registers it; models are untouched until a config carries 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .api import apply, freeze_backbone, remove, set_budget, set_reward, set_step, status
+from .api import (
+    apply,
+    freeze_backbone,
+    remove,
+    set_budget,
+    set_reward,
+    set_step,
+    status,
+)
 from .collapse import Collapse, find_collapse
 from .config import HardAttentionConfig, SiteConfig
 from .diagnostics import Diagnosis, diagnose
 from .errors import HardAttentionError
-from .losses import auxiliary_loss
+from .integrations.transformers import register as _patch_transformers
+from .losses.score_function import auxiliary_loss
 from .modeling.selection import Selection
 from .modes import execution, sampled, soft
-from .patching import register as _patch_transformers
 from .recording import Recording, record, replay, selectors
 from .registry import register
 from .verify import Report, verify

@@ -6,22 +6,24 @@ Every function takes the model however it is wrapped.
 from __future__ import annotations
 
 import collections
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import models
 from .config import HardAttentionConfig
 from .errors import HardAttentionError
+from .losses.training_loss import TERMS
 from .modeling.attach import FOLLOWS, attach, detach, place, remove_config
 from .modeling.context import is_soft_now
 from .modeling.family import Family
 from .modeling.selector import Selector
-from .modes import all_selectors
+from .modes import all_selectors, selectors_or_refuse
 from .recording import selectors
-from .training_loss import TERMS
 from .unwrapping import unwrap
 
 REWARD = "_hard_attention_reward"
@@ -50,14 +52,36 @@ def apply(
         HardAttentionError: an unsupported model, or a site that does not exist.
     """
     inner = unwrap(model)
-    attach_to(inner, HardAttentionConfig.parse(config if config is not None else {}), fresh=True)
+    built = attach_to(inner, HardAttentionConfig.parse(config if config is not None else {}), fresh=True)
+    _warn_of_lonely_selectors(model, built)
     if reward is not None:
         set_reward(inner, reward)
     return model
 
 
-def attach_to(model: nn.Module, config: HardAttentionConfig, *, fresh: bool = False) -> None:
+def _warn_of_lonely_selectors(model: Any, built: Mapping[str, Selector]) -> None:
+    """Say so where nothing averages the gradients of new selectors over the processes: what wraps the model came first."""
+    many = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    learned = [site for site, selector in built.items() if selector.learned]
+    if not many or not learned:
+        return
+    parts = model.modules() if isinstance(model, nn.Module) else unwrap(model).modules()
+    for module in parts:
+        sharded = any(hasattr(weight, "full_tensor") for weight in module.parameters(recurse=False))
+        if sharded or isinstance(module, nn.parallel.DistributedDataParallel):
+            warnings.warn(
+                f"the selectors of {learned} were made after {'FSDP2' if sharded else 'DDP'} had wrapped {type(model).__name__}: their "
+                "gradients are not averaged over the processes, which so drift apart. Call apply() first, then wrap the model.",
+                stacklevel=3,
+            )
+            return
+
+
+def attach_to(model: nn.Module, config: HardAttentionConfig, *, fresh: bool = False) -> dict[str, Selector]:
     """Attach a configuration to a model that is being built, or (``fresh``) to one whose weights are there.
+
+    Returns:
+        The selectors that were made, by site.
 
     Raises:
         HardAttentionError: no family knows the model.
@@ -65,13 +89,14 @@ def attach_to(model: nn.Module, config: HardAttentionConfig, *, fresh: bool = Fa
     family = family_or_refuse(model)
     built = attach(model, config, family, TERMS)
     if not fresh:
-        return
+        return built
     for selector in built.values():
         place(selector, model)
         selector.train(model.training)
         module: Any
         for module in selector.modules():  # loaded later or trained: Transformers must not initialise it again
             module._is_hf_initialized = True
+    return built
 
 
 def family_or_refuse(model: nn.Module) -> Family:
@@ -172,7 +197,8 @@ def set_step(model: nn.Module, step: int, steps: int | None = None) -> None:
     Args:
         steps: how many the whole training has; needed by schedules (and recipes) that give their length as a share of it.
     """
-    for selector in all_selectors(unwrap(model)):
+    selector: Any
+    for selector in all_selectors(model):
         selector.step, selector.steps = step, steps or selector.steps
 
 
@@ -182,15 +208,31 @@ def set_reward(model: nn.Module, reward: Callable[[dict[str, Any], Any], Tensor]
     Args:
         reward: maps the model's keyword inputs and its output to fp32 ``[B]``, higher = better; it need not be differentiable.
             None restores the default, minus the task loss of each example.
+
+    Raises:
+        HardAttentionError: the model has no sites.
     """
+    found: Any = selectors_or_refuse(model) if reward is not None else []
+    if found and not any("reward" in selector.estimator.needs for selector in found):
+        names = sorted({selector.config.estimator for selector in found})
+        warnings.warn(
+            f"no site of {type(unwrap(model)).__name__} reads a reward: its estimators are {', '.join(names)}. Use a score-function estimator "
+            "('reinforce', 'rloo', 'grpo'), or leave the reward out.",
+            stacklevel=2,
+        )
     unwrap(model).__dict__[REWARD] = reward
 
 
 @contextmanager
 def freeze_backbone(model: nn.Module) -> Iterator[nn.Module]:
-    """Train the selectors only, inside the block (and for an optimizer built inside it)."""
-    trained = {id(p) for s in all_selectors(model) for p in s.parameters()}
-    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
+    """Train the selectors only, inside the block (and for an optimizer built inside it).
+
+    Raises:
+        HardAttentionError: the model has no sites.
+    """
+    trained = {id(p) for s in selectors_or_refuse(model) for p in s.parameters()}
+    whole = model if isinstance(model, nn.Module) else unwrap(model)  # PEFT's own parameters lie outside its base
+    frozen = [p for p in whole.parameters() if p.requires_grad and id(p) not in trained]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .modeling.selection import Selection
 from .recording import record, selectors
+from .unwrapping import refuse_sharded, unwrap
 
 # A score varies this much less between inputs than between positions: the choice does not look at the input.
 _INDEPENDENT = 1e-3
@@ -70,7 +71,12 @@ def find_collapse(model: nn.Module, batches: Mapping[str, Any] | Iterable[Mappin
 
     Returns:
         findings, in the order of the sites; empty when nothing is wrong.
+
+    Raises:
+        HardAttentionError: no sites, or weights that FSDP2 has sharded.
     """
+    model = unwrap(model)
+    refuse_sharded(model, "find_collapse")
     data = [batches] if isinstance(batches, Mapping) else list(batches)
     modes = [(module, module.training) for module in model.modules()]
     made: dict[str, list[Selection]] = {}

@@ -19,6 +19,7 @@ from .collapse import Collapse, find_collapse
 from .errors import HardAttentionError
 from .modeling.selector import Selector
 from .recording import record, selectors
+from .unwrapping import refuse_offloaded, refuse_sharded, unwrap
 
 _REFERENCE = {"estimator": "rloo", "estimator_options": {"samples": 8}}
 
@@ -111,10 +112,13 @@ def diagnose(
         a table; a warning is issued for each collapsed site.
 
     Raises:
-        HardAttentionError: no site to measure, no loss, or fewer than 2 draws.
+        HardAttentionError: no site to measure, no loss, fewer than 2 draws, or weights that are sharded or offloaded.
     """
     if draws < 2:
         raise HardAttentionError(f"draws={draws} is out of range in diagnose; a variance needs at least 2.")
+    model = unwrap(model)
+    refuse_sharded(model, "diagnose")
+    refuse_offloaded(model, "diagnose")
     learned = [site for site, selector in selectors(model).items() if selector.learned]
     if not learned:
         raise HardAttentionError(

@@ -11,16 +11,31 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .errors import unknown
+from .errors import HardAttentionError, unknown
 from .fields import EXECUTIONS
 from .modeling.context import Mode, active
 from .modeling.plan import TOWER
 from .modeling.selector import Selector
+from .unwrapping import unwrap
 
 
 def all_selectors(model: nn.Module) -> list[Selector]:
     """Every selector in a model, the copies of PEFT's other adapters too."""
-    return [module for module in model.modules() if isinstance(module, Selector)]
+    return [module for module in unwrap(model).modules() if isinstance(module, Selector)]
+
+
+def selectors_or_refuse(model: nn.Module) -> list[Selector]:
+    """Every selector in a model.
+
+    Raises:
+        HardAttentionError: there is none, so that what was asked for would change nothing.
+    """
+    found = all_selectors(model)
+    if not found:
+        raise HardAttentionError(
+            f"{type(unwrap(model)).__name__} has no hard-attention sites; load it with hard_attention=... or call apply()."
+        )
+    return found
 
 
 def site_names(model: nn.Module) -> dict[int, str]:
@@ -40,6 +55,12 @@ def site_names(model: nn.Module) -> dict[int, str]:
     for selector in all_selectors(model):
         names.setdefault(id(selector), selector.site)
     return names
+
+
+def sites_or_refuse(model: nn.Module) -> dict[int, str]:
+    """As ``site_names``; a model without sites is refused, see ``selectors_or_refuse``."""
+    selectors_or_refuse(model)
+    return site_names(model)
 
 
 def _free_name(name: str, taken: set[str]) -> str:
@@ -62,8 +83,11 @@ def sampled(model: nn.Module) -> Iterator[nn.Module]:
 
     In evaluation mode a choice is the likeliest one. The mean of the predictions over several draws is the Monte-Carlo estimate of what
     the model says on average. Estimators that draw nothing (``sample=False``) choose as ever.
+
+    Raises:
+        HardAttentionError: the model has no sites.
     """
-    with active(Mode(site_names(model), sampled=True)):
+    with active(Mode(sites_or_refuse(model), sampled=True)):
         yield model
 
 
@@ -72,11 +96,11 @@ def execution(model: nn.Module, mode: str) -> Iterator[nn.Module]:
     """Run every site ``masked`` or ``gathered`` inside the block.
 
     Raises:
-        HardAttentionError: another name.
+        HardAttentionError: another name, or the model has no sites.
     """
     if mode not in EXECUTIONS:
         raise unknown("execution", mode, EXECUTIONS)
-    with active(Mode(site_names(model), execution=mode)):
+    with active(Mode(sites_or_refuse(model), execution=mode)):
         yield model
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributions import ConditionalBernoulli
 from .errors import HardAttentionError, unknown
-from .laws import ConditionalBernoulli
 from .modeling.context import Mode, active
 from .modeling.selection import Selection
 from .modeling.selector import Selector
 from .models import family_of
-from .modes import site_names
+from .modes import selectors_or_refuse, site_names
 from .unwrapping import unwrap
 
 
@@ -26,7 +26,7 @@ def selectors(model: nn.Module) -> dict[str, Selector]:
     found: dict[str, Selector] = {}
     names = site_names(model)
     idle: set[int] = set()
-    for module in model.modules():
+    for module in unwrap(model).modules():
         if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
             idle |= _idle(module)  # PEFT's wrapper comes before what it wraps
         if isinstance(module, Selector) and id(module) not in idle:
@@ -245,10 +245,11 @@ def replay(model: nn.Module, selections: Iterable[Selection] | Mapping[str, Tens
             ``[B, H, Q, N]``), used at every call. Sites not named choose for themselves.
 
     Raises:
-        HardAttentionError: a site that the model does not have, a mask that is no bool tensor of such a shape, or fewer
+        HardAttentionError: no sites, a site that the model does not have, a mask that is no bool tensor of such a shape, or fewer
             selections than calls.
     """
     inner = unwrap(model)
+    selectors_or_refuse(inner)
     known = selectors(inner)
     queues: dict[str, Iterator[Tensor]] = {}
     if isinstance(selections, Mapping):

@@ -1,4 +1,4 @@
-"""Find the model inside its wrappers: one place for PEFT, DDP, FSDP, ``torch.compile`` and Accelerate."""
+"""Find the model inside its wrappers: one place for PEFT, DDP, FSDP, ``torch.compile``, Accelerate and pipelines."""
 
 from __future__ import annotations
 
@@ -7,22 +7,64 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .errors import HardAttentionError
 
-def unwrap(model: nn.Module) -> nn.Module:
+
+def unwrap(model: Any) -> nn.Module:
     """The Transformers model inside ``model``, however it is wrapped; ``model`` itself where there is no wrapper.
 
     Accelerate's offloading and FSDP2 leave a module what it is; DDP, DataParallel and FSDP1 hold it as ``module``,
-    ``torch.compile`` as ``_orig_mod``, PEFT behind ``get_base_model()``.
+    ``torch.compile`` as ``_orig_mod``, PEFT behind ``get_base_model()``, a pipeline or a Trainer as ``model``.
+
+    Raises:
+        HardAttentionError: there is no module.
     """
     inner: Any = model
+    if not isinstance(inner, nn.Module):
+        inner = getattr(inner, "model", None)
+    if not isinstance(inner, nn.Module):
+        raise HardAttentionError(
+            f"{type(model).__name__} is no model; hard attention takes a torch.nn.Module, however it is wrapped. Load it first, "
+            "with from_pretrained(...)."
+        )
     while True:
-        if hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
+        base = getattr(inner, "get_base_model", None)
+        if callable(base):
+            inner = base()
         elif type(inner).__name__ == "PeftMixedModel":
-            inner = inner.base_model.model
+            mixed: Any = inner
+            inner = mixed.base_model.model
         elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
             inner = inner._orig_mod
         elif isinstance(getattr(inner, "module", None), nn.Module) and not isinstance(inner, PreTrainedModel):
             inner = inner.module
         else:
             return inner
+
+
+def refuse_sharded(model: nn.Module, verb: str) -> None:
+    """Refuse what needs every weight of a model in one piece.
+
+    Raises:
+        HardAttentionError: FSDP2 has sharded the weights.
+    """
+    name = next((name for name, weight in model.named_parameters() if hasattr(weight, "full_tensor")), None)
+    if name is not None:
+        raise HardAttentionError(
+            f"'{name}' of {type(model).__name__} is sharded by FSDP2; {verb} needs the weights in one piece. Call it before fully_shard(), or "
+            "on a model loaded from a whole checkpoint."
+        )
+
+
+def refuse_offloaded(model: nn.Module, verb: str) -> None:
+    """Refuse what reads weights in place.
+
+    Raises:
+        HardAttentionError: Accelerate has offloaded the weights.
+    """
+    name = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+    if name is not None:
+        raise HardAttentionError(
+            f"'{name}' of {type(model).__name__} is offloaded, and not in memory between calls; {verb} needs it there. Call it on a model "
+            "that is loaded whole, before cpu_offload() or disk_offload()."
+        )

@@ -4,18 +4,22 @@
     python scripts/evaluate.py --config scripts/configs/evaluate.yaml --num_beams 4
     accelerate launch --num_processes 2 scripts/evaluate.py --config scripts/configs/evaluate.yaml
 
-The model decides the task, unless --task names it. `results.json` holds the metrics and, for each site, the share that was kept.
+The model decides the task, unless --task names it. `results.json` holds the metrics and, for each site, the share that was kept; it
+goes to outputs/evaluation/MODEL, unless --output_dir names another folder, and never over the record of a training.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from hf_hardattn.errors import HardAttentionError, unknown
+from hf_hardattn.training.evaluation import folder_of_evaluation
 from hf_hardattn.training.finetuning import choose
+from hf_hardattn.training.flag_help import show
 from hf_hardattn.training.loop import evaluate, start
 from hf_hardattn.training.parsing import expand, parse, peek, run
 
@@ -24,6 +28,9 @@ FAMILIES = ("vit", "t5", "blip")
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     words = expand(sys.argv[1:] if argv is None else argv)
+    if any(word in ("--help", "-h") for word in words):
+        print(show(None, usage="evaluate.py"))
+        raise SystemExit(0)
     name = peek(words, "model_name_or_path")
     if name is None:
         raise HardAttentionError("no model is named; give --model_name_or_path, a directory or a Hub name.")
@@ -32,6 +39,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise unknown("model family", config.model_type, FAMILIES, name)
     task = choose(words, config.model_type, next(iter(config.architectures or []), None))
     args = parse(task.Arguments, words)
+    args.output_dir = str(
+        folder_of_evaluation(Path(args.output_dir), name, peek(words, "output_dir") is None, args.overwrite)
+    )
     accelerator = start(args)
     return evaluate(accelerator, args, task(args, accelerator).setup(), argv)
 

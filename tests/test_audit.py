@@ -25,7 +25,7 @@ from hf_hardattn.interpret.audit import (
     size_groups,
 )
 from hf_hardattn.interpret.dataset_audit import audit_rows
-from hf_hardattn.interpret.subject import Subject
+from hf_hardattn.interpret.model_with_processor import ModelWithProcessor
 
 ROWS, PLACES = 200, 17
 
@@ -146,11 +146,13 @@ def test_audit_of_texts_knows_rare_words_and_length() -> None:
     model = T5ForConditionalGeneration(T5Config(**sizes)).eval()
     hf_hardattn.apply(model, {"sites": ["encoder.inputs"], "budget": 0.5, "scorer": "first"})
     texts = ["e" * 6 + "abcdq"[row % 5] + "n" * (row % 7) for row in range(30)]
-    found = audit_rows(Subject(model, Letters(), "t5"), Dataset.from_dict({"text": texts}), "text", batch=8)
+    found = audit_rows(ModelWithProcessor(model, Letters(), "t5"), Dataset.from_dict({"text": texts}), "text", batch=8)
     assert {f.column for f in found} == {"position", "frequency", "length"}
     rates = {f.value: f for f in found}
     assert rates["first third"].notable and rates["rare tokens"].rate < rates["frequent tokens"].rate
     with pytest.raises(HardAttentionError, match="no column 'language' in the data; it has: text"):
-        audit_rows(Subject(model, Letters(), "t5"), Dataset.from_dict({"text": texts}), "text", ["language"])
+        audit_rows(ModelWithProcessor(model, Letters(), "t5"), Dataset.from_dict({"text": texts}), "text", ["language"])
     with pytest.raises(HardAttentionError, match="t5 has no hard-attention sites to audit"):
-        audit_rows(Subject(hf_hardattn.remove(model), Letters(), "t5"), Dataset.from_dict({"text": texts}), "text")
+        audit_rows(
+            ModelWithProcessor(hf_hardattn.remove(model), Letters(), "t5"), Dataset.from_dict({"text": texts}), "text"
+        )

@@ -23,9 +23,9 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import hf_hardattn
 from hf_hardattn.interpret.html import page
+from hf_hardattn.interpret.model_with_processor import ModelWithProcessor
 from hf_hardattn.interpret.playground import POLICY, _load, launch
 from hf_hardattn.interpret.report import explain
-from hf_hardattn.interpret.subject import Subject
 from hf_hardattn.interpret.tokens import mark_spans
 
 pytestmark = pytest.mark.browser
@@ -126,7 +126,7 @@ def test_token_page_is_inert_and_readable(chromium: webdriver.Chrome, tmp_path: 
 def test_report_is_one_file_that_calls_nobody(
     chromium: webdriver.Chrome, hard_vit: Path, photo: Path, tmp_path: Path
 ) -> None:
-    report = explain(Subject.load(str(hard_vit)), [Image.open(photo)], measure=False, title=EVIL)
+    report = explain(ModelWithProcessor.load(str(hard_vit)), [Image.open(photo)], measure=False, title=EVIL)
     assert "<script" not in report.replace("&lt;script", "") and "http" not in report.split("</head>")[1]
     show(chromium, report, tmp_path)
     assert chromium.title == EVIL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hf_hardattn.cli import app
 from hf_hardattn.hub.card import render, write_card
 from hf_hardattn.hub.card_check import check_card
 from hf_hardattn.hub.licences import conflict
+from hf_hardattn.hub.markdown import bullets, plain
 from hf_hardattn.hub.record import check_record, read_record
 from hf_hardattn.hub.references import Resolver
 
@@ -271,3 +273,48 @@ def test_a_record_without_validation_is_incomplete(source):
 )
 def test_licences(licence, base, fine):
     assert (conflict(licence, base) is None) == fine
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "~~~",
+        "```",
+        "# big",
+        "###### small",
+        "- item",
+        "+ item",
+        "* item",
+        "1. one",
+        "2) two",
+        "---",
+        "===",
+        "***",
+        "___",
+    ],
+)
+def test_no_word_of_a_record_is_markup(word):
+    """As a line of its own, in a paragraph and in a list: it stays words, and what follows stays what it is."""
+    from markdown_it import MarkdownIt
+
+    for text in (f"{plain(word)}\n\nafter", bullets([word, "after"]), f"before\n{plain(word)}\n\nafter"):
+        kinds = {token.type for token in MarkdownIt().parse(text)} - {"inline"}
+        allowed = (
+            {"paragraph", "bullet_list", "list_item"}
+            if text.startswith("- &") or text.startswith("- ")
+            else {"paragraph"}
+        )
+        assert kinds == {f"{kind}_{end}" for kind in allowed for end in ("open", "close")}, text
+        assert word.split()[-1] in html.unescape(text)
+
+
+def test_emphasis_and_strikethrough_are_words():
+    from markdown_it import MarkdownIt
+
+    for word in ("*a*", "**a**", "_a_", "__a__", "~~a~~", "\\*", "`a`", "[a](b)", "<b>"):
+        tokens = MarkdownIt("gfm-like", {"linkify": False}).parseInline(plain(word))[0].children
+        assert "".join(token.content for token in tokens) == word and {token.type for token in tokens} <= {
+            "text",
+            "text_special",
+        }
+    assert plain("snake_case_name 0.5 -1.25 v1.0") == "snake_case_name 0.5 -1.25 v1.0"

@@ -21,7 +21,7 @@ from hf_hardattn.training import checkpoints, publishing
 from hf_hardattn.training.fine_tune import fine_tune
 from hf_hardattn.training.order import Order, Streamed
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "kill_test.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "research" / "kill_test.py"
 spec = importlib.util.spec_from_file_location("kill_test", SCRIPT)
 kill_test = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kill_test)
@@ -146,7 +146,7 @@ def test_a_model_is_written_in_one_piece(flags: list[str], tmp_path: Path, monke
 
 @pytest.mark.slow
 def test_random_kills_leave_a_usable_directory(tmp_path: Path) -> None:
-    """A few; ``scripts/kill_test.py`` makes as many as one likes."""
+    """A few; ``scripts/research/kill_test.py`` makes as many as one likes."""
     results = kill_test.main(["--kills", "3", "--seed", "1", "--output", str(tmp_path / "kills.json")])
     assert results["kills"] == 3 and json.loads((tmp_path / "kills.json").read_text())["unusable"] == 0
 

@@ -137,7 +137,10 @@ def test_gradient_checkpointing_changes_no_gradient(place, estimator):
 @place
 @budget
 def test_attentions_and_hidden_states_have_the_stock_shapes(place, budget):
-    """Dropped keys have weight zero; with rows dropped, later entries shrink, and the first stays whole."""
+    """Dropped keys have weight zero; with rows dropped, later entries shrink.
+
+    The first entry is what the first layer computes on: whole, unless the rows were dropped before it.
+    """
     hard = example(place, attn_implementation="eager", budget=budget)
     stock = example(place, hard=False, attn_implementation="eager")
     rows_dropped = "inputs" in place[2] or "tokens" in place[2]
@@ -152,7 +155,7 @@ def test_attentions_and_hidden_states_have_the_stock_shapes(place, budget):
             assert len(found[key]) == len(expected[key]), key
             if budget == 1.0 or not rows_dropped:
                 assert [t.shape for t in found[key]] == [t.shape for t in expected[key]], key
-            elif names == "hidden_states":
+            elif names == "hidden_states" and "inputs" not in place[2]:
                 assert found[key][0].shape == expected[key][0].shape
             if budget == 0.5 and names == "attentions" and not rows_dropped:
                 sums = torch.stack([t.sum(-1) for t in found[key]])
@@ -273,14 +276,11 @@ def test_chunked_feed_forward_changes_nothing():
     assert_rounded(first(made), expected)
 
 
-def test_a_device_map_finds_the_hard_blocks():
+def test_a_device_map_finds_the_blocks():
+    """No module changes its class, so the stock names of what stays on one device still name modules of the model."""
     model = example(("t5", "T5ForConditionalGeneration", "encoder.tokens.*")).model
     present = {type(module).__name__ for module in model.modules()}
-    assert "HardT5Block" in model._no_split_modules and set(model._no_split_modules) <= present
-    hf_hardattn.remove(model)
-    assert set(model._no_split_modules) == {"T5Block"}
-    hf_hardattn.apply(model, {"sites": ["encoder.tokens.*"]})
-    assert "HardT5Block" in model._no_split_modules
+    assert set(model._no_split_modules) == {"T5Block"} <= present
 
 
 def generate(made: Example, **kwargs: Any) -> Any:

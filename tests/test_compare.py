@@ -1,4 +1,4 @@
-"""The shoot-out: complete, resumable, and honest about runs that fail."""
+"""Comparisons: complete, resumable, and honest about runs that fail."""
 
 from __future__ import annotations
 
@@ -110,11 +110,11 @@ def test_jobs_give_what_one_process_gives(tmp_path):
     assert [row["metrics"] for row in alone["runs"]] == [row["metrics"] for row in together["runs"]]
 
 
-def test_one_trunk_may_serve_all_seeds_and_models_are_kept_on_request(tmp_path):
+def test_one_base_checkpoint_may_serve_all_seeds_and_models_are_kept_on_request(tmp_path):
     arguments = [*_write(tmp_path, {"soft": None, "simple": None}, trunk_seed=7), "--seeds", "2", "--save"]
     results, _ = _invoke(arguments)
     assert all(row["status"] == "finished" and row["spec"]["trunk_seed"] == 7 for row in results["runs"])
-    assert [path.name for path in (tmp_path / "runs" / "trunks").iterdir()] == ["seed-7"]
+    assert [path.name for path in (tmp_path / "runs" / "base_checkpoints").iterdir()] == ["seed-7"]
     models = {path.name for path in (tmp_path / "runs" / "models").iterdir()}
     assert models == {"soft-0", "soft-1", "simple-0", "simple-1"}
     reloaded = T5ForConditionalGeneration.from_pretrained(tmp_path / "runs" / "models" / "simple-1")

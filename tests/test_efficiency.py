@@ -15,8 +15,7 @@ from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, V
 from typer.testing import CliRunner
 
 import hf_hardattn
-from hf_hardattn import HardAttentionError, distances
-from hf_hardattn.attention import attend
+from hf_hardattn import HardAttentionError
 from hf_hardattn.cli import app
 from hf_hardattn.efficiency import allocator, bench, export, host, joules, report, suites
 from hf_hardattn.efficiency.counting import count_flops, work
@@ -24,6 +23,8 @@ from hf_hardattn.efficiency.limits import amdahl, profile_call, streaming_rows
 from hf_hardattn.efficiency.memory import activation_bytes, peak_resident_bytes
 from hf_hardattn.efficiency.timing import ratios, speedups
 from hf_hardattn.efficiency.workloads import Workload, cache_bytes, share_weights
+from hf_hardattn.functional import position_bias as distances
+from hf_hardattn.functional.attention import attend
 
 D, F, LAYERS, PATCHES, CLASSES = 32, 56, 3, 16, 5
 
@@ -442,7 +443,7 @@ def test_compiled_calls_say_the_same_with_packed_weights_and_a_static_cache_of_t
         (["--mode", "compile"], "Did you mean 'compiled'"),
         (["--suite", "export", "--mode", "compiled"], "'export' is not run by --mode compiled"),
         (["--suite", "growth", "--mode", "cuda_graphs"], "'growth' is not run by --mode cuda_graphs"),
-        (["--suite", "peers", "--mode", "compiled"], "'peers' is not run by --mode compiled"),
+        (["--suite", "competing", "--mode", "compiled"], "'competing' is not run by --mode compiled"),
         (["--suite", "host", "--mode", "compiled"], "'host' is not run by --mode compiled"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_hardattn import registry
-from hf_hardattn.laws import ConditionalBernoulli
+from hf_hardattn.distributions import ConditionalBernoulli
 from hf_hardattn.training import estimator_toys as toys
 from hf_hardattn.training.estimator_toys import ORDERS, SEEDS, Variant
 
@@ -160,7 +160,7 @@ def test_imle_toy_starts_and_ends_where_it_should() -> None:
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts" / "research"))
     command = importlib.import_module("estimator_table")
     few = tuple(v for v in toys.VARIANTS if v.label in ("simple", "reinmax", "log_gate", "sfess, K 4"))
     monkeypatch.setattr(toys, "all_variants", lambda: few)

@@ -28,11 +28,11 @@ import hf_hardattn
 from hf_hardattn import HardAttentionError
 from hf_hardattn.cli import app
 from hf_hardattn.interpret.attribution import EXPLANATIONS
+from hf_hardattn.interpret.model_with_processor import ModelWithProcessor
 from hf_hardattn.interpret.playground import build
 from hf_hardattn.interpret.report import explain
 from hf_hardattn.interpret.sources import read_inputs
 from hf_hardattn.interpret.space import requirements, write_space
-from hf_hardattn.interpret.subject import Subject
 
 WORDS = "a red green dog cat on grass sleeps <script>".split()
 
@@ -133,8 +133,8 @@ def test_explain_a_text_and_a_column(tmp_path: Path) -> None:
 
 
 def test_explain_a_caption(tmp_path: Path, photos: Path) -> None:
-    subject = Subject.load(str(blip(tmp_path / "blip")))
-    made = explain(subject, read_inputs(str(photos / "0.png")), measure=False)
+    bundle = ModelWithProcessor.load(str(blip(tmp_path / "blip")))
+    made = explain(bundle, read_inputs(str(photos / "0.png")), measure=False)
     assert made.count("<img") == 2 and "For each word, the patches" in made
     # so small a model may leak nothing on a batch, and its queries may keep every patch between them; the page says which
     known = (
@@ -145,24 +145,26 @@ def test_explain_a_caption(tmp_path: Path, photos: Path) -> None:
 
 
 def test_a_comparison_that_is_left_out_is_named(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(probe: Any) -> None:
+    def absent(evaluator: Any) -> None:
         raise ImportError("install <captum>")
 
     monkeypatch.setitem(EXPLANATIONS, "integrated gradients", absent)
-    made = explain(Subject.load(str(vit(tmp_path / "vit"))), read_inputs(str(photos / "0.png")))
+    made = explain(ModelWithProcessor.load(str(vit(tmp_path / "vit"))), read_inputs(str(photos / "0.png")))
     assert "Not compared with integrated gradients: install &lt;captum&gt;" in made
 
 
 def test_what_cannot_be_explained(tmp_path: Path, photos: Path) -> None:
     folder = vit(tmp_path / "vit")
     model = ViTForImageClassification.from_pretrained(folder)
-    soft = Subject(hf_hardattn.remove(model), None, "soft one")
+    soft = ModelWithProcessor(hf_hardattn.remove(model), None, "soft one")
     with pytest.raises(HardAttentionError, match="soft one has no hard-attention sites to explain"):
         explain(soft, [None])
     with pytest.raises(HardAttentionError, match="nothing to explain"):
-        explain(Subject.load(str(folder)), [])
+        explain(ModelWithProcessor.load(str(folder)), [])
     with pytest.raises(HardAttentionError, match="t5 holds no tokenizer"):
-        Subject(T5ForConditionalGeneration(T5Config(num_layers=1, d_model=8, d_ff=8)), None, "t5").encode(["a"])
+        ModelWithProcessor(T5ForConditionalGeneration(T5Config(num_layers=1, d_model=8, d_ff=8)), None, "t5").encode(
+            ["a"]
+        )
     (tmp_path / "empty").mkdir()
     for given, column, message in (
         (tmp_path / "empty", None, "holds no image"),
@@ -200,13 +202,13 @@ def test_every_form_of_a_checkpoint_is_explained(tmp_path: Path) -> None:
 
 
 def test_budget_moves_and_comes_back(tmp_path: Path, photos: Path) -> None:
-    subject = Subject.load(str(vit(tmp_path / "vit")))
-    batch = subject.encode(read_inputs(str(photos / "0.png")))
-    before = subject.answer(batch).recording.summary()
-    with subject.at_budget(0.25):
-        inside = subject.answer(batch).recording.summary()
-    assert inside[0]["kept_ratio"] == pytest.approx(0.25) and subject.answer(batch).recording.summary() == before
-    with pytest.raises(HardAttentionError, match="budget=2.5 is out of range"), subject.at_budget(2.5):
+    bundle = ModelWithProcessor.load(str(vit(tmp_path / "vit")))
+    batch = bundle.encode(read_inputs(str(photos / "0.png")))
+    before = bundle.predict(batch).recording.summary()
+    with bundle.at_budget(0.25):
+        inside = bundle.predict(batch).recording.summary()
+    assert inside[0]["kept_ratio"] == pytest.approx(0.25) and bundle.predict(batch).recording.summary() == before
+    with pytest.raises(HardAttentionError, match="budget=2.5 is out of range"), bundle.at_budget(2.5):
         pass
 
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 import hf_hardattn
-from hf_hardattn import HardAttentionError, metrics, stream
+from hf_hardattn import HardAttentionError, metrics
 from hf_hardattn.collapse import find_collapse
 from hf_hardattn.interpret import attribution, measures
 from hf_hardattn.interpret.faithfulness import compare, faithfulness, own_sufficiency, plausibility, top
-from hf_hardattn.interpret.probe import Probe
+from hf_hardattn.interpret.perturbation import PerturbationEvaluator
 from hf_hardattn.interpret.sanity import randomised_weights, shuffled
+from hf_hardattn.modeling import layers
 
 sys.path.insert(0, str(Path(__file__).parent / "laws"))
 from rounding import SOME, tolerance  # noqa: E402
@@ -103,26 +104,28 @@ def test_inputs_site_is_faithful_by_construction(architecture: Any, head: str, s
     report = {found.site: found for found in hf_hardattn.verify(model, batch).sites}
     assert report[site].certified and report[site].leak == 0.0
     assert "cannot influence the output (bit-identical" in report[site].statement
-    probe = Probe(model, batch, answer_tokens=5)
-    assert probe.removal == "select" and torch.equal(own_sufficiency(probe), torch.zeros(3))
-    left_out = attribution.leave_one_out(probe)
-    assert (left_out[~probe.own()] == 0).all() and (left_out != 0).any()
+    evaluator = PerturbationEvaluator(model, batch, answer_tokens=5)
+    assert evaluator.removal == "select" and torch.equal(own_sufficiency(evaluator), torch.zeros(3))
+    left_out = attribution.leave_one_out(evaluator)
+    assert (left_out[~evaluator.own()] == 0).all() and (left_out != 0).any()
 
 
 @pytest.mark.parametrize(("architecture", "head", "site"), HEADS, ids=lambda value: getattr(value, "__name__", value))
 def test_a_row_does_not_depend_on_what_other_rows_keep(architecture: Any, head: str, site: str) -> None:
     """The batch has another shape when others keep less or more, so that the row may be rounded differently, and no more."""
     model, batch = example(architecture, head, {site: {"budget": 0.4}, "*.self.0": {}})
-    probe = Probe(model, batch, answer_tokens=5)
-    own = probe.own()
+    evaluator = PerturbationEvaluator(model, batch, answer_tokens=5)
+    own = evaluator.own()
     for row in range(len(own)):
         others = torch.arange(len(own)) != row
         less, more = own.clone(), own.clone()
         less[others] &= less[others].cumsum(-1) > 2  # all but the first two kept
-        more[others] = probe.places[others]
+        more[others] = evaluator.places[others]
         for keep in (less, more):
             # of a probability, relative: the absolute error of its logarithm, which a few layers of rounded sums make up
-            torch.testing.assert_close(probe(keep)[row], probe.full[row], rtol=tolerance(torch.float32, SOME), atol=0)
+            torch.testing.assert_close(
+                evaluator(keep)[row], evaluator.full[row], rtol=tolerance(torch.float32, SOME), atol=0
+            )
 
 
 @pytest.mark.parametrize("lay", ["contiguous", "channels_last", "permuted"])
@@ -170,12 +173,12 @@ def test_a_planted_leak_is_caught(architecture: Any, head: str, site: str, monke
     """A double that lets every kept row have a thousandth of the mean of all rows: the certificate says so."""
     model, batch = example(architecture, head, [site], budget=0.4)
     assert hf_hardattn.verify(model, batch).sites[0].certified
-    honest = stream.keep_rows
+    honest = layers.keep
 
     def leaky(hidden: Tensor, indices: Tensor) -> Tensor:
         return honest(hidden, indices) + 1e-3 * hidden.mean(1, keepdim=True)
 
-    monkeypatch.setattr(stream, "keep_rows", leaky)
+    monkeypatch.setattr(layers, "keep", leaky)
     (found,) = hf_hardattn.verify(model, batch).sites
     assert not found.certified and "LEAKS" in found.statement and found.leak is not None and found.leak > 0
 
@@ -198,12 +201,12 @@ def test_shuffling_keeps_the_numbers_and_leaves_the_model() -> None:
     assert not torch.equal(other(**batch).logits, model(**batch).logits)
 
 
-# -- the probe ---------------------------------------------------------------------------------------------------------------------
+# -- the evaluator ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_probe_of_a_generated_text_scores_what_generate_said() -> None:
+def test_evaluator_of_a_generated_text_scores_what_generate_said() -> None:
     model, batch = example("t5", "T5ForConditionalGeneration", {"encoder.tokens.0": {"budget": 0.5}})
-    probe = Probe(model, batch, answer_tokens=4)
+    evaluator = PerturbationEvaluator(model, batch, answer_tokens=4)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     texts = model.generate(**inputs, max_new_tokens=4, num_beams=1, do_sample=False)
     with torch.no_grad():
@@ -214,36 +217,36 @@ def test_probe_of_a_generated_text_scores_what_generate_said() -> None:
             total, count = total + float(logs[row, step, token]), count + 1
             if token == model.config.eos_token_id:
                 break
-        assert float(probe.full[row]) == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-5)
-    assert probe.removal == "replace" and torch.allclose(probe(probe.places), probe.full)
-    assert torch.equal(probe.places.sum(-1), batch["attention_mask"].sum(-1) - 1)  # all but </s> and padding
+        assert float(evaluator.full[row]) == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-5)
+    assert evaluator.removal == "replace" and torch.allclose(evaluator(evaluator.places), evaluator.full)
+    assert torch.equal(evaluator.places.sum(-1), batch["attention_mask"].sum(-1) - 1)  # all but </s> and padding
 
 
-def test_probe_refuses() -> None:
+def test_evaluator_refuses() -> None:
     model, batch = example("vit", "ViTForImageClassification", ["vision.tokens.0"])
     with pytest.raises(HardAttentionError, match="removal='select' is not possible.*'vision.inputs' in force"):
-        Probe(model, batch, removal="select")
+        PerturbationEvaluator(model, batch, removal="select")
     with pytest.raises(HardAttentionError, match="neither pixel_values nor a text"):
-        Probe(model, {"labels": batch["labels"]})
+        PerturbationEvaluator(model, {"labels": batch["labels"]})
     headless, batch = example("vit", "ViTModel", ["vision.tokens.0"])
     with pytest.raises(HardAttentionError, match="ViTModel gives no answer"):
-        Probe(headless, batch)
+        PerturbationEvaluator(headless, batch)
     with pytest.raises(HardAttentionError, match="Identity is not supported"):
-        Probe(torch.nn.Identity(), batch)
+        PerturbationEvaluator(torch.nn.Identity(), batch)
     tokens, batch = example("t5", "T5ForTokenClassification", ["encoder.inputs"])
     with pytest.raises(HardAttentionError, match=r"logits of shape \(3, 11, 5\)"):
-        Probe(tokens, batch)
+        PerturbationEvaluator(tokens, batch)
 
 
 @pytest.mark.parametrize(("architecture", "head", "site"), HEADS, ids=lambda value: getattr(value, "__name__", value))
 def test_every_explanation_scores_every_place(architecture: Any, head: str, site: str) -> None:
     model, batch = example(architecture, head, [site], budget=0.4)
-    probe = Probe(model, batch, answer_tokens=3)
+    evaluator = PerturbationEvaluator(model, batch, answer_tokens=3)
     for name, make in attribution.EXPLANATIONS.items():
-        scores = make(probe)
-        assert scores.shape == probe.places.shape and torch.isfinite(scores).all(), name
-    best = top(attribution.selection(probe), probe.places, 0.4)
-    assert torch.equal(best, probe.own())  # the selector's own ranking begins with what it keeps
+        scores = make(evaluator)
+        assert scores.shape == evaluator.places.shape and torch.isfinite(scores).all(), name
+    best = top(attribution.selection(evaluator), evaluator.places, 0.4)
+    assert torch.equal(best, evaluator.own())  # the selector's own ranking begins with what it keeps
 
 
 # -- planted rationales ------------------------------------------------------------------------------------------------------------
@@ -302,12 +305,12 @@ def test_planted_rationales_order_the_explanations() -> None:
     measured = []
     for seed in range(3):
         model = planted_model(seed)
-        probe = Probe(model, {"pixel_values": pixels})
-        assert (probe.answer == labels).float().mean() > 0.9
-        scores = {name: make(probe) for name, make in attribution.EXPLANATIONS.items()}
+        evaluator = PerturbationEvaluator(model, {"pixel_values": pixels})
+        assert (evaluator.answer == labels).float().mean() > 0.9
+        scores = {name: make(evaluator) for name, make in attribution.EXPLANATIONS.items()}
         scores["oracle"] = 2 * gold + scores["selection"]  # a rationale is a set: the rest as the selector has it
-        measured.append(compare(probe, scores, human=gold, steps=18))  # two places a step
-        assert torch.equal(own_sufficiency(probe), torch.zeros(256))
+        measured.append(compare(evaluator, scores, human=gold, steps=18))  # two places a step
+        assert torch.equal(own_sufficiency(evaluator), torch.zeros(256))
         sane = randomised_weights(model, {"pixel_values": pixels[:64]})["vision.inputs"]
         assert sane["jaccard"] < 0.35  # the choice needs what was learned
     found = {name: {metric: sum(one[name][metric] for one in measured) / 3 for metric in signs} for name in measured[0]}
@@ -325,15 +328,15 @@ def test_planted_rationales_order_the_explanations() -> None:
 def test_numbers_are_those_of_the_modules() -> None:
     """``faithfulness`` and the ``evaluate`` modules, fed the same probabilities, say the same."""
     model, batch = example("vit", "ViTForImageClassification", ["vision.inputs"], budget=4)
-    probe = Probe(model, batch)
-    scores, human = attribution.selection(probe), probe.places & (torch.arange(10) < 4)
-    found = faithfulness(probe, scores, human=human, leave_one_out=attribution.leave_one_out(probe))
-    kept = [top(scores, probe.places, ratio) for ratio in measures.THRESHOLDS]
-    only = torch.stack([probe(mask) for mask in kept], 1).tolist()
-    rest = torch.stack([probe(probe.places & ~mask) for mask in kept], 1).tolist()
+    evaluator = PerturbationEvaluator(model, batch)
+    scores, human = attribution.selection(evaluator), evaluator.places & (torch.arange(10) < 4)
+    found = faithfulness(evaluator, scores, human=human, leave_one_out=attribution.leave_one_out(evaluator))
+    kept = [top(scores, evaluator.places, ratio) for ratio in measures.THRESHOLDS]
+    only = torch.stack([evaluator(mask) for mask in kept], 1).tolist()
+    rest = torch.stack([evaluator(evaluator.places & ~mask) for mask in kept], 1).tolist()
     for name, values in (("sufficiency", only), ("comprehensiveness", rest)):
         module = evaluate.load(metrics.path(name))
-        made = module.compute(predictions=values, references=probe.full.tolist())
+        made = module.compute(predictions=values, references=evaluator.full.tolist())
         assert made is not None and made[name] == pytest.approx(found[name], abs=1e-6)
-    assert found["auprc"] == pytest.approx(plausibility(scores, human, probe.places)["auprc"])
+    assert found["auprc"] == pytest.approx(plausibility(scores, human, evaluator.places)["auprc"])
     assert -1 <= found["rank_correlation"] <= 1

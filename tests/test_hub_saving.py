@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hub_server.models import answer, harden, same, stock, with_adapter
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import hf_hardattn
 from hf_hardattn.errors import HardAttentionError
@@ -59,6 +61,8 @@ def test_a_save_that_is_killed_leaves_a_whole_folder(tmp_path: Path, base: Path,
     for _ in range(12):
         child = os.fork()
         if not child:
+            # progress bars share a lock between processes; one killed while it holds that lock would stop its parent for ever
+            tqdm.set_lock(threading.RLock())
             while True:
                 for model in models:
                     save(model, folder, form, base)

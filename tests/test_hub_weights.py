@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging as python_logging
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,20 @@ def test_a_class_that_makes_no_model_is_refused(tmp_path: Path, name: str) -> No
     edit(tmp_path / "config.json", architectures=[name])
     with pytest.raises(HardAttentionError, match="names the class"):
         hf_hardattn.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_labels": 2**20 - 1}, {"hard_attention": {"sites": {f"vision.tokens.{n}*": {} for n in range(20_000)}}}],
+    ids=["labels", "sites"],
+)
+def test_a_configuration_that_takes_minutes_to_read_is_refused_at_once(tmp_path: Path, changes: dict[str, Any]) -> None:
+    hf_hardattn.save(harden(stock()), tmp_path)
+    edit(tmp_path / "config.json", **changes)
+    started = time.process_time()
+    with pytest.raises(HardAttentionError, match="num_labels=1,048,575|names 20,000 sites"):
+        hf_hardattn.load(tmp_path)
+    assert time.process_time() - started < 2
 
 
 def test_loading_in_threads_leaves_the_verbosity_alone(tmp_path: Path) -> None:

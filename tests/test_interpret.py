@@ -13,6 +13,7 @@ from transformers import T5Config, T5EncoderModel
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError, Selection
+from hf_hardattn.backbones.video import BlipForVideoCaptioning
 from hf_hardattn.interpret.agreement import jaccard, seed_agreement, selection_diff
 from hf_hardattn.interpret.alignment import selection_matrix
 from hf_hardattn.interpret.captions import caption_grid
@@ -32,7 +33,6 @@ from hf_hardattn.interpret.rationale import (
 )
 from hf_hardattn.interpret.tokens import mark_spans, token_highlight
 from hf_hardattn.recording import Recording
-from hf_hardattn.video import BlipForVideoCaptioning
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 

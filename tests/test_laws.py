@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_hardattn import polynomials
-from hf_hardattn.laws import Categorical, ConditionalBernoulli, PlackettLuce, gumbel_noise
-from hf_hardattn.polynomials import descend, outside, tree
+from hf_hardattn.distributions import ConditionalBernoulli, PlackettLuce, gumbel_noise
+from hf_hardattn.distributions import polynomial_tree as polynomials
+from hf_hardattn.distributions.conditional_bernoulli import Categorical
+from hf_hardattn.distributions.polynomial_tree import descend, outside, tree
 
 LAWS = [PlackettLuce, ConditionalBernoulli]
 

@@ -17,66 +17,54 @@ PACKAGE = Path(hf_hardattn.__file__).parent
 LAYERS = {
     "errors": 0,
     "devices": 0,
-    "selection": 0,
-    "registry": 1,
-    "amounts": 1,
+    "functional": 0,
+    "backbones": 6,  # models in Transformers' form
     "options": 1,
-    "fields": 2,
+    "amounts": 1,
+    "registry": 1,
     "budget": 1,
     "schedules": 1,
-    "laws": 1,
-    "noise": 1,
-    "polynomials": 1,
-    "config": 2,
+    "distributions": 1,
     "recipes": 1,
+    "fields": 2,
+    "config": 2,
     "scorers": 3,
     "estimators": 4,
     "baselines": 4,
-    "selector": 5,
-    "glimpses": 5,
-    "attention": 5,
-    "recording": 5,
-    "patches": 5,
-    "resolution": 5,
-    "backbones": 0,  # models in Transformers' form, without a word of hard attention
-    "stream": 5,
-    "sites": 5,
-    "layers": 5,
-    "kept": 5,
-    "distances": 5,
-    "packing": 5,
-    "losses": 5,
-    "modes": 5,
-    "posterior": 4,
-    "architectures": 6,
-    "hooks": 7,
-    "marginal": 7,
-    "teacher": 7,
-    "peft_saving": 7,
-    "registration": 7,
-    "patching": 7,
-    "video": 7,
-    "hub": 8,  # reads what training wrote, never its code; training's scripts push through it, interpret loads through it
-    "interpret": 8,
-    "metrics": 8,
-    "efficiency": 8,
-    "verify": 8,
-    "collapse": 8,
-    "diagnostics": 8,
-    "training": 9,
-    "cli": 11,
-    "__main__": 11,
-    "__init__": 11,  # the package itself: it gathers the public names, so nothing below imports from it
+    "modeling": 5,
+    "models": 6,
+    "unwrapping": 6,
+    "modes": 6,
+    "recording": 7,
+    "losses": 8,
+    "api": 10,
+    "integrations": 10,
+    "verify": 10,
+    "collapse": 10,
+    "diagnostics": 10,
+    "hub": 11,  # reads what training wrote, never its code; training's scripts push through it, interpret loads through it
+    "interpret": 11,
+    "metrics": 11,
+    "efficiency": 11,
+    "training": 12,
+    "cli": 13,
+    "__main__": 13,
+    "__init__": 13,  # the package itself: it gathers the public names, so nothing below imports from it
 }
 # Stricter than "its own layer and below".
 ALSO_FORBIDDEN = {
+    "functional": {"errors"},  # pure functions of tensors
     "scorers": {"config"},
     "estimators": {"config", "scorers"},
     "baselines": {"config", "scorers"},
-    "hub": {name for name, layer in LAYERS.items() if layer > 2} - {"hub", "registration", "recording"},
+    "modeling": {"models"},
+    "hub": {"training", "efficiency", "interpret", "cli"},
 }
-FOLDERS = set(registry.KINDS)  # members (their files) are siblings; a file `_name.py` and `__init__.py` are no members
-TRANSFORMERS_FROM = 6  # the lowest layer that may import transformers
+FOLDERS = {
+    *registry.KINDS,
+    "models",
+}  # members (their files) are siblings; a file `_name.py` and `__init__.py` are no members
+TRANSFORMERS_FROM = 5  # the lowest layer that may import transformers
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_scripts" not in path.parts)
@@ -139,8 +127,8 @@ def violations(source: str, module: tuple[str, ...], is_package: bool = False) -
             found.append(
                 f"{line}: {'.'.join(module)} imports {'.'.join(parts)}; take it from the registry or an argument"
             )
-        elif top == "registration" and target in FOLDERS and not private(parts):
-            found.append(f"{line}: registration imports {'.'.join(parts)}; go through hf_hardattn.registry")
+        elif top in ("api", "modeling") and target in FOLDERS and not private(parts):
+            found.append(f"{line}: {top} imports {'.'.join(parts)}; go through hf_hardattn.registry")
     return found
 
 
@@ -173,8 +161,8 @@ def test_registered_name_loads(kind: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [
-        (("selection",), "from .config import HardAttentionConfig", "imports config"),
-        (("selection",), "def f():\n    import hf_hardattn.config", "2: selection (layer 0) imports config"),
+        (("devices",), "from .config import HardAttentionConfig", "imports config"),
+        (("devices",), "def f():\n    import hf_hardattn.config", "2: devices (layer 0) imports config"),
         (("budget",), "from hf_hardattn import HardAttentionConfig", "imports __init__"),
         (("budget",), "from . import nowhere", "imports __init__"),
         (("scorers", "linear"), "from .mlp import Mlp", "imports its sibling scorers.mlp"),
@@ -184,8 +172,8 @@ def test_registered_name_loads(kind: str, name: str) -> None:
         (("estimators", "simple"), "from ..scorers import Scorer", "imports scorers"),
         (("estimators", "simple"), "from .gumbel import Gumbel", "imports its sibling estimators.gumbel"),
         (("estimators", "simple"), "from ..baselines.none import NoBaseline", "take it from the registry"),
-        (("architectures", "vit"), "import hf_hardattn.architectures.t5", "imports its sibling architectures.t5"),
-        (("registration",), "from .architectures import vit", "go through hf_hardattn.registry"),
+        (("models", "vit"), "import hf_hardattn.models.t5", "imports its sibling models.t5"),
+        (("api",), "from .models import vit", "go through hf_hardattn.registry"),
         (("hub", "card"), "from ..training.results import write_json", "imports training"),
     ],
 )
@@ -195,7 +183,7 @@ def test_violation_is_found(
     everything = {(name,) for name in LAYERS} | {
         *(("scorers", name) for name in ("linear", "mlp")),
         *(("estimators", name) for name in ("simple", "gumbel")),
-        *(("architectures", name) for name in ("vit", "t5")),
+        *(("models", name) for name in ("vit", "t5")),
         ("baselines", "none"),
     }
     monkeypatch.setattr(f"{__name__}.exists", everything.__contains__)
@@ -211,7 +199,7 @@ def test_violation_is_found(
             "import torch\nfrom torch import nn\nfrom . import Scorer\nfrom ..errors import unknown",
         ),
         (("estimators", "simple"), "from . import Estimator\nfrom .. import errors\nfrom ..registry import load"),
-        (("architectures", "vit"), "from transformers import ViTModel\nfrom ..errors import HardAttentionError"),
+        (("models", "vit"), "from transformers import ViTModel\nfrom ..errors import HardAttentionError"),
         (("cli",), "import hf_hardattn\nfrom hf_hardattn import registry"),
     ],
 )

@@ -19,8 +19,8 @@ from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTFor
 import hf_hardattn
 from hf_hardattn.errors import HardAttentionError
 from hf_hardattn.interpret import uploads
-from hf_hardattn.interpret.playground import launch, look
-from hf_hardattn.interpret.subject import Subject
+from hf_hardattn.interpret.model_with_processor import ModelWithProcessor
+from hf_hardattn.interpret.playground import compare, launch
 from hf_hardattn.interpret.uploads import MOST_BYTES, MOST_CHARACTERS, BoundedBodies, read_image
 
 
@@ -99,7 +99,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
 ) -> None:
     (tmp_path / "a.png").write_bytes(png(*size))
     started = time.process_time()
-    assert "Not shown" in look(vit, str(tmp_path / "a.png"), "", 0.5)[1]
+    assert "Not shown" in compare(vit, str(tmp_path / "a.png"), "", 0.5)[1]
     assert time.process_time() - started < 1
 
 
@@ -108,7 +108,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
 )
 def test_a_file_that_is_no_picture_is_refused(vit: str, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    assert "Not shown: the file is no whole image" in look(vit, str(tmp_path / "a.png"), "", 0.5)[1]
+    assert "Not shown: the file is no whole image" in compare(vit, str(tmp_path / "a.png"), "", 0.5)[1]
 
 
 def test_a_file_of_too_many_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_a_file_of_too_many_bytes_is_refused(tmp_path: Path, monkeypatch: pytest
 def test_every_kind_of_picture_is_shown(vit: str, tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     Image.new(mode, (40, 30)).save(path)
-    assert "looking everywhere" in look(vit, str(path), "", 0.5)[0]
+    assert "looking everywhere" in compare(vit, str(path), "", 0.5)[0]
 
 
 @pytest.fixture(scope="module")
@@ -148,14 +148,14 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_text_that_is_too_long_is_refused(t5: str) -> None:
-    assert "looking everywhere" in look(t5, None, "word word word", 0.5)[0]
+    assert "looking everywhere" in compare(t5, None, "word word word", 0.5)[0]
     started = time.process_time()
-    assert f"{MOST_CHARACTERS:,} at most" in look(t5, None, "word " * 20_000, 0.5)[1]
+    assert f"{MOST_CHARACTERS:,} at most" in compare(t5, None, "word " * 20_000, 0.5)[1]
     assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t"])
 def test_an_empty_text_is_asked_for(t5: str, text: str) -> None:
-    assert "Give it a text" in look(t5, None, text, 0.5)[1]
+    assert "Give it a text" in compare(t5, None, text, 0.5)[1]
     with pytest.raises(HardAttentionError, match="text 2 of 2 is empty; there is nothing to explain"):
-        Subject.load(t5).encode(["word", text])
+        ModelWithProcessor.load(t5).encode(["word", text])

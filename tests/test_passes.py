@@ -14,9 +14,9 @@ import hf_hardattn
 from hf_hardattn import HardAttentionError
 from hf_hardattn.estimators import Sampling
 from hf_hardattn.estimators.variational import Variational
+from hf_hardattn.losses.distillation import attention_at, teach
+from hf_hardattn.losses.training_loss import Step
 from hf_hardattn.schedules import Schedule
-from hf_hardattn.teacher import attention_at, teach
-from hf_hardattn.training_loss import Step
 
 
 def vit(**config):

@@ -15,9 +15,9 @@ import hf_hardattn
 from hf_hardattn import HardAttentionConfig, HardAttentionError, registry
 from hf_hardattn.baselines import Baseline
 from hf_hardattn.estimators import Choice, Estimator, Sampling
+from hf_hardattn.functional.topk import topk_mask
 from hf_hardattn.options import Range
 from hf_hardattn.scorers import Projections, Scorer
-from hf_hardattn.selection import topk_mask
 
 
 class Scaled(Scorer):

@@ -37,7 +37,7 @@ def test_code_runs(block, tmp_path, monkeypatch):
 
 
 def test_numbers_come_from_results():
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "render_readme.py"), "--check"], check=True)
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "docs" / "render_readme.py"), "--check"], check=True)
 
 
 def test_pictures_exist():

@@ -19,7 +19,7 @@ import hf_hardattn
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts" / "research"))
     GradientState._reset_state()
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -52,7 +52,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
             soft={"bleu": 18.0},
         )
     ended(tmp_path / "translation_de-hard-5", 30, 5, hard={"bleu": 0.0, "kept_ratio": kept}, soft={"bleu": 0.0})
-    ended(tmp_path / "translation_de-trunk", 100, 0, soft={"bleu": 15.0})
+    ended(tmp_path / "translation_de-base", 100, 0, soft={"bleu": 15.0})
     found = results.side_by_side("translation_de", tmp_path)
     assert found["hard_minus_soft"]["values"] == pytest.approx([-1.0, 0.2])  # the third seed has no soft run
     assert found["hard_minus_soft"]["mean"] == pytest.approx(-0.4) and found["target"] == {"points": 0.5, "held": True}
@@ -108,11 +108,10 @@ def test_checkpoint_is_trained_drawn_and_explained(tmp_path: Path, monkeypatch: 
     config.write_text(
         f"task: cluttered_digits\ntask_options: {options}\nvariants: {{robust: {{recipe: robust}}, random: null}}\n"
     )
-    trio = script(
-        "train_checkpoint"
-    ).trio  # the fresh process and the many rounds of its timing have tests of their own
-    monkeypatch.setattr(trio, "_reload", lambda *args: {})
-    monkeypatch.setattr(trio, "interleaved_seconds", lambda calls, rounds: {name: [1.0] for name in calls})
+    # the fresh process and the many rounds of its timing have tests of their own
+    variants = script("train_checkpoint").variants
+    monkeypatch.setattr(variants, "_reload", lambda *args: {})
+    monkeypatch.setattr(variants, "interleaved_seconds", lambda calls, rounds: {name: [1.0] for name in calls})
     words = [
         "train_checkpoint.py",
         "--name",

@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError
+from hf_hardattn.backbones.video import BlipForVideoCaptioning
 from hf_hardattn.efficiency.counting import flops_by_part
 from hf_hardattn.interpret.rationale import kept_places, pixel_boxes
 from hf_hardattn.modeling.patches import embed_patches, embed_positions
-from hf_hardattn.video import BlipForVideoCaptioning
 
 SCOUT = {"sites": ["vision.inputs"], "scorer": "scout", "scorer_options": {"hidden": 8, "cells": 2}, "budget": 4}
 HEADS = [("vit", "ViTForImageClassification"), ("vit", "ViTModel"), ("blip", "BlipForConditionalGeneration")]

@@ -38,6 +38,7 @@ from hf_hardattn.training import checkpoints
 from hf_hardattn.training.driver import Driver
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+RESEARCH = SCRIPTS / "research"
 WORDS = "red green blue big small square on grey".split()
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
@@ -57,8 +58,9 @@ def reset() -> None:
 
 @functools.cache
 def script(name: str) -> ModuleType:
-    """A script under a name of its own: `evaluate` is a library too."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    """A script, or one of those behind results/, under a name of its own: `evaluate` is a library too."""
+    path = next(path for folder in (SCRIPTS, RESEARCH) if (path := folder / f"{name}.py").is_file())
+    spec = importlib.util.spec_from_file_location(f"script_{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -459,26 +461,26 @@ def test_example_config_names_real_flags(name: str) -> None:
 
 @pytest.mark.parametrize("task", script("finetuning_runs").FAMILIES)
 def test_real_runs_name_real_flags(task: str) -> None:
-    """Every command of the runs behind results/finetuning parses; all branches take equally many steps, and differ as their arms do."""
+    """Every command of the runs behind results/finetuning parses; all branches take equally many steps, and differ as their variants do."""
     from hf_hardattn.training.finetuning import choose
     from hf_hardattn.training.models import hard_attention
     from hf_hardattn.training.parsing import expand, parse
 
     runs = script("finetuning_runs")
     found = {}
-    for arm in runs.ARMS:
-        program, *words = runs.flags(task, arm, 1)
+    for variant in runs.VARIANTS:
+        program, *words = runs.flags(task, variant, 1)
         assert Path(program).is_file()
         args = parse(choose(expand(words), runs.FAMILIES[task]).Arguments, words)
-        found[arm] = args, hard_attention(args, None)
-    assert len({args.max_train_steps for arm, (args, _) in found.items() if arm != "trunk"}) == 1
-    assert found["trunk"][1] is None and found["soft"][1] is None
+        found[variant] = args, hard_attention(args, None)
+    assert len({args.max_train_steps for variant, (args, _) in found.items() if variant != "base"}) == 1
+    assert found["base"][1] is None and found["soft"][1] is None
     hard, random = found["hard"][1], found["random"][1]
     assert random.scorer == "random" != hard.scorer and random.sites.keys() == hard.sites.keys()
     assert hard.budget["end"] == random.budget["end"] <= 0.3 or all(
         site["budget"]["end"] <= 0.3 for site in hard.sites.values()
     )
-    assert found["hard"][0].model_name_or_path == found["trunk"][0].output_dir
+    assert found["hard"][0].model_name_or_path == found["base"][0].output_dir
 
 
 def test_texts_by_language() -> None:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hf_hardattn.functional.topk import mask_to_indices, topk_mask
 from hf_hardattn.modeling.selection import Selection
-from hf_hardattn.selection import mask_to_indices, topk_mask
 
 
 def topk_by_loop(scores: list[float], k: int, valid: list[bool]) -> list[bool]:

@@ -1,4 +1,4 @@
-"""Every task of the shoot-out: deterministic batches its model takes, gold positions that hold the answer, errors that name the remedy."""
+"""Every task of `hf-hardattn compare`: deterministic batches its model takes, gold positions that hold the answer, errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_hardattn.training.mnist import fashion_bank, mnist_bank
 from hf_hardattn.training.tasks._drawn import FIRST
 from hf_hardattn.training.tasks._found import Found
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_missing_data_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("FASHION_MNIST", str(tmp_path / "elsewhere"))
     with pytest.raises(HardAttentionError, match="elsewhere"):
         fashion_bank.__wrapped__("test")
-    with pytest.raises(HardAttentionError, match="python scripts/prepare_translation.py --language it"):
+    with pytest.raises(HardAttentionError, match="python scripts/data/prepare_translation.py --language it"):
         tasks.load("translation", {"folder": str(tmp_path)}).config()
 
 

@@ -264,13 +264,13 @@ class RamForImageClassification(PreTrainedModel):
         if samples > 1:
             drawn = reward.view(samples, -1)
             advantage = ((drawn - drawn.mean(0)) * samples / (samples - 1)).view(-1, 1)
-            lesson = (
+            baseline_loss = (
                 0.0 * values.sum()
             )  # a gradient of zero rather than none: distributed training waits for every parameter
         else:
             advantage = reward[:, None] - values.detach()
-            lesson = (values - reward[:, None]).square().mean()
-        return lesson - self.config.policy_weight * (advantage * log_prob).sum(1).mean()
+            baseline_loss = (values - reward[:, None]).square().mean()
+        return baseline_loss - self.config.policy_weight * (advantage * log_prob).sum(1).mean()
 
 
 def _draw(scores: Tensor) -> Tensor:

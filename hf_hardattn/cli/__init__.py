@@ -1,25 +1,74 @@
-"""The command line, ``hf-hardattn``. One file a command: the file's name is the command's, its ``command`` does it."""
+"""The command line, ``hf-hardattn``. One file a command: the file's name is the command's, its ``command`` does it.
+
+The files import nothing of the library at their top but ``errors``: ``--help`` must not wait for PyTorch.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
 from ..errors import HardAttentionError
 
-app = typer.Typer(help="Hard attention for Hugging Face Transformers.", no_args_is_help=True, add_completion=False)
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    help="Hard attention for Hugging Face Transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings=HELP,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-hardattn {metadata.version('hf-hardattn')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
 
 for _module in pkgutil.iter_modules(__path__):
+    if _module.name.startswith("_"):
+        continue
     _file = importlib.import_module(f"{__name__}.{_module.name}")
-    app.command(_module.name.replace("_", "-"), context_settings=getattr(_file, "SETTINGS", None))(_file.command)
+    _settings = HELP | getattr(_file, "SETTINGS", {})
+    app.command(_module.name.replace("_", "-"), context_settings=_settings)(_file.command)
 
 
 def main() -> None:
-    """Entry point of ``hf-hardattn``; what the user can mend is told in one line, without a traceback."""
+    """Entry point of ``hf-hardattn``; what the user can mend is told in one line, without a traceback.
+
+    ``HF_HARDATTN_TRACEBACK=1`` shows the traceback all the same.
+    """
     try:
-        app()
-    except HardAttentionError as error:
-        sys.exit(f"error: {error}")
+        app(prog_name="hf-hardattn")
+    except (HardAttentionError, ImportError, OSError) as error:
+        if os.environ.get("HF_HARDATTN_TRACEBACK"):
+            raise
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; the kind is named where the words alone say little, as those of a missing file do."""
+    text = " ".join(str(error).split())
+    if len(text) > 2000:
+        text = f"{text[:2000]} ..."
+    if isinstance(error, HardAttentionError) or (isinstance(error, ImportError) and "pip install" in text):
+        return text
+    return f"{type(error).__name__}: {text} (HF_HARDATTN_TRACEBACK=1 shows where)"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ._output import place
 
 
 def command(
@@ -17,21 +21,28 @@ def command(
     site: Annotated[str | None, typer.Option(help="Site to audit; the first by default.")] = None,
     limit: Annotated[int, typer.Option(help="Rows at most.")] = 512,
     batch: Annotated[int, typer.Option(help="Rows at a time.")] = 32,
-    output: Annotated[Path, typer.Option(help="File for the findings.")] = Path("outputs/audit.json"),
+    output: Annotated[Path | None, typer.Option(help="File for the findings; outputs/audit.json by default.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False,
 ) -> None:
     """Say what a hard model keeps and drops systematically: by subgroup, position, border, length, rare words."""
     from ..interpret.audit import CAUTION
     from ..interpret.dataset_audit import audit_rows
+    from ..interpret.model_with_processor import ModelWithProcessor
     from ..interpret.sources import read_table
-    from ..interpret.subject import Subject
 
+    output = place(output, Path("outputs/audit.json"), overwrite)
     rows = read_table(data)
     rows = rows.select(range(min(limit, len(rows))))
-    findings = audit_rows(Subject.load(model), rows, column, by or [], site, batch)
+    findings = audit_rows(ModelWithProcessor.load(model), rows, column, by or [], site, batch)
     for finding in findings:
         typer.echo(("* " if finding.notable else "  ") + finding.sentence)
+    typer.echo("* marks what is notable.")
     typer.echo(CAUTION)
     output.parent.mkdir(parents=True, exist_ok=True)
-    report = {"command": f"hf-hardattn audit {model}", "findings": [f.to_dict() for f in findings], "caution": CAUTION}
+    report = {
+        "command": shlex.join(["hf-hardattn", *sys.argv[1:]]),
+        "findings": [f.to_dict() for f in findings],
+        "caution": CAUTION,
+    }
     output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     typer.echo(f"findings: {output}")

@@ -13,13 +13,16 @@ import typer
 
 from ..errors import HardAttentionError, unknown
 
+# by the files of its folder, read without importing the package
+SUITES = sorted(
+    [*(path.stem for path in (Path(__file__).parents[1] / "efficiency" / "suites").glob("*.yaml")), "competing", "host"]
+)
+
 
 def command(
     suite: Annotated[
         str,
-        typer.Option(
-            help="quick, targets, packing, eviction, break_even, growth, export, peers, host, or a YAML file like the first ones'."
-        ),
+        typer.Option(help=f"One of {', '.join(SUITES)}, or a YAML file like theirs."),
     ] = "quick",
     model: Annotated[
         str | None, typer.Option(help="Measure this instead: vit, t5_encoder, ... or a checkpoint.")
@@ -53,10 +56,10 @@ def command(
     import_cost: Annotated[
         bool, typer.Option(help="Also measure what importing the library costs a stock model.")
     ] = False,
-    models: Annotated[Path, typer.Option(help="Where a training left its models 'soft' and 'hard'; for peers.")] = Path(
-        "outputs/demo"
-    ),
-    task: Annotated[str, typer.Option(help="Their task; for peers.")] = "cluttered_digits",
+    models: Annotated[
+        Path, typer.Option(help="Where a training left its models 'soft' and 'hard'; for competing.")
+    ] = Path("outputs/demo"),
+    task: Annotated[str, typer.Option(help="Their task; for competing.")] = "cluttered_digits",
     output: Annotated[Path, typer.Option(help="Folder for SUITE.json, .md and .png.")] = Path("outputs/bench"),
 ) -> None:
     """Measure what selection saves, beside stock Transformers and this library at budget 1.0, in one interleaved run."""
@@ -72,10 +75,17 @@ def command(
 
     if mode not in bench.MODES:
         raise unknown("mode", mode, bench.MODES)
+    if suite == "gpu" and model is None and not torch.cuda.is_available():
+        raise HardAttentionError(
+            "suite 'gpu' measures a GPU, and PyTorch sees none here; on a CPU it would take hours and say nothing. Run it on a machine with "
+            "one, or take --suite quick or targets."
+        )
+    if suite not in SUITES and not suite.endswith((".yaml", ".yml")):
+        raise unknown("suite", suite, SUITES)
     torch.set_num_threads(threads)
-    if suite == "peers":
+    if suite == "competing":
         _eagerly(suite, mode)
-        return _peers(models, task, rounds, threads, output)
+        return _competing(models, task, rounds, threads, output)
     if suite == "host":
         _eagerly(suite, mode)
         return _host(rounds, seconds, output)
@@ -93,7 +103,7 @@ def command(
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{chosen.name}{'' if mode == 'eager' else f'_{mode}'}.json"
     before = json.loads(path.read_text()) if path.exists() and only != "*" else {"groups": []}
-    made = {group["name"]: group for group in before["groups"]}
+    by_name = {group["name"]: group for group in before["groups"]}
     as_run = "" if mode == "eager" else f" --mode {mode}"
     if exported:
         measured: Iterator[dict[str, Any]] = bench_exported.run(groups, rounds=rounds, seconds=seconds, threads=threads)
@@ -111,8 +121,8 @@ def command(
         "import": cost_of_import(threads, 56) if import_cost else before.get("import"),
     }
     for group in measured:  # written as they come: an interrupted run keeps what it has
-        made[group["name"]] = group
-        results["groups"] = [made[known.name] for known in chosen.groups if known.name in made]
+        by_name[group["name"]] = group
+        results["groups"] = [by_name[known.name] for known in chosen.groups if known.name in by_name]
         path.write_text(json.dumps(results, indent=1) + "\n")
     if exported:
         path.with_suffix(".md").write_text(report.exported(results))
@@ -129,14 +139,14 @@ def _eagerly(suite: str, mode: str) -> None:
         raise HardAttentionError(f"suite {suite!r} is not run by --mode {mode}, only eagerly. Leave --mode out.")
 
 
-def _peers(models: Path, name: str, rounds: int, threads: int, output: Path) -> None:
+def _competing(models: Path, name: str, rounds: int, threads: int, output: Path) -> None:
     """Trained models beside other methods on the test set of their task."""
-    from ..efficiency import bench, compare_peers, report
+    from ..efficiency import bench, compare_methods, report
     from ..efficiency.pictures import accuracy_and_speed
     from ..training import tasks
 
     task: Any = tasks.load(name, {})
-    found = compare_peers.run(models, columns := task.columns(), batch=64, rounds=rounds)
+    found = compare_methods.run(models, columns := task.columns(), batch=64, rounds=rounds)
     results: dict[str, Any] = {
         "command": " ".join(["hf-hardattn", *sys.argv[1:]]),
         "title": f"Ways to spare tokens, on a trained ViT: {name.replace('_', ' ')}",
@@ -146,11 +156,11 @@ def _peers(models: Path, name: str, rounds: int, threads: int, output: Path) -> 
         "methods": found,
     }
     output.mkdir(parents=True, exist_ok=True)
-    path = output / ("peers.json" if name == "cluttered_digits" else f"peers_{name}.json")
+    path = output / ("competing.json" if name == "cluttered_digits" else f"competing_{name}.json")
     path.write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(report.peers(results))
+    path.with_suffix(".md").write_text(report.competing(results))
     accuracy_and_speed(results, path.with_suffix(".png"))
-    typer.echo(report.peers(results))
+    typer.echo(report.competing(results))
 
 
 def _host(rounds: int, seconds: float, output: Path) -> None:
@@ -176,6 +186,19 @@ def _own(
     model: str, sizes: list[int], sites: list[str], budgets: list[float], config: Path | None, batch: int, dtype: str
 ) -> dict[str, Any]:
     """A suite of the user's own model."""
+    saved = _saved(model) if not (sites or config) else None
+    if saved is not None:
+        rows = [{"name": "as saved", "hard": saved["hard_attention"]}]
+        sizes = sizes or [saved["size"]]
+        item = {
+            "name": f"{model} {{size}}",
+            "model": model,
+            "sizes": sizes,
+            "batch": batch,
+            "dtype": dtype,
+            "rows": rows,
+        }
+        return {"title": f"{model} at its own sites (selectors of its kind, with new weights)", "groups": [item]}
     if not sizes or not (sites or config):
         raise HardAttentionError(
             f"--model {model!r} needs to know what to measure; give --size (pixels a side, or tokens), and --site or --config."
@@ -187,6 +210,25 @@ def _own(
         rows = [{"name": f"{', '.join(sites)} keep {{budget}}", "hard": {"sites": sites}, "budgets": budgets}]
     item = {"name": f"{model} {{size}}", "model": model, "sizes": sizes, "batch": batch, "dtype": dtype, "rows": rows}
     return {"title": f"{model}, {', '.join(sites) or config}", "groups": [item]}
+
+
+def _saved(model: str) -> dict[str, Any] | None:
+    """What a hard checkpoint says of itself: where it selects, at the end of its schedules, and its usual size; None for others."""
+    from transformers import AutoConfig
+
+    from ..config import HardAttentionConfig
+
+    if not (Path(model) / "config.json").is_file() and "/" not in model:
+        return None
+    config: Any = AutoConfig.from_pretrained(model)
+    if getattr(config, "hard_attention", None) is None:
+        return None
+    hard = HardAttentionConfig.parse(config.hard_attention).to_dict()
+    for part in (hard, *(hard.get("sites") or {}).values()):
+        for name in ("budget", "temperature", "entropy_weight", "exploration"):
+            if isinstance(part.get(name), dict) and "end" in part[name]:
+                part[name] = part[name]["end"]
+    return {"hard_attention": hard, "size": getattr(config, "image_size", None) or 512}
 
 
 def _resized(group: Any, layers: int | None) -> Any:

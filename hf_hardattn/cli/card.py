@@ -10,15 +10,25 @@ import typer
 
 def command(
     paths: Annotated[
-        list[Path], typer.Argument(help="Sources of cards (source.json), or with --check folders that hold a card.")
+        list[Path],
+        typer.Argument(
+            help="Folders that a training wrote, or sources of cards (source.json); with --check folders that hold a card."
+        ),
     ],
     check: Annotated[bool, typer.Option("--check", help="Check cards instead; exit 1 if anything is wrong.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for one card; beside its source by default.")] = None,
+    repo_id: Annotated[
+        str | None, typer.Option(help="user/name that the card of a training names; --hub_model_id by default.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a README.md that somebody else wrote.")
+    ] = False,
 ) -> None:
-    """Write model cards from results JSON, or check them: hf-hardattn card model_cards/*/source.json."""
+    """Write model cards from results JSON: hf-hardattn card outputs/vit, or check them: hf-hardattn card --check outputs/vit."""
     from ..errors import HardAttentionError
-    from ..hub.card import write_card
+    from ..hub.card import refuse_foreign_card, write_card
     from ..hub.card_check import check_card
+    from ..hub.run_card import source_for
 
     if not check:
         if output is not None and len(paths) > 1:
@@ -26,7 +36,10 @@ def command(
                 f"--output takes one card; {len(paths)} are given. Leave it out to write each beside its source."
             )
         for path in paths:
-            typer.echo(f"wrote {write_card(path, output)}")
+            source = source_for(path, repo_id)
+            if not overwrite:
+                refuse_foreign_card(output or source.parent)
+            typer.echo(f"wrote {write_card(source, output)}")
         return
     wrong = 0
     for path in paths:

@@ -9,19 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
+from ._output import place
+
 
 def command(
     config: Annotated[Path, typer.Option(help="What to compare, e.g. scripts/configs/compare/cluttered_digits.yaml.")],
     seeds: Annotated[int, typer.Option(help="How many seeds.", min=1)] = 5,
-    first_seed: Annotated[int, typer.Option(help="The first of them; tune on others than you report.")] = 0,
+    first_seed: Annotated[int, typer.Option(help="First seed; tune on other seeds than the ones you report.")] = 0,
     jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     threads: Annotated[int, typer.Option(help="PyTorch threads of each process.", min=1)] = 1,
     output: Annotated[
-        Path | None, typer.Option(help="JSON to write; results/compare/<name of the config>.json by default.")
+        Path | None, typer.Option(help="JSON to write; outputs/compare/<name of the config>.json by default.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False,
     folder: Annotated[
         Path | None,
-        typer.Option(help="Takes trunks and runs, to go on from; outputs/compare/<name of the config> by default."),
+        typer.Option(
+            help="Takes base checkpoints and runs, to go on from; outputs/compare/<name of the config> by default."
+        ),
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Run this variant only; may be given several times.")] = None,
     retry: Annotated[bool, typer.Option(help="Do failed runs again.")] = False,
@@ -33,24 +38,28 @@ def command(
     from rich.table import Table
 
     from ..training.compare import compare
-    from ..training.compare_report import cells, draw, markdown, report
+    from ..training.compare_report import cells, draw, is_part_of, markdown, report
     from ..training.comparison import Comparison
     from ..training.results import write_json
 
     comparison = Comparison.read(config).only(only)
-    output = output or Path("results/compare") / f"{config.stem}.json"
-    folder = folder or Path("outputs/compare") / (config.stem + "-quick" * quick)
+    default = Path("outputs/compare") / (config.stem + "-quick" * quick)
+    folder = folder or default
+    chosen = list(range(first_seed, first_seed + seeds))
+    wanted = output or default.with_name(f"{default.name}.json")
+    if not is_part_of(wanted, comparison, quick, chosen):
+        wanted = place(output, wanted, overwrite)
+    output = wanted
     total, done = seeds * len(comparison.variants), 0
 
-    def tell(row: dict[str, Any]) -> None:
+    def show_row(row: dict[str, Any]) -> None:
         nonlocal done
         done += 1
         result = row.get("message") or ", ".join(f"{key} {value:.4f}" for key, value in row["metrics"].items())
         typer.echo(f"{done:>4} of {total}  {row['variant']} seed {row['seed']}: {result}")
 
-    chosen = list(range(first_seed, first_seed + seeds))
     rows = compare(
-        comparison, chosen, folder, jobs=jobs, threads=threads, quick=quick, retry=retry, save=save, tell=tell
+        comparison, chosen, folder, jobs=jobs, threads=threads, quick=quick, retry=retry, save=save, on_row=show_row
     )
     results = report(
         comparison, rows, shlex.join(["hf-hardattn", *sys.argv[1:]]), quick=quick, jobs=jobs, threads=threads

@@ -8,9 +8,16 @@ from typing import Annotated
 
 import typer
 
+from ..errors import HardAttentionError
+
+DEFAULT = Path("outputs/demo")
+
 
 def command(
-    output: Annotated[Path, typer.Option(help="Folder for models, picture and results.")] = Path("outputs/demo"),
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for models, picture and results; outputs/demo by default.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --output holds.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 4,
     threads: Annotated[int, typer.Option(help="PyTorch threads; 0 leaves the choice to PyTorch.")] = 0,
     quick: Annotated[bool, typer.Option(help="A few steps only: a check that everything runs, not a result.")] = False,
@@ -21,12 +28,19 @@ def command(
 ) -> None:
     """Train and compare three small ViTs on cluttered digits: soft, hard, and a random choice. Or serve the result (--ui)."""
     if ui or space:
-        return page([*(model or [str(output / "hard")])], space, port)
+        return page(model or [_trained(output or DEFAULT)], space, port)
     from rich.console import Console
     from rich.table import Table
 
     from ..training.demo import Recipe, run
 
+    if output is None:
+        # a quick run is no result: it never takes the place of one
+        output = DEFAULT.with_name("demo-quick") if quick else DEFAULT
+    elif output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise HardAttentionError(
+            f"--output {str(output)!r} is not empty; nothing is overwritten unasked. Name another folder, or add --overwrite."
+        )
     recipe = Recipe(seed=seed)
     if quick:
         recipe = replace(recipe, trunk_steps=6, branch_steps=6, ramp=3, test_images=250)
@@ -49,6 +63,8 @@ def command(
         )
     console = Console()
     console.print(table)
+    if quick:
+        console.print("a quick run: it shows that everything works, and is no result")
     for site in results["certificate"]["sites"]:
         console.print(site["statement"])
     again = results["reload"]
@@ -59,6 +75,19 @@ def command(
     console.print(
         f"{results['seconds']:.0f} s in all; picture: {output / 'kept_patches.png'}; results: {output / 'results.json'}"
     )
+
+
+def _trained(output: Path) -> str:
+    """The demo's hard model.
+
+    Raises:
+        HardAttentionError: it was not trained yet.
+    """
+    if not (output / "hard" / "config.json").is_file():
+        raise HardAttentionError(
+            f"{output / 'hard'} holds no model; the page shows the demo's. Run 'hf-hardattn demo' first, or name a hard checkpoint with --model."
+        )
+    return str(output / "hard")
 
 
 def page(models: list[str], space: Path | None, port: int | None) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ._output import place
+
 
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint: a folder, or a name on the Hub.")],
@@ -15,17 +17,21 @@ def command(
     ],
     column: Annotated[str | None, typer.Option(help="Column of the table that --input names.")] = None,
     limit: Annotated[int, typer.Option(help="Inputs at most.")] = 8,
-    output: Annotated[Path, typer.Option(help="The page.")] = Path("outputs/report.html"),
+    output: Annotated[Path | None, typer.Option(help="The page; outputs/report.html by default.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False,
     measure: Annotated[bool, typer.Option(help="Measure faithfulness too (some hundred forwards).")] = True,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "",
 ) -> None:
     """Write one self-contained page: what a hard model kept, what that proves, and what it does not."""
+    from ..interpret.model_with_processor import ModelWithProcessor
     from ..interpret.report import explain
     from ..interpret.sources import read_inputs
-    from ..interpret.subject import Subject
 
+    output = place(output, Path("outputs/report.html"), overwrite)
     inputs = [item for given in input for item in read_inputs(given, column, limit)][:limit]
-    page = explain(Subject.load(model), inputs, measure, title)
+    page = explain(ModelWithProcessor.load(model), inputs, measure, title)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
-    typer.echo(f"{len(inputs)} inputs explained; page: {output} ({len(page.encode()) / 1000:.0f} kB)")
+    typer.echo(
+        f"{len(inputs)} input{'s' * (len(inputs) != 1)} explained; page: {output} ({len(page.encode()) / 1000:.0f} kB)"
+    )

@@ -16,7 +16,7 @@ def command(
     branch: Annotated[str | None, typer.Option(help="Branch to push to; made if it does not exist.")] = None,
     tag: Annotated[str | None, typer.Option(help="Tag for the new commit.")] = None,
     pull_request: Annotated[bool, typer.Option("--pull-request", help="Open a pull request instead.")] = False,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload hard model",
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload hard model",
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of files to leave out; may be repeated.")] = None,
 ) -> None:
     """Push a hard model to the Hub. A dry run unless --no-dry-run; log in with 'hf auth login' or HF_TOKEN, never by a flag."""

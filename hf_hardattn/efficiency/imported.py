@@ -38,11 +38,11 @@ def cost_of_import(threads: int, rounds: int, warmup: int = 3) -> dict[str, Any]
         }
         for round_ in range(warmup + rounds):
             for mode in sorted(probes, reverse=bool(round_ % 2)):  # each goes first in every other round
-                asked, answered = probes[mode].stdin, probes[mode].stdout
-                if asked is None or answered is None:
+                stdin, stdout = probes[mode].stdin, probes[mode].stdout
+                if stdin is None or stdout is None:
                     raise OSError("the probe's pipes are closed")
-                print(file=asked, flush=True)
-                took, output = answered.readline().split()
+                print(file=stdin, flush=True)
+                took, output = stdout.readline().split()
                 outputs.add(output)
                 if round_ >= warmup:
                     seconds[mode].append(float(took))

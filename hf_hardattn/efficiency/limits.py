@@ -99,10 +99,10 @@ def amdahl(shares: Mapping[str, float], before: Mapping[str, float], after: Mapp
             it tells ``streamed``, that stands for ``linear``.
     """
     before, after = ({**work, "linear": work.get("streamed", work.get("linear", 0))} for work in (before, after))
-    left = sum(share * (after[part] / before[part] if before[part] else 1.0) for part, share in shares.items())
-    if left <= 0:
+    remaining = sum(share * (after[part] / before[part] if before[part] else 1.0) for part, share in shares.items())
+    if remaining <= 0:
         raise HardAttentionError(f"the parts' shares of the time are {dict(shares)}; no limit follows from them.")
-    return 1 / left
+    return 1 / remaining
 
 
 def between(whole: float, floor: float, keep: float) -> float:

@@ -183,13 +183,13 @@ def exported(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def peers(results: dict[str, Any]) -> str:
+def competing(results: dict[str, Any]) -> str:
     """The table of the comparison with other methods, the fastest first."""
     lines = [
         f"# {results['title']}",
         "",
         f"`{results['command']}`: {results['images']:,} test images, timed in batches of {results['batch']}. "
-        "Methods on the soft model's weights are used as they are, without training; ours is trained from the same trunk for as long as the soft model.",
+        "Methods on the soft model's weights are used as they are, without training; ours is trained from the same base checkpoint for as long as the soft model.",
         "",
         conditions(results["machine"]).split(" Random weights")[0]
         + " Medians of interleaved rounds, quartiles in brackets.",

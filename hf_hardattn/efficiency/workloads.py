@@ -64,8 +64,8 @@ class Workload:
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         build = _MODELS.get(self.model)
-        made = build(self) if build else _checkpoint(self)
-        return made.to(default_device(), DTYPES[self.dtype]).eval()
+        model = build(self) if build else _checkpoint(self)
+        return model.to(default_device(), DTYPES[self.dtype]).eval()
 
     def inputs(self, model: nn.Module) -> dict[str, Any]:
         """Keyword inputs of one call, the same at every call."""

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..functional.topk import topk_mask
 from ..options import Configurable
-from ..selection import topk_mask
 
 # What an estimator may ask for besides the scores.
 NEEDS = {

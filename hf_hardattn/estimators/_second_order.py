@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..laws import ConditionalBernoulli
+from ..distributions import ConditionalBernoulli
 from . import Sampling
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..laws import PlackettLuce
+from ..distributions import PlackettLuce
+from ..functional.topk import topk_mask
 from ..options import Weight
-from ..selection import topk_mask
 from . import Choice, Estimator, Sampling
 
 

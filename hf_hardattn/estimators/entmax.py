@@ -7,9 +7,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ..laws import LOW, SubsetLaw
+from ..distributions import LOW, SubsetLaw
+from ..functional.topk import topk_mask
 from ..options import Range
-from ..selection import topk_mask
 from . import Choice, Estimator, Sampling
 
 STEPS = 26  # bisections of an interval of length 1: below fp32 rounding

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..distributions import ConditionalBernoulli, PlackettLuce
 from ..errors import HardAttentionError, unknown
-from ..laws import ConditionalBernoulli, PlackettLuce
 from . import Choice, Estimator, Sampling
 
 LAWS = {"plackett_luce": PlackettLuce, "conditional_bernoulli": ConditionalBernoulli}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..laws import PlackettLuce, gumbel_noise
-from ..selection import topk_mask
+from ..distributions import PlackettLuce, gumbel_noise
+from ..functional.topk import topk_mask
 from . import Choice, Estimator, Sampling
 from ._relaxation import relax
 

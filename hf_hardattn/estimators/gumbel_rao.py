@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ..laws import PlackettLuce
+from ..distributions import PlackettLuce
 from ..options import Range
 from . import Choice, Estimator, Sampling
 from ._relaxation import noisy_given_order, relax

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..laws import LOW, SubsetLaw
+from ..distributions import LOW, SubsetLaw
 from ..options import Positive, Weight
 from . import Choice, Estimator, Sampling
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..laws import SubsetLaw, gumbel_noise
+from ..distributions import SubsetLaw, gumbel_noise
+from ..functional.topk import topk_mask
 from ..options import Positive
-from ..selection import topk_mask
 from . import Choice, Estimator, Sampling
 
 TERMS, TRIES = 10, 4  # of a sum-of-gamma variable; of a rejection sampler that accepts 95 %

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..laws import LOW, SubsetLaw
-from ..selection import topk_mask
+from ..distributions import LOW, SubsetLaw
+from ..functional.topk import topk_mask
 from . import Choice, Estimator, Sampling
 
 

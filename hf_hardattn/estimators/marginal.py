@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
+from ..distributions import ConditionalBernoulli
 from ..errors import HardAttentionError
-from ..laws import ConditionalBernoulli
+from ..functional.topk import topk_mask
 from ..options import Range
-from ..selection import topk_mask
 from . import Choice, Estimator, Sampling
 
 

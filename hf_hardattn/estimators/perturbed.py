@@ -8,9 +8,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ..laws import SubsetLaw
+from ..distributions import SubsetLaw
+from ..functional.topk import topk_mask
 from ..options import Positive, Range
-from ..selection import topk_mask
 from . import Choice, Estimator, Sampling
 
 _DRAWS = Range(2, 10**6, "A covariance takes 2 noises or more. The paper takes 500.")

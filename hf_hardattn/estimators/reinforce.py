@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..laws import ConditionalBernoulli, PlackettLuce
+from ..distributions import ConditionalBernoulli, PlackettLuce
 from . import Choice, Estimator, Sampling
 
 LAWS = {"plackett_luce": PlackettLuce, "conditional_bernoulli": ConditionalBernoulli}

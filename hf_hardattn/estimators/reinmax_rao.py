@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..distributions import LOW, ConditionalBernoulli, PlackettLuce
 from ..errors import HardAttentionError
-from ..laws import LOW, ConditionalBernoulli, PlackettLuce
 from . import Choice, Estimator, Sampling
 from ._relaxation import noisy_given_order, relax
 from ._second_order import second_order_gates
@@ -31,7 +31,7 @@ class ReinmaxRao(Estimator):
 
     Gradient: fp32 ``[..., N]``; it sums to 0 over a row. Biased, also for linear losses, for which ReinMax is exact: given
     that z is largest, ``y_m`` lies near z more often than ``log pi`` says, so the estimate is too small on average. On the toys
-    with exact gradients (``scripts/estimator_table.py``) the variance is a little below ReinMax's and the error of a single step
+    with exact gradients (``scripts/research/estimator_table.py``) the variance is a little below ReinMax's and the error of a single step
     above it; ``simple`` has less of both. The paper's gains are in training discrete VAEs.
 
     Cost: one forward pass; for rows of one position M softmaxes over N positions and their memory.

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from ..laws import PlackettLuce
+from ..distributions import PlackettLuce
 from ..options import Range
 from . import Choice, Estimator, Sampling
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from ..laws import ConditionalBernoulli
+from ..distributions import ConditionalBernoulli
 from ..options import Range
 from . import Choice, Estimator, Sampling
 

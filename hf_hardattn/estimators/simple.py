@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..laws import ConditionalBernoulli
-from ..selection import topk_mask
+from ..distributions import ConditionalBernoulli
+from ..functional.topk import topk_mask
 from . import Choice, Estimator, Sampling
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..distributions import LOW, SubsetLaw
 from ..errors import missing_extra
-from ..laws import LOW, SubsetLaw
-from ..selection import topk_mask
+from ..functional.topk import topk_mask
 from . import Choice, Estimator, Sampling
 
 

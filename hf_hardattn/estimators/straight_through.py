@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..selection import topk_mask
+from ..functional.topk import topk_mask
 from . import Choice, Estimator, Sampling
 
 SURROGATES = ("balanced", "softmax", "sigmoid", "identity")

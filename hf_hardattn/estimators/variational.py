@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..laws import ConditionalBernoulli
+from ..distributions import ConditionalBernoulli
 from ..options import Weight
 from . import Choice, Estimator, Sampling
 

@@ -52,7 +52,7 @@ def save_adapter(model: Any, folder: Path, base_model: str | None, base_revision
     before = adapter.base_model_name_or_path, adapter.revision
     adapter.base_model_name_or_path, adapter.revision = base, base_revision or adapter.revision
     try:
-        model.save_pretrained(folder, selected_adapters=[name])  # peft_saving adds config.json
+        model.save_pretrained(folder, selected_adapters=[name])  # integrations.peft adds config.json
     finally:
         adapter.base_model_name_or_path, adapter.revision = before
     if name != "default":  # PEFT gives other names a folder of their own; a repository holds one adapter, at its top

@@ -29,6 +29,7 @@ REFUSED = (
     "quantization_config",
     "transformers_weights",  # another file of weights than the one that was looked at
 )
+MOST_LABELS = 100_000  # that an adapter's own head may have beyond its base
 _lock, _loading, _verbosity = threading.Lock(), 0, logging.WARNING
 ROOM = 2**20  # integers and parameters that a configuration may name beyond what its weights hold
 
@@ -78,6 +79,11 @@ def read_model_config(source: Source, header: Header) -> tuple[PreTrainedConfig,
             raise HardAttentionError(
                 f"config.json of {where} says {key}={value}; its weights are {len(header.shapes)} tensors, too few for so many layers."
             )
+    labels, widest = data.get("num_labels"), max((max(shape, default=0) for shape in header.shapes.values()), default=0)
+    if isinstance(labels, int) and labels > max(widest, MOST_LABELS):  # Transformers makes a name for each
+        raise HardAttentionError(
+            f"config.json of {where} says num_labels={labels:,}; no tensor of its weights has a dimension above {widest:,}."
+        )
     names = data.get("architectures")
     cls = model_class(names[0] if isinstance(names, list) and names else None, f"config.json of {where}")
     kind = data.get("model_type")

@@ -17,6 +17,7 @@ from .markdown import plain
 from .record import check_record, read_record
 
 CARD, RECORD, SOURCE, PICTURES = "README.md", "card.json", "source.json", "images"
+NOTE = "<!-- written by 'hf-hardattn card'"
 SECTIONS = (
     sections.behaviour,
     sections.start,
@@ -50,7 +51,7 @@ def render(record: dict[str, Any]) -> ModelCard:
     base = "" if record["base"]["model"] == "none" else f" Base model: {plain(record['base']['model'])}."
     parts = [f"# {plain(record['name'])}", f"{plain(record['summary'])}{base}", sections.pictures(record)]
     body = "\n\n".join([part for part in parts if part] + [section(record) for section in SECTIONS])
-    note = f"<!-- written by 'hf-hardattn card' from {RECORD}; do not edit -->"
+    note = f"{NOTE} from {RECORD}; do not edit -->"
     return ModelCard(f"---\n{metadata(record).to_yaml()}\n---\n\n{note}\n\n{body}\n")
 
 
@@ -80,6 +81,20 @@ def write_card(source: Path, folder: Path | None = None) -> Path:
         (folder / PICTURES).mkdir(exist_ok=True)
         shutil.copyfile(picture, folder / PICTURES / picture.name)
     return folder / CARD
+
+
+def refuse_foreign_card(folder: Path) -> None:
+    """Raise for a README.md that neither this command nor PEFT's template wrote.
+
+    Raises:
+        HardAttentionError: somebody wrote it.
+    """
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if text.strip() and NOTE not in text and "[More Information Needed]" not in text:
+        raise HardAttentionError(
+            f"{path} was not written by this command; nothing is overwritten unasked. Move it, add --overwrite, or name another --output."
+        )
 
 
 def write_record(record: dict[str, Any], card: ModelCard, folder: Path) -> None:

@@ -37,6 +37,13 @@ LEFT_OUT = (
     "source.json",  # of the card: it points to results on this machine; card.json is the record
     "training_args.bin",
     "trainer_state.json",
+    "optimizer.*",
+    "scheduler.*",
+    "scaler.pt",
+    "rng_state*.pth",
+    "random_states_*.pkl",
+    "custom_checkpoint_*.pkl",
+    "files.json",
     ".DS_Store",
 )
 # Weights of an earlier push that the new one replaces; left in place they could be loaded instead.
@@ -60,7 +67,7 @@ def list_files(
     """
     if not folder.is_dir():
         raise HardAttentionError(f"{folder} is no folder; save the model first: hf_hardattn.save(model, folder).")
-    kept, left = [], []
+    kept, left, problems = [], [], list[str]()
     root = folder.resolve()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -71,23 +78,37 @@ def list_files(
         ):
             left.append(name)
             continue
-        if is_secret(name, token):
-            raise HardAttentionError(
-                f"the name of a file in {folder} ({redact(name, token)}) holds an access token or a password; names are public with the "
-                "repository. Rename the file."
-            )
-        if not path.resolve().is_relative_to(root):
-            raise HardAttentionError(
-                f"{name} links out of {folder}; copy the file into it, or leave it out: --exclude {name!r}."
-            )
-        if not path.is_file():  # a link to a folder or to nothing, a pipe, a device
-            raise HardAttentionError(
-                f"{name} is no file; only files are pushed. Remove it, or leave it out: --exclude {name!r}."
-            )
-        _check_file(path, name, token)
+        try:
+            _check_place(path, name, folder, root, token)
+            _check_file(path, name, token)
+        except HardAttentionError as error:
+            problems.append(str(error))
         kept.append(name)
+    if problems:
+        raise HardAttentionError(
+            problems[0]
+            if len(problems) == 1
+            else f"{len(problems)} files of {folder} cannot be pushed: {' '.join(problems)}"
+        )
     _check_links(folder, kept)
     return kept, left
+
+
+def _check_place(path: Path, name: str, folder: Path, root: Path, token: str | None) -> None:
+    """Raise for a name that holds a secret, a link out of the folder, and what is no file."""
+    if is_secret(name, token):
+        raise HardAttentionError(
+            f"the name of a file in {folder} ({redact(name, token)}) holds an access token or a password; names are public with the "
+            "repository. Rename the file."
+        )
+    if not path.resolve().is_relative_to(root):
+        raise HardAttentionError(
+            f"{name} links out of {folder}; copy the file into it, or leave it out: --exclude {name!r}."
+        )
+    if not path.is_file():  # a link to a folder or to nothing, a pipe, a device
+        raise HardAttentionError(
+            f"{name} is no file; only files are pushed. Remove it, or leave it out: --exclude {name!r}."
+        )
 
 
 def _check_links(folder: Path, kept: list[str]) -> None:
@@ -183,6 +204,6 @@ def _check_file(path: Path, name: str, token: str | None) -> None:
         )
     if holds_token(path, token):
         raise HardAttentionError(
-            f"{name} holds an access token or a password; it must not leave this machine. Remove it there, and revoke it. If it is "
+            f"{name} holds an access token; it must not leave this machine, nor must a password or key. Remove it there, and revoke it. If it is "
             f"none, leave the file out: --exclude {name!r}."
         )

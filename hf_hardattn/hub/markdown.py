@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from .record import missing
 
+_ANYWHERE = re.compile(r"[|\[\]`~*\\]|(?<![^\W_])_|_(?![^\W_])")
+_AT_THE_START = re.compile(r"^(\d{0,9})([#+=.)-])(?=[#=\s-]|$)")  # heading, rule, list, numbered list
+
 
 def plain(value: Any) -> str:
-    """One line of text; HTML, links, tables and code in it lose their meaning."""
+    """One line of text; HTML, links, tables, code, emphasis, headings, lists and fences in it lose their meaning."""
     text = html.escape(" ".join(str(value).split()), quote=False)
-    for sign, entity in (("|", "&#124;"), ("[", "&#91;"), ("]", "&#93;"), ("`", "&#96;")):
-        text = text.replace(sign, entity)
-    return text
+    text = _ANYWHERE.sub(lambda match: f"&#{ord(match[0])};", text)
+    return _AT_THE_START.sub(lambda match: f"{match[1]}&#{ord(match[2])};", text)
 
 
 def code(value: Any) -> str:

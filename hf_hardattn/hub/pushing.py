@@ -26,7 +26,8 @@ class Plan:
         repo_id: of the repository. form: ``full``, ``selectors`` or ``adapter``. exists: it is there already.
         private: who will see the files. files: name to bytes. left_out: names. removed: stale weights there.
         branch, tag, pull_request: where they go. parent: commit that they are put on.
-        card_problems: what ``hf-hardattn card --check`` says. commit: that was made.
+        card_problems: what ``hf-hardattn card --check`` says. asked: the Hub answered; else a dry run knows the folder only.
+        commit: that was made.
         url: of the commit or pull request, once pushed.
     """
 
@@ -42,14 +43,16 @@ class Plan:
     pull_request: bool
     parent: str | None
     card_problems: tuple[str, ...] = ()
+    asked: bool = True
     commit: str | None = None
     url: str | None = None
 
     def __str__(self) -> str:
         where = "a pull request" if self.pull_request else f"branch {self.branch or 'main'}"
         who = "private" if self.private else "PUBLIC: everybody can see and download it"
+        state = "exists" if self.exists else "will be created" if self.asked else "not asked, as the Hub did not answer"
         lines = [
-            f"{self.repo_id}: {'exists' if self.exists else 'will be created'}, {who}",
+            f"{self.repo_id}: {state}, {who}",
             f"{'soft' if self.form == 'soft' else self.form + ' hard'} model to {where}{f', tag {self.tag}' if self.tag else ''}:",
             *(f"  {size:>14,}  {name}" for name, size in self.files.items()),
             f"  {sum(self.files.values()):>14,}  bytes in {len(self.files)} files",
@@ -109,7 +112,7 @@ def push(
         raise HardAttentionError(
             "a pull request takes neither branch nor tag; it is opened against main. Drop one of them."
         )
-    plan = make_plan(Path(folder), repo_id, public, branch, tag, pull_request, exclude, lenient, token)
+    plan = make_plan(Path(folder), repo_id, public, branch, tag, pull_request, exclude, lenient, token, dry_run)
     return plan if dry_run else _send(plan, Path(folder), message, token)
 
 
@@ -123,15 +126,20 @@ def make_plan(
     exclude: tuple[str, ...],
     lenient: bool,
     token: str | None,
+    local_too: bool = False,
 ) -> Plan:
-    """Look at the folder and at the repository; write nothing anywhere."""
+    """Look at the folder and at the repository; write nothing anywhere.
+
+    Args:
+        local_too: a Hub that does not answer is no error; the plan then says that it was not asked.
+    """
     names, left = list_files(folder, exclude, lenient, token)
     form = check_hard(folder, names, lenient)
     problems = check_card(folder) if {CARD, RECORD} <= set(names) else []
     if any(problem.startswith(EDITED) for problem in problems):
         raise HardAttentionError(f"{folder}: {problems[0]}")
     api = HfApi(token=token)
-    exists, private, parent, there = True, True, None, []
+    exists, private, parent, there, asked = True, True, None, [], True
     try:
         info = api.model_info(repo_id)
         private = bool(info.private)
@@ -141,10 +149,12 @@ def make_plan(
     except RepositoryNotFoundError:
         exists = False
     except Exception as error:
-        raise _failed("the Hub could not be asked about", repo_id, error, token) from error
+        if not local_too or getattr(getattr(error, "response", None), "status_code", None) is not None:
+            raise _failed("the Hub could not be asked about", repo_id, error, token) from error
+        exists = asked = False
     if exists and private == public:
         raise HardAttentionError(_other_visibility(repo_id, private))
-    if pull_request and not exists:
+    if pull_request and asked and not exists:
         raise HardAttentionError(
             f"{repo_id} is not there (or not to be seen with this token); a pull request needs a repository. Drop it."
         )
@@ -161,6 +171,7 @@ def make_plan(
         pull_request=pull_request,
         parent=parent,
         card_problems=tuple(problems),
+        asked=asked,
     )
 
 

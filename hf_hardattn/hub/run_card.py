@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ..amounts import read_amount
 from ..errors import HardAttentionError
+from .card import SOURCE
 from .remote_code import auto_class
 from .secrets import redact
 from .untrusted import read_json
@@ -30,6 +32,34 @@ RECIPE = (
     "mixed_precision",
     "seed",
 )
+
+
+def source_for(path: Path, repo_id: str | None = None) -> Path:
+    """The source of a card: ``path`` itself, or the one of the training whose folder or ``results.json`` it is, written if it is new.
+
+    Args:
+        repo_id: ``user/name`` that the card names; what the training was to be pushed to by default, or the folder's name.
+
+    Raises:
+        HardAttentionError: neither a source nor the folder of a training.
+    """
+    folder = path if path.is_dir() else path.parent
+    if path.is_file() and path.name != RESULTS:
+        return path
+    if not path.exists() or not ((folder / SOURCE).is_file() or (folder / RESULTS).is_file()):
+        raise HardAttentionError(
+            f"{path} holds neither {SOURCE} nor {RESULTS}; a card is written from what a training leaves. Name its --output_dir."
+        )
+    if not (folder / SOURCE).is_file():
+        asked = (read_json(folder / RESULTS, str(folder)).get("arguments") or {}).get("hub_model_id")
+        name = repo_id or asked or f"your-name/{re.sub('[^A-Za-z0-9._-]', '-', folder.resolve().name)}"
+        source = json.dumps(source_of_run(folder, str(name)), indent=2)
+        (folder / SOURCE).write_text(source + "\n", encoding="utf-8")
+    elif repo_id is not None:
+        raise HardAttentionError(
+            f"{folder / SOURCE} says what the card names already; --repo-id has no effect. Change it there, or remove that file."
+        )
+    return folder / SOURCE
 
 
 def source_of_run(folder: Path, repo_id: str) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import nn
 
 from ..errors import HardAttentionError
 from ..recording import selectors
+from ..unwrapping import refuse_sharded
 from . import adapters, selector_only
 from .remote_code import add_stub
 from .replacing import replaced
@@ -54,6 +56,7 @@ def save(
         raise HardAttentionError(
             f"{type(inner).__name__} has no hard-attention sites; save() is for hard models. Call apply() first, or save_pretrained()."
         )
+    refuse_sharded(inner, "save")
     adapter = hasattr(inner, "peft_config")
     for form, name in (("selectors alone", selector_only.CONFIG), ("an adapter", adapters.CONFIG)):
         mine = selectors_only if name == selector_only.CONFIG else adapter
@@ -71,7 +74,7 @@ def save(
             adapters.save_adapter(inner, place, base_model, base_revision)
         return folder
     if not selectors_only:
-        state = {_stripped(name): tensor for name, tensor in inner.state_dict().items()}
+        state = {_stripped(name): tensor for name, tensor in _weights(inner).items()}
         with replaced(folder, "the model", drop=OLD_WEIGHTS) as place:
             inner.save_pretrained(place, state_dict=state, max_shard_size=max_shard_size)
             if remote_code_stub:
@@ -93,6 +96,12 @@ def save(
 def unwrap(model: nn.Module) -> Any:
     """The model itself, out of DDP, FSDP or torch.compile."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def _weights(model: nn.Module) -> dict[str, Any]:
+    """The state dict, with the weights that Accelerate keeps elsewhere."""
+    offloaded = any(weight.is_meta for weight in model.parameters())
+    return get_state_dict_offloaded_model(model) if offloaded else model.state_dict()
 
 
 def _stripped(name: str) -> str:

@@ -13,6 +13,7 @@ from ..errors import HardAttentionError
 
 MOST_BYTES = 10 * 1024 * 1024  # of a JSON file; the largest real index is about 1 MB
 MOST_DEPTH = 32
+MOST_SITES = 1000
 LARGEST = 2**31 - 1
 _NO_PART_OF_A_NAME = frozenset('\\:*?"<>|%')  # of other systems' paths, of shells, of encoded slashes and dots
 
@@ -83,6 +84,11 @@ def read_config(data: Any, where: str) -> HardAttentionConfig:
     """Make a ``HardAttentionConfig`` of a dict from a file; whatever is wrong with it is a ``HardAttentionError``."""
     if not isinstance(data, dict):
         raise HardAttentionError(f"hard_attention of {where} is {str(data)[:100]!r}; it must be an object.")
+    sites = data.get("sites")
+    if isinstance(sites, (dict, list)) and len(sites) > MOST_SITES:
+        raise HardAttentionError(
+            f"hard_attention of {where} names {len(sites):,} sites; {MOST_SITES:,} at most. No model has so many; use globs."
+        )
     for key, value in walk(data):
         if isinstance(value, str) and len(value) > 500:
             raise HardAttentionError(f"hard_attention of {where}: {key} has {len(value):,} characters; 500 at most.")

@@ -99,7 +99,9 @@ def _choices(one: Recording, other: Recording, site: str) -> tuple[Tensor, Tenso
             f"'{site}' has {kept[0].shape[-1]} places in one recording and {kept[1].shape[-1]} in the other; record the same batch."
         )
     shape = torch.broadcast_shapes(kept[0].shape, kept[1].shape)
-    entry = next(made for made in one if one.tower(made.site) == one.tower(site))  # before anything was dropped
+    entry = next(
+        selection for selection in one if one.tower(selection.site) == one.tower(site)
+    )  # before anything was dropped
     free = entry.valid if entry.required is None else entry.valid & ~entry.required
     places = free.flatten(1, 2).any(1).sum(-1)[:, None, None].expand(shape[:-1]).flatten()
     return kept[0].expand(shape).flatten(0, 2), kept[1].expand(shape).flatten(0, 2), places

@@ -31,11 +31,11 @@ def selection_matrix(
         matplotlib figure. A site that chooses once for all queries gives equal lines.
     """
     site = site or next((s for s in recording.sites if ".cross." in s), recording.sites[-1])
-    made = recording[site]
-    if len(made) > 1 or beam_indices is not None:
+    selections = recording[site]
+    if len(selections) > 1 or beam_indices is not None:
         kept = kept_per_token(recording, site, beam_indices)[row]
     else:
-        kept = recording.kept(made[0])[min(row, made[0].mask.shape[0] - 1)].any(0)
+        kept = recording.kept(selections[0])[min(row, selections[0].mask.shape[0] - 1)].any(0)
     kept = kept[: len(target), : len(source)].cpu()
     kept = kept.expand(len(target), -1) if len(kept) == 1 else kept
     figure = new_figure(1.6 + 0.26 * len(source), 1.5 + 0.24 * len(kept))

@@ -9,60 +9,66 @@ import torch
 from torch import Tensor
 
 from ..errors import HardAttentionError, missing_extra
+from ..losses.distillation import teach
 from ..models import family_of
 from ..recording import record
-from ..teacher import teach
-from .probe import Probe
+from .perturbation import PerturbationEvaluator
 
 
-def selection(probe: Probe, site: str | None = None) -> Tensor:
+def selection(evaluator: PerturbationEvaluator, site: str | None = None) -> Tensor:
     """The selector's own scores, mean over heads and queries, fp32 ``[B, P]``; what an earlier site dropped ranks last."""
-    with torch.no_grad(), record(probe.model) as recording:
-        probe.model(**probe.batch)
-    made = recording[site or next((s for s in recording.sites if recording.tower(s) == probe.tower), probe.site)][0]
-    kept = recording.kept(made).flatten(1, 2).float().mean(1)
-    if made.scores.shape[-1] != probe.places.shape[1]:
-        return kept.expand(probe.places.shape)
-    scores = made.scores.float().flatten(1, 2).mean(1)
+    with torch.no_grad(), record(evaluator.model) as recording:
+        evaluator.model(**evaluator.batch)
+    chosen = recording[
+        site or next((s for s in recording.sites if recording.tower(s) == evaluator.tower), evaluator.site)
+    ][0]
+    kept = recording.kept(chosen).flatten(1, 2).float().mean(1)
+    if chosen.scores.shape[-1] != evaluator.places.shape[1]:
+        return kept.expand(evaluator.places.shape)
+    scores = chosen.scores.float().flatten(1, 2).mean(1)
     scale = (scores.amax(-1, keepdim=True) - scores.amin(-1, keepdim=True)).clamp(min=1e-9)
-    return (kept + (scores - scores.amin(-1, keepdim=True)) / (2 * scale)).expand(probe.places.shape)
+    return (kept + (scores - scores.amin(-1, keepdim=True)) / (2 * scale)).expand(evaluator.places.shape)
 
 
-def random(probe: Probe, seed: int = 0) -> Tensor:
+def random(evaluator: PerturbationEvaluator, seed: int = 0) -> Tensor:
     """Noise: the floor that every explanation must beat."""
-    return torch.rand(probe.places.shape, generator=torch.Generator().manual_seed(seed)).to(probe.full)
+    return torch.rand(evaluator.places.shape, generator=torch.Generator().manual_seed(seed)).to(evaluator.full)
 
 
-def soft_attention(probe: Probe) -> Tensor:
+def soft_attention(evaluator: PerturbationEvaluator) -> Tensor:
     """Attention of the same weights run soft: of the decoder to the input where there is one (mean over layers, heads and steps),
     else of CLS, or of all tokens, in the last layer (mean over heads)."""
-    teacher = teach(probe.model, lambda **asked: probe.model(**probe.batch, **asked), attention=True)
-    towers = family_of(probe.model).towers(probe.model)  # type: ignore[union-attr]  # the probe knows the model
+    teacher = teach(evaluator.model, lambda **keywords: evaluator.model(**evaluator.batch, **keywords), attention=True)
+    towers = family_of(evaluator.model).towers(evaluator.model)  # type: ignore[union-attr]  # the evaluator knows the model
     cross = [
-        m for (name, kind, _), m in teacher.attention.items() if kind == "cross" and towers[name].source == probe.tower
+        m
+        for (name, kind, _), m in teacher.attention.items()
+        if kind == "cross" and towers[name].source == evaluator.tower
     ]
     if cross:
         return torch.stack(cross).mean((0, 2, 3))
-    own = {layer: m for (name, kind, layer), m in teacher.attention.items() if (name, kind) == (probe.tower, "self")}
+    own = {
+        layer: m for (name, kind, layer), m in teacher.attention.items() if (name, kind) == (evaluator.tower, "self")
+    }
     last = own[max(own)].mean(1)
-    return last[:, 0] if probe.tower == "vision" else last.mean(1)
+    return last[:, 0] if evaluator.tower == "vision" else last.mean(1)
 
 
-def leave_one_out(probe: Probe) -> Tensor:
+def leave_one_out(evaluator: PerturbationEvaluator) -> Tensor:
     """``p(y^) - p(y^ without place i)``, fp32 ``[B, P]``: one forward a place. With removal ``select`` it starts from what the model
     kept; a place it dropped has no effect, exactly: nothing is left out there, whatever other rows of the batch leave out."""
-    base = probe.own() if probe.removal == "select" else probe.places
+    base = evaluator.own() if evaluator.removal == "select" else evaluator.places
     scores = torch.zeros_like(base, dtype=torch.float32)
-    whole = probe(base)
+    whole = evaluator(base)
     for place in base.any(0).nonzero().flatten().tolist():
         keep = base.clone()
         keep[:, place] = False
         # a row that has not got the place is computed again, in a batch of another shape, which may round differently
-        scores[:, place] = torch.where(base[:, place], whole - probe(keep), 0.0)
+        scores[:, place] = torch.where(base[:, place], whole - evaluator(keep), 0.0)
     return scores
 
 
-def integrated_gradients(probe: Probe, steps: int = 20) -> Tensor:
+def integrated_gradients(evaluator: PerturbationEvaluator, steps: int = 20) -> Tensor:
     """Captum's integrated gradients of ``p(y^)``, from a grey image or padding embeddings, summed over each patch or token.
 
     Source: Sundararajan, Taly & Yan 2017, arXiv:1703.01365.
@@ -75,40 +81,40 @@ def integrated_gradients(probe: Probe, steps: int = 20) -> Tensor:
     except ImportError as error:
         raise missing_extra("captum", "interpret", "a comparison with integrated gradients") from error
     inputs: Tensor
-    if probe.tower == "vision":
+    if evaluator.tower == "vision":
         inputs, baseline, name = (
-            probe.batch["pixel_values"],
-            torch.zeros_like(probe.batch["pixel_values"]),
+            evaluator.batch["pixel_values"],
+            torch.zeros_like(evaluator.batch["pixel_values"]),
             "pixel_values",
         )
     else:
-        embed, ids = probe.model.get_input_embeddings(), probe.batch["input_ids"]
+        embed, ids = evaluator.model.get_input_embeddings(), evaluator.batch["input_ids"]
         inputs, name = embed(ids).detach(), "inputs_embeds"
-        baseline = embed(torch.full_like(ids, probe.model.config.pad_token_id or 0)).detach()
+        baseline = embed(torch.full_like(ids, evaluator.model.config.pad_token_id or 0)).detach()
     others = {
         key: value
-        for key, value in probe.batch.items()
-        if key not in ("pixel_values", "input_ids") or probe.tower == "vision"
+        for key, value in evaluator.batch.items()
+        if key not in ("pixel_values", "input_ids") or evaluator.tower == "vision"
     }
 
     def answer(given: Tensor) -> Tensor:
-        return probe.probability({**others, name: given})
+        return evaluator.probability({**others, name: given})
 
     method = IntegratedGradients(answer)
     try:
         found = method.attribute(inputs, baselines=baseline, n_steps=steps, internal_batch_size=len(inputs))
     except NotImplementedError as error:  # T5's sequence classifier
         raise HardAttentionError(
-            f"{type(probe.model).__name__} takes no embeddings; integrated gradients of a text need them. Leave them out."
+            f"{type(evaluator.model).__name__} takes no embeddings; integrated gradients of a text need them. Leave them out."
         ) from error
-    if probe.tower == "encoder":
+    if evaluator.tower == "encoder":
         return found.sum(-1).float()
-    patch = getattr(probe.model.config, "vision_config", probe.model.config).patch_size
+    patch = getattr(evaluator.model.config, "vision_config", evaluator.model.config).patch_size
     tiles = torch.nn.functional.avg_pool2d(found.sum(1, keepdim=True), patch, divisor_override=1).flatten(1)
     return torch.nn.functional.pad(tiles, (1, 0)).float()
 
 
-EXPLANATIONS: dict[str, Callable[[Probe], Any]] = {
+EXPLANATIONS: dict[str, Callable[[PerturbationEvaluator], Any]] = {
     "selection": selection,
     "soft attention": soft_attention,
     "integrated gradients": integrated_gradients,

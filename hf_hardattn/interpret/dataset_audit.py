@@ -9,16 +9,23 @@ import torch
 
 from ..errors import HardAttentionError
 from ..recording import Recording, record
-from .audit import Finding, audit, border_groups, length_groups, position_groups, rarity_groups
-from .probe import choosable
-from .subject import Subject
+from .audit import (
+    Finding,
+    audit,
+    border_groups,
+    length_groups,
+    position_groups,
+    rarity_groups,
+)
+from .model_with_processor import ModelWithProcessor
+from .perturbation import choosable
 
 
 @torch.no_grad()
 def audit_rows(
-    subject: Subject, rows: Any, column: str, by: Sequence[str] = (), site: str | None = None, batch: int = 32
+    bundle: ModelWithProcessor, rows: Any, column: str, by: Sequence[str] = (), site: str | None = None, batch: int = 32
 ) -> list[Finding]:
-    """Audit ``subject`` on ``rows``.
+    """Audit ``bundle`` on ``rows``.
 
     Args:
         rows: a ``datasets.Dataset``. column: of its images or texts. by: columns of subgroups. site: to audit; the model's first
@@ -27,22 +34,22 @@ def audit_rows(
     Raises:
         HardAttentionError: a soft model, or a column that does not exist.
     """
-    if not subject.hard:
-        raise HardAttentionError(f"{subject.name} has no hard-attention sites to audit; load a hard checkpoint.")
+    if not bundle.hard:
+        raise HardAttentionError(f"{bundle.name} has no hard-attention sites to audit; load a hard checkpoint.")
     for name in (column, *by):
         if name not in rows.column_names:
             raise HardAttentionError(f"no column {name!r} in the data; it has: {', '.join(rows.column_names)}.")
     kept, places, ids = [], [], []
     for start in range(0, len(rows), batch):
-        encoded = subject.encode(rows[start : start + batch][column])
-        asked = dict(encoded)
-        if subject.model.can_generate():  # one decoder step is enough to reach every site of the input
-            with record(subject.model) as recording:
-                subject.model.generate(**asked, max_new_tokens=1, num_beams=1, do_sample=False)
+        encoded = bundle.encode(rows[start : start + batch][column])
+        inputs = dict(encoded)
+        if bundle.model.can_generate():  # one decoder step is enough to reach every site of the input
+            with record(bundle.model) as recording:
+                bundle.model.generate(**inputs, max_new_tokens=1, num_beams=1, do_sample=False)
         else:
-            with record(subject.model) as recording:
-                subject.model(**asked)
-        one, free = kept_and_free(subject.model, encoded, recording, site)
+            with record(bundle.model) as recording:
+                bundle.model(**inputs)
+        one, free = kept_and_free(bundle.model, encoded, recording, site)
         kept.append(one)
         places.append(free)
         ids.append(encoded.get("input_ids"))
@@ -53,8 +60,8 @@ def audit_rows(
 
     found, free = join(kept), join(places)
     groups: dict[str, Any] = {name: rows[name] for name in by} | {"position": position_groups(free)}
-    if subject.sees:
-        config = getattr(subject.model.config, "vision_config", subject.model.config)
+    if bundle.takes_images:
+        config = getattr(bundle.model.config, "vision_config", bundle.model.config)
         groups["region"] = border_groups(free, config.image_size // config.patch_size)
     else:
         groups |= {"frequency": rarity_groups(join(ids), free), "length": length_groups(free)}

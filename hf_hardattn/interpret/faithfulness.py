@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..selection import topk_mask
+from ..functional.topk import topk_mask
 from .measures import (
     THRESHOLDS,
     area,
@@ -19,7 +19,7 @@ from .measures import (
     sufficiency,
     token_f1,
 )
-from .probe import Probe
+from .perturbation import PerturbationEvaluator
 
 
 def top(scores: Tensor, places: Tensor, ratio: float) -> Tensor:
@@ -29,14 +29,14 @@ def top(scores: Tensor, places: Tensor, ratio: float) -> Tensor:
 
 
 def faithfulness(
-    probe: Probe,
+    evaluator: PerturbationEvaluator,
     scores: Tensor,
     thresholds: Sequence[float] = THRESHOLDS,
     steps: int = 10,
     human: Tensor | None = None,
     leave_one_out: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Measure one explanation; every number is a mean over the rows of the probe.
+    """Measure one explanation; every number is a mean over the rows of the evaluator.
 
     Args:
         scores: ``[B, P]``, higher = more important. thresholds: shares of the input taken as rationale.
@@ -49,13 +49,13 @@ def faithfulness(
         many places as the person marked, ``sufficiency_of_size``, ``comprehensiveness_of_size``, ``f1`` and ``iou``, and ``auprc``. A
         person's rationale is a set without an order: compare it by these. Definitions: ``measures``.
     """
-    places, full = probe.places, probe.full
+    places, full = evaluator.places, evaluator.full
     chosen = [top(scores, places, ratio) for ratio in thresholds]
-    only = torch.stack([probe(keep) for keep in chosen], 1)
-    rest = torch.stack([probe(places & ~keep) for keep in chosen], 1)
+    only = torch.stack([evaluator(keep) for keep in chosen], 1)
+    rest = torch.stack([evaluator(places & ~keep) for keep in chosen], 1)
     ordered = [top(scores, places, step / steps) for step in range(steps + 1)]
-    insertion = torch.stack([probe(keep) for keep in ordered], 1)
-    deletion = torch.stack([probe(places & ~keep) for keep in ordered], 1)
+    insertion = torch.stack([evaluator(keep) for keep in ordered], 1)
+    deletion = torch.stack([evaluator(places & ~keep) for keep in ordered], 1)
     whole = full[:, None].clamp(min=1e-9)
     result: dict[str, Any] = {
         "sufficiency": float(sufficiency(full, only).mean()),
@@ -74,8 +74,8 @@ def faithfulness(
         result["rank_correlation"] = sum(known) / len(known) if known else float("nan")
     if human is not None:
         mine = topk_mask(scores.float(), (human & places).sum(-1), places)
-        result["sufficiency_of_size"] = float(sufficiency(full, probe(mine)).mean())
-        result["comprehensiveness_of_size"] = float(comprehensiveness(full, probe(places & ~mine)).mean())
+        result["sufficiency_of_size"] = float(sufficiency(full, evaluator(mine)).mean())
+        result["comprehensiveness_of_size"] = float(comprehensiveness(full, evaluator(places & ~mine)).mean())
         result |= plausibility(scores, human & places, places)
     return result
 
@@ -94,12 +94,14 @@ def plausibility(scores: Tensor, human: Tensor, places: Tensor) -> dict[str, flo
     }
 
 
-def own_sufficiency(probe: Probe) -> Tensor:
+def own_sufficiency(evaluator: PerturbationEvaluator) -> Tensor:
     """``p(y^|x) - p(y^|what the model kept)``, fp32 ``[B]``. With an ``inputs`` site and removal ``select`` this is 0 by construction:
     it is the same computation. Only where every row keeps fewer than the batch has slots for (all are padded) may rounding be left."""
-    return probe.full - probe(probe.own())
+    return evaluator.full - evaluator(evaluator.own())
 
 
-def compare(probe: Probe, explanations: Mapping[str, Tensor], **options: Any) -> dict[str, dict[str, Any]]:
+def compare(
+    evaluator: PerturbationEvaluator, explanations: Mapping[str, Tensor], **options: Any
+) -> dict[str, dict[str, Any]]:
     """``faithfulness`` of several explanations of the same answers, by name; options as there."""
-    return {name: faithfulness(probe, scores, **options) for name, scores in explanations.items()}
+    return {name: faithfulness(evaluator, scores, **options) for name, scores in explanations.items()}

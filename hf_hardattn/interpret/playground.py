@@ -12,9 +12,9 @@ from ..errors import HardAttentionError, missing_extra
 from ..modes import soft
 from ..recording import selectors
 from .html import paragraph
-from .probe import Probe
-from .report import pictures, said
-from .subject import Subject
+from .model_with_processor import ModelWithProcessor
+from .perturbation import PerturbationEvaluator
+from .report import pictures, quoted
 from .uploads import MOST_BYTES, MOST_CHARACTERS, BoundedBodies, check_text, read_image
 
 # The browser itself then refuses every request to another host, whatever a library's page asks for.
@@ -41,36 +41,36 @@ class SameOrigin:
 
 
 @functools.lru_cache(maxsize=2)
-def _load(path: str) -> Subject:
-    return Subject.load(path)
+def _load(path: str) -> ModelWithProcessor:
+    return ModelWithProcessor.load(path)
 
 
-def look(path: str, image: Any, text: str, ratio: float) -> tuple[str, str]:
-    """What the page shows: HTML of the model run soft, and of the same weights keeping ``ratio`` of the places at every site.
+def compare(path: str, image: Any, text: str, ratio: float) -> tuple[str, str]:
+    """Render what the page shows: HTML of the model run soft, and of the same weights keeping ``ratio`` of the places at every site.
 
     Args:
         path: of the model. image: file of a visitor, or None. text: of a visitor.
     """
-    subject = _load(path)
-    if image is None if subject.sees else not text.strip():
-        return "", paragraph("Give it an image." if subject.sees else "Give it a text.")
+    bundle = _load(path)
+    if image is None if bundle.takes_images else not text.strip():
+        return "", paragraph("Give it an image." if bundle.takes_images else "Give it a text.")
     try:
-        given = read_image(image) if subject.sees else check_text(text)
+        given = read_image(image) if bundle.takes_images else check_text(text)
     except HardAttentionError as error:
         return "", paragraph(f"Not shown: {error}")
     with _turn:
-        batch = subject.encode([given])
-        with soft(subject.model):
-            loose = subject.answer(batch)
-            whole = count_flops(subject.model, Probe(subject.model, batch).batch)
-        with subject.at_budget(ratio):
-            hard = subject.answer(batch)
-            cost = count_flops(subject.model, Probe(subject.model, batch).batch)
-            shown = "\n".join(pictures(subject, given, batch, hard))
+        batch = bundle.encode([given])
+        with soft(bundle.model):
+            loose = bundle.predict(batch)
+            whole = count_flops(bundle.model, PerturbationEvaluator(bundle.model, batch).batch)
+        with bundle.at_budget(ratio):
+            hard = bundle.predict(batch)
+            cost = count_flops(bundle.model, PerturbationEvaluator(bundle.model, batch).batch)
+            shown = "\n".join(pictures(bundle, given, batch, hard))
     kept = "; ".join(f"{row['site']} keeps {row['kept_ratio']:.0%}" for row in hard.recording.summary())
     return (
-        paragraph(f"{said(loose)}, looking everywhere: {whole / 1e9:.4g} GFLOPs (counted)."),
-        paragraph(f"{said(hard)}, {cost / 1e9:.4g} GFLOPs (counted), {cost / whole:.0%} of soft. {kept}.") + shown,
+        paragraph(f"{quoted(loose)}, looking everywhere: {whole / 1e9:.4g} GFLOPs (counted)."),
+        paragraph(f"{quoted(hard)}, {cost / 1e9:.4g} GFLOPs (counted), {cost / whole:.0%} of soft. {kept}.") + shown,
     )
 
 
@@ -110,10 +110,10 @@ def build(models: Sequence[str]) -> Any:
                     image_mode=None,
                     sources=["upload", "clipboard"],
                     label="image",
-                    visible=first.sees,
+                    visible=first.takes_images,
                     height=280,
                 )
-                text = gr.Textbox(lines=5, max_length=MOST_CHARACTERS, label="text", visible=not first.sees)
+                text = gr.Textbox(lines=5, max_length=MOST_CHARACTERS, label="text", visible=not first.takes_images)
                 ratio = gr.Slider(
                     0.02, 1.0, value=_own_ratio(first), step=0.02, label="budget: share kept at every site"
                 )
@@ -125,16 +125,16 @@ def build(models: Sequence[str]) -> Any:
                 loose = gr.HTML(elem_id="soft")
 
         def choose(path: str) -> tuple[Any, Any, float]:
-            subject = _load(path)
+            bundle = _load(path)
             return (
-                gr.update(visible=subject.sees, value=None),
-                gr.update(visible=not subject.sees, value=""),
-                _own_ratio(subject),
+                gr.update(visible=bundle.takes_images, value=None),
+                gr.update(visible=not bundle.takes_images, value=""),
+                _own_ratio(bundle),
             )
 
         model.change(choose, model, [image, text, ratio], show_progress="hidden")
         for change in (image.change, text.submit, text.blur, ratio.release):
-            change(look, [model, image, text, ratio], [loose, hard], show_progress="minimal")
+            change(compare, [model, image, text, ratio], [loose, hard], show_progress="minimal")
     page.queue(max_size=32, default_concurrency_limit=1)
     return page
 
@@ -164,8 +164,8 @@ def launch(models: Sequence[str], port: int | None = None, host: str | None = No
     return str(address)
 
 
-def _own_ratio(subject: Subject) -> float:
+def _own_ratio(bundle: ModelWithProcessor) -> float:
     """The share that the model's own budget keeps, where it is a ratio, else a half."""
-    budget = next(iter(selectors(subject.model).values())).config.budget
+    budget = next(iter(selectors(bundle.model).values())).config.budget
     budget = budget.get("end") if isinstance(budget, dict) else budget
     return round(float(budget), 2) if isinstance(budget, float) else 0.5

@@ -32,9 +32,11 @@ def kept_per_token(recording: Recording, site: str, beam_indices: Tensor | None 
     Returns:
         bool ``[B, T, P]``; all False behind a sequence's end when ``beam_indices`` says where it ends.
     """
-    made: list[Selection] = recording[site]
-    once = made[0].mask.shape[2] == 1 and len(made) == 1  # one choice serves every step: its keys are cached
-    steps = [recording.kept(selection)[:, :, -1].any(1) for selection in made]
+    selections: list[Selection] = recording[site]
+    once = (
+        selections[0].mask.shape[2] == 1 and len(selections) == 1
+    )  # one choice serves every step: its keys are cached
+    steps = [recording.kept(selection)[:, :, -1].any(1) for selection in selections]
     if beam_indices is None:
         return torch.stack(steps, 1)
     rows, count = beam_indices.long().cpu(), beam_indices.shape[1]

@@ -17,10 +17,10 @@ from .curves import faithfulness_curves
 from .faithfulness import compare, own_sufficiency
 from .heatmap import heat_map
 from .html import Html, cards, page, paragraph, picture, section, table
+from .model_with_processor import ModelWithProcessor, Prediction
 from .overlay import layer_overlay
-from .probe import Probe
+from .perturbation import PerturbationEvaluator
 from .sanity import randomised_weights
-from .subject import Answer, Subject
 from .tokens import token_highlight
 
 LIT = "Lit and framed: the patches kept at a site, and their share. Faded: dropped."
@@ -31,11 +31,11 @@ LIMITS = (
 )
 
 
-def explain(subject: Subject, inputs: Sequence[Any], measure: bool = True, title: str = "") -> Html:
+def explain(bundle: ModelWithProcessor, inputs: Sequence[Any], measure: bool = True, title: str = "") -> Html:
     """Write the page.
 
     Args:
-        subject: a hard model. inputs: PIL images or texts. measure: also faithfulness and the sanity check (some hundred forwards).
+        bundle: a hard model. inputs: PIL images or texts. measure: also faithfulness and the sanity check (some hundred forwards).
         title: of the page.
 
     Returns:
@@ -44,82 +44,84 @@ def explain(subject: Subject, inputs: Sequence[Any], measure: bool = True, title
     Raises:
         HardAttentionError: a soft model, or no inputs.
     """
-    if not subject.hard:
+    if not bundle.hard:
         raise HardAttentionError(
-            f"{subject.name} has no hard-attention sites to explain; load a hard checkpoint, or call apply()."
+            f"{bundle.name} has no hard-attention sites to explain; load a hard checkpoint, or call apply()."
         )
     if not inputs:
         raise HardAttentionError("there is nothing to explain; give one input or more.")
-    shown = [_one(subject, given) for given in inputs]
-    wide = not subject.sees or subject.model.can_generate()  # a text or a grid of words takes the whole width
-    key = paragraph(LIT if subject.sees else MARKED, "note")
+    shown = [_one(bundle, given) for given in inputs]
+    wide = not bundle.takes_images or bundle.model.can_generate()  # a text or a grid of words takes the whole width
+    key = paragraph(LIT if bundle.takes_images else MARKED, "note")
     parts = [section("What it kept", key, "\n".join(shown) if wide else cards(shown))]
-    probe = Probe(subject.model, subject.encode(inputs))
-    certificate = verify(subject.model, probe.batch)
+    evaluator = PerturbationEvaluator(bundle.model, bundle.encode(inputs))
+    certificate = verify(bundle.model, evaluator.batch)
     parts.append(_certificate(certificate))
     if measure:
-        parts += [_measured(probe), _sanity(subject, probe)]
-    with record(subject.model) as recording:
-        subject.model(**probe.batch)
+        parts += [_measured(evaluator), _sanity(bundle, evaluator)]
+    with record(bundle.model) as recording:
+        bundle.model(**evaluator.batch)
     if len(inputs) > 1:
         figure = picture(
             heat_map(recording),
             "How often each place was kept, over these inputs. A place kept in all of them is position bias.",
         )
         parts.append(section("Where it looks in general", figure))
-    return page(title or f"What {subject.name} kept", *parts)
+    return page(title or f"What {bundle.name} kept", *parts)
 
 
-def _one(subject: Subject, given: Any) -> str:
-    batch = subject.encode([given])
-    hard = subject.answer(batch)
-    with soft(subject.model):
-        loose = subject.answer(batch)
-    scored = Probe(subject.model, batch).batch
-    cost = count_flops(subject.model, scored)
-    with soft(subject.model):
-        whole = count_flops(subject.model, scored)
-    made = hard.recording[hard.recording.sites[0]][0]
-    candidates = made.valid if made.required is None else made.valid & ~made.required  # CLS and </s> are no choice
-    kept, known = (int(m.flatten(0, 2).any(0).sum()) for m in (hard.recording.kept(made, choice=True), candidates))
+def _one(bundle: ModelWithProcessor, given: Any) -> str:
+    batch = bundle.encode([given])
+    hard = bundle.predict(batch)
+    with soft(bundle.model):
+        loose = bundle.predict(batch)
+    scored = PerturbationEvaluator(bundle.model, batch).batch
+    cost = count_flops(bundle.model, scored)
+    with soft(bundle.model):
+        whole = count_flops(bundle.model, scored)
+    selection = hard.recording[hard.recording.sites[0]][0]
+    candidates = (
+        selection.valid if selection.required is None else selection.valid & ~selection.required
+    )  # CLS and </s> are no choice
+    kept, known = (int(m.flatten(0, 2).any(0).sum()) for m in (hard.recording.kept(selection, choice=True), candidates))
     line = (
-        f"Answer: {said(hard)}. The same weights looking everywhere: {said(loose)}. It kept {kept} of {known} "
-        f"{'patches' if subject.sees else 'tokens'} at {made.site}; counted cost {cost / whole:.0%} of looking everywhere."
+        f"Answer: {quoted(hard)}. The same weights looking everywhere: {quoted(loose)}. It kept {kept} of {known} "
+        f"{'patches' if bundle.takes_images else 'tokens'} at {selection.site}; counted cost {cost / whole:.0%} of looking everywhere."
     )
-    return paragraph(line) + "\n".join(pictures(subject, given, batch, hard))
+    return paragraph(line) + "\n".join(pictures(bundle, given, batch, hard))
 
 
-def pictures(subject: Subject, given: Any, batch: dict[str, Any], answer: Answer) -> list[str]:
-    """Everything there is to see of one answer, as pieces of HTML."""
-    recording, found = answer.recording, []
+def pictures(bundle: ModelWithProcessor, given: Any, batch: dict[str, Any], prediction: Prediction) -> list[str]:
+    """Draw every picture of one prediction, as pieces of HTML."""
+    recording, found = prediction.recording, []
     sites = recording.sites
     cross = next((site for site in sites if ".cross." in site), None)
-    if subject.sees:
+    if bundle.takes_images:
         pixels = batch["pixel_values"]
         if any(site.startswith("vision.") for site in sites):
-            found.append(picture(layer_overlay(pixels, recording, subject.patch_size), LIT, caption=False))
-        if answer.tokens and (cross or any(site.startswith("vision.") for site in sites)):
-            words = subject.words(answer.tokens)
-            figure = caption_grid(pixels, recording, words, subject.patch_size, cross)
+            found.append(picture(layer_overlay(pixels, recording, bundle.patch_size), LIT, caption=False))
+        if prediction.tokens and (cross or any(site.startswith("vision.") for site in sites)):
+            words = bundle.words(prediction.tokens)
+            figure = caption_grid(pixels, recording, words, bundle.patch_size, cross)
             shared = not cross or len(recording[cross]) == 1 and recording[cross][0].mask.shape[2] == 1
             once = " This site chooses once, for all words alike." if shared else ""
             found.append(picture(figure, f"For each word, the patches that the step producing it could read.{once}"))
         return found
-    row = subject.tokenizer(given, truncation=True, return_offsets_mapping=True)
+    row = bundle.tokenizer(given, truncation=True, return_offsets_mapping=True)
     offsets = [(int(start), int(end)) for start, end in row["offset_mapping"]]
     for site in sites:
         if site.startswith(("encoder.inputs", "encoder.tokens")):
             found.append(paragraph(f"{site}:", "note"))
             found.append(token_highlight(recording, given, offsets, site))
     if cross:
-        figure = selection_matrix(recording, subject.words(row["input_ids"]), subject.words(answer.tokens), cross)
+        figure = selection_matrix(recording, bundle.words(row["input_ids"]), bundle.words(prediction.tokens), cross)
         found.append(picture(figure, "Which source tokens each generated token could read."))
     return found
 
 
-def said(answer: Answer) -> str:
-    """The answer in quotes, and how sure it is."""
-    return f"“{answer.text}”" + ("" if answer.probability is None else f" (p = {answer.probability:.2f})")
+def quoted(prediction: Prediction) -> str:
+    """Put a prediction in quotes, with its probability."""
+    return f"“{prediction.text}”" + ("" if prediction.probability is None else f" (p = {prediction.probability:.2f})")
 
 
 def _certificate(report: Report) -> str:
@@ -129,15 +131,15 @@ def _certificate(report: Report) -> str:
     return section("What the dropped places can still do", *lines, paragraph(note, "note"))
 
 
-def _measured(probe: Probe) -> str:
+def _measured(evaluator: PerturbationEvaluator) -> str:
     scores, absent = {}, []
     for name, make in attribution.EXPLANATIONS.items():
         try:
-            scores[name] = make(probe)
+            scores[name] = make(evaluator)
         except (HardAttentionError, ImportError) as error:  # a comparison that this model or installation has not
             absent.append(paragraph(f"Not compared with {name}: {error}", "note"))
-    left_out = attribution.leave_one_out(probe) if probe.places.shape[1] <= 300 else None
-    measured = compare(probe, scores, leave_one_out=left_out)
+    left_out = attribution.leave_one_out(evaluator) if evaluator.places.shape[1] <= 300 else None
+    measured = compare(evaluator, scores, leave_one_out=left_out)
     names = ["sufficiency", "comprehensiveness", "deletion", "insertion", "rank_correlation"]
     header = [
         "explanation",
@@ -152,21 +154,21 @@ def _measured(probe: Probe) -> str:
         table(header, rows),
         picture(faithfulness_curves(measured), "The answer's probability as the best places go, or come."),
     ]
-    how = "left out of the computation" if probe.removal == "select" else "masked or greyed"
+    how = "left out of the computation" if evaluator.removal == "select" else "masked or greyed"
     note = (
-        f"Means over {len(probe.full)} inputs; places are {how}. Sufficiency and comprehensiveness are averaged over rationales of 1, 5, 10, "
+        f"Means over {len(evaluator.full)} inputs; places are {how}. Sufficiency and comprehensiveness are averaged over rationales of 1, 5, 10, "
         "20 and 50 % of the places (ERASER's AOPC)."
     )
     parts += [paragraph(note, "note"), *absent]
-    if probe.removal == "select":
-        own = own_sufficiency(probe).abs().max().item()
+    if evaluator.removal == "select":
+        own = own_sufficiency(evaluator).abs().max().item()
         text = f"On exactly what it kept, its answer's probability changes by {own:g}"
         parts.append(paragraph(text + (": sufficiency is 0 by construction." if own == 0.0 else ", which is a bug.")))
     return section("How faithful that is, measured", *parts)
 
 
-def _sanity(subject: Subject, probe: Probe) -> str:
-    found = randomised_weights(subject.model, probe.batch, seeds=2)
+def _sanity(bundle: ModelWithProcessor, evaluator: PerturbationEvaluator) -> str:
+    found = randomised_weights(bundle.model, evaluator.batch, seeds=2)
     rows = [[site, value["jaccard"], value["chance"]] for site, value in found.items()]
     text = "Agreement far above chance would mean that the selection does not need what the model learned."
     return section(

@@ -15,25 +15,35 @@ from ..errors import HardAttentionError
 from . import attention, heads, patches, pooling
 from .arguments import parameter_names, takes_keywords
 from .build import Kinds, build_selector, reusable, shared_choices, source_protected
-from .family import Family, Tower
+from .family import FAMILY, Family, Tower
 from .layers import after_layer, before_layer
 from .plan import LAYER, TOWER, LayerPlan, TowerPlan
 from .selector import Selector, running
-from .towers import HANDS_DOWN, TRAINING_LOSS, close_call, finish_tower, open_call, open_tower
+from .towers import (
+    HANDS_DOWN,
+    TRAINING_LOSS,
+    close_call,
+    finish_tower,
+    open_call,
+    open_tower,
+)
 
 HOSTS = ("selector", "input_selector")  # attributes that hold selectors
 FOLLOWS = "hard_attention_follows"  # attribute of an attention module: the site whose choice it shares
 
 
 def attach(
-    model: nn.Module, config: HardAttentionConfig, family: Family, training_loss: Callable[..., Any]
+    model: nn.Module,
+    config: HardAttentionConfig,
+    family: Family,
+    training_loss: tuple[Callable[..., None], Callable[..., None]],
 ) -> dict[str, Selector]:
     """Give a model the sites of a configuration, in place. A configuration that is refused changes nothing.
 
     Selectors that are there already and fit the new configuration are kept, with what they learned.
 
     Args:
-        family: of the model. training_loss: adds the estimators' terms to an output, see ``towers.close_call``.
+        family: of the model. training_loss: adds the estimators' terms to an output, and prepares a training call; see ``towers.TRAINING_LOSS``.
 
     Returns:
         The selectors that were made, by site.
@@ -133,7 +143,7 @@ def _install(
     family: Family,
     towers: Mapping[str, Tower],
     config: HardAttentionConfig,
-    training_loss: Callable[..., Any],
+    training_loss: tuple[Callable[..., None], Callable[..., None]],
 ) -> None:
     drops = {name: _first_drop(tower) for name, tower in towers.items()}
     idle = {name: _keeps_all(tower) for name, tower in towers.items()}
@@ -145,6 +155,7 @@ def _install(
     module: Any = model
     module.__dict__[HANDS_DOWN] = family.owns(model) and takes_keywords(model)
     module.__dict__[TRAINING_LOSS] = training_loss
+    module.__dict__[FAMILY] = family.name
     model.register_forward_pre_hook(open_call, with_kwargs=True)
     model.register_forward_hook(close_call, with_kwargs=True, always_call=not module.__dict__[HANDS_DOWN])
 
@@ -212,7 +223,8 @@ def _install_layers(tower: Tower, first_drop: int | None, source_drops: bool, id
             layer.register_forward_pre_hook(before_layer, with_kwargs=True)
         plan.pools = spec.pooling is not None and plan.index == len(plans) - 1 and first_drop is not None
         if plan.tokens or plan.pools or (behind and packs):
-            layer.register_forward_hook(after_layer, with_kwargs=True)
+            # in front of others' hooks: FSDP2's takes the selector's weights away again
+            layer.register_forward_hook(after_layer, with_kwargs=True, prepend=True)
         if spec.attention and (behind or plan.inputs or reads_keys or plan.uses_table or plan.eager_only):
             attention.install(tower.attention(layer, "self"), tower.attention_spec("self"), plan.index, cross=False)
         if reads_source or reads or (plan.eager_only and plan.cross is not None):
@@ -311,7 +323,7 @@ def _remove_hooks(model: nn.Module) -> None:
         attention.uninstall(module)
         patches.uninstall(module)
         pooling.uninstall(module)
-        for name in (LAYER, TOWER, HANDS_DOWN, TRAINING_LOSS):
+        for name in (LAYER, TOWER, HANDS_DOWN, TRAINING_LOSS, FAMILY):
             module.__dict__.pop(name, None)
 
 
@@ -373,4 +385,12 @@ def place(selector: Selector, model: nn.Module) -> None:
     """Move a fresh selector to where the model's weights are, in their dtype."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weight is not None:
-        selector.to(device=weight.device, dtype=weight.dtype if weight.dtype.itemsize > 1 else torch.float32)
+        device = weight.device if not weight.is_meta else _execution_device(model)
+        selector.to(device=device, dtype=weight.dtype if weight.dtype.itemsize > 1 else torch.float32)
+
+
+def _execution_device(model: nn.Module) -> Any:
+    """Where Accelerate computes with weights that it keeps elsewhere; a selector of some kB stays there."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in devices if device is not None), "cpu")

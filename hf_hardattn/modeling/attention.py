@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,19 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .. import distances
-from ..attention import attend, attend_by_parts, attend_packed, fits, gated_attend, keep_columns, keep_heads, keep_rows
-from ..packing import Packing
+from ..errors import HardAttentionError
+from ..functional import position_bias as distances
+from ..functional.attention import (
+    attend,
+    attend_by_parts,
+    attend_packed,
+    fits,
+    gated_attend,
+    keep_columns,
+    keep_heads,
+    keep_rows,
+)
+from ..functional.varlen import Packing
 from .arguments import parameter_names
 from .cache import CacheLayer
 from .masks import additive, as_allowed, combine, gather_keys, padding_mask
@@ -42,6 +53,27 @@ class AttentionPlan:
     layer: int
     cross: bool
     stock: Callable[..., Any] | None = None
+
+
+def is_softmax(implementation: str) -> bool:
+    """Whether an implementation is known to compute softmax attention, so that another way to compute it may take its place."""
+    return implementation in ("eager", "sdpa", "flex_attention") or implementation.startswith("flash_attention")
+
+
+def refuse_per_query(implementation: str, spec: AttentionSpec, site: str) -> None:
+    """Refuse a choice of each query beside an attention function that is not known to take a mask of each query.
+
+    Raises:
+        HardAttentionError: the implementation cannot serve the site.
+    """
+    if implementation in ("eager", "sdpa") or not spec.interface:
+        return
+    known = implementation in ALL_ATTENTION_FUNCTIONS.valid_keys()
+    what = f"attn_implementation='{implementation}'" if known else f"the registered attention '{implementation}'"
+    raise HardAttentionError(
+        f"{what} at '{site}', where each query chooses its own keys; such a choice is made on softmax attention with a mask of each "
+        "query. Use attn_implementation='sdpa' or 'eager', or a scorer that makes one choice for all queries."
+    )
 
 
 def install(module: nn.Module, spec: AttentionSpec, layer: int, cross: bool) -> None:
@@ -96,6 +128,7 @@ class AttentionCall:
         bias: position bias ``[B or 1, H, Q, N]`` or a table of distances; None where the family has none.
         cache: of this layer; None without one.
         wants_weights: the caller asked for attention weights, and the implementation can tell them.
+        replaceable: the implementation is softmax attention, so that another way to compute it may take its place.
     """
 
     def __init__(self, module: Any, plan: AttentionPlan, given: dict[str, Any], what: AttentionInput):
@@ -113,6 +146,8 @@ class AttentionCall:
         asked = bool(given.get("output_attentions", getattr(config, "output_attentions", False)))
         self.implementation: str = config._attn_implementation
         self.wants_weights = (asked or what.weights) and (self.implementation == "eager" or not spec.interface)
+        # a function of the user's is called, where a known one may be computed in another way
+        self.replaceable = not spec.interface or is_softmax(self.implementation)
         self._whole_bias = self._own_bias()
         self._query: Tensor | None = None
 
@@ -157,7 +192,7 @@ class AttentionCall:
             ``[B, Q, H * d]``, and weights ``[B, H, Q, N]`` when asked for.
         """
         total = multiply_gates(keys.gates, gates)
-        if keys.packing is not None and total is None and not self.wants_weights:
+        if keys.packing is not None and total is None and not self.wants_weights and self.replaceable:
             return self._attend_packed_keys(keys), None
         query, key, value = self._project(keys)
         bias = self._subset_bias(keys)
@@ -172,6 +207,7 @@ class AttentionCall:
             and keys.bias is None
             and not fits(bias, keys.indices)
             and not self.wants_weights
+            and self.replaceable
         ):
             return self._attend_by_parts(query, key, value, keys, bias), None
         if bias is not None and keys.indices is not None and keys.bias is None:
@@ -249,6 +285,12 @@ class AttentionCall:
         bias: Tensor | None,
         keys: KeySubset,
     ) -> tuple[Tensor, Tensor | None]:
+        if not self.replaceable:
+            warnings.warn(
+                f"the registered attention '{self.implementation}' is not called in masked training, whose gates weigh softmax attention. "
+                "Use a score-function estimator, which trains gathered, if it computes anything else.",
+                stacklevel=2,
+            )
         if bias is not None and keys.indices is not None and keys.bias is None:
             bias = keep_columns(bias, keys.indices)
         options: dict[str, Any] = dict(scale=self.view.scale, bias=bias, dropout=self.view.dropout)
@@ -262,8 +304,8 @@ class AttentionCall:
 
     def _attend_packed_keys(self, keys: KeySubset) -> Tensor:
         """Attend to kept keys whose numbers differ between rows, without padding them to the longest."""
-        packing, indices = keys.packing, keys.indices
-        assert packing is not None and indices is not None
+        packing: Any = keys.packing
+        indices: Any = keys.indices
         states = packing.to_packed(keep_rows(self.source, indices[:, 0]))
         query, key, value = self._all_of_source(states)
         if self.cache is not None:
@@ -276,9 +318,9 @@ class AttentionCall:
 
     def _attend_by_parts(self, query: Tensor, key: Tensor, value: Tensor, keys: KeySubset, bias: Tensor) -> Tensor:
         """Attend with a bias whose columns would take more memory than the bias itself: some examples at a time."""
-        assert keys.indices is not None
+        indices: Any = keys.indices
         options: dict[str, Any] = dict(scale=self.view.scale, dropout=self.view.dropout)
-        output = attend_by_parts(query, key, value, keys.indices, bias, allowed=keys.valid, **options)
+        output = attend_by_parts(query, key, value, indices, bias, allowed=keys.valid, **options)
         return output.transpose(1, 2).flatten(2)
 
     def _attend(
@@ -296,7 +338,7 @@ class AttentionCall:
                 bias, mask = mask, None  # an additive mask, as the kernel takes it
             return self.attend_plainly(query, key, value, mask, bias)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, stock_eager)
-        extra = {"position_bias": bias} if self.plan.spec.position_bias else {}
+        extra: dict[str, Any] = {"position_bias": bias} if self.plan.spec.position_bias else {}
         if self.wants_weights:
             extra["output_attentions"] = True
         output, weights = function(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
 from .. import registry
 from ..config import SiteConfig
 from ..errors import HardAttentionError
+from .attention import refuse_per_query
 from .family import Tower
 from .selector import Protected, Selector
 
@@ -47,6 +46,8 @@ def build_selector(site: str, config: SiteConfig, tower: Tower, kind: str, targe
         target_size=target_size,
     )
     selector.scorer.prefix = tower.protected.first
+    if config.estimator == "soft":
+        selector.requires_grad_(False)  # it never chooses: distributed training must not wait for its gradient
     _check_execution(site, config, selector)
     return selector
 
@@ -105,15 +106,8 @@ def _check_choice(site: str, config: SiteConfig, tower: Tower, kind: str, scorer
 
 
 def _check_implementation(site: str, tower: Tower, kind: str, per_query: bool) -> None:
-    implementation = tower.config._attn_implementation
-    if not per_query or implementation in ("eager", "sdpa") or not tower.attention_spec(kind).interface:
-        return
-    known = implementation in ALL_ATTENTION_FUNCTIONS.valid_keys()
-    what = f"attn_implementation='{implementation}'" if known else f"the registered attention '{implementation}'"
-    raise HardAttentionError(
-        f"{what} at '{site}', where each query chooses its own keys; such a choice is made on softmax attention with a mask of each "
-        "query. Use attn_implementation='sdpa' or 'eager', or a scorer that makes one choice for all queries."
-    )
+    if per_query:
+        refuse_per_query(tower.config._attn_implementation, tower.attention_spec(kind), site)
 
 
 def _check_execution(site: str, config: SiteConfig, selector: Selector) -> None:

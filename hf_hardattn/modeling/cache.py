@@ -24,7 +24,8 @@ class CacheLayer:
 
     def __init__(self, store: Any, layer: int, *, cross: bool):
         self.owner, self.layer, self.cross = store, layer, cross
-        self.filled, self.past = False, 0
+        self.filled = False
+        self.past: int | Tensor = 0
         if isinstance(store, EncoderDecoderCache):
             self.filled = cross and bool(store.is_updated.get(layer))
             store = store.cross_attention_cache if cross else store.self_attention_cache

@@ -68,6 +68,7 @@ class Mode:
 
 _MODES: ContextVar[tuple[Mode, ...]] = ContextVar("hard_attention_modes", default=())
 _CURRENT: ContextVar[Any] = ContextVar("hard_attention_current", default=None)
+_traced: Any = None  # the same while Dynamo traces a call, which follows no ContextVar; None again when the call ends
 
 # Compiled code cannot see a thread's modes, so models run eagerly while any thread has one. The stance is process-wide:
 # count its users, since blocks of different threads may overlap.
@@ -182,12 +183,16 @@ class ForwardContext:
 
 def current_context() -> ForwardContext | None:
     """The context of the model around this one, where a strict signature kept it from being handed down."""
-    return None if torch.compiler.is_compiling() else _CURRENT.get()
+    return _traced if torch.compiler.is_compiling() else _CURRENT.get()
 
 
 def set_current(context: ForwardContext | None) -> None:
     """Make ``context`` what towers find that were handed none."""
-    _CURRENT.set(context)
+    global _traced
+    if torch.compiler.is_compiling():
+        _traced = context
+    else:
+        _CURRENT.set(context)
 
 
 def is_soft_now(selector: nn.Module) -> bool:

@@ -81,8 +81,7 @@ def _chosen(
     arguments: Arguments,
     source: Tensor,
 ) -> AttentionInput | None:
-    assert plan.cross is not None and plan.cross_spec is not None
-    attention: Any = layer.get_submodule(plan.cross)
+    attention: Any = layer.get_submodule(str(plan.cross))
     mask, cache = arguments.get(SOURCE_MASK), None if is_checkpointed(layer) else arguments.get("past_key_values")
     selector = None if plan.cross_follows is not None else running(attention.selector)
     if selector is not None and context.is_soft(selector):
@@ -98,7 +97,7 @@ def _chosen(
         return None if keys is None else AttentionInput(mask, keys, state.source_gates)
     if not (once and is_checkpointed(layer)):
         return AttentionInput(mask, gates=state.source_gates, pending=PendingChoice(plan, context, state))
-    view = AttentionView(attention, plan.cross_spec)
+    view = AttentionView(attention, plan.spec_of_cross)
     keys = choose_source_keys(selector, plan, context, state, view, source, mask, None)
     return None if keys is None else AttentionInput(mask, keys, state.source_gates)
 

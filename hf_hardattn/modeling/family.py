@@ -11,6 +11,8 @@ from . import heads
 from .selector import Protected
 from .spec import AttentionSpec, ModelSpec, TowerSpec
 
+FAMILY = "hard_attention_family"  # attribute of a hard model: the name of its family
+
 
 class Tower:
     """A tower of one model.
@@ -95,15 +97,12 @@ class Tower:
 
     def attention(self, layer: nn.Module, kind: str) -> Any:
         """The attention module of a layer, for ``self`` or ``cross``."""
-        path = self.spec.attention if kind == "self" else self.spec.cross
-        assert path is not None
-        return layer.get_submodule(path)
+        return layer.get_submodule(str(self.spec.attention if kind == "self" else self.spec.cross))
 
     def attention_spec(self, kind: str) -> AttentionSpec:
         """The names inside it."""
-        spec = self.spec.attention_spec if kind == "self" else self.spec.cross_spec
-        assert spec is not None
-        return spec
+        cross = self.spec.cross_spec if kind == "cross" else None
+        return self.spec.attention_spec if cross is None else cross
 
     def host(self, kind: str, layer: int, pixels: bool = False) -> tuple[nn.Module, str]:
         """The module that holds a site's selector, whose scorer may read ``pixels``, and the attribute's name."""

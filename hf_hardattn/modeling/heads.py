@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..patches import replace_patches
+from ..functional.patches import replace_patches
 
 if TYPE_CHECKING:
     from .family import Tower

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import distances
-from ..attention import fits, keep_columns
+from ..functional import position_bias as distances
+from ..functional.attention import fits, keep_columns
 from .context import ForwardContext
 from .plan import LayerPlan
 from .projection import AttentionView

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import distances
+from ..functional import position_bias as distances
 from .arguments import Arguments
+from .attention import is_softmax
 from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
 from .cross import hand_over_source
@@ -114,10 +115,14 @@ class _Rows:
                 return what
         if state.gates is not None:
             return AttentionInput(mask, gates=state.gates)
-        if state.packing is not None and not self._wants_weights():
+        if state.packing is not None and not self._wants_weights() and self._may_replace():
             arguments.set(plan.names[0], state.packing.to_packed(self.hidden))
             return AttentionInput(packing=state.packing)
         return AttentionInput(mask) if plan.eager_only and plan.attention and self._serves_sdpa(mask) else None
+
+    def _may_replace(self) -> bool:
+        """Whether the rows of a packed batch may be attended to in another way than by the implementation's own function."""
+        return not self.plan.attention_spec.interface or is_softmax(self.config._attn_implementation)
 
     def _serves_sdpa(self, mask: Any) -> bool:
         """Whether the attention of a family without an attention function is to run here: only the stock one tells weights."""
@@ -159,8 +164,7 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     whole = isinstance(output, tuple)
     hidden: Tensor = output[0] if whole else output
     changed = False
-    if _is_packed(arguments):
-        assert state.packing is not None
+    if _is_packed(arguments) and state.packing is not None:
         hidden, changed = state.packing.to_padded(hidden), True
     bias = output[1] if whole and plan.has_bias else None
     if plan.tokens:
@@ -172,6 +176,10 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             bias = bias_of_rows(bias, indices)
     if plan.pools and state.chosen is not None:
         hidden, changed = state.gather_chosen(hidden), True
+    if plan.tokens and not changed and hidden.requires_grad and hasattr(layer, "set_reshard_after_backward"):
+        # FSDP2 fetches a layer's weights when the gradient reaches the layer's output. What leaves the layer must be made after the
+        # choice, or the gradient reaches the selector first, whose weights are not there yet
+        hidden, changed = hidden.clone(), True
     if not changed:
         return None
     if not whole:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask
 
-from ..attention import as_bool
+from ..errors import HardAttentionError
+from ..functional.attention import as_bool
 from .state import TowerState
 
 
@@ -23,6 +24,9 @@ def padding_mask(valid: Tensor | None, config: Any, hidden: Tensor, source: Tens
     Returns:
         None; bool ``[B, 1, 1, K]`` for SDPA; an additive mask for eager; whatever the mask function of any other
         implementation makes of the 2-D mask (flash attention reads that itself, flex attention a ``BlockMask``).
+
+    Raises:
+        HardAttentionError: the implementation makes no masks.
     """
     if valid is None:
         return None
@@ -31,7 +35,12 @@ def padding_mask(valid: Tensor | None, config: Any, hidden: Tensor, source: Tens
         return valid[:, None, None, :]
     if implementation == "eager":
         return additive(valid[:, None, None, :], hidden.dtype)
-    extra = {} if source is None else {"encoder_hidden_states": source}
+    if implementation not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+        raise HardAttentionError(
+            f"the registered attention '{implementation}' makes no masks, so it would attend to padding and to slots that a selection left "
+            "empty. Register a mask function with AttentionMaskInterface, or use a fixed budget and no padding."
+        )
+    extra: dict[str, Any] = {} if source is None else {"encoder_hidden_states": source}
     return create_bidirectional_mask(config=config, inputs_embeds=hidden, attention_mask=valid, **extra)
 
 
@@ -57,8 +66,7 @@ def row_mask(state: TowerState, config: Any, hidden: Tensor, given: Any, plain: 
 
 def per_query_mask(state: TowerState, dtype: torch.dtype) -> Tensor:
     """The caller's mask that differs between queries, at the rows that are left."""
-    mask = state.query_mask
-    assert mask is not None
+    mask: Any = state.query_mask
     if state.positions is not None:
         mask = gather_keys(gather_queries(mask, state.positions), state.positions[:, None])
     if state.valid is None:

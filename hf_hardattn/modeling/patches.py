@@ -41,8 +41,7 @@ def choose_patches(
     tower: Any, plan: TowerPlan, context: ForwardContext, state: TowerState, arguments: Arguments
 ) -> None:
     """Choose patches before any is embedded, and hand the choice to the embedding module."""
-    spec = plan.patches
-    assert spec is not None
+    spec: Any = plan.patches
     embeddings, pixels = tower.get_submodule(spec.module), arguments.get("pixel_values")
     selector = running(embeddings.input_selector)
     given, size = arguments.get(spec.carrier), _patch_size(tower.config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .attention import AttentionCall
+from .attention import AttentionCall, refuse_per_query
 from .cross import choose_source_keys
 from .keys import choose_keys
 from .queries import attend_per_query
@@ -22,6 +22,10 @@ def attend_pending(call: AttentionCall, pending: PendingChoice, gates: Tensor | 
         ``[B, Q, H * d]``, and weights ``[B, H, Q, N]`` when asked for.
     """
     selector = running(call.module.selector)
+    if not selector.once:
+        refuse_per_query(
+            call.implementation, call.plan.spec, selector.site
+        )  # it may have changed since the model was attached
     if not selector.once and (call.plan.cross or call.cache is not None):
         # what the scorer reads of earlier keys is in the cache, or the queries are made inside the layer
         return attend_per_query(call, selector, pending.context, gates)

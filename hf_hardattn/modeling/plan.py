@@ -53,6 +53,11 @@ class LayerPlan:
     pools: bool = False
     causal: bool = False
 
+    @property
+    def spec_of_cross(self) -> AttentionSpec:
+        """The names inside its cross-attention."""
+        return self.attention_spec if self.cross_spec is None else self.cross_spec
+
 
 @dataclass
 class TowerPlan:

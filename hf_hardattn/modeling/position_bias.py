@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import distances
+from ..functional import position_bias as distances
 
 
 def bias_table(attention: Any, length: int, device: torch.device) -> Tensor:

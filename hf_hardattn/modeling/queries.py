@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import gated_attend, keep_columns, keep_heads
 from ..errors import HardAttentionError
-from ..glimpses import before
+from ..functional.attention import gated_attend, keep_columns, keep_heads
 from .attention import AttentionCall, gates_at, multiply_gates, spread_weights
 from .cache import pack_features, unpack_features
 from .context import ForwardContext, Settings
+from .glimpses import before
 from .masks import as_allowed
 from .selection import Selection
 from .selector import Candidates, Selector

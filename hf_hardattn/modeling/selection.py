@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..selection import mask_to_indices
+from ..functional.topk import mask_to_indices
 
 
 class Selection:
@@ -73,10 +73,9 @@ class Selection:
     @property
     def mask(self) -> Tensor:
         if self._mask is None:
-            assert self._indices is not None
-            n = self.scores.shape[-1]
-            empty = torch.zeros((*self._indices.shape[:-1], n), dtype=torch.bool, device=self.scores.device)
-            self._mask = empty.scatter(-1, self._indices, True)
+            n, indices = self.scores.shape[-1], self.indices
+            empty = torch.zeros((*indices.shape[:-1], n), dtype=torch.bool, device=self.scores.device)
+            self._mask = empty.scatter(-1, indices, True)
         return self._mask
 
     @mask.setter
@@ -86,7 +85,8 @@ class Selection:
     @property
     def valid(self) -> Tensor:
         if self._valid is None:
-            self._valid = torch.ones((1, 1, 1, self.scores.shape[-1]), dtype=torch.bool, device=self.scores.device)
+            n, rows = self.scores.shape[-1], self.indices.shape[:-1]
+            self._valid = torch.ones(n, dtype=torch.bool, device=self.scores.device).expand(*rows, n)
         return self._valid
 
     @valid.setter

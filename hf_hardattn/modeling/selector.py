@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from .. import registry
 from ..budget import Budget
 from ..config import SiteConfig
+from ..distributions.noise import uniform
 from ..errors import HardAttentionError
 from ..estimators import Choice, Sampling
-from ..glimpses import look, read_on
-from ..noise import uniform
-from ..posterior import Posterior
 from ..schedules import Schedule
 from ..scorers import Projections, Sequential
 from .context import ForwardContext, Settings
+from .glimpses import look, read_on
+from .posterior import Posterior
 from .selection import Selection
 
 
@@ -36,13 +36,13 @@ class Protected(NamedTuple):
     last: bool = False
 
     @property
-    def count(self) -> int:
+    def rows(self) -> int:
         """How many rows of a row of candidates are protected."""
         return self.first + int(self.last)
 
     def mask(self, shape: tuple[int, int], valid: Tensor | None, device: torch.device) -> Tensor | None:
         """Which rows are protected, bool ``[B, N]``; None when none is."""
-        if not self.count:
+        if not self.rows:
             return None
         place = torch.arange(shape[1], device=device).expand(shape)
         protected = place < self.first
@@ -372,14 +372,14 @@ class Selector(nn.Module):
         shape = tuple(size if other == 1 else other for size, other in zip(scores.shape, valid.shape, strict=True))
         scores, valid = scores.expand(shape), valid.expand(shape)
         free, protected = valid, candidates.protected
-        if protected is None and candidates.ends.count:
+        if protected is None and candidates.ends.rows:
             protected = candidates.ends.mask((1, n), None, scores.device)[:, None, None]  # type: ignore[index]
         if protected is not None:
             free = (~protected).expand(shape) if everything else valid & ~protected
             protected = protected if everything else valid & protected
         masked = self.runs_masked(settings)
         if settings.forced is not None:
-            mask = settings.forced.expand(shape) & valid
+            mask = self._forced(settings.forced, shape) & valid
             mask = mask if protected is None else mask | protected
             slots, full, lengths = self._count(mask, masked)
             return Selection(
@@ -394,7 +394,7 @@ class Selector(nn.Module):
                 lengths=lengths,
                 counted=True,
             )
-        extra = candidates.ends.count
+        extra = candidates.ends.rows
         budget = self.budget(drawing=settings.drawing, final=settings.final)
         if dense:  # as many candidates in every row, so nothing is counted
             k = torch.full(shape[:-1], budget.slots(n - extra), device=scores.device)
@@ -433,6 +433,15 @@ class Selector(nn.Module):
             lengths=lengths,
             counted=self.data_dependent,
         )
+
+    def _forced(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A mask to replay, ``[B, H, Q, N]``, at the candidates that are there."""
+        if any(given not in (1, size) for given, size in zip(mask.shape, shape, strict=True)):
+            raise HardAttentionError(
+                f"the selection to replay at '{self.site}' has the shape {list(mask.shape)}; the choice there is {list(shape)}. Replay a "
+                "recording on the batch it was made on, under the same hf_hardattn.execution: masked sites drop no rows."
+            )
+        return mask.expand(shape)
 
     def _choose(
         self, scores: Tensor, features: Tensor, k: Tensor, free: Tensor, slots: int, sampling: Sampling | None

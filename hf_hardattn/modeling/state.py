@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import as_bool, keep_rows, restore_rows
-from ..packing import Packing
-from ..selection import mask_to_indices
+from ..functional.attention import as_bool, keep_rows, restore_rows
+from ..functional.topk import mask_to_indices
+from ..functional.varlen import Packing
 from .context import ForwardContext
 from .plan import LayerPlan
 from .selection import Selection
@@ -136,8 +136,7 @@ class TowerState:
         self.begun, self.length = True, length
         if isinstance(mask, Tensor) and mask.dim() == 4:
             per_query = mask.shape[2] > 1 and mask.stride(2) != 0
-            rows = as_bool(mask)
-            assert rows is not None
+            rows: Any = as_bool(mask)
             if per_query and self.mask is None:
                 # the caller's own mask: a row is there if any query may read it
                 self.query_mask = mask
@@ -251,11 +250,11 @@ class TowerState:
         return keep_rows(hidden, indices)
 
     def _output_gates(self) -> Tensor:
-        assert self.gates is not None
+        gates: Any = self.gates
         if self.valid is not None and self.bound is not None and self.bound >= self.length:
             # nothing was dropped: padding rows stay what stock makes them
-            return self.gates.masked_fill(~self.valid, 1.0)
-        return self.gates
+            return gates.masked_fill(~self.valid, 1.0)
+        return gates
 
     def kept_mask(self, batch: int, device: torch.device, restored: bool) -> Tensor | None:
         """Which rows of the output a reader may read, bool ``[B, K or N]``; None when all."""

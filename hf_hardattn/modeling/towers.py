@@ -38,7 +38,7 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     state = TowerState(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
     context.towers[plan.name] = state
     pixels = arguments.get("pixel_values") if plan.patch_size is not None else None
-    if pixels is not None and plan.patch_size is not None:
+    if isinstance(pixels, Tensor) and plan.patch_size is not None:  # of anything else Transformers says what is wrong
         state.grid = pixels.shape[-2] // plan.patch_size[0], pixels.shape[-1] // plan.patch_size[1]
     if plan.pools:
         set_current(context)  # what pools the rows gets no keywords
@@ -118,6 +118,11 @@ def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     state.output_valid = state.kept_mask(len(hidden), hidden.device, plan.restores)
     if whole:
         return (rows, *output[1:])
+    pooled = output.get("pooler_output")
+    if pooled is not None and state.gates is not None:
+        # the last choice may not reach what was pooled inside the tower: a gradient of zero rather than none, since distributed
+        # training waits for every parameter
+        output.pooler_output = pooled + 0.0 * state.gates.sum().to(pooled.dtype)
     if not plan.is_read:
         output.last_hidden_state = rows
         return output

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import pkgutil
 
 from torch import nn
 
-from ..modeling.family import Family
+from ..modeling.family import FAMILY, Family
 from ..modeling.spec import ModelSpec
 
+# plain data, not functools.cache: Dynamo traces a training loss that asks for the family, and would run what is cached again
+_names = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
+_loaded: dict[str, Family] = {}
 
-@functools.cache
+
 def names() -> tuple[str, ...]:
     """Names of the families, sorted."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(sorted(name for name in found if not name.startswith("_")))
+    return _names
 
 
-@functools.cache
 def load(name: str) -> Family:
     """The family called ``name``."""
-    module = importlib.import_module(f"{__name__}.{name}")
-    (spec,) = (value for value in vars(module).values() if isinstance(value, ModelSpec))
-    return Family(spec)
+    if name not in _loaded:
+        module = importlib.import_module(f"{__name__}.{name}")
+        (spec,) = (value for value in vars(module).values() if isinstance(value, ModelSpec))
+        _loaded[name] = Family(spec)
+    return _loaded[name]
 
 
 def family_of(model: nn.Module) -> Family | None:
     """The family that knows ``model``, or a model inside it; None when there is none."""
+    known = model.__dict__.get(FAMILY)
+    if known is not None:
+        return load(known)
     families = [load(name) for name in names()]
     owner = next((family for family in families if family.owns(model) and family.towers(model)), None)
     return owner or next((family for family in families if family.towers(model)), None)

@@ -65,7 +65,7 @@ def find_towers(model: Any) -> dict[str, tuple[TowerSpec, nn.Module]]:
     classes = {cls.__name__ for cls in type(model).__mro__}
     found: dict[str, tuple[TowerSpec, nn.Module]] = {}
     vision = model if "BlipVisionModel" in classes else getattr(model, "vision_model", None)
-    if type(vision).__module__.startswith(BLIP.family):
+    if vision is not None and type(vision).__module__.startswith(BLIP.family):
         found["vision"] = VISION, vision
     if "BlipForQuestionAnswering" in classes:
         found |= {"text": (TEXT, model.text_encoder), "answer": (ANSWER, model.text_decoder.bert)}

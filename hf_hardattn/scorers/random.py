@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ..noise import uniform
+from ..distributions.noise import uniform
 from ..options import Range
 from . import Projections, Scorer
 

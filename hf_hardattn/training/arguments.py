@@ -18,7 +18,7 @@ def flag(default: Any, text: str) -> Any:
 
 @dataclass(kw_only=True)
 class ModelArguments:
-    """Which model."""
+    """Which model, and which of its weights are trained."""
 
     model_name_or_path: str | None = flag(
         None, "Hub name or directory; a directory with a config.json and no weights is trained from scratch."
@@ -29,7 +29,9 @@ class ModelArguments:
     model_revision: str = flag("main", "Branch, tag or commit on the Hub.")
     cache_dir: str | None = flag(None, "Where downloads and prepared data go.")
     attn_implementation: str | None = flag(None, "eager | sdpa | ...; the library's choice by default.")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = flag(None, "Of the weights; the checkpoint's by default.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = flag(
+        None, "Dtype of the weights; the checkpoint's by default."
+    )
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, more time.")
     use_peft: bool = flag(False, "Train LoRA adapters and the selectors; the backbone stays as it is.")
     lora_r: int = flag(16, "Rank of the adapters.")
@@ -46,7 +48,7 @@ class ModelArguments:
 
 @dataclass(kw_only=True)
 class HardAttentionArguments:
-    """Where it looks. The short flags override every site of ``--hard_attention``."""
+    """Where the model selects; the short flags override every site of --hard_attention."""
 
     hard_attention: str | None = flag(
         None, "HardAttentionConfig: inline JSON, or a .json or .yaml file; 'none' trains a hard checkpoint soft."
@@ -54,17 +56,17 @@ class HardAttentionArguments:
     sites: list[str] | None = flag(None, "Site globs, e.g. vision.tokens.3 'vision.tokens.*'.")
     recipe: str | None = flag(None, "Settings that were measured to train well: robust.")
     budget: str | None = flag(None, "What to keep: 8, 0.25, threshold:0.5, top_p:0.9, or a schedule as JSON.")
-    scorer: str | None = flag(None, "Name in hf_hardattn/scorers.")
-    estimator: str | None = flag(None, "Name in hf_hardattn/estimators.")
-    baseline: str | None = flag(None, "Name in hf_hardattn/baselines, for score-function estimators.")
-    temperature: str | None = flag(None, "Of the sampling law: a number, or a schedule as JSON.")
+    scorer: str | None = flag(None, "What scores the positions.")
+    estimator: str | None = flag(None, "How the gradient passes through the choice.")
+    baseline: str | None = flag(None, "What a score-function estimator subtracts from the reward.")
+    temperature: str | None = flag(None, "Temperature of the sampling distribution: a number, or a schedule as JSON.")
     selector_warmup_steps: int = flag(0, "Optimizer steps at the start in which only the selectors learn.")
     selector_learning_rate: float | None = flag(None, "Learning rate of the selectors; --learning_rate by default.")
 
 
 @dataclass(kw_only=True)
 class DataArguments:
-    """Which data: the Hub's, a folder of images, or csv/json files."""
+    """Which data: the Hub's, a folder of images, or csv and json files."""
 
     folder_format: ClassVar[str] = "imagefolder"  # what `datasets` reads --train_dir with
     dataset_name: str | None = flag(None, "Data set on the Hub, or its local directory.")
@@ -72,7 +74,9 @@ class DataArguments:
     train_split: str = flag("train", "Split of dataset_name to train on.")
     validation_split: str = flag("validation", "Split of dataset_name to evaluate on.")
     train_dir: str | None = flag(
-        None, "Folder of images (of videos, for a task of videos): one folder a class, or a metadata.jsonl or .csv."
+        None,
+        "Folder of images (of videos, for a task of videos): one folder a class, or a metadata.jsonl or .csv; or a folder of splits, "
+        "train/ and validation/ or test/, each like that.",
     )
     validation_dir: str | None = flag(None, "The same, to evaluate on.")
     train_file: str | None = flag(None, "csv, tsv, json or jsonl file.")
@@ -86,40 +90,52 @@ class DataArguments:
 
 
 @dataclass(kw_only=True)
-class LoopArguments:
+class OptimizationArguments:
     """How to train."""
 
-    output_dir: str = flag("outputs/run", "Where the model, results.json, log.jsonl and checkpoints go.")
     per_device_train_batch_size: int = flag(8, "Examples per device and micro-batch.")
-    per_device_eval_batch_size: int = flag(8, "The same in evaluation.")
-    learning_rate: float = flag(5e-5, "Peak learning rate of everything but the selectors.")
-    weight_decay: float = flag(0.0, "AdamW's; biases and norms have none.")
-    adam_beta1: float = flag(0.9, "Share of the old mean of gradients, in [0, 1).")
-    adam_beta2: float = flag(0.999, "Share of the old mean of squared gradients, in [0, 1).")
-    adam_epsilon: float = flag(1e-8, "Added to the root of the latter.")
+    gradient_accumulation_steps: int = flag(1, "Micro-batches per optimizer step.")
     num_train_epochs: float = flag(3.0, "Passes over the training data.")
     max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.")
-    gradient_accumulation_steps: int = flag(1, "Micro-batches per optimizer step.")
+    learning_rate: float = flag(5e-5, "Peak learning rate of everything but the selectors.")
     lr_scheduler_type: str = flag("linear", "linear | cosine | constant | constant_with_warmup | ...")
-    lr_scheduler_kwargs: str | None = flag(None, 'Its other settings as JSON, e.g. {"num_cycles": 2}.')
+    lr_scheduler_kwargs: str | None = flag(None, 'Other settings of the schedule as JSON, e.g. {"num_cycles": 2}.')
     num_warmup_steps: int = flag(0, "Optimizer steps in which the learning rate rises.")
+    weight_decay: float = flag(0.0, "Weight decay of AdamW; biases and norms have none.")
+    adam_beta1: float = flag(0.9, "Decay of the running mean of gradients, in [0, 1).")
+    adam_beta2: float = flag(0.999, "Decay of the running mean of squared gradients, in [0, 1).")
+    adam_epsilon: float = flag(1e-8, "Added to the root of the running mean of squared gradients.")
     max_grad_norm: float = flag(1.0, "Clip gradients to this norm; 0 never clips.")
-    seed: int = flag(42, "Of the weights, the data order and the noise.")
-    data_seed: int | None = flag(None, "Of the data order alone; seed by default.")
+    seed: int = flag(42, "Seed of the new weights, the order of the data and the sampling noise.")
+    data_seed: int | None = flag(None, "Seed of the order of the data alone; seed by default.")
     full_determinism: bool = flag(False, "Use deterministic kernels only: slower, and an error where there is none.")
     allow_tf32: bool = flag(False, "Let matrix products of float32 round to TF32 on GPUs that have it: faster.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "What accelerate launch says by default.")
-    cpu: bool = flag(False, "Stay on the CPU.")
-    logging_steps: int = flag(10, "Optimizer steps between two log rows.")
+    cpu: bool = flag(False, "Train on the CPU although there is a GPU.")
+
+
+@dataclass(kw_only=True)
+class EvaluationArguments:
+    """When to evaluate, and which model to keep."""
+
+    per_device_eval_batch_size: int = flag(8, "Examples per device in evaluation.")
     evaluate_each_epoch: bool = flag(True, "Evaluate after each epoch, besides the end.")
     eval_on_start: bool = flag(False, "Evaluate before the first step too.")
     eval_steps: int | None = flag(None, "Evaluate every N optimizer steps instead.")
     load_best_model_at_end: bool = flag(False, "Keep the model of the best evaluation, not of the last step.")
     metric_for_best_model: str | None = flag(None, "What best means: loss, or a metric; the task's first by default.")
-    lower_is_better: bool = flag(False, "Of metric_for_best_model; of loss it always is.")
+    lower_is_better: bool = flag(False, "A lower metric_for_best_model is better; a lower loss always is.")
     early_stopping_patience: int = flag(0, "Stop after N evaluations that are no better, and keep the best; 0 never.")
     validation_steps: int = flag(0, "Draw what is kept of validation examples every N optimizer steps; 0 never.")
     num_validation_examples: int = flag(6, "How many are drawn.")
+
+
+@dataclass(kw_only=True)
+class OutputArguments:
+    """What a run writes, and how it goes on after an interruption."""
+
+    output_dir: str = flag("outputs/run", "Where the model, results.json, log.jsonl and checkpoints go.")
+    overwrite: bool = flag(False, "Replace what an earlier run left in output_dir.")
     checkpointing_steps: str | None = flag(None, "Save the state every N optimizer steps, or each 'epoch'.")
     checkpoints_total_limit: int | None = flag(None, "Keep so many checkpoints, the newest; the best one besides.")
     resume_from_checkpoint: str | None = flag(
@@ -128,12 +144,24 @@ class LoopArguments:
     trust_checkpoint: bool = flag(
         False, "Resume even if the checkpoint holds pickles that can run code; only for one that you made yourself."
     )
+
+
+@dataclass(kw_only=True)
+class TrackingArguments:
+    """Logs, trackers and the Hub."""
+
+    logging_steps: int = flag(10, "Optimizer steps between two log rows.")
     with_tracking: bool = flag(False, "Log to every tracker that is installed, or to --report_to.")
     report_to: str = flag("none", "trackio | tensorboard | wandb | ... | none")
     logging_dir: str | None = flag(None, "Where trackers write; output_dir by default.")
     push_to_hub: bool = flag(False, "Upload the trained model; log in first with: hf auth login")
     hub_model_id: str | None = flag(None, "Repository to upload to, e.g. me/vit-hard.")
-    hub_private_repo: bool = flag(True, "Make it private.")
+    hub_private_repo: bool = flag(True, "Make the repository private; --no_hub_private_repo makes it public.")
+
+
+@dataclass(kw_only=True)
+class LoopArguments(OptimizationArguments, EvaluationArguments, OutputArguments, TrackingArguments):
+    """Everything about the run itself."""
 
     @property
     def keeps_best(self) -> bool:

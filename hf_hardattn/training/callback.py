@@ -10,6 +10,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..errors import HardAttentionError
 from .driver import Driver
+from .stock_trainer import prepare_trainer
 
 
 class HardAttentionCallback(TrainerCallback, ExportableState):
@@ -20,12 +21,8 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
     ``hardattn/reward`` and ``hardattn/baseline`` (means since the last logging step). The baselines travel in
     ``trainer_state.json``.
 
-    With Transformers 5.23, resuming a ViT brings back no layer's weights ("There were missing keys in the checkpoint"): the
-    Trainer, unlike ``from_pretrained``, does not map the checkpoint's key names. Build the model with
-    ``from_pretrained(checkpoint)`` before ``trainer.train(resume_from_checkpoint=checkpoint)``.
-
-    The Trainer calls trackers (W&B, TensorBoard ...) before the callbacks given to it: ``add_to(trainer)`` puts this one
-    first, so that trackers get these numbers too.
+    Trackers (W&B, TensorBoard, trackio ...) get these numbers too. ``resume_from_checkpoint`` and ``load_best_model_at_end`` load
+    every weight, or raise; see ``stock_trainer``.
 
     Args:
         selector_warmup_steps: optimizer steps, >= 0, in which only the selectors learn. The Trainer clips gradients before
@@ -39,12 +36,13 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, selector_warmup_steps: int = 0) -> None:
+        prepare_trainer(HardAttentionCallback)
         self.selector_warmup_steps = selector_warmup_steps
         self.driver: Driver | None = None
         self.baselines: dict[str, Any] = {}
 
     def add_to(self, trainer: Trainer) -> HardAttentionCallback:
-        """Add this callback to ``trainer`` before its trackers."""
+        """Add this callback to ``trainer`` before its trackers; ``Trainer(callbacks=[...])`` does the same."""
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
@@ -106,6 +104,10 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the callback's hooks off the model; called when a training ends, with an error too."""
         if self.driver is not None:
             self.driver.close()
 

@@ -1,6 +1,6 @@
-"""The shoot-out: the same data, budget, steps and seeds for every way to choose, and for not choosing at all.
+"""Train and test the variants of a comparison: the same data, budget, steps and seeds for every way to choose, and for not choosing at all.
 
-For each seed (or for all) a soft trunk is trained once; every variant starts from it and trains equally long. Each run that ends is a file, so
+For each seed (or for all) a soft base checkpoint is trained once; every variant starts from it and trains equally long. Each run that ends is a file, so
 that an interrupted comparison goes on where it stopped.
 """
 
@@ -29,7 +29,7 @@ from .comparison import Comparison
 from .fitting import fit
 from .results import write_json
 
-TRUNK_FIELDS = ("trunk_steps", "batch", "learning_rate", "weight_decay", "trunk_warmup", "ramp")
+BASE_FIELDS = ("trunk_steps", "batch", "learning_rate", "weight_decay", "trunk_warmup", "ramp")
 
 
 def compare(
@@ -42,17 +42,17 @@ def compare(
     quick: bool = False,
     retry: bool = False,
     save: bool = False,
-    tell: Callable[[dict[str, Any]], None] = lambda row: None,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Train what is not trained yet, and return a row for every variant and seed.
 
     Args:
-        folder: takes trunks and runs; what it holds of the same comparison is not done again.
+        folder: takes base checkpoints and runs; what it holds of the same comparison is not done again.
         jobs: processes. threads: of PyTorch, in each.
         quick: a few steps and one test batch only.
         retry: do failed runs again.
         save: keep each model that is trained from now on, in ``folder``'s ``models``.
-        tell: called with each row as soon as it is there.
+        on_row: called with each row as soon as it is there.
 
     Returns:
         Rows with ``variant``, ``seed``, ``status`` (``finished`` or ``failed``) and, by that, ``metrics``, ``gflops``, ``seconds`` and
@@ -63,9 +63,9 @@ def compare(
     """
     _, recipe, variants = comparison.settle(quick)
     common = {"task": comparison.task, "task_options": comparison.task_options, "quick": quick}
-    trunk = {name: value for name, value in asdict(recipe).items() if name in TRUNK_FIELDS}
+    base = {name: value for name, value in asdict(recipe).items() if name in BASE_FIELDS}
     one = comparison.trunk_seed
-    trunks = [{**common, "recipe": trunk, "seed": seed} for seed in (seeds if one is None else [one])]
+    bases = [{**common, "recipe": base, "seed": seed} for seed in (seeds if one is None else [one])]
     shared = {} if one is None else {"trunk_seed": one}
     runs = [
         {**common, **shared, "recipe": asdict(recipe), "seed": seed, "variant": name, "hard_attention": fields}
@@ -77,37 +77,38 @@ def compare(
             path = run_path(spec, folder)
             if _read(path).get("status") == "failed":
                 path.unlink()
-    for _ in _each(train_trunk, trunks, folder, jobs, threads):
+    for _ in _each(train_base, bases, folder, jobs, threads):
         pass
     rows = {}
     for row in _each(partial(train_branch, save=save), runs, folder, jobs, threads):
         rows[row["variant"], row["seed"]] = row
-        tell(row)
+        on_row(row)
     return [rows[name, seed] for name in variants for seed in seeds]
 
 
-def train_trunk(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+def train_base(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train and save the soft model of a seed, unless it is there."""
-    place = trunk_folder(spec, folder)
-    row = _read(place / "trunk.json")
+    place = base_folder(spec, folder)
+    path = place / ("trunk.json" if place.parent.name == "trunks" else "base.json")
+    row = _read(path)
     if row.get("spec") == spec:
         return row
-    (place / "trunk.json").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     task, recipe = tasks.load(spec["task"], spec["task_options"]), _recipe(spec)
     started, processor = time.perf_counter(), time.process_time()
     torch.manual_seed(spec["seed"])
     model = task.model_class(task.config()).to(default_device())  # type: ignore[arg-type]  # Transformers wraps it
-    with _bar("trunk", recipe.trunk_steps) as tell:
-        losses = fit(model, task, recipe, seed=spec["seed"], branch=False, tell=tell)
+    with _bar("base checkpoint", recipe.trunk_steps) as on_step:
+        losses = fit(model, task, recipe, seed=spec["seed"], branch=False, on_step=on_step)
     model.save_pretrained(place)
     seconds = {"train": time.perf_counter() - started, "processor": time.process_time() - processor}
     row = {"spec": spec, "seconds": seconds, "losses": _thin(losses)}
-    write_json(place / "trunk.json", row)  # last: it says that the rest is complete
+    write_json(path, row)  # last: it says that the rest is complete
     return row
 
 
 def train_branch(spec: dict[str, Any], folder: Path, save: bool = False) -> dict[str, Any]:
-    """Train a variant from its seed's trunk and test it, unless that was done; a run that raises is a row that says so."""
+    """Train a variant from its seed's base checkpoint and test it, unless that was done; a run that raises is a row that says so."""
     path = run_path(spec, folder)
     row = _read(path)
     if row.get("spec") == spec:
@@ -124,11 +125,11 @@ def train_branch(spec: dict[str, Any], folder: Path, save: bool = False) -> dict
 def _measure(spec: dict[str, Any], folder: Path, save: bool) -> dict[str, Any]:
     task, recipe = tasks.load(spec["task"], spec["task_options"]), _recipe(spec)
     torch.manual_seed(spec["seed"] + 1)
-    model = task.model_class.from_pretrained(trunk_folder(spec, folder), hard_attention=spec["hard_attention"])
+    model = task.model_class.from_pretrained(base_folder(spec, folder), hard_attention=spec["hard_attention"])
     model.to(default_device())  # type: ignore[arg-type]
     started, processor = time.perf_counter(), time.process_time()
-    with _bar(spec["variant"], recipe.branch_steps) as tell:
-        losses = fit(model, task, recipe, seed=spec["seed"] + 1000, branch=True, tell=tell)
+    with _bar(spec["variant"], recipe.branch_steps) as on_step:
+        losses = fit(model, task, recipe, seed=spec["seed"] + 1000, branch=True, on_step=on_step)
     trained, processor = time.perf_counter(), time.process_time() - processor
     if save:
         place = folder / "models" / run_path(spec, folder).stem
@@ -147,9 +148,11 @@ def _measure(spec: dict[str, Any], folder: Path, save: bool) -> dict[str, Any]:
     }
 
 
-def trunk_folder(spec: dict[str, Any], folder: Path) -> Path:
-    """Where the soft model that a run starts from is saved."""
-    return folder / "trunks" / f"seed-{spec.get('trunk_seed', spec['seed'])}"
+def base_folder(spec: dict[str, Any], folder: Path) -> Path:
+    """Return the folder of the base checkpoint that a run starts from."""
+    name = f"seed-{spec.get('trunk_seed', spec['seed'])}"
+    earlier = folder / "trunks" / name  # comparisons begun by an earlier version go on where they stopped
+    return earlier if earlier.is_dir() else folder / "base_checkpoints" / name
 
 
 def run_path(spec: dict[str, Any], folder: Path) -> Path:
@@ -166,11 +169,11 @@ def _bar(name: str, steps: int) -> Iterator[Callable[[int, float], None]]:
     """The progress of a training, on a terminal; none in one of several processes, whose lines would mix."""
     with tqdm(total=steps, desc=name, leave=False, disable=True if parent_process() else None) as bar:
 
-        def tell(step: int, loss: float) -> None:
+        def on_step(step: int, loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
 
-        yield tell
+        yield on_step
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a shoot-out shows: a summary of its rows, a table, a plot of the metric against counted FLOPs."""
+"""Report a comparison: a summary of its rows, a table, a plot of the metric against counted FLOPs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from ..devices import default_device, device_name
 from ..errors import missing_extra
 from .comparison import CONTROLS, Comparison
-from .results import describe_run
+from .results import describe_run, read_json
 
 COLLAPSED = 2.0  # points: a learned choice no further from a random one has learned nothing
 
@@ -20,7 +20,7 @@ COLLAPSED = 2.0  # points: a learned choice no further from a random one has lea
 def report(
     comparison: Comparison, rows: list[dict[str, Any]], command: str, *, quick: bool, jobs: int, threads: int
 ) -> dict[str, Any]:
-    """All that is to be kept of a shoot-out, as JSON: what was compared, every run, the summary, and how it was made."""
+    """Return the record of a comparison, as JSON: what was compared, every run, the summary, and how it was made."""
     task, recipe, variants = comparison.settle(quick)
     run = describe_run(None)
     return {
@@ -39,6 +39,17 @@ def report(
         "versions": run["versions"],
         "platform": run["platform"],
     }
+
+
+def is_part_of(path: Path, comparison: Comparison, quick: bool, seeds: list[int]) -> bool:
+    """Whether a report is of the same comparison, with no other variants and seeds: one that goes on, or is made again, loses nothing."""
+    try:
+        found = read_json(path)
+        task, recipe, variants = comparison.settle(quick)
+        same = found["task"] == comparison.task and found["recipe"] == json.loads(json.dumps(asdict(recipe)))
+        return same and set(found["variants"]) <= set(variants) and set(found["seeds"]) <= set(seeds)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def summarise(rows: list[dict[str, Any]], metric: str, points: float) -> dict[str, dict[str, Any]]:
@@ -159,8 +170,8 @@ def markdown(results: dict[str, Any]) -> str:
     one = " (one for all seeds)" if results.get("trunk_seed") is not None else ""
     lines += [
         "",
-        f"`{results['command']}`: {len(seeds)} seed{'s' * (len(seeds) > 1)}, mean ± standard deviation; {recipe['trunk_steps']:,} steps of soft "
-        f"trunk{one}, then {recipe['branch_steps']:,} steps each, batch {recipe['batch']}; seconds on {where}. "
+        f"`{results['command']}`: {len(seeds)} seed{'s' * (len(seeds) > 1)}, mean ± standard deviation; {recipe['trunk_steps']:,} steps of the soft "
+        f"base checkpoint{one}, then {recipe['branch_steps']:,} steps each, batch {recipe['batch']}; seconds on {where}. "
         f"Failed: raised, diverged, or within {COLLAPSED:.0f} points of the random choice.",
     ]
     lines += [f"- `{name}`, {message}" for name, row in results["summary"].items() for message in row["messages"]]
@@ -192,11 +203,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     right.set_ylabel(f"{metric} (points)")
     right.set_xlabel("GFLOPs an example, forward (counted)")
     right.set_xlim(0, 1.08 * max((row["gflops"] for _, row in shown), default=1.0))
-    told = [item for item in shown if item[0] in ("soft", "random")]
+    labelled = [item for item in shown if item[0] in ("soft", "random")]
     learned = [item for item in shown if item[0] not in CONTROLS]
     if learned:
-        told.append(max(learned, key=lambda item: _mean(item[1], metric)))
-    for name, row in told:
+        labelled.append(max(learned, key=lambda item: _mean(item[1], metric)))
+    for name, row in labelled:
         where = (row["gflops"], _mean(row, metric) * points)
         side = "right" if row["gflops"] > right.get_xlim()[1] / 2 else "left"
         right.annotate(

@@ -1,4 +1,4 @@
-"""What a shoot-out compares: a task, its recipe, and named ways to choose."""
+"""Define a comparison: a task, its recipe, and named variants, each a way to select."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .. import registry
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError, unknown
 from . import tasks
+from .parsing import shipped
 
 # What every comparison should carry. A value of None is the soft model.
 CONTROLS: dict[str, dict[str, Any] | None] = {
@@ -33,7 +34,7 @@ class Comparison:
         budget: the ratio to keep of variants that name none; None is the task's own.
         variants: name to the fields of a ``HardAttentionConfig`` that differ from the task's recommendation. Without fields a
             name stands for the control or the estimator of that name. A float ``budget`` is annealed.
-        trunk_seed: of the one soft trunk that all seeds start from; None trains one for each seed.
+        trunk_seed: of the one soft base checkpoint that all seeds start from; None trains one for each seed.
     """
 
     task: str
@@ -50,17 +51,28 @@ class Comparison:
         Raises:
             HardAttentionError: no such file, or a key, task or variant that does not exist.
         """
+        path = shipped(path)
         if not path.is_file():
             raise HardAttentionError(
                 f"--config {str(path)!r} is no file; give one like scripts/configs/compare/*.yaml."
             )
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(data, dict):
+            raise HardAttentionError(
+                f"{path} holds a {type(data).__name__}; a comparison is a mapping of a task and variants."
+            )
         for name in data:
             if name not in cls.__dataclass_fields__:
                 raise unknown("key", name, cls.__dataclass_fields__, str(path))
         for name in ("task", "variants"):
             if not data.get(name):
                 raise HardAttentionError(f"{path} names no {name}; a comparison needs a task and variants.")
+        for name, kind in (("variants", dict), ("task_options", dict), ("recipe", dict)):
+            if not isinstance(data.get(name, {}), kind):
+                raise HardAttentionError(
+                    f"{name} of {path} is a {type(data[name]).__name__}; it is a mapping, one 'name: settings' a line. A control or an "
+                    "estimator stands without settings: 'simple:'."
+                )
         return cls(**data)
 
     def only(self, names: list[str] | None) -> Comparison:
@@ -100,5 +112,5 @@ def _hard(
     fields = {**base, **given}
     if isinstance(fields["budget"], float) and "recipe" not in given and recipe.anneal:
         fields["budget"] = {"start": 1.0, "end": fields["budget"], "steps": recipe.anneal}
-    HardAttentionConfig.from_dict(fields)  # raises now, not after the first trunk
+    HardAttentionConfig.from_dict(fields)  # raises now, not after the first base checkpoint
     return fields

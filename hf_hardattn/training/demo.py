@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..config import HardAttentionConfig
 from ..interpret.overlay import patch_overlay
 from ..recording import record
-from . import tasks, trio
+from . import tasks, variants
 from .cluttered_digits import SCENE
 
 SITE = "vision.inputs"
@@ -26,11 +26,11 @@ SITE = "vision.inputs"
 
 @dataclass(frozen=True)
 class Recipe:
-    """The demo's numbers. All three models train ``trunk_steps + branch_steps``; they share the soft trunk.
+    """The demo's numbers. All three models train ``trunk_steps + branch_steps``; they share the soft base checkpoint.
 
     Attributes:
         keep: patches kept of 64. anneal: share of the branch over which the budget falls from all patches to ``keep``.
-        clutter: fragments an image; the trunk ramps up to it over ``ramp`` steps.
+        clutter: fragments an image; the base checkpoint's training ramps up to it over ``ramp`` steps.
     """
 
     trunk_steps: int = 600
@@ -68,8 +68,8 @@ def run(recipe: Recipe, output: Path, threads: int | None = None) -> dict[str, A
         ramp=recipe.ramp / recipe.trunk_steps,
     )
     hard = {"hard": hard_config(recipe), "random": random_config(recipe)}
-    with _bars() as tell:
-        found, models = trio.run("cluttered_digits", options, numbers, hard, recipe.seed, output, tell)
+    with _bars() as on_step:
+        found, models = variants.run("cluttered_digits", options, numbers, hard, recipe.seed, output, on_step)
     seconds = time.perf_counter() - began
     results = {"command": "hf-hardattn demo", "recipe": asdict(recipe), **found, "seconds": seconds}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -98,11 +98,11 @@ def _annealed(recipe: Recipe) -> dict[str, Any]:
 
 
 @contextmanager
-def _bars() -> Iterator[trio.Tell]:
+def _bars() -> Iterator[variants.OnStep]:
     """A progress bar a model."""
     bars: dict[str, Any] = {}
 
-    def tell(name: str, step: int, steps: int, loss: float) -> None:
+    def on_step(name: str, step: int, steps: int, loss: float) -> None:
         if name not in bars:
             bars[name] = tqdm(total=steps, desc=f"{name:>6}", unit="step", mininterval=1.0)
         bars[name].update()
@@ -112,7 +112,7 @@ def _bars() -> Iterator[trio.Tell]:
             bars[name].close()
 
     try:
-        yield tell
+        yield on_step
     finally:
         for bar in bars.values():
             bar.close()

@@ -1,4 +1,4 @@
-"""What any training loop owes the selectors: the step, the warm-up, and a look at what they do."""
+"""Connect a training loop to the selectors: schedules by step, warm-up and logging."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Driver:
         return row
 
     def close(self) -> None:
-        """Take the hooks off the model again."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._latest = [], {}

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import registry
+from ..distributions import ConditionalBernoulli
 from ..estimators import Choice, Estimator, Sampling
-from ..laws import ConditionalBernoulli
 
 Loss = Callable[[Tensor], Tensor]  # gates [..., n] to [...]
 
@@ -146,8 +146,8 @@ def probabilities(scores: Tensor, k: int, law: str) -> Tensor:
         return (scores @ masks.T).softmax(-1)
     picks, rows = orders(scores.shape[-1], k)
     weights = scores.softmax(-1)[..., picks]
-    left = 1 - (weights.cumsum(-1) - weights)  # what is not picked yet
-    return scores.new_zeros(*scores.shape[:-1], len(masks)).index_add(-1, rows, (weights / left).prod(-1))
+    remaining = 1 - (weights.cumsum(-1) - weights)  # what is not picked yet
+    return scores.new_zeros(*scores.shape[:-1], len(masks)).index_add(-1, rows, (weights / remaining).prod(-1))
 
 
 def expected(scores: Tensor, k: int, law: str, loss: Loss) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +13,48 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..errors import HardAttentionError
 from ..modeling.context import is_soft_now
 from ..modeling.selection import Selection
 from ..modes import soft
 from ..recording import record, selectors
+from .results import read_json
 
 # A batch to predictions, references, and the loss of each example.
 Predict = Callable[[nn.Module, Any], tuple[list[Any], list[Any], list[float]]]
 Score = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
+
+
+def folder_of_evaluation(folder: Path, model: str, by_default: bool, overwrite: bool = False) -> Path:
+    """Where the record of an evaluation goes.
+
+    Args:
+        folder: ``--output_dir``. model: folder or name of the model. by_default: the user named no folder.
+        overwrite: replace an earlier evaluation; the record of a training is never replaced.
+
+    Raises:
+        HardAttentionError: the folder holds a record already.
+    """
+    if by_default:
+        folder = Path("outputs/evaluation") / (
+            Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
+        )
+    record = folder / "results.json"
+    if not record.is_file():
+        return folder
+    try:
+        trained = "train" in read_json(record)
+    except (ValueError, TypeError, RecursionError):
+        trained = True  # nobody knows what it is
+    if trained:
+        raise HardAttentionError(
+            f"--output_dir {str(folder)!r} holds the record of a training (results.json), which an evaluation must not replace. Name another folder."
+        )
+    if not overwrite:
+        raise HardAttentionError(
+            f"{record} holds an earlier evaluation; nothing is overwritten unasked. Name another --output_dir, or add --overwrite."
+        )
+    return folder
 
 
 def measure(accelerator: Accelerator, model: nn.Module, loader: Any, predict: Predict, score: Score) -> dict[str, Any]:

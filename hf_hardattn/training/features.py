@@ -82,16 +82,16 @@ class FrozenFeatures:
             batches: yields ``(keys, make)``: keys of some images, and a function from their places to ``[B, C, H, W]``.
         """
         self.tower.eval().to(accelerator.device)
-        keys, made = list(self.keys), [] if self.rows is None else [self.rows]
+        keys, parts = list(self.keys), [] if self.rows is None else [self.rows]
         with torch.no_grad():
             for names, make in tqdm(batches, desc="vision features", disable=not accelerator.is_local_main_process):
                 new = [i for i, name in enumerate(names) if name not in self.keys and name not in names[:i]]
                 if new:
                     pixels = make(new).to(accelerator.device)
-                    made.append(self._stock(pixel_values=pixels).last_hidden_state.float().cpu())
+                    parts.append(self._stock(pixel_values=pixels).last_hidden_state.float().cpu())
                     keys += [names[i] for i in new]
                     self.keys.update({names[i]: len(self.keys) + place for place, i in enumerate(new)})
-        self.rows = torch.cat(made)
+        self.rows = torch.cat(parts)
         if accelerator.is_local_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"features": self.rows}, self.path, {"tower": self.owner, "images": json.dumps(keys)})

@@ -1,26 +1,58 @@
-"""What a training script does, from its command line to ``results.json``."""
+"""Run a training script, from its command line to ``results.json``."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
+from ..errors import HardAttentionError
 from .finetuning import choose
+from .flag_help import show
 from .loop import start, train
-from .parsing import expand, parse
+from .parsing import expand, parse, peek
 
 
-def fine_tune(family: str, argv: list[str] | None = None) -> dict[str, Any]:
+def fine_tune(family: str, argv: list[str] | None = None, command: tuple[str, ...] = ()) -> dict[str, Any]:
     """Train a model of ``family`` for the task that the flags name.
 
     Args:
-        family: vit, t5 or blip. argv: flags; the command line's by default.
+        family: vit, t5 or blip. argv: flags; the command line's by default. command: words before them, for the record.
 
     Returns:
         What ``results.json`` says.
+
+    Raises:
+        HardAttentionError: among others, an ``output_dir`` that holds another run.
     """
     words = expand(sys.argv[1:] if argv is None else argv)
+    if any(word in ("--help", "-h") for word in words):
+        print(show(family, peek(words, "task"), f"{Path(sys.argv[0]).name} {' '.join(command[:1])}".strip()))
+        raise SystemExit(0)
     task = choose(words, family)
     args = parse(task.Arguments, words)
+    if not args.resume_from_checkpoint and not args.overwrite:
+        refuse_to_overwrite(Path(args.output_dir))
     accelerator = start(args)
-    return train(accelerator, args, task(args, accelerator).setup(), argv)
+    return train(accelerator, args, task(args, accelerator).setup(), None if argv is None else [*command, *argv])
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    """Raise for a folder that holds a model or the record of a run.
+
+    Raises:
+        HardAttentionError: it does.
+    """
+    found = next(
+        (
+            name
+            for name in ("results.json", "config.json", "adapter_config.json", "checkpoints")
+            if (folder / name).exists()
+        ),
+        None,
+    )
+    if found is not None:
+        raise HardAttentionError(
+            f"--output_dir {str(folder)!r} holds an earlier run ({found}); nothing is overwritten unasked. Name another folder, add "
+            "--overwrite, or go on with it: --resume_from_checkpoint latest."
+        )

@@ -26,12 +26,12 @@ def fit(
     *,
     seed: int,
     branch: bool,
-    tell: Callable[[int, float], None] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Train ``model`` in place, on its device: the soft trunk at a constant learning rate, or a branch from it with a linear decay.
+    """Train ``model`` in place, on its device: the soft base checkpoint at a constant learning rate, or a branch from it with a linear decay.
 
     Args:
-        seed: of the batches. branch: whether this is a branch. tell: called with the step and its loss.
+        seed: of the batches. branch: whether this is a branch. on_step: called with the step and its loss.
 
     Returns:
         The loss of every step.
@@ -63,6 +63,6 @@ def fit(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if tell is not None:
-            tell(step, losses[-1])
+        if on_step is not None:
+            on_step(step, losses[-1])
     return losses

@@ -1,4 +1,4 @@
-"""What a scheduler's SIGTERM does to a run: it is noted, and obeyed between two optimizer steps."""
+"""Handle a scheduler's SIGTERM: note it, and stop between two optimizer steps."""
 
 from __future__ import annotations
 

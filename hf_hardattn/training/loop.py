@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import enable_full_determinism, get_scheduler
 
+from ..distributions.noise import keyed, mix_number
 from ..errors import HardAttentionError
 from ..models import family_of
-from ..noise import keyed, mix_number
 from . import checkpoints
 from .arguments import ScriptArguments, schedule_settings
 from .driver import Driver
@@ -36,6 +36,7 @@ from .pictures import draw
 from .publishing import push, save_model
 from .results import Log, describe_data, describe_run, write_json
 from .sharding import check_warmup, name_fsdp_units, without_peft
+from .summary import summarise
 
 logger = get_logger(__name__)
 
@@ -106,8 +107,11 @@ def train(accelerator: Accelerator, args: ScriptArguments, task: Task, argv: lis
     if task.train is None or (isinstance(task.train, Dataset) and len(task.train) == 0):
         raise HardAttentionError("there is no training data; name it with --dataset_name, --train_dir or --train_file.")
     training = Training(accelerator, args, task)
-    with Interruption(accelerator) as interruption:
-        training.run_steps(interruption)
+    try:
+        with Interruption(accelerator) as interruption:
+            training.run_steps(interruption)
+    finally:
+        training.driver.close()
     if training.run.best_step is not None:
         checkpoints.best(accelerator, args.output_dir, training.run, args.trust_checkpoint)
         logger.info("the model is that of step %d, the best", training.run.best_step)
@@ -194,7 +198,7 @@ class Training:
                 group["lr"] = base * factor(self.scheduler.last_epoch)
 
     def run_steps(self, interruption: Interruption) -> None:
-        """Take the steps that are left."""
+        """Run the remaining optimizer steps."""
         args, run = self.args, self.run
         logger.info(
             "%s examples, %d optimizer steps (%s epochs) of %d x %d x %d examples (device x processes x accumulation)",
@@ -232,7 +236,6 @@ class Training:
         if run.step < self.steps and not ended:
             raise HardAttentionError(f"the stream of training data ended before step {run.step}; it holds no rows.")
         bar.close()
-        self.driver.close()
 
     def take(self, micro_batches: list[dict[str, Any]]) -> None:
         """Take one optimizer step."""
@@ -284,7 +287,7 @@ class Training:
         return self.loss
 
     def look_around(self) -> bool:
-        """Evaluate, draw and save where it is time to; whether the training is to stop early."""
+        """Run due evaluations, pictures and checkpoints. Returns True to stop early."""
         args, run, task = self.args, self.run, self.task
         last, epoch_ended = run.step == self.steps, self.epochs(run.step) > self.epochs(run.step - 1)
         stop = False
@@ -308,7 +311,7 @@ class Training:
         return found
 
     def judge(self, found: dict[str, Any]) -> bool:
-        """Keep the best model by what an evaluation found; whether patience is at its end."""
+        """Update the best model after an evaluation. Returns True when the patience of early stopping is exhausted."""
         args, run = self.args, self.run
         name = args.metric_for_best_model or next(iter(found))
         value = found.get(name)
@@ -368,7 +371,7 @@ def _finish(
     results |= {"data": describe_data(args, {"train": task.train, "validation": task.validation})}
     if accelerator.is_main_process:
         write_json(Path(args.output_dir) / "results.json", results)
-        logger.info("%s -> %s", metrics, Path(args.output_dir) / "results.json")
+        tqdm.write(summarise(results, args.output_dir))
     accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:
         push(args)
@@ -383,8 +386,8 @@ def _measure(accelerator: Accelerator, args: ScriptArguments, task: Task, model:
 
 def _windows(batches: Any, size: int) -> Iterator[list[dict[str, Any]]]:
     """The micro-batches of each optimizer step."""
-    left = iter(batches)
-    while window := list(itertools.islice(left, size)):
+    remaining = iter(batches)
+    while window := list(itertools.islice(remaining, size)):
         if len(window) == size:
             yield window
 

@@ -1,4 +1,4 @@
-"""The order of the training data: which example stands at which place of the whole training, on however many processes."""
+"""The order of the training data: which example comes at which point of the whole training, on any number of processes."""
 
 from __future__ import annotations
 

@@ -85,8 +85,14 @@ def run(main: Callable[[], Any]) -> None:
         sys.exit(f"error: {error}")
 
 
+def shipped(path: Path) -> Path:
+    """``path``; where it names a file under ``scripts/`` that is not here, the one that came with the installed library."""
+    inside = Path(__file__).parents[1] / "_scripts" / Path(*path.parts[1:])
+    return inside if path.parts[:1] == ("scripts",) and not path.exists() and inside.is_file() else path
+
+
 def _from_file(file: str) -> list[str]:
-    path = Path(file)
+    path = shipped(Path(file))
     if not path.is_file():
         raise HardAttentionError(f"--config {file!r} is no file; give a YAML file of flags, one 'name: value' a line.")
     data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}

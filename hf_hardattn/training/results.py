@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``results.json`` and ``log.jsonl``."""
+"""Write the record of a run: ``results.json`` and ``log.jsonl``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def describe_run(argv: list[str] | None) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    words = sys.argv if argv is None else [*sys.argv[:1], *argv]
+    program = Path(sys.argv[0])  # an installed command is known by its name; where it lies is this machine's affair
+    words = [program.name if program.is_absolute() else str(program), *(sys.argv[1:] if argv is None else argv)]
     return {"command": shlex.join(words), "versions": versions, "platform": platform.platform()}
 
 

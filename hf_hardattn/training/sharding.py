@@ -1,4 +1,4 @@
-"""What FSDP and DeepSpeed must know of a model with hard layers, and what they cannot do with it."""
+"""Tell FSDP and DeepSpeed what they must know of a hard model, and refuse what they cannot do with it."""
 
 from __future__ import annotations
 

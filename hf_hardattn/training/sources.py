@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,16 @@ from datasets.exceptions import DatasetGenerationError
 from ..errors import HardAttentionError, unknown
 from .arguments import ScriptArguments
 
+logger = logging.getLogger(__name__)
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 
 
@@ -58,6 +69,7 @@ def _load(args: ScriptArguments) -> tuple[Any, Any]:
         return train, validation and load_dataset(*where, split=validation, cache_dir=args.cache_dir)
     if args.train_dir or args.validation_dir:
         folders = _existing({"train": args.train_dir, "validation": args.validation_dir}, Path.is_dir, "folder")
+        folders = _split_folders(folders)
         files = {split: (args.folder_format, {"data_files": f"{folder}/**"}) for split, folder in folders.items()}
     else:
         paths = _existing({"train": args.train_file, "validation": args.validation_file}, Path.is_file, "file")
@@ -69,6 +81,57 @@ def _load(args: ScriptArguments) -> tuple[Any, Any]:
         for split, (kind, options) in files.items()
     }
     return data.get("train"), data.get("validation")
+
+
+def _split_folders(folders: dict[str, Path]) -> dict[str, Path]:
+    """The folders to read: where one that is named holds nothing but splits, the splits in it."""
+    found = dict(folders)
+    inside = {split: _splits_in(folder) for split, folder in folders.items()}
+    if "train" in folders and inside["train"]:
+        splits = inside["train"]
+        if "train" not in splits:
+            raise HardAttentionError(
+                f"{folders['train']} holds the splits {', '.join(sorted(p.name for p in splits.values()))} and none to train on; name the "
+                "folder of the training data with --train_dir, and that of the evaluation data with --validation_dir."
+            )
+        found["train"] = splits["train"]
+        held_out = splits.get("validation", splits.get("test"))
+        if held_out is not None:
+            found.setdefault("validation", held_out)
+        logger.info(
+            "%s holds splits: training on %s, evaluating on %s",
+            folders["train"],
+            found["train"],
+            found.get("validation"),
+        )
+    if "validation" in folders and inside["validation"]:
+        splits = inside["validation"]
+        found["validation"] = splits.get("validation") or splits.get("test") or splits["train"]
+        if found["validation"] == found.get("train"):
+            raise HardAttentionError(
+                f"{folders['validation']} holds no split to evaluate on but the one that is trained on; add a folder validation/ or test/."
+            )
+    return found
+
+
+def _splits_in(folder: Path) -> dict[str, Path]:
+    """The splits of a folder whose subfolders all have names of splits; none where they are classes.
+
+    Raises:
+        HardAttentionError: a training split, an evaluation split, and something else beside them.
+    """
+    subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    named = {path: SPLITS[path.name.lower()] for path in subfolders if path.name.lower() in SPLITS}
+    splits = set(named.values())
+    if named and len(named) == len(subfolders) == len(splits):
+        return {split: path for path, split in named.items()}
+    if "train" in splits and len(splits) > 1:  # read as classes, the evaluation images would be trained on
+        names = ", ".join(path.name for path in subfolders)
+        raise HardAttentionError(
+            f"{folder} holds {names}: splits, and others beside them. Name the folders themselves: --train_dir {folder}/train "
+            f"--validation_dir {folder}/..."
+        )
+    return {}
 
 
 def _whole(kind: str, options: dict[str, Any], args: ScriptArguments) -> Any:

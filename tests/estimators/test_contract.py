@@ -22,7 +22,7 @@ from hf_hardattn import registry
 from hf_hardattn.cli import app
 from hf_hardattn.errors import HardAttentionError
 from hf_hardattn.estimators import NEEDS
-from hf_hardattn.selection import topk_mask
+from hf_hardattn.functional.topk import topk_mask
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -26,7 +26,7 @@ from choosing import (
 from torch import Tensor
 
 from hf_hardattn import registry
-from hf_hardattn.laws import ConditionalBernoulli
+from hf_hardattn.distributions import ConditionalBernoulli
 from hf_hardattn.training.estimator_toys import SEEDS
 
 

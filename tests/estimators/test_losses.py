@@ -10,8 +10,8 @@ import torch
 from choosing import build
 from torch import Tensor
 
-from hf_hardattn.losses import auxiliary_loss
-from hf_hardattn.selection import Selection
+from hf_hardattn.losses.score_function import auxiliary_loss
+from hf_hardattn.modeling.selection import Selection
 
 B = 4
 

@@ -14,9 +14,9 @@ from choosing import (
 )
 from torch import Tensor
 
+from hf_hardattn.distributions import PlackettLuce
 from hf_hardattn.estimators._relaxation import noisy_given_order
-from hf_hardattn.laws import PlackettLuce
-from hf_hardattn.selection import topk_mask
+from hf_hardattn.functional.topk import topk_mask
 
 # ---------------------------------------------------------------- surrogates and relaxation
 
@@ -259,7 +259,7 @@ def test_capped_entmax_solves_its_problem(alpha: float) -> None:
 
 def test_log_gate_is_added_to_the_logits() -> None:
     """Its gradient through gated attention is that of ``softmax(logits + log g)`` over the kept, at g = 1 or at g."""
-    from hf_hardattn.attention import gated_attend
+    from hf_hardattn.functional.attention import gated_attend
 
     torch.manual_seed(0)
     scores, weight = torch.randn(1, 1, 2, 6, requires_grad=True), torch.randn(1, 1, 2, 4)

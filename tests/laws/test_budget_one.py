@@ -118,4 +118,4 @@ def test_attentions_and_hidden_states_are_returned(architecture, head):
 def protected(model, name):
     """Rows always kept among the keys of an attention."""
     towers = family_of(model).towers(model)
-    return max(tower.protected.count for tower in towers.values())
+    return max(tower.protected.rows for tower in towers.values())

@@ -33,7 +33,9 @@ def test_checkpointing_changes_no_gradient(case, use_reentrant):
     loss, expected = gradients(copy.deepcopy(example))  # a copy: an adaptive estimator moves with each backward pass
     example.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     again, found = gradients(example)
-    torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-6)
+    # rewards divided by the spread of their group (grpo) carry their rounding enlarged as much
+    rtol = 1e-4 if case.estimator == "grpo" else 1e-5
+    torch.testing.assert_close(again, loss, rtol=rtol, atol=1e-6)
     # of the largest gradient: that of a bias is zero for laws that ignore a shift, up to rounding
     scale = max(1.0, *(gradient.abs().max().item() for gradient in expected.values() if gradient is not None))
     for name, gradient in expected.items():

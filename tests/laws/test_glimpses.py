@@ -13,7 +13,7 @@ from rounding import assert_rounded
 import hf_hardattn
 from hf_hardattn import HardAttentionConfig, HardAttentionError, registry
 from hf_hardattn.estimators import Sampling
-from hf_hardattn.glimpses import look
+from hf_hardattn.modeling.glimpses import look
 
 Recurrent = registry.load("scorers", "recurrent")
 VIT = dict(sites=["vision.inputs"], scorer="recurrent", budget=4)

@@ -11,7 +11,7 @@ from cases import HEADS, Case, Example, all_sites, close, hard, harden, head_pla
 from rounding import MANY
 
 import hf_hardattn
-from hf_hardattn.packing import Packing
+from hf_hardattn.functional.varlen import Packing
 
 ONCE = head_places(lambda p: not p.causal)  # one choice serves all queries of a row
 
@@ -31,7 +31,7 @@ def packed(monkeypatch):
         found.append(self.runs)
         return to_packed(self, rows)
 
-    monkeypatch.setattr("hf_hardattn.packing.WASTE", 0.0)
+    monkeypatch.setattr("hf_hardattn.functional.varlen.WASTE", 0.0)
     monkeypatch.setattr(Packing, "to_packed", note)
     return found
 

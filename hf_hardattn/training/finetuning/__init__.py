@@ -1,7 +1,7 @@
 """Tasks of the training scripts. One file each; the file name is what ``--task`` takes.
 
 A task says how the rows of a user's data become a model's inputs, what the model predicts from them, and how that is scored. The
-tasks of ``training/tasks`` make their data from nothing, for the shoot-out of ``compare``; these read it.
+tasks of ``training/tasks`` make their data from nothing, for ``hf-hardattn compare``; these read it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ from ..sources import load_splits
 class TaskArguments(ScriptArguments):
     """Flags of every task, besides the shared ones."""
 
-    task: str | None = flag(
-        None, "What the model learns: a name in hf_hardattn/training/finetuning; the family's first by default."
-    )
+    task: str | None = flag(None, "What the model learns; the family's first by default.")
     freeze: list[str] | None = flag(None, "Modules that do not learn, e.g. vision_model; selectors in them still do.")
 
 
@@ -103,6 +101,8 @@ class Base:
     def setup(self) -> Task:
         """Read and check the data, build the model: everything that can fail fails here, before the training."""
         args = self.args
+        if args.config_name or args.model_name_or_path:
+            load_config(args, self.model_class)  # a model that is not there is told before the data are read
         training, validation = load_splits(args)
         splits = {
             "training": (training, args.train_file),

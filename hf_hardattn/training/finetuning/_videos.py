@@ -10,10 +10,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from ...backbones.video import kept_frames
 from ...errors import HardAttentionError
 from ...modeling.context import is_soft_now
 from ...recording import record, selectors
-from ...video import kept_frames
 from ..arguments import flag
 from ..loop import Task
 from ..sources import column
@@ -77,9 +77,9 @@ class VideoTask(BlipTask):
         selector = selectors(inner).get(SITE)
         if selector is None or is_soft_now(selector):
             return [list(range(pixels.shape[1]))] * len(pixels)
-        with record(inner) as made:
+        with record(inner) as selections:
             inner.vision_model(pixel_values=pixels)
-        return kept_frames(made[SITE][0], inner.vision_model.embeddings.num_patches)
+        return kept_frames(selections[SITE][0], inner.vision_model.embeddings.num_patches)
 
     def found(self, chosen: list[list[int]]) -> dict[str, float]:
         """Recall and precision of the frames that were kept, in [0, 1]; nothing where no column tells which matter."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...video import BlipForVideoCaptioning
+from ...backbones.video import BlipForVideoCaptioning
 from ..metrics import score_texts
 from ._captions import CaptionArguments, CaptionTask
 from ._videos import VideoArguments, VideoTask

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ... import video
+from ...backbones import video
 from ._retrieval import BlipForImageTextRetrieval, RetrievalArguments, RetrievalTask
 from ._videos import VideoArguments, VideoTask
 

@@ -1,4 +1,4 @@
-"""Tasks of the shoot-out. One file each; the file name is the registered name.
+"""Tasks of ``hf-hardattn compare``. One file each; the file name is the registered name.
 
 A task is small enough to be learned from scratch on one CPU core, its signal is sparse, and its difficulty is set: so that an
 estimator can be told from another, and a learned choice from a random one.
@@ -29,12 +29,12 @@ TEST_SEED = 2**40  # of test sets that a generator makes: no training's
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a training. All variants share the soft trunk, and train ``branch_steps`` from it.
+    """The numbers of a training. All variants share the soft base checkpoint, and train ``branch_steps`` from it.
 
     Attributes:
-        trunk_steps, branch_steps: optimizer steps. batch: examples a step.
+        trunk_steps, branch_steps: optimizer steps of the base checkpoint and from it. batch: examples a step.
         trunk_warmup, branch_warmup: steps in which the learning rate rises to ``learning_rate``; in the branch it then falls to 0.
-        ramp: share of the trunk over which the task reaches its full difficulty.
+        ramp: share of the base checkpoint's training over which the task reaches its full difficulty.
         anneal: share of the branch over which a hard variant's budget falls from everything to its target.
     """
 

@@ -19,7 +19,7 @@ class Cluttered(Base):
 
     Args:
         test_images: of the fixed test set, drawn from items that training never sees.
-        clutter: fragments an image, reached over the ``ramp`` of the trunk.
+        clutter: fragments an image, reached over the ``ramp`` of the base checkpoint's training.
         layers, heads: of the ViT, which is 64 wide.
     """
 

@@ -14,7 +14,7 @@ class AssociativeRecall(Drawn):
 
     The encoder, embeddings only, hands the facts on, and each query of the decoder chooses one position to read: the classic hard
     attention. A fact, a key with its value, is one token here and not two, and no layer mixes facts, so that exactly one position
-    holds an answer. The trunk learns rows of one fact first, then ever longer ones: on rows of 16 from the start it stays at chance.
+    holds an answer. The base checkpoint learns rows of one fact first, then ever longer ones: on rows of 16 from the start it stays at chance.
 
     Args:
         facts: of a row, with different keys. queries: of a row, different keys of it. keys, values: how many there are.
@@ -51,14 +51,14 @@ class AssociativeRecall(Drawn):
     def rows(self, size: int, generator: torch.Generator) -> Batch:
         keys = torch.rand(size, self.keys, generator=generator).argsort(-1)[:, : self.facts]
         values = torch.randint(self.values, (size, self.facts), generator=generator)
-        asked = torch.rand(size, self.facts, generator=generator).argsort(-1)[:, : self.queries]
+        queried = torch.rand(size, self.facts, generator=generator).argsort(-1)[:, : self.queries]
         facts = FIRST + self.keys + self.values + keys * self.values + values
         inputs = {
             "input_ids": torch.nn.functional.pad(facts, (0, 1), value=END),
-            "decoder_input_ids": FIRST + keys.gather(1, asked),
-            "labels": FIRST + self.keys + values.gather(1, asked),
+            "decoder_input_ids": FIRST + keys.gather(1, queried),
+            "labels": FIRST + self.keys + values.gather(1, queried),
         }
-        return Batch(inputs, torch.arange(self.facts + 1) == asked[..., None])
+        return Batch(inputs, torch.arange(self.facts + 1) == queried[..., None])
 
     def _with(self, facts: int) -> AssociativeRecall:
         return AssociativeRecall(facts, min(facts, self.queries), self.keys, self.values, self.test_rows)

@@ -26,7 +26,7 @@ class StampCaptions(Texts):
     positions.
 
     Args:
-        folder: of ``scripts/prepare_stamp_features.py``; the environment variable ``STAMP_FEATURES``, or ``outputs/data/stamp-features``, by default.
+        folder: of ``scripts/data/prepare_stamp_features.py``; the environment variable ``STAMP_FEATURES``, or ``outputs/data/stamp-features``, by default.
         split: to test on. Tune on ``validation``.
 
     Source: Xu et al. 2015, arXiv:1502.03044.
@@ -34,10 +34,10 @@ class StampCaptions(Texts):
 
     place = "outputs/data/stamp-features"
     variable = "STAMP_FEATURES"
-    maker = "python scripts/prepare_stamp_features.py"
+    maker = "python scripts/data/prepare_stamp_features.py"
     model_class = GruForConditionalGeneration
     site = "decoder.cross.0"
-    scorer = "attention"  # from a soft trunk it starts with a choice that means something
+    scorer = "attention"  # from a soft base checkpoint it starts with a choice that means something
     budget = 0.005  # one patch
     recipe = Recipe(trunk_steps=800, branch_steps=200, batch=32, learning_rate=2e-3, weight_decay=0.01)
 

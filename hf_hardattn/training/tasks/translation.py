@@ -26,17 +26,17 @@ class Translation(Texts):
     """Translate sentences by greedy ``generate()``; BLEU and chrF in [0, 100]. Nobody knows the gold positions.
 
     Args:
-        folder: ``train.jsonl``, ``test.jsonl``, ``validation.jsonl`` and ``tokenizer.json`` of ``scripts/prepare_translation.py``; the
+        folder: ``train.jsonl``, ``test.jsonl``, ``validation.jsonl`` and ``tokenizer.json`` of ``scripts/data/prepare_translation.py``; the
             environment variable ``TRANSLATION_DATA``, or ``outputs/data/translation-it``, by default.
         split: to test on. Tune on ``validation``.
     """
 
     place = "outputs/data/translation-it"
     variable = "TRANSLATION_DATA"
-    maker = "python scripts/prepare_translation.py --language it"
+    maker = "python scripts/data/prepare_translation.py --language it"
     model_class = T5ForConditionalGeneration
     site = "decoder.cross.*"
-    scorer = "attention"  # from a soft trunk it starts with a choice that means something
+    scorer = "attention"  # from a soft base checkpoint it starts with a choice that means something
     budget = 0.25
     recipe = Recipe(
         trunk_steps=4000, branch_steps=200, batch=32, learning_rate=3e-3, weight_decay=0.01, trunk_warmup=200

@@ -1,0 +1,1 @@
+"""Pure functions of tensors: top-k, attention, position biases, packed rows, patches."""

@@ -1,0 +1,1 @@
+"""How Transformers, PEFT and the Trainer learn about hard attention."""

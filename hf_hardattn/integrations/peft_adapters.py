@@ -1,0 +1,249 @@
+"""PEFT's own ways to train and load adapters: a hard model's adapter holds its selectors, and loads as a hard model.
+
+An adapter is hard when the ``config.json`` beside it, which ``peft`` writes, has ``hard_attention``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..api import attach_to, remove
+from ..config import HardAttentionConfig
+from ..errors import HardAttentionError
+from ..modeling.attach import HOSTS
+from ..modeling.selector import Selector
+from ..recording import selectors
+from ..unwrapping import unwrap
+from .wrapping import wrap_method
+
+logger = logging.getLogger(__name__)
+
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+_WHOLE = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")  # files of a whole model
+_ROOT = "base_model.model."  # where PEFT's files say that the model is
+
+
+def register() -> None:
+    """Wrap PEFT and the adapters of Transformers once."""
+    from peft import PeftMixedModel, PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+    from transformers.integrations.peft import PeftAdapterMixin
+
+    wrap_method(BaseTuner, "inject_adapter", _inject_adapter)
+    wrap_method(PeftModel, "add_adapter", _add_adapter)
+    for cls in (PeftModel, PeftMixedModel):
+        wrap_method(cls, "from_pretrained", _from_pretrained)
+        wrap_method(cls, "load_adapter", _load_adapter)
+    wrap_method(PeftAdapterMixin, "load_adapter", _load_adapter_of_transformers)
+
+
+# ---------------------------------------------------------------- training: an adapter holds the selectors
+
+
+def _inject_adapter(
+    inject: Callable[..., Any], self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    add_selectors(model, self.peft_config[adapter_name])
+    return inject(self, model, adapter_name, *args, **kwargs)
+
+
+def add_selectors(model: nn.Module, config: Any) -> None:
+    """Add a hard model's selectors to ``modules_to_save`` of an adapter that is to be trained, as PEFT adds a classifier.
+
+    Without it they would stay as they are, most often at their random initial values, and no file would hold them. To keep
+    them as they are, call ``requires_grad_(False)`` on their parameters afterwards.
+    """
+    if getattr(config, "inference_mode", False) or not hasattr(config, "modules_to_save"):
+        return
+    known = list(config.modules_to_save or ())
+    forgotten = [name for name in _selector_names(model) if not any(name.endswith(other) for other in known)]
+    if forgotten:
+        config.modules_to_save = known + forgotten
+        logger.info("modules_to_save gained the selectors of hard attention: %s", ", ".join(forgotten))
+
+
+def _selector_names(model: nn.Module) -> list[str]:
+    """Attributes under which the model holds selectors that learn."""
+    found = set()
+    for module in model.modules():
+        for name in HOSTS:
+            held = module._modules.get(name)
+            inside = [] if held is None else [part for part in held.modules() if isinstance(part, Selector)]
+            if any(next(selector.parameters(), None) is not None for selector in inside):
+                found.add(name)
+    return sorted(found)
+
+
+def _add_adapter(
+    add: Callable[..., Any], self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    result = add(self, adapter_name, peft_config, *args, **kwargs)
+    if peft_config.is_prompt_learning and not peft_config.inference_mode and _selector_names(unwrap(self)):
+        warnings.warn(
+            f"{peft_config.peft_type.value} trains prompts only, so the selectors of hard attention stay as they are. Train them before, "
+            "or use a method with modules_to_save (LoRA).",
+            stacklevel=3,
+        )
+    return result
+
+
+# ---------------------------------------------------------------- loading: the adapter of a hard model makes the model hard
+
+
+def _from_pretrained(
+    from_pretrained: Callable[..., Any], cls: Any, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any
+) -> Any:
+    hub, _ = cls._split_kwargs(kwargs)
+    prepare(unwrap(model), model_id, hub)
+    return from_pretrained(cls, model, model_id, *args, **kwargs)
+
+
+def _load_adapter(load: Callable[..., Any], self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+    hub, _ = self._split_kwargs(kwargs)
+    inner = unwrap(self)
+    if not selectors(inner) and not _is_to_be_soft(inner) and adapter_configuration(model_id, hub) is not None:
+        raise HardAttentionError(
+            f"the adapter {model_id} is of a hard model, and the model that it is to be added to is soft; with it, the other adapters "
+            "would become hard too. Load it by itself, with PeftModel.from_pretrained or hf_hardattn.load."
+        )
+    if selectors(inner):
+        check_selectors(inner, model_id, hub, complete=False)
+    result = load(self, model_id, *args, **kwargs)
+    _warn_of_lost_selectors(inner, model_id, result.unexpected_keys)
+    return result
+
+
+def _load_adapter_of_transformers(
+    load: Callable[..., Any], self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    config = kwargs.get("load_config")
+    place = peft_model_id or getattr(config, "pretrained_model_name_or_path", None)
+    if place is not None:
+        hub = {**(getattr(config, "download_kwargs", None) or {}), **(kwargs.get("adapter_kwargs") or {})}
+        prepare(self, place, hub)
+    result = load(self, peft_model_id, *args, **kwargs)
+    _warn_of_lost_selectors(self, place, result.unexpected_keys)
+    return result
+
+
+def prepare(model: Any, place: Any, hub: Mapping[str, Any]) -> None:
+    """Make a soft model hard before a hard model's adapter is loaded; check that a hard one has the adapter's selectors.
+
+    A model that was loaded with ``hard_attention=None`` stays soft. One that is hard keeps its own configuration.
+
+    Args:
+        place: of the adapter. hub: token, revision and the like.
+
+    Raises:
+        HardAttentionError: the adapter's selectors are not all there, or are not the model's.
+    """
+    if _is_to_be_soft(model):
+        return
+    if selectors(model):
+        check_selectors(model, place, hub, complete=False)
+        return
+    hard = adapter_configuration(place, hub)
+    if hard is None:
+        return
+    attach_to(model, hard, fresh=True)
+    try:
+        check_selectors(model, place, hub, complete=True)
+    except HardAttentionError:
+        remove(model)
+        raise
+
+
+def check_selectors(model: nn.Module, place: Any, hub: Mapping[str, Any], *, complete: bool) -> None:
+    """Raise when an adapter holds selectors that the model lacks, or (``complete``) lacks some that the model has.
+
+    Args:
+        place: of the adapter. hub: token, revision and the like.
+    """
+    from peft.utils import load_peft_weights
+
+    held = {key for key in load_peft_weights(str(place), device="cpu", **_options(hub)) if _is_of_selector(key)}
+    wanted = _selector_keys(model)
+    spare, lacking = sorted(held - wanted), sorted(wanted - held) if complete else []
+    if spare:
+        raise HardAttentionError(
+            f"the adapter {place} holds {len(spare)} selector tensors that the model has no place for (first: '{spare[0]}'); its sites or "
+            "scorers are not the model's. Load it onto its own base model, which then takes the adapter's hard_attention."
+        )
+    if lacking:
+        raise HardAttentionError(
+            f"the adapter {place} says hard_attention in its config.json, but it lacks {len(lacking)} selector tensors (first: "
+            f"'{lacking[0]}') that its base does not have either. Train it with modules_to_save=['selector', 'input_selector'], or load "
+            "the base with hard_attention=None to use the adapter soft."
+        )
+
+
+def _is_of_selector(key: str) -> bool:
+    return any(f".{name}." in key for name in HOSTS)
+
+
+def _selector_keys(model: nn.Module) -> set[str]:
+    """What an adapter file calls the parameters of the model's selectors."""
+    names = (name for name, _ in model.named_parameters() if _is_of_selector(f".{name}"))
+    return {_ROOT + name.replace(".original_module", "") for name in names if ".modules_to_save." not in name}
+
+
+def _is_to_be_soft(model: Any) -> bool:
+    """Whether the model was asked to be soft, by ``hard_attention=None``."""
+    return vars(model.config).get("hard_attention", ...) is None if hasattr(model, "config") else False
+
+
+def _warn_of_lost_selectors(model: Any, place: Any, unexpected: Iterable[str]) -> None:
+    lost = [key for key in unexpected if "selector.scorer." in key]
+    if lost and not selectors(model) and not _is_to_be_soft(model):
+        warnings.warn(
+            f"the adapter {place} holds {len(lost)} selector tensors (first: '{lost[0]}') but no config.json that says where it looks: "
+            "the model runs SOFT. Load the base with hard_attention=... to use them, or with hard_attention=None to silence this.",
+            stacklevel=4,
+        )
+
+
+def _options(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """What both PEFT and Transformers take to find a file of a repository."""
+    known = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+    return {name: hub[name] for name in known if hub.get(name) is not None}
+
+
+def adapter_configuration(place: Any, hub: Mapping[str, Any]) -> HardAttentionConfig | None:
+    """The hard configuration beside an adapter, in a folder or on the Hub; None where there is none."""
+    from transformers.utils import cached_file
+
+    file = cached_file(
+        str(place),
+        CONFIG,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **_options(hub),
+    )
+    found = None if file is None else json.loads(Path(file).read_text(encoding="utf-8")).get("hard_attention")
+    return None if found is None else HardAttentionConfig.parse(found)
+
+
+def base_of_adapter(place: Any) -> dict[str, Any] | None:
+    """What an adapter's folder says of its base, where Transformers would take the folder for a whole model.
+
+    The hard ``config.json`` in it makes it look like one.
+
+    Returns:
+        Name and revision of the base; None for any other place.
+    """
+    folder = Path(place) if isinstance(place, (str, Path)) else None
+    if folder is None or not (folder / ADAPTER_CONFIG).is_file() or not (folder / CONFIG).is_file():
+        return None
+    if any(next(folder.glob(pattern), None) is not None for pattern in _WHOLE):
+        return None
+    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = settings.get("base_model_name_or_path")
+    return {"name": base, "revision": settings.get("revision")} if base else None

@@ -1,0 +1,145 @@
+"""How Transformers learns about hard attention: four methods are wrapped, inert until a config carries ``hard_attention``.
+
+``post_init``, which every model calls at the end of every way to construct it, then adds that one model's hooks and selectors. Transformers' own ``register_patch_mapping`` is not used: its ``patch_output_recorders`` rewrites class-level
+recorders, so that models of the stock classes, even those built before, return no attentions any more; and it misses
+``ViTModel(config)``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..api import attach_to, remove
+from ..config import HardAttentionConfig
+from ..errors import HardAttentionError
+from ..fields import is_configuration
+from ..modeling.selector import Selector
+from ..models import family_of
+from ..recording import selectors
+from . import peft, peft_adapters
+from .peft_adapters import base_of_adapter, check_selectors
+from .wrapping import wrap_method
+
+_ADVICE = "Pass hard_attention=... to use them, or hard_attention=None to silence this."
+
+
+def _check_loaded(
+    model: PreTrainedModel, info: Mapping[str, Any], place: Any, kwargs: Mapping[str, Any], asked: bool
+) -> None:
+    """Raise when a checkpoint says that it is hard and lacks its selectors; warn when it has selectors and runs soft."""
+    if asked or getattr(model, "_hf_peft_config_loaded", False):  # an adapter's tensors were checked when it was loaded
+        return
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Selector))
+    lacking = sorted(key for key in info["missing_keys"] if key.startswith(prefixes)) if prefixes else []
+    # where no weight at all was found, the file is not of this model, and Transformers' own report says so
+    if lacking and len(info["missing_keys"]) < len(model.state_dict()):
+        saved = _saved_hard_attention(place, kwargs)
+        if saved and HardAttentionConfig.parse(saved).to_dict() == model.config.hard_attention:
+            raise HardAttentionError(
+                f"{place} says hard_attention in its config, but its weights lack {len(lacking)} selector tensors (first: '{lacking[0]}'); "
+                "a hard checkpoint must hold its selectors. Load a complete checkpoint, or pass hard_attention=HardAttentionConfig(...) "
+                "to train fresh ones, or hard_attention=None to load it soft."
+            )
+    spare = [key for key in info["unexpected_keys"] if "selector.scorer." in key]
+    if spare and not prefixes:
+        warnings.warn(
+            f"the checkpoint holds {len(spare)} selector tensors (first: '{spare[0]}') but its config has no hard_attention: "
+            f"the model runs SOFT. {_ADVICE}",
+            stacklevel=4,
+        )
+
+
+def _saved_hard_attention(place: Any, kwargs: Mapping[str, Any]) -> Any:
+    """What the checkpoint's own config.json says; None where there is none, as with a state dict that was passed."""
+    if place is None:
+        return None
+    hub = {k: kwargs[k] for k in ("revision", "subfolder", "token", "cache_dir", "local_files_only") if k in kwargs}
+    try:
+        saved, _ = PreTrainedConfig.get_config_dict(place, **hub)
+    except OSError:
+        return None
+    return saved.get("hard_attention")
+
+
+def _asks(config: Any) -> bool:
+    """Whether the caller's ``config`` says whether to be hard: the Auto classes put the keyword there.
+
+    A dict is what a checkpoint said, not the caller; a model that no configuration made hard has no such attribute of its own.
+    """
+    given = getattr(config, "__dict__", {})
+    return "hard_attention" in given and not isinstance(given["hard_attention"], Mapping)
+
+
+def _post_init(post_init: Callable[..., Any], self: PreTrainedModel) -> None:
+    wanted = getattr(self.config, "hard_attention", None)
+    # a class that no family knows may hold a model that one does, or be a part of one: those decide
+    known = wanted is not None and family_of(self) is not None
+    if known:
+        attach_to(self, HardAttentionConfig.parse(wanted))
+    elif wanted is None and selectors(self):
+        remove(self)  # the outer config decides: hard parts of a model that was asked to be soft
+    post_init(self)
+
+
+def _initialize_weights(
+    initialize_weights: Callable[..., Any], self: PreTrainedModel, module: nn.Module, is_custom_code: bool = False
+) -> None:
+    if not isinstance(module, Selector):
+        initialize_weights(self, module, is_custom_code)
+    elif not getattr(module, "_is_hf_initialized", False):  # a custom class (the GRU, the retrievers) would skip it
+        module.reset_parameters()
+        module._is_hf_initialized = True
+
+
+def _from_pretrained(
+    from_pretrained: Callable[..., Any],
+    cls: type[PreTrainedModel],
+    *args: Any,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Any:
+    asked = "hard_attention" in kwargs or _asks(kwargs.get("config"))
+    place = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
+    adapter = base_of_adapter(place)
+    if adapter is not None:
+        kwargs = _through_base(adapter, place, kwargs)
+    model, info = from_pretrained(
+        cls, place if adapter is None else adapter["name"], *args[1:], output_loading_info=True, **kwargs
+    )
+    if adapter is None:
+        _check_loaded(model, info, place, kwargs, asked)
+    elif selectors(model) and _saved_hard_attention(adapter["name"], kwargs) is None:
+        check_selectors(model, place, {}, complete=True)  # the base has none: the adapter must hold them all
+    return (model, info) if output_loading_info else model
+
+
+def _through_base(adapter: Mapping[str, Any], folder: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that load an adapter's base, under the configuration in the adapter's folder, and the adapter onto it."""
+    known = {**kwargs, "config": kwargs.get("config") or str(folder)}
+    known["adapter_kwargs"] = {**(kwargs.get("adapter_kwargs") or {}), "_adapter_model_path": str(folder)}
+    if adapter["revision"]:
+        known["revision"] = adapter["revision"]
+    return known
+
+
+def _to_dict(to_dict: Callable[..., Any], self: PreTrainedConfig) -> dict[str, Any]:
+    data: dict[str, Any] = to_dict(self)
+    if is_configuration(data.get("hard_attention")):
+        data["hard_attention"] = data["hard_attention"].to_dict()
+    return data
+
+
+def register() -> None:
+    """Wrap Transformers once; called by ``import hf_hardattn``."""
+    PreTrainedConfig.hard_attention = None  # from_pretrained takes keywords its config has an attribute for
+    wrap_method(PreTrainedModel, "post_init", _post_init)
+    wrap_method(PreTrainedModel, "_initialize_weights", _initialize_weights)
+    wrap_method(PreTrainedModel, "from_pretrained", _from_pretrained)
+    wrap_method(PreTrainedConfig, "to_dict", _to_dict)
+    peft.register()
+    peft_adapters.register()

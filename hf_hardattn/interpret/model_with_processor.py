@@ -1,0 +1,161 @@
+"""A model together with its processor: from images and texts to predictions, with every selection recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoProcessor
+
+from ..config import SiteConfig
+from ..errors import HardAttentionError
+from ..hub.loading import load
+from ..modeling.context import is_soft_now
+from ..modeling.selector import Selector
+from ..recording import Recording, record, selectors
+
+
+@dataclass
+class Prediction:
+    """The prediction of a model for one input.
+
+    Attributes:
+        text: the class's name or the generated text. probability: of the class; None for a text.
+        recording: the selections of that forward or ``generate()``. tokens: ids of a generated text without its prompt, else empty.
+    """
+
+    text: str
+    probability: float | None
+    recording: Recording
+    tokens: list[int]
+
+
+@dataclass
+class ModelWithProcessor:
+    """A model in evaluation mode and its processor.
+
+    Attributes:
+        model: T5, ViT or BLIP. processor: tokenizer, image processor or both; None scales pixels to [-1, 1] at the model's size.
+        name: shown in titles.
+    """
+
+    model: Any
+    processor: Any
+    name: str
+
+    @classmethod
+    def load(cls, path: str) -> ModelWithProcessor:
+        """Load a hard checkpoint of any form, with the head and the processor it was saved with; ``hf_hardattn.load`` says how safely.
+
+        Raises:
+            HardAttentionError: a soft, incomplete, damaged or hostile checkpoint.
+        """
+        model = load(path)
+        model = model.get_base_model() if hasattr(model, "peft_config") else model  # the adapter's layers stay in it
+        processor = next((found for place in (path, model.name_or_path) if (found := _processor(place))), None)
+        return cls(model, processor, Path(path).name if Path(path).exists() else path)
+
+    @property
+    def takes_images(self) -> bool:
+        """True if the model takes images."""
+        return hasattr(self.model.config, "vision_config") or hasattr(self.model.config, "patch_size")
+
+    @property
+    def hard(self) -> bool:
+        """True if the model has sites."""
+        return bool(selectors(self.model))
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch, in pixels."""
+        return getattr(self.model.config, "vision_config", self.model.config).patch_size
+
+    def encode(self, inputs: Sequence[Any]) -> dict[str, Any]:
+        """Encode images (PIL) or texts as a batch of the model's inputs.
+
+        Raises:
+            HardAttentionError: a text without a word; no tokenizer to read it.
+        """
+        if not self.takes_images:
+            empty = [index for index, text in enumerate(inputs) if not text.strip()]
+            if empty:
+                raise HardAttentionError(
+                    f"text {empty[0] + 1} of {len(inputs)} is empty; there is nothing to explain. Leave it out."
+                )
+            if self.processor is None:
+                raise HardAttentionError(f"{self.name} holds no tokenizer; save it beside the model to explain a text.")
+            rows = self.processor(list(inputs), padding=True, truncation=True, return_tensors="pt")
+            return {name: rows[name] for name in ("input_ids", "attention_mask")}
+        if self.processor is not None:
+            return {"pixel_values": self.processor(images=list(inputs), return_tensors="pt")["pixel_values"]}
+        config = getattr(self.model.config, "vision_config", self.model.config)
+        side, mode = config.image_size, "L" if config.num_channels == 1 else "RGB"
+        pixels = [
+            torch.frombuffer(bytearray(image.convert(mode).resize((side, side)).tobytes()), dtype=torch.uint8)
+            for image in inputs
+        ]
+        stacked = torch.stack(pixels).view(len(inputs), side, side, config.num_channels)
+        return {"pixel_values": stacked.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1}
+
+    @torch.no_grad()
+    def predict(self, batch: dict[str, Any], max_new_tokens: int = 40) -> Prediction:
+        """Run the model on one input, a batch of one row, and record every selection."""
+        recording = Recording()
+        if self.hard and any(not is_soft_now(selector) for selector in selectors(self.model).values()):
+            with record(self.model) as recording:
+                output = self._run(batch, max_new_tokens)
+        else:
+            output = self._run(batch, max_new_tokens)
+        if isinstance(output, Tensor):
+            text = self.tokenizer.decode(output[0], skip_special_tokens=True)
+            return Prediction(text, None, recording, output[0, 1:].tolist())
+        probabilities = output.logits[0].float().softmax(-1)
+        best = int(probabilities.argmax())
+        return Prediction(str(self.model.config.id2label[best]), float(probabilities[best]), recording, [])
+
+    def _run(self, batch: dict[str, Any], max_new_tokens: int) -> Any:
+        if self.model.can_generate():
+            return self.model.generate(**batch, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False)
+        return self.model(**batch)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer alone."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def words(self, ids: Sequence[int]) -> list[str]:
+        """Tokens as a reader takes_images them."""
+        return [self.tokenizer.decode([token]).strip() or "␣" for token in ids]
+
+    @contextmanager
+    def at_budget(self, budget: float | int | None) -> Iterator[ModelWithProcessor]:
+        """Keep ``budget`` at every site inside the block; None leaves the model's own."""
+        found = [] if budget is None else [m for m in self.model.modules() if isinstance(m, Selector)]
+        before = [(s.config, s.budget_schedule) for s in found]
+        for selector in found:
+            selector.config = SiteConfig(**{**vars(selector.config), "budget": budget})
+            selector.config.validate(selector.site)
+            selector.budget_schedule = None
+        try:
+            yield self
+        finally:
+            for selector, (config, schedule) in zip(found, before, strict=True):
+                selector.config, selector.budget_schedule = config, schedule
+
+
+def _processor(place: str) -> Any:
+    """What turns inputs into tensors, from a folder or repository; None where there is none (a selector-only one leaves it to its base)."""
+    folder = Path(place)
+    if folder.is_dir() and not [*folder.glob("*token*.json"), *folder.glob("*processor*.json")]:
+        return None
+    try:
+        return AutoProcessor.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError):
+        if folder.is_dir():
+            raise
+        return None

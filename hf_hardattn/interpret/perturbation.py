@@ -1,0 +1,151 @@
+"""Evaluate how a model's confidence in its own answer changes when parts of the input are removed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HardAttentionError
+from ..modeling.context import is_soft_now
+from ..models import family_of
+from ..recording import record, replay, selectors
+
+REMOVALS = ("select", "replace")
+NOT_INPUTS = ("labels", "decoder_input_ids", "decoder_attention_mask")
+
+
+class PerturbationEvaluator:
+    """Compute ``p(y^ | part of the input)`` of a model on a batch, y^ its own answer to the whole.
+
+    The answer is the class of a classifier, or the text a model generates greedily; the probability of a text is the geometric
+    mean of its tokens'. The model is evaluated in evaluation mode, without gradient.
+
+    Args:
+        model: T5, ViT or BLIP with a head that answers, hard or soft.
+        batch: keyword inputs; labels in it are left out.
+        removal: ``"select"`` computes on the given part only, through the model's ``inputs`` site: what is left out is not there.
+            ``"replace"`` greys patches (0, the mean of normalised pixels) and masks tokens. None takes ``select`` where the model
+            has an ``inputs`` site in force.
+        answer_tokens: most tokens of a generated answer.
+
+    Attributes:
+        tower: whose input the places belong to. places: bool ``[B, P]``, what can be left out (no CLS, ``</s>``, padding).
+        full: ``p(y^ | x)``, fp32 ``[B]``, of the model as it runs. answer: int64 ``[B]`` class, or ``[B, T]`` tokens.
+        removal: the one in force.
+    """
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any], removal: str | None = None, answer_tokens: int = 32):
+        self.model: Any = model
+        self.batch = {name: value for name, value in batch.items() if name not in NOT_INPUTS and value is not None}
+        self.tower, self.places, self.required = choosable(model, self.batch)
+        self.family: Any = family_of(model)
+        self.site = f"{self.tower}.inputs"
+        selector = selectors(model).get(self.site)
+        usable = selector is not None and not is_soft_now(selector)
+        self.removal = removal or ("select" if usable else "replace")
+        if self.removal not in REMOVALS or self.removal == "select" and not usable:
+            raise HardAttentionError(
+                f"removal={removal!r} is not possible; 'select' needs the site '{self.site}' in force, 'replace' needs nothing "
+                f"({type(model).__name__}). Use removal='replace'."
+            )
+        model.eval()
+        with torch.no_grad():
+            self._ask(answer_tokens)
+            self.full = self.probability()
+
+    def __call__(self, keep: Tensor) -> Tensor:
+        """``p(y^ | keep)``, fp32 ``[B]``; ``keep``: bool ``[B, P]``, to which CLS or ``</s>`` is added."""
+        with torch.no_grad():
+            if self.removal == "select":
+                with replay(self.model, {self.site: keep | self.required}):
+                    return self.probability()
+            return self.probability(self.replaced(~keep & self.places))
+
+    def own(self, site: str | None = None) -> Tensor:
+        """What the model itself keeps at ``site`` (the ``inputs`` site by default), bool ``[B, P]``, among ``places``."""
+        with torch.no_grad(), record(self.model) as recording:
+            self.model(**self.batch)
+        kept = recording.kept(recording[site or self.site][0]).flatten(1, 2).any(1)
+        return kept.expand_as(self.places) & self.places
+
+    def replaced(self, dropped: Tensor) -> dict[str, Any]:
+        """The batch with ``dropped``, bool ``[B, P]``, masked (tokens) or greyed (patches)."""
+        if self.tower == "encoder":
+            mask = self.batch.get("attention_mask", torch.ones_like(dropped, dtype=torch.long))
+            return {**self.batch, "attention_mask": mask * (~dropped).to(mask)}
+        return self.family.replace_inputs(self.model, self.batch, {self.tower: dropped}, "zero", 0)
+
+    def probability(self, batch: Mapping[str, Any] | None = None) -> Tensor:
+        """``p(y^ | batch)``, with gradient where it is enabled; the batch as it is by default."""
+        output = self.model(**(self.batch if batch is None else batch))
+        logs = _logits(self.model, output).float().log_softmax(-1)
+        if self.answer.dim() == 1:
+            return logs.gather(-1, self.answer[:, None])[:, 0].exp()
+        logs = logs[:, -self.steps : -1] if self.tower == "vision" else logs
+        tokens = logs.gather(-1, self.answer[:, :, None])[..., 0] * self.counted
+        return (tokens.sum(-1) / self.counted.sum(-1).clamp(min=1)).exp()
+
+    def _ask(self, answer_tokens: int) -> None:
+        """Fix the answer; a generated one becomes the decoder's input, so that one forward scores it."""
+        if not self.model.can_generate():
+            logits = _logits(self.model, self.model(**self.batch))
+            if logits.dim() != 2:
+                raise HardAttentionError(
+                    f"{type(self.model).__name__} gives logits of shape {tuple(logits.shape)}; an evaluator follows one answer a row, [B, classes]."
+                )
+            self.answer = logits.argmax(-1)
+            return
+        texts = self.model.generate(**self.batch, max_new_tokens=answer_tokens, num_beams=1, do_sample=False)
+        prompt = self.batch["input_ids"].shape[1] if self.tower == "vision" and "input_ids" in self.batch else 1
+        self.steps = texts.shape[1] - prompt + 1
+        self.answer = texts[:, prompt:]
+        ends = torch.isin(self.answer, torch.tensor(_ends(self.model), device=texts.device))
+        self.counted = ((ends.cumsum(-1) - ends.long()) == 0).float()  # up to the first end, which counts
+        if self.tower == "vision":
+            self.batch |= {"input_ids": texts, "attention_mask": torch.ones_like(texts)}
+        else:
+            self.batch["decoder_input_ids"] = texts[:, :-1]
+
+
+def choosable(model: nn.Module, batch: Mapping[str, Any]) -> tuple[str, Tensor, Tensor]:
+    """The tower that reads the input; bool ``[B, P]``: its places that may be left out, and those that may not (CLS, ``</s>``).
+
+    Raises:
+        HardAttentionError: an unsupported model, or a batch with neither images nor texts.
+    """
+    family: Any = family_of(model)
+    if family is None:
+        raise HardAttentionError(f"{type(model).__name__} is not supported by hard attention.")
+    found = next(iter(family.input_rows(model, batch).items()), None)
+    if found is None:
+        raise HardAttentionError(
+            f"the batch has neither pixel_values nor a text the model's encoder reads, but {', '.join(batch)}."
+        )
+    tower, rows = found
+    reads_tokens = not family.towers(model)[tower].reads_images
+    mask = batch.get("attention_mask") if reads_tokens else None
+    valid = None if mask is None else mask.bool()
+    protected = family.towers(model)[tower].protected
+    required: Any = protected.mask((rows.shape[0], rows.shape[1]), valid, rows.device)
+    required = torch.zeros_like(rows) if required is None else required
+    free = rows & ~required if valid is None else rows & ~required & valid
+    return tower, free, required
+
+
+def _logits(model: Any, output: Any) -> Tensor:
+    for name in ("logits", "itm_score"):
+        if output.get(name) is not None:
+            return output[name]
+    raise HardAttentionError(f"{type(model).__name__} gives no answer; an evaluator needs a head with logits.")
+
+
+def _ends(model: Any) -> list[int]:
+    """Ids that end a generated text."""
+    text = getattr(model.config, "text_config", model.config)
+    found: list[int] = []
+    for value in (model.generation_config.eos_token_id, text.eos_token_id, getattr(text, "sep_token_id", None)):
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return found or [-1]

@@ -1,0 +1,1 @@
+"""What hard attention adds to a training loss."""

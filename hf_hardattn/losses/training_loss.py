@@ -1,0 +1,223 @@
+"""The training loss of a hard model: the estimators' terms are added to ``outputs.loss`` when a call ends."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HardAttentionError
+from ..modeling.arguments import parameter_names, takes_keywords
+from ..modeling.context import CONTEXT, ForwardContext, set_current
+from ..modeling.selection import Selection
+from ..models import family_of
+from ..modes import evaluating
+from ..recording import Recording, selectors
+from ..schedules import Schedule
+from .distillation import attention_loss, prediction_loss, teach
+from .marginal import marginal_loss
+from .score_function import auxiliary_loss
+
+
+def prepare_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: ForwardContext) -> None:
+    """Before a training call: give the estimators that read the answer the states of the labels."""
+    if not model.training:
+        return
+    if not any(selector.posterior is not None for selector in selectors(model).values()):
+        return
+    context.target = _target(model, _named(model, args, kwargs))
+    if context.target is None:
+        warnings.warn(
+            f"{type(model).__name__} got no labels that an inference network could read, so estimator 'variational' draws from its "
+            "prior and learns as 'simple' does. Pass labels, or use estimator 'simple'.",
+            stacklevel=2,
+        )
+
+
+def add_terms(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, context: ForwardContext
+) -> None:
+    """After a training call: put the whole training loss into ``output``."""
+    Step(model, args, kwargs, context).close(output)
+
+
+class Step:
+    """One training forward pass of a hard model, with the further passes that its estimators ask for."""
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: ForwardContext | None = None
+    ):
+        self.model, self.args = model, args
+        self.context = ForwardContext(model) if context is None else context
+        self.kwargs = {name: value for name, value in kwargs.items() if name != CONTEXT}
+        self.hands_down = CONTEXT in kwargs or context is None
+        self.selectors = selectors(model)
+        self.inputs = _named(model, args, self.kwargs)
+
+    def forward(self, context: ForwardContext | None = None, **changes: Any) -> Any:
+        """The model's own forward once more, past its hooks."""
+        context = self.another() if context is None else context
+        if self.hands_down:
+            return self.model.forward(*self.args, **{**self.kwargs, **changes, CONTEXT: context})
+        if not takes_keywords(self.model):
+            names = parameter_names(self.model)
+            changes = {name: value for name, value in changes.items() if name in names}
+        set_current(context)
+        try:
+            return self.model.forward(*self.args, **{**self.kwargs, **changes})
+        finally:
+            set_current(None)
+
+    def another(self) -> ForwardContext:
+        """A context for one more forward pass on the same inputs."""
+        context, known = ForwardContext(self.model), self.context
+        context.target, context.source_given = known.target, known.source_given
+        context.kept_source, context.source_gates = known.kept_source, known.source_gates
+        return context
+
+    def close(self, output: Any) -> None:
+        """Put the whole training loss into ``output``."""
+        record = self.context
+        if not isinstance(output, MutableMapping) or output.get("loss") is None:
+            self._warn_of_lost_terms(record.selections)
+            return
+        exact = [s for s in record.selections if "choices" in self.selectors[s.site].estimator.needs]
+        if exact:
+            if len(exact) > 1:
+                raise HardAttentionError(
+                    f"estimator 'marginal' at {exact[0].site!r} and {exact[1].site!r}; it tries every choice of ONE site. "
+                    "Name one site, or use estimator 'simple' at the others."
+                )
+            selector = self.selectors[exact[0].site]
+            output["loss"] = marginal_loss(self.model, selector, exact[0], self.inputs, self.forward)
+        passes = [(output, record.selections)]
+        for _ in range(max(s.estimator.samples for s in self.selectors.values()) - 1):
+            other = self.another()
+            passes.append((self.forward(other), other.selections))
+        losses = [found["loss"] for found, _ in passes]
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        extra = self._terms(passes)
+        if extra is not None:
+            record.terms = (extra * _share(self.model, self.inputs)).to(loss.dtype)
+            loss = loss + record.terms
+        output["loss"] = loss
+
+    def _warn_of_lost_terms(self, selections: list[Selection]) -> None:
+        """Say which terms of the training loss have no loss to ride in."""
+        own = [(selection, self.selectors[selection.site]) for selection in selections]
+        needs = {need for _, selector in own for need in selector.estimator.needs}
+        lost = {
+            "the reward of score-function estimators": "reward" in needs,
+            "the penalties of estimators and scorers": any(selection.penalty is not None for selection, _ in own),
+            "the entropy bonus": any(selector.now(selector.entropy_weight) for _, selector in own),
+            "estimator 'marginal'": "choices" in needs,
+            "estimator 'distil'": "teacher" in needs,
+            "self-distillation": bool(self._distillation_weight()),
+        }
+        names = [name for name, is_lost in lost.items() if is_lost]
+        if names:
+            warnings.warn(
+                f"{type(self.model).__name__} returned no loss, so this has no effect: {', '.join(names)}. Pass labels; the Trainer "
+                "keeps them from the model with label_smoothing_factor and compute_loss_func. Rewards, penalties and the entropy bonus "
+                "can also be added to a loss of your own: with hf_hardattn.record(model) as selections, call "
+                "hf_hardattn.auxiliary_loss(selections, hf_hardattn.selectors(model), reward).",
+                stacklevel=2,
+            )
+
+    def _distillation_weight(self) -> float:
+        data = getattr(self.model.config, "hard_attention", None) or {}
+        schedule = Schedule.parse(data.get("self_distillation", 0.0), "self_distillation")
+        return next(iter(self.selectors.values())).now(schedule)
+
+    def _terms(self, passes: list[tuple[Any, list[Selection]]]) -> Tensor | None:
+        terms, rewards, greedy = [], None, None
+        if any(s.log_prob is not None for s in passes[0][1]):
+            rewards = torch.stack([_reward(self.model, self.inputs, found, found["loss"]) for found, _ in passes])
+            if any(s.baseline is not None and s.baseline.needs_greedy for s in self.selectors.values()):
+                greedy = self._greedy_reward()
+        for index, (_, selections) in enumerate(passes):
+            reward = others = None
+            if rewards is not None:
+                reward = rewards[index]
+                others = torch.cat([rewards[:index], rewards[index + 1 :]]) if len(passes) > 1 else None
+            terms.append(auxiliary_loss(selections, self.selectors, reward, greedy, others))
+        found = [term for term in terms if term is not None]
+        total = torch.stack(found).sum() / len(passes) if found else None
+        for term in self._lessons(*passes[0]):
+            total = term if total is None else total + term
+        return total
+
+    def _lessons(self, output: Any, selections: list[Selection]) -> Iterator[Tensor]:
+        """What the soft teacher adds."""
+        pupils = [s for s in selections if "teacher" in self.selectors[s.site].estimator.needs]
+        weight = self._distillation_weight()
+        if not pupils and not weight:
+            return
+        teacher = teach(self.model, self.forward, attention=bool(pupils))
+        family = family_of(self.model)
+        if family is None:
+            return
+        towers = family.towers(self.model)
+        made = Recording(selections, reads={name: tower.source for name, tower in towers.items()})
+        for selection in pupils:
+            yield attention_loss(teacher, made, selection, self.selectors[selection.site])
+        if weight:
+            lesson = prediction_loss(teacher, output, family.labels(self.model, self.inputs))
+            if lesson is not None:
+                yield weight * lesson
+
+    def _greedy_reward(self) -> Tensor:
+        """Reward of the deterministic choices: the same forward in evaluation mode, without gradient."""
+        with evaluating(self.model), torch.no_grad():
+            output = self.forward()
+        return _reward(self.model, self.inputs, output, output["loss"])
+
+
+def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
+    """This batch's share of an accumulated one. The Trainer asks for a loss summed and divided by the items of all
+    micro-batches; where the model obeys, the terms must follow, or they would weigh more with every micro-batch."""
+    total, family = inputs.get("num_items_in_batch"), family_of(model)
+    items = None if total is None or family is None else family.loss_items(model, inputs)
+    return 1.0 if items is None else items / torch.as_tensor(total, device=items.device).flatten()[0]
+
+
+def _reward(model: nn.Module, inputs: dict[str, Any], output: Any, loss: Tensor) -> Tensor:
+    """Reward of each example ``[B]``, or of the batch ``[]`` where the output does not tell."""
+    # not through __dict__: compiled code watches attributes only
+    custom = getattr(model, "_hard_attention_reward", None)
+    with torch.no_grad():
+        if custom is not None:
+            reward = torch.as_tensor(custom(inputs, output), dtype=torch.float32, device=loss.device)
+            if reward.dim() != 1:
+                raise HardAttentionError(
+                    f"the reward function returned shape {tuple(reward.shape)}; it must give one number per example, [B]."
+                )
+            return reward
+        family = family_of(model)
+        losses = None if family is None else family.example_loss(model, inputs, output)
+        return -(loss if losses is None else losses).detach().float()
+
+
+def _target(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+    """States of the labels, ``[B, T, D]`` detached, all-zero rows where there is none; None without labels."""
+    family = family_of(model)
+    if family is None:
+        return None
+    labels, table = family.labels(model, inputs), family.target_table(model)
+    if labels is None or table is None:
+        return None
+    return (table.detach()[labels.clamp(min=0)] * (labels != -100).unsqueeze(-1)).float()
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs by name."""
+    names = [name for name in inspect.signature(model.forward).parameters if name != "kwargs"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+# what a hard model carries as plain data: module-level functions, so that it can be copied and pickled
+TERMS = (add_terms, prepare_call)

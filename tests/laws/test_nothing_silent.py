@@ -1,0 +1,210 @@
+"""Law 17: an option, recording, replay or removal that cannot take effect raises or warns, and says why.
+
+The terms of the training loss have tests of their own in ``test_faults.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import HEADS, close, harden, run, stock
+
+import hf_hardattn
+from hf_hardattn import HardAttentionError
+
+HEAD = ("vit", "ViTForImageClassification")
+FIRST_HEADS = list(dict(reversed(HEADS)).items())
+MASK = torch.ones(3, 10, dtype=torch.bool)
+
+
+def hard_vit(**changes):
+    example = stock(*HEAD)
+    harden(example.model, {"sites": ["vision.inputs", "vision.self.1"], "budget": 3, **changes})
+    return example
+
+
+# ------------------------------------------------------------------------------------------------------------------------- typos
+
+
+@pytest.mark.parametrize("name", ["maskd", "", "MASKED", "auto ", None, 1])
+def test_an_unknown_execution(name):
+    with pytest.raises(HardAttentionError, match="unknown execution"), hf_hardattn.execution(hard_vit().model, name):
+        pass
+
+
+@pytest.mark.parametrize("site", ["vision.input", "text.inputs", "vision.tokens.0", "vision.self.99"])
+def test_a_replay_of_an_unknown_site(site):
+    with pytest.raises(HardAttentionError, match=f"unknown site '{site}'"):
+        with hf_hardattn.replay(hard_vit().model, {site: MASK}):
+            pass
+
+
+def test_a_recorded_site_that_is_not_there():
+    example = hard_vit()
+    with hf_hardattn.record(example.model) as selections:
+        run(example)
+    with pytest.raises(HardAttentionError, match="unknown recorded site 'vision.tokens.0'"):
+        selections["vision.tokens.0"]
+
+
+@pytest.mark.parametrize("mask", [MASK.float(), MASK[0], MASK[:, None], [True] * 10, None])
+def test_a_replayed_mask_of_another_kind(mask):
+    with pytest.raises(HardAttentionError, match="give a bool tensor"):
+        with hf_hardattn.replay(hard_vit().model, {"vision.inputs": mask}):
+            pass
+
+
+@pytest.mark.parametrize("shape", [(3, 9), (2, 10), (3, 11), (4, 10)])
+def test_a_replayed_mask_of_another_shape(shape):
+    example = hard_vit()
+    with pytest.raises(HardAttentionError, match="the selection to replay at 'vision.inputs' has the shape"):
+        with hf_hardattn.replay(example.model, {"vision.inputs": torch.ones(shape, dtype=torch.bool)}):
+            run(example)
+
+
+def test_more_calls_than_were_recorded():
+    example = hard_vit()
+    with hf_hardattn.record(example.model) as selections:
+        run(example)
+    with pytest.raises(HardAttentionError, match="the recording holds fewer selections at 'vision.inputs'"):
+        with hf_hardattn.replay(example.model, selections):
+            run(example)
+            run(example)
+
+
+def test_a_recording_of_another_batch():
+    example = hard_vit()
+    with hf_hardattn.record(example.model) as selections:
+        run(example)
+    example.batch = {name: torch.cat((value, value))[:4] for name, value in example.batch.items()}
+    with pytest.raises(HardAttentionError, match="Replay a recording on the batch it was made on"):
+        with hf_hardattn.replay(example.model, selections):
+            run(example)
+
+
+# ----------------------------------------------------------------------------------------------------------------- nothing to act on
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda model: hf_hardattn.record(model).__enter__(),
+        lambda model: hf_hardattn.replay(model, []).__enter__(),
+        lambda model: hf_hardattn.set_budget(model, 3),
+        lambda model: hf_hardattn.verify(model, {}),
+        lambda model: hf_hardattn.diagnose(model, {}),
+        lambda model: hf_hardattn.find_collapse(model, {}),
+        lambda model: hf_hardattn.execution(model, "masked").__enter__(),
+        lambda model: hf_hardattn.sampled(model).__enter__(),
+        lambda model: hf_hardattn.freeze_backbone(model).__enter__(),
+        lambda model: hf_hardattn.set_reward(model, lambda inputs, output: output.loss),
+    ],
+    ids="record replay set_budget verify diagnose find_collapse execution sampled freeze_backbone set_reward".split(),
+)
+def test_a_model_without_sites(verb):
+    with pytest.raises(HardAttentionError, match="ViTForImageClassification has no"):
+        verb(stock(*HEAD).model)
+
+
+def test_a_soft_model_is_soft_and_bare_already():
+    """These ask for what is there, so that they have nothing to say."""
+    example = stock(*HEAD)
+    expected = run(example)
+    with hf_hardattn.soft(example.model):
+        close(run(example), expected, 0)
+    assert hf_hardattn.remove(example.model) is example.model
+    assert "no hard attention" in hf_hardattn.status(example.model)
+
+
+def test_a_reward_that_no_estimator_reads():
+    with pytest.warns(UserWarning, match="no site .* reads a reward"):
+        hf_hardattn.set_reward(hard_vit(estimator="simple").model, lambda inputs, output: output.loss)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- budgets
+
+
+@pytest.mark.parametrize(
+    "budget", [0, -1, 0.0, 1.5, -0.5, "threshold", "top_p:2", "all", None, True, float("nan"), [3]]
+)
+def test_a_budget_out_of_range_changes_nothing(budget):
+    example = hard_vit()
+    expected, said = run(example), hf_hardattn.status(example.model)
+    with pytest.raises(HardAttentionError, match="budget"):
+        hf_hardattn.set_budget(example.model, budget)
+    close(run(example), expected, 0)
+    assert hf_hardattn.status(example.model) == said
+
+
+@pytest.mark.parametrize("site", ["vision.inputz", "vision.tokens.0", "text.inputs"])
+def test_a_budget_of_an_unknown_site_changes_nothing(site):
+    example = hard_vit()
+    said = hf_hardattn.status(example.model)
+    with pytest.raises(HardAttentionError, match=site):
+        hf_hardattn.set_budget(example.model, {"vision.inputs": 2, site: 2})
+    assert hf_hardattn.status(example.model) == said
+
+
+# ----------------------------------------------------------------------------------------------------------------- refused as a whole
+
+REFUSED = [
+    {"sites": ["nowhere.*"]},
+    {"sites": ["*"], "scorer": "nobody"},
+    {"sites": ["*"], "estimator": "nobody"},
+    {"sites": ["*"], "budget": 0},
+    {"sites": ["*"], "execution": "gathered", "estimator": "simple"},
+    {"sites": ["*"], "scorer": "query_key", "scorer_options": {"nothing": 1}},
+    {"sites": ["*"], "budget": {"start": 1.0}},
+    {"sites": ["*"], "nothing": 1},
+]
+
+
+@pytest.mark.parametrize("config", REFUSED, ids=str)
+@pytest.mark.parametrize(("architecture", "head"), FIRST_HEADS)
+def test_a_refused_configuration_leaves_the_whole_model(architecture, head, config):
+    """A hard model stays as hard as it was, and a soft one soft."""
+    example = stock(architecture, head)
+    for before in (None, {"sites": ["*"], "budget": 2}):
+        if before is not None:
+            harden(example.model, before)
+        expected, keys, said = (
+            run(example),
+            list(example.model.state_dict()),
+            copy.deepcopy(example.model.config.to_dict()),
+        )
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in example.model.modules()]
+        with pytest.raises(HardAttentionError):
+            hf_hardattn.apply(example.model, config)
+        assert list(example.model.state_dict()) == keys and example.model.config.to_dict() == said
+        assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in example.model.modules()] == hooks
+        close(run(example), expected, 0)
+
+
+# -------------------------------------------------------------------------------------------------------------- compiled and recorded
+
+
+@pytest.mark.parametrize("form", ["torch.compile", "model.compile", "layer.compile"])
+def test_a_compiled_model_that_ran_is_recorded(form):
+    example = hard_vit()
+    torch._dynamo.reset()
+    model = example.model
+    if form == "torch.compile":
+        example.model = torch.compile(model, backend="eager")
+    elif form == "model.compile":
+        model.compile(backend="eager")
+    else:
+        for layer in model.vit.layers:
+            layer.compile(backend="eager")
+    for _ in range(2):
+        run(example)
+    with hf_hardattn.record(model) as selections:
+        run(example)
+    assert sorted(selections.sites) == ["vision.inputs", "vision.self.1"]
+
+
+def test_a_schedule_that_nobody_counts():
+    example = hard_vit(temperature={"start": 1.0, "end": 0.1, "steps": 100})
+    with pytest.warns(UserWarning, match="has a schedule that stands at step 0"):
+        example.model.train()(**example.batch)
