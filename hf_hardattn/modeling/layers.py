@@ -41,7 +41,8 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     rows.select_inputs()
     rows.hand_over_mask()
     hand_over_source(layer, plan, context, state, arguments)
-    if state.gates is not None or state.source_gates is not None or plan.own or plan.crosses:
+    chooses = plan.own or plan.crosses or plan.follows or plan.cross_follows
+    if chooses or state.gates is not None or state.source_gates is not None:
         checkpoint_without_reentry(layer)
     return arguments.result()
 

@@ -240,7 +240,9 @@ class TowerState:
         What pools the rows then sees the kept ones alone, in training as in evaluation.
         """
         kept = self.candidates
-        if self.chosen is None or kept is None or self.bound is None or self.bound >= hidden.shape[1]:
+        if self.chosen is None or kept is None or self.bound is None:
+            return hidden
+        if self.bound >= hidden.shape[1] and self.gates is not None:  # in training, where any row may keep everything
             return hidden
         indices = mask_to_indices(kept, self.bound)
         self._steps.append(indices)

@@ -274,6 +274,11 @@ def cases(
     return [Case(place, head(place, rest), *rest) for place, *rest in rows]
 
 
+def averages(head: str, place: Place) -> bool:
+    """Whether a head averages the rows that a place drops, which takes a fixed budget."""
+    return head in models.load(place.architecture).spec.averaging_heads and place.kind in ("inputs", "tokens")
+
+
 def head_places(where: Callable[[Place], bool] = lambda place: True) -> list[tuple[str, Place]]:
     """Every head with every place it has."""
     return [(head, place) for place in PLACES if where(place) for head in place.heads]

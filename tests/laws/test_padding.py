@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import SCORERS, Case, Example, cases, hard, head_places, refusal, run
+from cases import SCORERS, Case, Example, averages, cases, hard, head_places, refusal, run
 from rounding import FEW, SOME, assert_rounded
 
 import hf_hardattn
@@ -55,7 +55,14 @@ def test_a_batch_is_its_rows_one_by_one(case):
 
 
 @pytest.mark.parametrize("mode", ["gathered", "masked"])
-@pytest.mark.parametrize(("head", "place"), head_places(lambda p: p.kind in ("inputs", "tokens")))
+@pytest.mark.parametrize(
+    ("head", "place"),
+    [
+        (head, place)
+        for head, place in head_places(lambda p: p.kind in ("inputs", "tokens"))
+        if not averages(head, place)
+    ],
+)
 def test_a_row_keeps_what_it_is_given_when_another_is_given_all(head, place, mode):
     case = Case(place, head, budget=2)
     site = next(iter(hf_hardattn.selectors(hard(case).model)))
