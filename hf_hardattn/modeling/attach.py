@@ -166,6 +166,8 @@ def _install(
 
 def _selector_at(tower: Tower, kind: str, layer: int) -> Selector | None:
     """The selector of a site; None where there is none, or where its estimator never selects."""
+    if layer >= len(tower.layers):  # a tower may have no layers
+        return None
     for pixels in (False, True) if kind == "inputs" else (False,):
         host, name = tower.host(kind, layer, pixels)
         found = host._modules.get(name)
