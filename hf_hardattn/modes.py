@@ -46,7 +46,7 @@ def site_names(model: nn.Module) -> dict[int, str]:
     """
     names: dict[int, str] = {}
     towers: set[str] = set()
-    for tower in model.modules():
+    for tower in unwrap(model).modules():
         if TOWER in tower.__dict__:
             name = _free_name(tower.__dict__[TOWER].name, towers)
             towers.add(name)
