@@ -77,8 +77,13 @@ def _warn_of_lonely_selectors(model: Any, built: Mapping[str, Selector]) -> None
             return
 
 
-def attach_to(model: nn.Module, config: HardAttentionConfig, *, fresh: bool = False) -> dict[str, Selector]:
+def attach_to(
+    model: nn.Module, config: HardAttentionConfig, *, fresh: bool = False, is_part: bool = False
+) -> dict[str, Selector]:
     """Attach a configuration to a model that is being built, or (``fresh``) to one whose weights are there.
+
+    Args:
+        is_part: the model is being built inside another one, which has all the sites: here some may be missing.
 
     Returns:
         The selectors that were made, by site.
@@ -87,7 +92,7 @@ def attach_to(model: nn.Module, config: HardAttentionConfig, *, fresh: bool = Fa
         HardAttentionError: no family knows the model.
     """
     family = family_or_refuse(model)
-    built = attach(model, config, family, TERMS)
+    built = attach(model, config, family, TERMS, is_part)
     if not fresh:
         return built
     for selector in built.values():

@@ -334,7 +334,8 @@ def _completed(fields: Mapping[str, Any], version: int) -> dict[str, Any]:
     # what is no name or no dict is refused later, by name
     if not isinstance(name, str) or not isinstance(options, Mapping) or name not in registry.names("estimators"):
         return dict(fields)
-    return {**fields, "estimator_options": registry.load("estimators", name).saved_options(options, version)}
+    completed = registry.load("estimators", name).saved_options(options, version)
+    return {**fields, "estimator_options": completed} if completed or "estimator_options" in fields else dict(fields)
 
 
 def _check_schema_version(version: Any) -> None:

@@ -152,4 +152,8 @@ def write_field(name: str, value: Any) -> Any:
 
 def is_configuration(value: Any) -> bool:
     """Whether ``value`` is a ``HardAttentionConfig``, also where another copy of this package made it."""
+    if value is None or isinstance(
+        value, dict
+    ):  # also for the compiler, which cannot look through the bases of a class
+        return False
     return any(cls.__name__ == "HardAttentionConfig" for cls in type(value).__mro__) and hasattr(value, "to_dict")

@@ -70,6 +70,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "distil": {"weight": number(0, 1e6)},
     "entmax": {"alpha": number(1.001, 2), "hard": FLAG},
     "gumbel": {"hard": FLAG},
+    "grpo": {"samples": integer(2, 1024), "law": one_of("plackett_luce", "conditional_bernoulli")},
     "gumbel_rao": {"draws": integer(1, 10_000)},
     "hard_concrete": {"temper": number(1e-6, 1e6), "stiffness": number(0, 1e6)},
     "imle": {"strength": number(1e-6, 1e6), "adaptive": FLAG, "noise": one_of("gumbel", "sum_of_gamma")},
@@ -81,6 +82,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "perturbed": {"draws": integer(2, 10**6), "sigma": number(1e-6, 1e6), "hard": FLAG},
     "reinforce": {"law": one_of("plackett_luce", "conditional_bernoulli")},
+    "reinmax_rao": {"draws": integer(1, 10_000), "tau": number(1e-6, 1e6)},
     "rloo": {"samples": integer(2, 1024)},
     "sfess": {"samples": integer(2, 1024)},
     "simple": {"sample": FLAG},
@@ -407,6 +409,8 @@ def with_integers(value):
 
 
 def assert_as_meant(config, data):
+    if data.get("schema_version") == 1:  # may have former defaults; tests/test_version1.py says which
+        data = {name: value for name, value in data.items() if name not in ("estimator_options", "sites")}
     if data.get("recipe") is None:
         for name in data.keys() & DEFAULTS.keys():
             assert meaning(name, getattr(config, name)) == meaning(name, data[name]), name

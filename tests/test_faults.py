@@ -33,6 +33,8 @@ from transformers import (
     CLIPConfig,
     CLIPForImageClassification,
     CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2ForImageClassification,
     PreTrainedModel,
     T5Config,
     T5EncoderModel,
@@ -284,6 +286,14 @@ class OwnHead(PreTrainedModel):
         return self.head(self.vit(pixel_values).last_hidden_state[:, 0])
 
 
+def test_a_site_of_the_outer_model_alone_is_refused_only_by_the_outermost() -> None:
+    """The towers inside are built first, and know neither the other towers nor what is special about this head."""
+    assert list(hf_hardattn.selectors(TwoTowers(vit_config(hard_attention={"sites": ["vision2.inputs"]}))))
+    for cls in (TwoTowers, ViTForImageClassification, ViTModel):
+        with pytest.raises(HardAttentionError, match=f"no site matches 'vision3.inputs' in {cls.__name__}"):
+            cls(vit_config(hard_attention={"sites": ["vision3.inputs", "vision.inputs"]}))
+
+
 class StrictForImageClassification(ViTForImageClassification):
     """Named as Transformers names such a head: the loss function is found by the name of the class."""
 
@@ -310,6 +320,26 @@ def test_a_head_that_returns_a_tensor_trains() -> None:
 def test_a_strict_forward_signature_is_no_obstacle() -> None:
     model = harden(shaken(StrictForImageClassification, vit_config()), sites=["vision.inputs"], budget=4)
     assert torch.equal(logits(model), logits(vit("vision.inputs", budget=4)))
+
+
+def test_a_subclass_of_a_head_is_that_head() -> None:
+    """What a family knows of a head holds for a user's subclass of it under any name."""
+
+    class MineT5(T5ForConditionalGeneration):
+        pass
+
+    class MineDinov2(Dinov2ForImageClassification):
+        pass
+
+    model = harden(shaken(MineT5, T5Config(**T5_SIZES, decoder_start_token_id=0)), sites=["decoder.cross.*"])
+    harden(model, sites=["decoder.cross.*"], estimator="variational").train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**texts()).loss.backward()  # the inference network reads the labels
+    with pytest.raises(HardAttentionError, match="averages the rows"):
+        harden(
+            MineDinov2(Dinov2Config(**SIZES, image_size=32, patch_size=8)), sites=["vision.inputs"], budget="top_p:0.5"
+        )
 
 
 STRICT: dict[str, dict[str, Any]] = {
@@ -417,8 +447,9 @@ class TwoTowers(PreTrainedModel):
         return {"loss": None if labels is None else nn.functional.cross_entropy(predicted, labels), "logits": predicted}
 
 
-def test_two_towers_of_one_name_are_numbered_in_the_model_around_them(tmp_path: Path) -> None:
-    hard = {"sites": ["vision*.inputs"], "budget": 4, "estimator": "reinforce"}
+@pytest.mark.parametrize("sites", [["vision*.inputs"], ["vision.inputs", "vision2.inputs"]])
+def test_two_towers_of_one_name_are_numbered_in_the_model_around_them(tmp_path: Path, sites: list[str]) -> None:
+    hard = {"sites": sites, "budget": 4, "estimator": "reinforce"}
     model = shaken(TwoTowers, vit_config(hard_attention=hard))
     sites = ["vision.inputs", "vision2.inputs"]
     assert [selector.site for selector in hf_hardattn.selectors(model).values()] == sites

@@ -614,7 +614,7 @@ def test_image_in_a_video_model_is_the_stock_image(models: Path, data: Path, vid
         make("video_captioning", models, videos, planted_column=None, vision_features="x")
     with pytest.raises(
         hf_hardattn.HardAttentionError,
-        match="got 36 patches for scorer_options {'frames': 2}; it needs a square grid .* set frames",
+        match="got 36 patches for scorer_options {'frames': 2}; it needs a grid for each frame.* set frames",
     ):
         wrong = make("video_captioning", models, videos, num_frames=4, sites=["vision.inputs"], scorer="mlp")
         hf_hardattn.apply(wrong.model, {"sites": ["vision.inputs"], "scorer": "conv", "scorer_options": {"frames": 2}})

@@ -157,7 +157,7 @@ def test_configurations_under_scripts_come_with_the_library(tmp_path: Path, monk
 
 def test_list_says_whole_sentences() -> None:
     text = command("list")
-    assert "norm(x_n) + b_h." in text and "for ViTForImageClassification" in text and "`" not in text
+    assert "norm(x_n) + b_h." in text and "vision (inputs, " in text and "`" not in text
     assert "visual_question_answering" in text and "teacher - the same model" in text
 
 

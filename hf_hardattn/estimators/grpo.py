@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
 from torch import Tensor
 
 from ..distributions import ConditionalBernoulli, PlackettLuce
-from ..errors import HardAttentionError, unknown
+from ..options import Range
 from . import Choice, Estimator, Sampling
 
+_SAMPLES = Range(2, 1024, "A deviation takes 2 samples or more. For one sample use 'reinforce'.")
 LAWS = {"plackett_luce": PlackettLuce, "conditional_bernoulli": ConditionalBernoulli}
 FLOOR = 1e-4  # added to the deviation: rewards that differ by rounding alone stay without effect
 
@@ -42,15 +45,12 @@ class Grpo(Estimator):
     needs = ("reward", "passes")
     source = "Shao et al. 2024, arXiv:2402.03300, section 4.1; one optimizer step a draw"
 
-    def __init__(self, samples: int = 4, law: str = "plackett_luce") -> None:
+    def __init__(
+        self,
+        samples: Annotated[int, _SAMPLES] = 4,
+        law: Literal["plackett_luce", "conditional_bernoulli"] = "plackett_luce",
+    ) -> None:
         super().__init__()
-        if samples < 2:
-            raise HardAttentionError(
-                f"samples={samples} is out of range at estimator grpo; a deviation takes 2 samples or more. "
-                "For one sample use 'reinforce'."
-            )
-        if law not in LAWS:
-            raise unknown("law", law, LAWS, "estimator grpo")
         self.passes, self.law = samples, LAWS[law]
 
     @property

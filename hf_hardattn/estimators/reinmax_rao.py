@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from ..distributions import LOW, ConditionalBernoulli, PlackettLuce
-from ..errors import HardAttentionError
+from ..options import Range
 from . import Choice, Estimator, Sampling
 from ._relaxation import noisy_given_order, relax
 from ._second_order import second_order_gates
@@ -47,12 +49,12 @@ class ReinmaxRao(Estimator):
     needs = ("gates",)
     source = "Wang & Bui 2026, arXiv:2603.08257 (k = 1); k > 1: as reinmax"
 
-    def __init__(self, draws: int = 32, tau: float = 0.7) -> None:
+    def __init__(
+        self,
+        draws: Annotated[int, Range(1, 10_000, "It counts noises, >= 1.")] = 32,
+        tau: Annotated[float, Range(1e-6, 1e6, "A temperature is > 0.")] = 0.7,
+    ) -> None:
         super().__init__()
-        if draws < 1:
-            raise HardAttentionError(f"draws={draws} is out of range at estimator reinmax_rao; it counts noises, >= 1.")
-        if not tau > 0:
-            raise HardAttentionError(f"tau={tau} is out of range at estimator reinmax_rao; a temperature is > 0.")
         self.draws, self.tau = draws, tau
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:

@@ -7,6 +7,7 @@ recorders, so that models of the stock classes, even those built before, return 
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -80,10 +81,21 @@ def _post_init(post_init: Callable[..., Any], self: PreTrainedModel) -> None:
     # a class that no family knows may hold a model that one does, or be a part of one: those decide
     known = wanted is not None and family_of(self) is not None
     if known:
-        attach_to(self, HardAttentionConfig.parse(wanted))
+        attach_to(self, HardAttentionConfig.parse(wanted), is_part=_is_part(self))
     elif wanted is None and selectors(self):
         remove(self)  # the outer config decides: hard parts of a model that was asked to be soft
     post_init(self)
+
+
+def _is_part(model: PreTrainedModel) -> bool:
+    """Whether the model is being built in the ``__init__`` of another one, which attaches its sites when it is complete."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        builder = frame.f_locals.get("self") if frame.f_code.co_name == "__init__" else None
+        if isinstance(builder, PreTrainedModel) and builder is not model:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _initialize_weights(

@@ -83,7 +83,8 @@ class Step:
         """Put the whole training loss into ``output``."""
         record = self.context
         if not isinstance(output, MutableMapping) or output.get("loss") is None:
-            self._warn_of_lost_terms(record.selections)
+            if not torch.compiler.is_compiling():
+                self._warn_of_lost_terms(record.selections)
             return
         exact = [s for s in record.selections if "choices" in self.selectors[s.site].estimator.needs]
         if exact:

@@ -37,6 +37,7 @@ def attach(
     config: HardAttentionConfig,
     family: Family,
     training_loss: tuple[Callable[..., None], Callable[..., None]],
+    is_part: bool = False,
 ) -> dict[str, Selector]:
     """Give a model the sites of a configuration, in place. A configuration that is refused changes nothing.
 
@@ -44,6 +45,7 @@ def attach(
 
     Args:
         family: of the model. training_loss: adds the estimators' terms to an output, and prepares a training call; see ``towers.TRAINING_LOSS``.
+        is_part: the model is being built inside another one, which has all the sites: here some may be missing.
 
     Returns:
         The selectors that were made, by site.
@@ -51,6 +53,8 @@ def attach(
     towers = family.towers(model)
     kinds: Kinds = {site: (tower, kind, n) for tower in towers.values() for site, kind, n in tower.sites()}
     absent = set(family.all_towers) - towers.keys()
+    if is_part:
+        absent |= {pattern.split(".")[0] for pattern in config.sites or family.recommended}
     resolved = config.resolve(kinds, family.recommended, type(model).__name__, ignore=absent)
     if not resolved and not absent:
         raise HardAttentionError(
@@ -112,7 +116,7 @@ def _check_restore(model: nn.Module, config: HardAttentionConfig, towers: Mappin
 
 
 def _check_averages(model: nn.Module, resolved: Mapping[str, SiteConfig], kinds: Kinds, family: Family) -> None:
-    if type(model).__name__ not in family.spec.averaging_heads:
+    if not heads.extends(model, family.spec.averaging_heads):
         return
     for site, config in resolved.items():
         if kinds[site][1] in ("inputs", "tokens") and isinstance(config.budget, str):
@@ -162,6 +166,8 @@ def _install(
 
 def _selector_at(tower: Tower, kind: str, layer: int) -> Selector | None:
     """The selector of a site; None where there is none, or where its estimator never selects."""
+    if layer >= len(tower.layers):  # a tower may have no layers
+        return None
     for pixels in (False, True) if kind == "inputs" else (False,):
         host, name = tower.host(kind, layer, pixels)
         found = host._modules.get(name)
@@ -279,7 +285,7 @@ def _install_tower(
     is_read = any(other.source == tower.name for other in towers.values())
     restores = config.restore
     if restores is None:
-        restores = type(model).__name__ in family.spec.restored_heads or (tower.spec.restores and not is_read)
+        restores = heads.extends(model, family.spec.restored_heads) or (tower.spec.restores and not is_read)
     spec = tower.spec.patches
     pixels = spec is not None and tower.module.get_submodule(spec.module)._modules.get("input_selector") is not None
     tower.module.__dict__[TOWER] = TowerPlan(

@@ -89,11 +89,11 @@ class Tower:
     def sites(self) -> Iterator[tuple[str, str, int]]:
         """Yield ``(site, kind, layer)``."""
         for kind in self.kinds:
-            if kind == "inputs":
-                yield f"{self.name}.inputs", kind, 0
-            else:
+            if kind != "inputs":
                 for layer in range(len(self.layers)):
                     yield f"{self.name}.{kind}.{layer}", kind, layer
+            elif len(self.layers):
+                yield f"{self.name}.inputs", kind, 0
 
     def attention(self, layer: nn.Module, kind: str) -> Any:
         """The attention module of a layer, for ``self`` or ``cross``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,11 @@ from ..functional.patches import replace_patches
 
 if TYPE_CHECKING:
     from .family import Tower
+
+
+def extends(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether the model's class, or one that it extends, has one of these names: a user's subclass of a head is that head."""
+    return not {cls.__name__ for cls in type(model).__mro__}.isdisjoint(names)
 
 
 def labels(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:

@@ -523,7 +523,7 @@ class Selector(nn.Module):
 
 def full_precision(device: torch.device) -> Any:
     """Leave autocast: scores, noise and log-probabilities are fp32 in every training loop."""
-    enabled = torch.is_autocast_enabled(device.type)
+    enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 

@@ -98,7 +98,7 @@ def token_loss(
     model: nn.Module, inputs: dict[str, Any], output: Any, known: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """For the contrastive model, the mean loss of both directions."""
-    if type(model).__name__ != "BlipModel" or output.get("logits_per_text") is None:
+    if not heads.extends(model, ["BlipModel"]) or output.get("logits_per_text") is None:
         return heads.token_loss(model, inputs, output, known)
     logits = output.logits_per_text.float()
     pairs = torch.arange(len(logits), device=logits.device)

@@ -11,8 +11,8 @@ from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
 
 def target_table(model: nn.Module) -> Tensor | None:
     """The embeddings of the words that a label can be."""
-    found: Any = model
-    return found.decoder.embed_tokens.weight
+    found: Any = getattr(model, "decoder", model)  # the decoder itself, while it is built
+    return found.embed_tokens.weight
 
 
 GRU = ModelSpec(

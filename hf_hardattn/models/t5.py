@@ -32,7 +32,7 @@ STACK: dict[str, Any] = dict(
 
 def target_table(model: nn.Module) -> Tensor | None:
     """The embeddings of the words that a label can be, or the classifier's weight."""
-    if type(model).__name__ == "T5ForConditionalGeneration":
+    if heads.extends(model, ["T5ForConditionalGeneration"]):
         table: Any = model.shared
         return table.weight
     return heads.target_table(model)
@@ -54,7 +54,7 @@ def token_loss(
 
 def other_reader(model: nn.Module, batch: dict[str, Any]) -> str | None:
     """These heads feed the whole input to their decoder."""
-    copies = type(model).__name__ in ("T5ForQuestionAnswering", "T5ForSequenceClassification")
+    copies = heads.extends(model, ["T5ForQuestionAnswering", "T5ForSequenceClassification"])
     given = batch.get("decoder_input_ids") is not None or batch.get("decoder_inputs_embeds") is not None
     return "the decoder, which this head feeds with the shifted input_ids" if copies and not given else None
 

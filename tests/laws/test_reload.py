@@ -150,6 +150,7 @@ def test_a_newer_schema_is_refused(tmp_path):
 def test_a_site_that_the_model_lacks_is_refused(tmp_path):
     cls = hard_checkpoint(tmp_path, sites={"vision.tokens.7": {}})
     with pytest.raises(
-        HardAttentionError, match="no site matches 'vision.tokens.7' in ViTModel; it has: 'vision.inputs'"
+        HardAttentionError,
+        match="no site matches 'vision.tokens.7' in ViTForImageClassification; it has: 'vision.inputs'",
     ):
         cls.from_pretrained(tmp_path)
