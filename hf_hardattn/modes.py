@@ -44,6 +44,7 @@ def site_names(model: nn.Module) -> dict[int, str]:
     A model attached as a whole numbers its towers of one kind itself. Where several models stand in one container, the second
     tower of a name is numbered here in the same way: ``vision2.inputs``.
     """
+    model = unwrap(model)
     names: dict[int, str] = {}
     towers: set[str] = set()
     for tower in unwrap(model).modules():

@@ -185,21 +185,15 @@ def test_a_refused_configuration_leaves_the_whole_model(architecture, head, conf
 # -------------------------------------------------------------------------------------------------------------- compiled and recorded
 
 
-@pytest.mark.parametrize("form", ["torch.compile", "model.compile", "layer.compile"])
-def test_a_compiled_model_that_ran_is_recorded(form):
+def test_a_model_whose_layers_are_compiled_and_ran_is_recorded():
+    """As a whole, compiled in either form: see ``test_wrappers.py``."""
     example = hard_vit()
     torch._dynamo.reset()
-    model = example.model
-    if form == "torch.compile":
-        example.model = torch.compile(model, backend="eager")
-    elif form == "model.compile":
-        model.compile(backend="eager")
-    else:
-        for layer in model.vit.layers:
-            layer.compile(backend="eager")
+    for layer in example.model.vit.layers:
+        layer.compile(backend="eager")
     for _ in range(2):
         run(example)
-    with hf_hardattn.record(model) as selections:
+    with hf_hardattn.record(example.model) as selections:
         run(example)
     assert sorted(selections.sites) == ["vision.inputs", "vision.self.1"]
 
