@@ -27,7 +27,7 @@ def test_half_precision_trains_and_evaluates(case, dtype):
     with hf_hardattn.record(example.model) as selections:
         loss = train_loss(example)
     (loss * 2**-10).backward()  # as a gradient scaler keeps fp16 in range
-    assert loss.isfinite() and selections
+    assert loss.isfinite() and (selections or case.estimator == "soft")  # which selects nothing
     for selection in selections:
         for value in (selection.scores, selection.gates, selection.log_prob, selection.entropy):
             assert value is None or (value.dtype == torch.float32 and value.isfinite().all())
