@@ -232,7 +232,9 @@ class TowerState:
         hidden = self.gather_chosen(hidden)
         if restore and self.positions is not None:
             return restore_rows(hidden, self.positions, self.valid, self.length)
-        if self.gates is not None and self.chosen is not None:  # nothing was dropped: padding rows stay what stock makes them
+        if (
+            self.gates is not None and self.chosen is not None
+        ):  # nothing was dropped: padding rows stay what stock makes them
             return hidden
         return hidden if self.valid is None else hidden.masked_fill(~self.valid.unsqueeze(-1), 0.0)
 

@@ -29,7 +29,8 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     context: ForwardContext | None = kwargs.get(CONTEXT) or current_context()
     if plan.idle and not tower.training and not has_modes(context):
         return None
-    if context is None and plan.adds_terms and tower.training and torch.compiler.is_compiling():
+    inner = TRAINING_LOSS not in tower.__dict__  # a tower that is the whole model adds its terms itself
+    if inner and context is None and plan.adds_terms and tower.training and torch.compiler.is_compiling():
         torch.compiler.disable(_refuse_compiled_training)(plan.name)
     context = context or ForwardContext(tower)
     arguments = Arguments(plan.names, args, kwargs)
