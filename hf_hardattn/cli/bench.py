@@ -75,13 +75,7 @@ def command(
 
     if mode not in bench.MODES:
         raise unknown("mode", mode, bench.MODES)
-    if suite == "gpu" and model is None and not torch.cuda.is_available():
-        raise HardAttentionError(
-            "suite 'gpu' measures a GPU, and PyTorch sees none here; on a CPU it would take hours and say nothing. Run it on a machine with "
-            "one, or take --suite quick or targets."
-        )
-    if suite not in SUITES and not suite.endswith((".yaml", ".yml")):
-        raise unknown("suite", suite, SUITES)
+    _check_suite(suite, model)
     torch.set_num_threads(threads)
     if suite == "competing":
         _eagerly(suite, mode)
@@ -131,6 +125,19 @@ def command(
     draw(results, path.with_suffix(".png"))
     _show(results)
     typer.echo(f"results: {path}")
+
+
+def _check_suite(suite: str, model: str | None) -> None:
+    """Refuse a suite that there is not, or that this machine cannot measure."""
+    import torch
+
+    if suite == "gpu" and model is None and not torch.cuda.is_available():
+        raise HardAttentionError(
+            "suite 'gpu' measures a GPU, and PyTorch sees none here; on a CPU it would take hours and say nothing. Run it on a machine with "
+            "one, or take --suite quick or targets."
+        )
+    if suite not in SUITES and not suite.endswith((".yaml", ".yml")):
+        raise unknown("suite", suite, SUITES)
 
 
 def _eagerly(suite: str, mode: str) -> None:

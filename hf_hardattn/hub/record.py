@@ -162,16 +162,7 @@ def _problems(value: Any, kind: Any, where: str) -> Iterator[str]:
         elif len(value) != 1 or not missing(value):
             yield f"{where}: not_measured gives a reason and stands alone"
     elif isinstance(kind, dict):
-        if not isinstance(value, dict):
-            yield f"{where or 'the record'} is no object"
-            return
-        for key in kind:
-            if key not in value:
-                yield f"{where}.{key} is missing".lstrip(".")
-            else:
-                yield from _problems(value[key], kind[key], f"{where}.{key}".lstrip("."))
-        for key in sorted(value.keys() - kind.keys()):
-            yield f"{where}.{key} is unknown".lstrip(".")
+        yield from _problems_of_object(value, kind, where)
     elif isinstance(kind, list):
         if not isinstance(value, list):
             yield f"{where} is no list"
@@ -180,6 +171,19 @@ def _problems(value: Any, kind: Any, where: str) -> Iterator[str]:
             yield from _problems(row, kind[0], f"{where}[{index}]")
     elif not _fits(value, kind):
         yield f"{where}={json.dumps(value, default=str)[:60]} is not {kind}"
+
+
+def _problems_of_object(value: Any, kind: dict[str, Any], where: str) -> Iterator[str]:
+    if not isinstance(value, dict):
+        yield f"{where or 'the record'} is no object"
+        return
+    for key in kind:
+        if key not in value:
+            yield f"{where}.{key} is missing".lstrip(".")
+        else:
+            yield from _problems(value[key], kind[key], f"{where}.{key}".lstrip("."))
+    for key in sorted(value.keys() - kind.keys()):
+        yield f"{where}.{key} is unknown".lstrip(".")
 
 
 def _fits(value: Any, kind: str) -> bool:

@@ -96,8 +96,8 @@ def _move_files(new: Path, old: Path, drop: tuple[str, ...]) -> None:
     """Where the folder itself must stay: move the files one by one, configurations last, since they make a model of the others."""
     written = sorted(new.iterdir(), key=lambda path: path.suffix == ".json")
     for path in written:
-        if path.is_dir():
-            shutil.rmtree(old / path.name, ignore_errors=True)
+        if path.is_dir() and (old / path.name).is_dir():
+            shutil.rmtree(old / path.name)  # a folder takes the place of an empty one only
         os.replace(path, old / path.name)
     names = {path.name for path in written}
     for path in old.iterdir():
