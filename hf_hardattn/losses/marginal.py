@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..distributions import LOW, ConditionalBernoulli
 from ..errors import HardAttentionError
+from ..modeling.family import Family
 from ..modeling.selection import Selection
 from ..modeling.selector import Selector
 from ..models import family_of
@@ -35,21 +36,7 @@ def marginal_loss(
             themselves, queries whose choices meet again later, or gradient checkpointing.
     """
     n, site, estimator = selection.mask.shape[-1], selection.site, selector.estimator
-    family = family_of(model)
-    if selection.mask.shape[1] > 1 or family is None:
-        raise HardAttentionError(
-            f"per_head=True at '{site}'; estimator 'marginal' tries one choice at a time. Use per_head=False."
-        )
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise HardAttentionError(
-            f"gradient checkpointing is on, and estimator 'marginal' at '{site}' makes the choices of its passes from outside; the passes "
-            "cannot be computed again. Call model.gradient_checkpointing_disable(), or use estimator 'simple'."
-        )
-    if family.labels(model, inputs) is None:
-        raise HardAttentionError(
-            f"{type(model).__name__} has no labels to weigh at '{site}'; estimator 'marginal' needs labels, one likelihood for each. "
-            "Pass labels, or use estimator 'simple'."
-        )
+    family = _family(model, selection, inputs)
     candidates = selection.valid if selection.required is None else selection.valid & ~selection.required
     k = selector.budget(drawing=True).count(selection.scores.detach(), candidates)
     size = int(k.max())
@@ -99,6 +86,26 @@ def marginal_loss(
     if counted is not None and loss.shape == counted.shape:
         loss = loss * counted
     return loss.sum() / (1 if counted is None else counted.sum().clamp(min=1))
+
+
+def _family(model: nn.Module, selection: Selection, inputs: dict[str, Any]) -> Family:
+    """The model's family; refused are models and calls in which the choices cannot be tried one by one."""
+    site, family = selection.site, family_of(model)
+    if selection.mask.shape[1] > 1 or family is None:
+        raise HardAttentionError(
+            f"per_head=True at '{site}'; estimator 'marginal' tries one choice at a time. Use per_head=False."
+        )
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise HardAttentionError(
+            f"gradient checkpointing is on, and estimator 'marginal' at '{site}' makes the choices of its passes from outside; the passes "
+            "cannot be computed again. Call model.gradient_checkpointing_disable(), or use estimator 'simple'."
+        )
+    if family.labels(model, inputs) is None:
+        raise HardAttentionError(
+            f"{type(model).__name__} has no labels to weigh at '{site}'; estimator 'marginal' needs labels, one likelihood for each. "
+            "Pass labels, or use estimator 'simple'."
+        )
+    return family
 
 
 def _monotonic(scores: Tensor, candidates: Tensor, log_y: Tensor, places: list[int], counted: Tensor | None) -> Tensor:
