@@ -148,28 +148,28 @@ class Step:
             terms.append(auxiliary_loss(selections, self.selectors, reward, greedy, others))
         found = [term for term in terms if term is not None]
         total = torch.stack(found).sum() / len(passes) if found else None
-        for term in self._lessons(*passes[0]):
+        for term in self._distillation(*passes[0]):
             total = term if total is None else total + term
         return total
 
-    def _lessons(self, output: Any, selections: list[Selection]) -> Iterator[Tensor]:
+    def _distillation(self, output: Any, selections: list[Selection]) -> Iterator[Tensor]:
         """What the soft teacher adds."""
-        pupils = [s for s in selections if "teacher" in self.selectors[s.site].estimator.needs]
+        distilled = [s for s in selections if "teacher" in self.selectors[s.site].estimator.needs]
         weight = self._distillation_weight()
-        if not pupils and not weight:
+        if not distilled and not weight:
             return
-        teacher = teach(self.model, self.forward, attention=bool(pupils))
+        teacher = teach(self.model, self.forward, attention=bool(distilled))
         family = family_of(self.model)
         if family is None:
             return
         towers = family.towers(self.model)
         made = Recording(selections, reads={name: tower.source for name, tower in towers.items()})
-        for selection in pupils:
+        for selection in distilled:
             yield attention_loss(teacher, made, selection, self.selectors[selection.site])
         if weight:
-            lesson = prediction_loss(teacher, output, family.labels(self.model, self.inputs))
-            if lesson is not None:
-                yield weight * lesson
+            term = prediction_loss(teacher, output, family.labels(self.model, self.inputs))
+            if term is not None:
+                yield weight * term
 
     def _greedy_reward(self) -> Tensor:
         """Reward of the deterministic choices: the same forward in evaluation mode, without gradient."""

@@ -89,7 +89,7 @@ def compare(
 def train_base(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train and save the soft model of a seed, unless it is there."""
     place = base_folder(spec, folder)
-    path = place / ("trunk.json" if place.parent.name == "trunks" else "base.json")
+    path = place / "base.json"
     row = _read(path)
     if row.get("spec") == spec:
         return row
@@ -150,9 +150,7 @@ def _measure(spec: dict[str, Any], folder: Path, save: bool) -> dict[str, Any]:
 
 def base_folder(spec: dict[str, Any], folder: Path) -> Path:
     """Return the folder of the base checkpoint that a run starts from."""
-    name = f"seed-{spec.get('trunk_seed', spec['seed'])}"
-    earlier = folder / "trunks" / name  # comparisons begun by an earlier version go on where they stopped
-    return earlier if earlier.is_dir() else folder / "base_checkpoints" / name
+    return folder / "base_checkpoints" / f"seed-{spec.get('trunk_seed', spec['seed'])}"
 
 
 def run_path(spec: dict[str, Any], folder: Path) -> Path:
