@@ -105,7 +105,9 @@ def _kinds(selections: list[Selection], data_dependent: bool) -> list[str]:
     ratio = torch.cat([s.kept_ratio.flatten() for s in selections])
     if ratio.min() > _SAME:
         return ["keeps_all"]
-    counts = torch.cat([(s.mask if s.required is None else s.mask & ~s.required).sum(-1).flatten() for s in selections])
+    counts = torch.cat(
+        [(s.mask if s.protected is None else s.mask & ~s.protected).sum(-1).flatten() for s in selections]
+    )
     if data_dependent and counts.max() <= 1:  # one position is kept whatever the scores say
         return ["keeps_nothing"]
     masks = torch.cat([_rows(s.mask, s) for s in selections])

@@ -97,10 +97,10 @@ class Recorded(Selection):
         self.__dict__["entropy"] = value
 
     def _chosen(self) -> Tensor:
-        return self.mask if self.required is None else self.mask & ~self.required
+        return self.mask if self.protected is None else self.mask & ~self.protected
 
     def _law(self) -> ConditionalBernoulli:
-        candidates = self.valid if self.required is None else self.valid & ~self.required
+        candidates = self.valid if self.protected is None else self.valid & ~self.protected
         chosen = self._chosen()
         scores = self.scores.detach().float().expand(chosen.shape)
         return ConditionalBernoulli(scores, chosen.sum(-1), candidates.expand(chosen.shape))
@@ -150,8 +150,8 @@ class Recording(list[Selection]):
         is kept always (CLS, ``</s>``).
         """
         chosen = selection.mask
-        if choice and selection.required is not None:
-            chosen = chosen & ~selection.required
+        if choice and selection.protected is not None:
+            chosen = chosen & ~selection.protected
         return self._as_places(selection, chosen)
 
     def candidates(self, selection: Selection) -> Tensor:

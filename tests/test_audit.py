@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import hf_hardattn
 from hf_hardattn import HardAttentionError
 from hf_hardattn.cli import app
-from hf_hardattn.interpret.audit import (
+from hf_hardattn.inspection.audit import (
     audit,
     border_groups,
     length_groups,
@@ -24,8 +24,8 @@ from hf_hardattn.interpret.audit import (
     rarity_groups,
     size_groups,
 )
-from hf_hardattn.interpret.dataset_audit import audit_rows
-from hf_hardattn.interpret.model_with_processor import ModelWithProcessor
+from hf_hardattn.inspection.dataset_audit import audit_rows
+from hf_hardattn.inspection.model_with_processor import ModelWithProcessor
 
 ROWS, PLACES = 200, 17
 

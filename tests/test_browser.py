@@ -22,11 +22,11 @@ from selenium.webdriver.support.ui import WebDriverWait
 from transformers import ViTConfig, ViTForImageClassification
 
 import hf_hardattn
-from hf_hardattn.interpret.html import page
-from hf_hardattn.interpret.model_with_processor import ModelWithProcessor
-from hf_hardattn.interpret.playground import POLICY, _load, launch
-from hf_hardattn.interpret.report import explain
-from hf_hardattn.interpret.tokens import mark_spans
+from hf_hardattn.inspection.html import page
+from hf_hardattn.inspection.model_with_processor import ModelWithProcessor
+from hf_hardattn.inspection.playground import POLICY, _load, launch
+from hf_hardattn.inspection.report import explain
+from hf_hardattn.inspection.tokens import mark_spans
 
 pytestmark = pytest.mark.browser
 EVIL = "a <script>document.title='owned'</script> & <img src=x onerror=\"document.title='owned'\"> b"

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from hf_hardattn import registry
 from hf_hardattn.cli import app
-from hf_hardattn.interpret.overlay import patch_overlay
+from hf_hardattn.inspection.overlay import patch_overlay
 from hf_hardattn.modeling.selection import Selection
 
 

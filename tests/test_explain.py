@@ -27,12 +27,12 @@ from typer.testing import CliRunner
 import hf_hardattn
 from hf_hardattn import HardAttentionError
 from hf_hardattn.cli import app
-from hf_hardattn.interpret.attribution import EXPLANATIONS
-from hf_hardattn.interpret.model_with_processor import ModelWithProcessor
-from hf_hardattn.interpret.playground import build
-from hf_hardattn.interpret.report import explain
-from hf_hardattn.interpret.sources import read_inputs
-from hf_hardattn.interpret.space import requirements, write_space
+from hf_hardattn.inspection.attribution import EXPLANATIONS
+from hf_hardattn.inspection.model_with_processor import ModelWithProcessor
+from hf_hardattn.inspection.playground import build
+from hf_hardattn.inspection.report import explain
+from hf_hardattn.inspection.sources import read_inputs
+from hf_hardattn.inspection.space import requirements, write_space
 
 WORDS = "a red green dog cat on grass sleeps <script>".split()
 

@@ -16,10 +16,10 @@ from transformers import ViTConfig, ViTForImageClassification
 import hf_hardattn
 from hf_hardattn import HardAttentionError, metrics
 from hf_hardattn.collapse import find_collapse
-from hf_hardattn.interpret import attribution, measures
-from hf_hardattn.interpret.faithfulness import compare, faithfulness, own_sufficiency, plausibility, top
-from hf_hardattn.interpret.perturbation import PerturbationEvaluator
-from hf_hardattn.interpret.sanity import randomised_weights, shuffled
+from hf_hardattn.inspection import attribution, measures
+from hf_hardattn.inspection.faithfulness import compare, faithfulness, own_sufficiency, plausibility, top
+from hf_hardattn.inspection.perturbation import PerturbationEvaluator
+from hf_hardattn.inspection.sanity import randomised_weights, shuffled
 from hf_hardattn.modeling import layers
 
 sys.path.insert(0, str(Path(__file__).parent / "laws"))

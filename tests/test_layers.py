@@ -42,8 +42,8 @@ LAYERS = {
     "verify": 10,
     "collapse": 10,
     "diagnostics": 10,
-    "hub": 11,  # reads what training wrote, never its code; training's scripts push through it, interpret loads through it
-    "interpret": 11,
+    "hub": 11,  # reads what training wrote, never its code; training's scripts push through it, inspection loads through it
+    "inspection": 11,
     "metrics": 11,
     "efficiency": 11,
     "training": 12,
@@ -58,7 +58,7 @@ ALSO_FORBIDDEN = {
     "estimators": {"config", "scorers"},
     "baselines": {"config", "scorers"},
     "modeling": {"models"},
-    "hub": {"training", "efficiency", "interpret", "cli"},
+    "hub": {"training", "efficiency", "inspection", "cli"},
 }
 FOLDERS = {
     *registry.KINDS,

@@ -18,10 +18,10 @@ from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTFor
 
 import hf_hardattn
 from hf_hardattn.errors import HardAttentionError
-from hf_hardattn.interpret import uploads
-from hf_hardattn.interpret.model_with_processor import ModelWithProcessor
-from hf_hardattn.interpret.playground import compare, launch
-from hf_hardattn.interpret.uploads import MOST_BYTES, MOST_CHARACTERS, BoundedBodies, read_image
+from hf_hardattn.inspection import uploads
+from hf_hardattn.inspection.model_with_processor import ModelWithProcessor
+from hf_hardattn.inspection.playground import compare, launch
+from hf_hardattn.inspection.uploads import MOST_BYTES, MOST_CHARACTERS, BoundedBodies, read_image
 
 
 @pytest.fixture(scope="module")

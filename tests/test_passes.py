@@ -210,7 +210,7 @@ def test_teacher_attention(site):
     paid = attention_at(teacher, selections, selections[0], per_query=False)[:, 0, 0]
     torch.testing.assert_close(paid, expected, rtol=1e-4, atol=1e-5)
     # the loss: cross-entropy of the labels, and the divergence over what may be dropped
-    candidates = (selections[0].valid & ~selections[0].required)[:, 0, 0]
+    candidates = (selections[0].valid & ~selections[0].protected)[:, 0, 0]
     paid = torch.where(candidates, paid, 0.0)
     paid = paid / paid.sum(-1, keepdim=True)
     scores = selections[0].scores[:, 0, 0].masked_fill(~candidates, -1e30).log_softmax(-1)
@@ -296,14 +296,14 @@ def test_exploration_keeps_other_positions_and_the_gradient():
     with hf_hardattn.record(example.model) as explored:
         example.model(**example.batch).loss.backward()
     kept = hf_hardattn.selectors(example.model)["vision.inputs"].estimator.choose(
-        explored[0].scores, torch.full((3, 1, 1), 3), explored[0].valid & ~explored[0].required, slots=3
+        explored[0].scores, torch.full((3, 1, 1), 3), explored[0].valid & ~explored[0].protected, slots=3
     )
-    assert not torch.equal(explored[0].mask & ~explored[0].required, kept.mask)
+    assert not torch.equal(explored[0].mask & ~explored[0].protected, kept.mask)
     assert (explored[0].kept_ratio == 1 / 3).all() and scorer_gradient(example.model).abs().max() > 0
     example.model.eval()
     with hf_hardattn.record(example.model) as greedy, torch.no_grad():
         example.model(**example.batch)
-    assert torch.equal(greedy[0].mask & ~greedy[0].required, kept.mask)
+    assert torch.equal(greedy[0].mask & ~greedy[0].protected, kept.mask)
 
 
 def test_soft_rows_look_everywhere():

@@ -13,7 +13,7 @@ import hf_hardattn
 from hf_hardattn import HardAttentionError
 from hf_hardattn.backbones.video import BlipForVideoCaptioning
 from hf_hardattn.efficiency.counting import flops_by_part
-from hf_hardattn.interpret.rationale import kept_places, pixel_boxes
+from hf_hardattn.inspection.rationale import kept_places, pixel_boxes
 from hf_hardattn.modeling.patches import embed_patches, embed_positions
 
 SCOUT = {"sites": ["vision.inputs"], "scorer": "scout", "scorer_options": {"hidden": 8, "cells": 2}, "budget": 4}

@@ -81,13 +81,13 @@ def test_topk_mask_in_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_selection_properties() -> None:
-    """Indices, slot mask and kept ratio; what is required counts on neither side of the ratio."""
+    """Indices, slot mask and kept ratio; what is protected counts on neither side of the ratio."""
     mask = torch.tensor([[[[True, False, True, True, False]]], [[[True, False, False, False, False]]]])
     valid = torch.tensor([[[[True] * 5]], [[[True, True, False, False, False]]]])
-    required = torch.tensor([True, False, False, False, False]).expand(2, 1, 1, 5)
-    selection = Selection("vision.tokens.3", mask, valid, required, torch.zeros(2, 1, 1, 5), slots=3)
+    protected = torch.tensor([True, False, False, False, False]).expand(2, 1, 1, 5)
+    selection = Selection("vision.tokens.3", mask, valid, protected, torch.zeros(2, 1, 1, 5), slots=3)
     assert selection.indices[0].flatten().tolist() == [0, 2, 3] and selection.indices[1, 0, 0, 0] == 0
     assert selection.slot_mask.flatten().tolist() == [True, True, True, True, False, False]
     assert selection.kept_ratio.flatten().tolist() == [0.5, 0.0]
-    selection.required = None
+    selection.protected = None
     assert selection.kept_ratio.flatten().tolist() == pytest.approx([0.6, 0.5])

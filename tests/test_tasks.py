@@ -126,9 +126,9 @@ def test_the_gold_pair_holds_the_query_and_its_value():
 
 def test_precision_and_recall_count_choices_only():
     mask = torch.tensor([[True, True, True, False], [True, False, False, True]])[:, None, None]
-    required = torch.tensor([True, False, False, False]).expand(2, 1, 1, 4)
+    protected = torch.tensor([True, False, False, False]).expand(2, 1, 1, 4)
     gold = torch.tensor([[False, True, False, False], [False, True, False, True]])[:, None]
-    selection = Selection("vision.inputs", mask, torch.ones_like(mask), required, mask.float())
+    selection = Selection("vision.inputs", mask, torch.ones_like(mask), protected, mask.float())
     found = Found()
     found.add(selection, gold)
     assert found.metrics() == pytest.approx({"kept": (2 / 3 + 1 / 3) / 2, "precision": 2 / 3, "recall": 2 / 3})

@@ -25,10 +25,10 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False,
 ) -> None:
     """Say what a hard model keeps and drops systematically: by subgroup, position, border, length, rare words."""
-    from ..interpret.audit import CAUTION
-    from ..interpret.dataset_audit import audit_rows
-    from ..interpret.model_with_processor import ModelWithProcessor
-    from ..interpret.sources import read_table
+    from ..inspection.audit import CAUTION
+    from ..inspection.dataset_audit import audit_rows
+    from ..inspection.model_with_processor import ModelWithProcessor
+    from ..inspection.sources import read_table
 
     output = place(output, Path("outputs/audit.json"), overwrite)
     rows = read_table(data)

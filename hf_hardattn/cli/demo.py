@@ -92,8 +92,8 @@ def _trained(output: Path) -> str:
 
 def page(models: list[str], space: Path | None, port: int | None) -> None:
     """Write the page as a Space, or serve it."""
-    from ..interpret.playground import launch
-    from ..interpret.space import write_space
+    from ..inspection.playground import launch
+    from ..inspection.space import write_space
 
     if space:
         typer.echo(f"{space}: {', '.join(write_space(space, models))}")

@@ -23,9 +23,9 @@ def command(
     title: Annotated[str, typer.Option(help="Title of the page.")] = "",
 ) -> None:
     """Write one self-contained page: what a hard model kept, what that proves, and what it does not."""
-    from ..interpret.model_with_processor import ModelWithProcessor
-    from ..interpret.report import explain
-    from ..interpret.sources import read_inputs
+    from ..inspection.model_with_processor import ModelWithProcessor
+    from ..inspection.report import explain
+    from ..inspection.sources import read_inputs
 
     output = place(output, Path("outputs/report.html"), overwrite)
     inputs = [item for given in input for item in read_inputs(given, column, limit)][:limit]

@@ -106,7 +106,7 @@ def attention_at(teacher: Teacher, made: Recording, selection: Selection, per_qu
 
 def attention_loss(teacher: Teacher, made: Recording, selection: Selection, selector: Selector) -> Tensor:
     """``weight * KL(attention || softmax(scores / temperature))`` over the candidates, a mean over rows that have a choice."""
-    candidates = selection.valid if selection.required is None else selection.valid & ~selection.required
+    candidates = selection.valid if selection.protected is None else selection.valid & ~selection.protected
     paid = attention_at(teacher, made, selection, per_query=selection.scores.shape[2] > 1 and not selector.once)
     paid = torch.where(candidates, paid, 0.0)
     paid = paid / paid.sum(-1, keepdim=True).clamp(min=1e-9)

@@ -37,7 +37,7 @@ def marginal_loss(
     """
     n, site, estimator = selection.mask.shape[-1], selection.site, selector.estimator
     family = _family(model, selection, inputs)
-    candidates = selection.valid if selection.required is None else selection.valid & ~selection.required
+    candidates = selection.valid if selection.protected is None else selection.valid & ~selection.protected
     k = selector.budget(drawing=True).count(selection.scores.detach(), candidates)
     size = int(k.max())
     places = candidates.flatten(0, -2).any(0).nonzero().flatten().tolist()
@@ -54,9 +54,9 @@ def marginal_loss(
     law = ConditionalBernoulli(scores, k[:, 0], candidates[:, 0], size)
     log_p = torch.stack([_log_prob(law, subset, candidates[:, 0]) for subset in subsets])  # [S, B, Q]
     likelihoods, counted = [], None
-    required = torch.zeros((), dtype=torch.bool) if selection.required is None else selection.required
+    protected = torch.zeros((), dtype=torch.bool) if selection.protected is None else selection.protected
     for subset in subsets:
-        with replay(model, {site: (subset | required.to(subset.device)).expand(selection.mask.shape)}):
+        with replay(model, {site: (subset | protected.to(subset.device)).expand(selection.mask.shape)}):
             losses = family.token_loss(model, inputs, forward())
         if losses is None:
             raise HardAttentionError(

@@ -6,7 +6,7 @@ from typing import Any
 import evaluate
 import torch
 
-from hf_hardattn.interpret.measures import area
+from hf_hardattn.inspection.measures import area
 from hf_hardattn.metrics._features import CURVES
 
 _CITATION = """Petsiuk, Das and Saenko 2018, RISE: Randomized Input Sampling for Explanation of Black-box Models"""

@@ -5,7 +5,7 @@ from typing import Any
 
 import evaluate
 
-from hf_hardattn.interpret.measures import rank_correlation
+from hf_hardattn.inspection.measures import rank_correlation
 from hf_hardattn.metrics._features import SCORES
 
 _CITATION = """Jain and Wallace 2019, Attention is not Explanation"""

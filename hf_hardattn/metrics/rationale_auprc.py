@@ -5,7 +5,7 @@ from typing import Any
 
 import evaluate
 
-from hf_hardattn.interpret.measures import average_precision
+from hf_hardattn.inspection.measures import average_precision
 from hf_hardattn.metrics._features import SCORES_AND_CHOICES
 
 _CITATION = """DeYoung et al. 2020, ERASER: A Benchmark to Evaluate Rationalized NLP Models"""

@@ -5,7 +5,7 @@ from typing import Any
 
 import evaluate
 
-from hf_hardattn.interpret.measures import overlap
+from hf_hardattn.inspection.measures import overlap
 from hf_hardattn.metrics._features import CHOICES
 
 _CITATION = """DeYoung et al. 2020, ERASER: A Benchmark to Evaluate Rationalized NLP Models"""

@@ -6,7 +6,7 @@ from typing import Any
 import evaluate
 import torch
 
-from hf_hardattn.interpret.measures import sufficiency
+from hf_hardattn.inspection.measures import sufficiency
 from hf_hardattn.metrics._features import CURVES, PROBABILITIES
 
 _CITATION = """DeYoung et al. 2020, ERASER: A Benchmark to Evaluate Rationalized NLP Models"""

@@ -15,14 +15,14 @@ class Selection:
 
     Shapes: B batch, H heads (1 when shared), Q queries (1 when shared), N candidates, K slots (K >= kept).
 
-    A choice with a fixed budget knows its ``indices`` and makes ``mask``, ``valid`` and ``required`` only when they are
+    A choice with a fixed budget knows its ``indices`` and makes ``mask``, ``valid`` and ``protected`` only when they are
     read; any other choice knows its ``mask`` and makes ``indices`` when they are read.
 
     Attributes:
         site: name of the site, ``tower.kind.layer``.
         mask: bool ``[B, H, Q, N]``, True where the position is kept; never True where ``valid`` is False.
         valid: bool, broadcastable to ``mask``; False for padding, and for the future in causal attention.
-        required: bool, broadcastable to ``mask``, or None; kept always, not a choice (CLS, a T5 row's ``</s>``).
+        protected: bool, broadcastable to ``mask``, or None; kept always, not a choice (CLS, a T5 row's ``</s>``).
         scores: fp32, broadcastable to ``mask``; higher = keep.
         gates: fp32, shape of ``mask`` or None; 1 at kept positions in the forward, the estimator's gradient in the backward.
         log_prob: fp32 ``[B, H, Q]`` or None; log-probability of the sampled choice under the estimator's own law.
@@ -42,7 +42,7 @@ class Selection:
         site: str,
         mask: Tensor | None,
         valid: Tensor | None,
-        required: Tensor | None,
+        protected: Tensor | None,
         scores: Tensor,
         gates: Tensor | None = None,
         log_prob: Tensor | None = None,
@@ -55,16 +55,16 @@ class Selection:
         positions: Tensor | None = None,
         lengths: tuple[int, ...] | None = None,
         indices: Tensor | None = None,
-        protected: tuple[int, int] = (0, 0),
+        protected_ends: tuple[int, int] = (0, 0),
         counted: bool = False,
     ):
         self.site, self.scores, self.gates = site, scores, gates
         self.log_prob, self.entropy, self.penalty, self.summary = log_prob, entropy, penalty, summary
         self.slots, self.dense, self.masked = slots, dense, masked
         self.positions, self.lengths, self.counted = positions, lengths, counted
-        self._mask, self._valid, self._required, self._indices = mask, valid, required, indices
+        self._mask, self._valid, self._protected, self._indices = mask, valid, protected, indices
         # number of rows at either end that a choice known by its indices keeps always
-        self._protected = protected
+        self._protected_ends = protected_ends
 
     def __repr__(self) -> str:
         kept = "indices" if self._mask is None else "mask"
@@ -94,16 +94,16 @@ class Selection:
         self._valid = valid
 
     @property
-    def required(self) -> Tensor | None:
-        first, last = self._protected
-        if self._required is None and (first or last):
+    def protected(self) -> Tensor | None:
+        first, last = self._protected_ends
+        if self._protected is None and (first or last):
             place = torch.arange(self.scores.shape[-1], device=self.scores.device)
-            self._required = ((place < first) | (place >= len(place) - last)).view(1, 1, 1, -1)
-        return self._required
+            self._protected = ((place < first) | (place >= len(place) - last)).view(1, 1, 1, -1)
+        return self._protected
 
-    @required.setter
-    def required(self, required: Tensor | None) -> None:
-        self._required, self._protected = required, (0, 0)
+    @protected.setter
+    def protected(self, protected: Tensor | None) -> None:
+        self._protected, self._protected_ends = protected, (0, 0)
 
     @property
     def own(self) -> Selection:
@@ -138,10 +138,10 @@ class Selection:
 
     @property
     def kept_ratio(self) -> Tensor:
-        """Kept share of the valid candidates, fp32 ``[B, H, Q]``; what is required counts on neither side."""
+        """Kept share of the valid candidates, fp32 ``[B, H, Q]``; what is protected counts on neither side."""
         choice, candidates = self.mask, self.valid.expand_as(self.mask)
-        if self.required is not None:
-            choice, candidates = choice & ~self.required, candidates & ~self.required
+        if self.protected is not None:
+            choice, candidates = choice & ~self.protected, candidates & ~self.protected
         return choice.sum(-1) / candidates.sum(-1).clamp(min=1)
 
     def replace(self, **changes: Any) -> Selection:

@@ -351,7 +351,7 @@ class Selector(nn.Module):
             slots=slots,
             dense=True,
             indices=best.sort(dim=-1).values,
-            protected=(first, last),
+            protected_ends=(first, last),
         )
 
     def _choose_mask(

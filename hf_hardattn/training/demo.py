@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import HardAttentionConfig
-from ..interpret.overlay import patch_overlay
+from ..inspection.overlay import patch_overlay
 from ..recording import record
 from . import tasks, variants
 from .cluttered_digits import SCENE

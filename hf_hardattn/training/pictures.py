@@ -54,7 +54,7 @@ def _draw_images(
     import numpy
     from PIL import Image
 
-    from ..interpret.overlay import patch_overlay
+    from ..inspection.overlay import patch_overlay
 
     config = model.config
     patch = getattr(config, "vision_config", config).patch_size
@@ -72,8 +72,8 @@ def _draw_images(
 
 
 def _write_texts(task: Task, batch: Any, recording: Recording, site: str, path: Path, step: int) -> None:
-    from ..interpret.html import page
-    from ..interpret.tokens import mark_spans
+    from ..inspection.html import page
+    from ..inspection.tokens import mark_spans
 
     kept = recording.kept(recording[site][0]).flatten(1, 2).any(1).cpu()
     parts = []

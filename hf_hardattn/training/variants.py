@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from ..efficiency.counting import count_flops, count_training_flops
 from ..efficiency.energy import metered, total
 from ..efficiency.timing import interleaved_seconds, speedups
-from ..interpret.audit import CAUTION, Finding, audit, border_groups, position_groups
-from ..interpret.dataset_audit import kept_and_free
+from ..inspection.audit import CAUTION, Finding, audit, border_groups, position_groups
+from ..inspection.dataset_audit import kept_and_free
 from ..recording import record, selectors
 from ..verify import verify
 from . import tasks
@@ -214,7 +214,7 @@ def check(folder: str, task_name: str, task_options: str) -> None:
     with record(model) as selections, torch.no_grad():
         model(**{name: value[:8] for name, value in next(task.test()).inputs.items()})
     selection = selections[site][0]
-    always = 0 if selection.required is None else 1  # CLS or </s> is there always, and is no choice
+    always = 0 if selection.protected is None else 1  # CLS or </s> is there always, and is no choice
     answer = {task.metric: task.evaluate(model)[task.metric], "patches_kept": selection.slots - always}
     print(json.dumps({**answer, "hard": bool(selectors(model))}))
 

@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 
 from hf_hardattn.errors import HardAttentionError
-from hf_hardattn.interpret import attribution
-from hf_hardattn.interpret.curves import faithfulness_curves
-from hf_hardattn.interpret.faithfulness import compare, own_sufficiency
-from hf_hardattn.interpret.model_with_processor import ModelWithProcessor
-from hf_hardattn.interpret.perturbation import PerturbationEvaluator
-from hf_hardattn.interpret.report import explain
+from hf_hardattn.inspection import attribution
+from hf_hardattn.inspection.curves import faithfulness_curves
+from hf_hardattn.inspection.faithfulness import compare, own_sufficiency
+from hf_hardattn.inspection.model_with_processor import ModelWithProcessor
+from hf_hardattn.inspection.perturbation import PerturbationEvaluator
+from hf_hardattn.inspection.report import explain
 from hf_hardattn.training import tasks
 
 EXPLANATIONS = ("oracle", "selection", "soft attention", "integrated gradients", "random")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 
-from hf_hardattn.interpret.overlay import patch_overlay
+from hf_hardattn.inspection.overlay import patch_overlay
 from hf_hardattn.recording import record, selectors
 from hf_hardattn.training import tasks, variants
 from hf_hardattn.training.comparison import Comparison

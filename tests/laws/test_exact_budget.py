@@ -16,11 +16,11 @@ EXACT = [name for name in ESTIMATORS if registry.load("estimators", name).exact_
 
 
 def oracle(selection, row, head, query, budget):
-    """The kept positions by sorting in Python: highest first, ties to the lower index; the required one besides."""
+    """The kept positions by sorting in Python: highest first, ties to the lower index; the protected one besides."""
     scores, valid = selection.scores[row, head, query].tolist(), selection.valid[row, head, query].tolist()
     always = [False] * len(scores)
-    if selection.required is not None:
-        always = selection.required.expand_as(selection.mask)[row, head, query].tolist()
+    if selection.protected is not None:
+        always = selection.protected.expand_as(selection.mask)[row, head, query].tolist()
     free = [n for n in range(len(scores)) if valid[n] and not always[n]]
     if isinstance(budget, int):
         k = budget
@@ -59,7 +59,7 @@ def test_exactly_the_budget_is_kept(case):
         assert_kept(selection, case.budget)
         if case.place.kind in ("inputs", "tokens"):
             first, last = hf_hardattn.selectors(example.model)[selection.site].protected
-            assert (selection.required is not None and selection.required.any(-1).all()) == bool(first or last)
+            assert (selection.protected is not None and selection.protected.any(-1).all()) == bool(first or last)
 
 
 @pytest.mark.parametrize(("head", "place"), head_places())
@@ -79,12 +79,12 @@ def test_training_keeps_exactly_the_budget(case):
     with hf_hardattn.record(example.model) as selections:
         train_loss(example)
     for selection in selections:
-        free = selection.valid if selection.required is None else selection.valid & ~selection.required
+        free = selection.valid if selection.protected is None else selection.valid & ~selection.protected
         if selection.gates is not None:
             assert torch.equal(selection.gates > 0, selection.mask)
         count = free.sum(-1)
         k = torch.full_like(count, 2) if case.budget == 2 else -(-count // 2)
-        kept = selection.mask if selection.required is None else selection.mask & ~selection.required
+        kept = selection.mask if selection.protected is None else selection.mask & ~selection.protected
         assert torch.equal(kept.sum(-1), torch.minimum(k, count)) and not (kept & ~free).any()
 
 

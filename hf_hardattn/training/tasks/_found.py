@@ -26,7 +26,7 @@ class Found:
         self._note("kept", selection.kept_ratio.sum(), selection.kept_ratio.numel())
         if gold is None or gold.shape[-1] != selection.mask.shape[-1]:
             return
-        chosen = selection.mask if selection.required is None else selection.mask & ~selection.required
+        chosen = selection.mask if selection.protected is None else selection.mask & ~selection.protected
         right = chosen & gold[:, None]
         chosen = chosen & gold.any(-1, keepdim=True)[:, None]  # one for each query, padding apart
         self._note("precision", right.sum(), chosen.sum())

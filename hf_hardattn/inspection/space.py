@@ -12,7 +12,7 @@ from ..hub.contents import check_hard, list_files
 
 APP = '''"""Soft and hard attention side by side."""
 
-from hf_hardattn.interpret.playground import launch
+from hf_hardattn.inspection.playground import launch
 
 launch({models!r}, host="0.0.0.0")
 '''

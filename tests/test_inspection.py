@@ -14,15 +14,15 @@ from transformers import T5Config, T5EncoderModel
 import hf_hardattn
 from hf_hardattn import HardAttentionError, Selection
 from hf_hardattn.backbones.video import BlipForVideoCaptioning
-from hf_hardattn.interpret.agreement import jaccard, seed_agreement, selection_diff
-from hf_hardattn.interpret.alignment import selection_matrix
-from hf_hardattn.interpret.captions import caption_grid
-from hf_hardattn.interpret.curves import faithfulness_curves, tradeoff
-from hf_hardattn.interpret.frames import frame_strip
-from hf_hardattn.interpret.heatmap import heat_map
-from hf_hardattn.interpret.html import Html, page, paragraph, table
-from hf_hardattn.interpret.overlay import difference_overlay, layer_overlay
-from hf_hardattn.interpret.rationale import (
+from hf_hardattn.inspection.agreement import jaccard, seed_agreement, selection_diff
+from hf_hardattn.inspection.alignment import selection_matrix
+from hf_hardattn.inspection.captions import caption_grid
+from hf_hardattn.inspection.curves import faithfulness_curves, tradeoff
+from hf_hardattn.inspection.frames import frame_strip
+from hf_hardattn.inspection.heatmap import heat_map
+from hf_hardattn.inspection.html import Html, page, paragraph, table
+from hf_hardattn.inspection.overlay import difference_overlay, layer_overlay
+from hf_hardattn.inspection.rationale import (
     character_spans,
     frame_places,
     frame_times,
@@ -31,7 +31,7 @@ from hf_hardattn.interpret.rationale import (
     pixel_boxes,
     spans_per_token,
 )
-from hf_hardattn.interpret.tokens import mark_spans, token_highlight
+from hf_hardattn.inspection.tokens import mark_spans, token_highlight
 from hf_hardattn.recording import Recording
 
 EVIL = "<script>alert('x')</script> & \"quotes\""

@@ -40,7 +40,7 @@ class PerturbationEvaluator:
     def __init__(self, model: nn.Module, batch: Mapping[str, Any], removal: str | None = None, answer_tokens: int = 32):
         self.model: Any = model
         self.batch = {name: value for name, value in batch.items() if name not in NOT_INPUTS and value is not None}
-        self.tower, self.places, self.required = choosable(model, self.batch)
+        self.tower, self.places, self.protected = choosable(model, self.batch)
         self.family: Any = family_of(model)
         self.site = f"{self.tower}.inputs"
         selector = selectors(model).get(self.site)
@@ -60,7 +60,7 @@ class PerturbationEvaluator:
         """``p(y^ | keep)``, fp32 ``[B]``; ``keep``: bool ``[B, P]``, to which CLS or ``</s>`` is added."""
         with torch.no_grad():
             if self.removal == "select":
-                with replay(self.model, {self.site: keep | self.required}):
+                with replay(self.model, {self.site: keep | self.protected}):
                     return self.probability()
             return self.probability(self.replaced(~keep & self.places))
 
@@ -128,11 +128,10 @@ def choosable(model: nn.Module, batch: Mapping[str, Any]) -> tuple[str, Tensor, 
     reads_tokens = not family.towers(model)[tower].reads_images
     mask = batch.get("attention_mask") if reads_tokens else None
     valid = None if mask is None else mask.bool()
-    protected = family.towers(model)[tower].protected
-    required: Any = protected.mask((rows.shape[0], rows.shape[1]), valid, rows.device)
-    required = torch.zeros_like(rows) if required is None else required
-    free = rows & ~required if valid is None else rows & ~required & valid
-    return tower, free, required
+    always: Any = family.towers(model)[tower].protected.mask((rows.shape[0], rows.shape[1]), valid, rows.device)
+    protected = torch.zeros_like(rows) if always is None else always
+    free = rows & ~protected if valid is None else rows & ~protected & valid
+    return tower, free, protected
 
 
 def _logits(model: Any, output: Any) -> Tensor:

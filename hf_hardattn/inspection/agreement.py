@@ -102,6 +102,6 @@ def _choices(one: Recording, other: Recording, site: str) -> tuple[Tensor, Tenso
     entry = next(
         selection for selection in one if one.tower(selection.site) == one.tower(site)
     )  # before anything was dropped
-    free = entry.valid if entry.required is None else entry.valid & ~entry.required
+    free = entry.valid if entry.protected is None else entry.valid & ~entry.protected
     places = free.flatten(1, 2).any(1).sum(-1)[:, None, None].expand(shape[:-1]).flatten()
     return kept[0].expand(shape).flatten(0, 2), kept[1].expand(shape).flatten(0, 2), places

@@ -81,7 +81,7 @@ def _one(bundle: ModelWithProcessor, given: Any) -> str:
         whole = count_flops(bundle.model, scored)
     selection = hard.recording[hard.recording.sites[0]][0]
     candidates = (
-        selection.valid if selection.required is None else selection.valid & ~selection.required
+        selection.valid if selection.protected is None else selection.valid & ~selection.protected
     )  # CLS and </s> are no choice
     kept, known = (int(m.flatten(0, 2).any(0).sum()) for m in (hard.recording.kept(selection, choice=True), candidates))
     line = (
