@@ -26,14 +26,13 @@ from .modes import execution, sampled, soft
 from .recording import Recording, record, replay, selectors
 from .registry import register
 from .verify import Report, verify
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .hub.loading import load
     from .hub.pushing import push
     from .hub.saving import save
     from .training.callback import HardAttentionCallback
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Collapse",

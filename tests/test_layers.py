@@ -16,6 +16,7 @@ PACKAGE = Path(hf_hardattn.__file__).parent
 # One entry per file or folder directly under hf_hardattn/. A module may import its own layer and those below.
 LAYERS = {
     "errors": 0,
+    "version": 0,
     "devices": 0,
     "functional": 0,
     "backbones": 6,  # models in Transformers' form

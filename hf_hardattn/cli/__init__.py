@@ -9,12 +9,12 @@ import importlib
 import os
 import pkgutil
 import sys
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
 from ..errors import HardAttentionError
+from ..version import __version__
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -28,7 +28,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"hf-hardattn {metadata.version('hf-hardattn')}")
+        typer.echo(f"hf-hardattn {__version__}")
         raise typer.Exit
 
 

@@ -20,6 +20,7 @@ from ..config import HardAttentionConfig
 from ..devices import default_device, device_name, graphed
 from ..modes import execution
 from ..recording import selectors
+from ..version import __version__
 from . import allocator
 from .counting import work
 from .joules import joules_per_call
@@ -186,6 +187,7 @@ def machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "allocator": allocator.settings(),
         "python": platform.python_version(),
+        "hf_hardattn": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -10,7 +10,6 @@ import json
 import warnings
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
 from ..recording import selectors
+from ..version import __version__
 from .building import build, headers, model_class, read_model_config
 from .fingerprints import fingerprint, is_base_of
 from .source import Source, fetch
@@ -60,7 +60,7 @@ def write_selectors(model: Any, folder: Path, base_model: str, base_revision: st
         dtype=str(model.dtype),
         model_class=type(model).__name__,
         hard_attention=HardAttentionConfig.parse(model.config.hard_attention).to_dict(),
-        hf_hardattn_version=metadata.version("hf-hardattn"),
+        hf_hardattn_version=__version__,
     )
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in named_tensors(model)}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -96,10 +96,15 @@ def required(group: dict[str, Any], compiled: dict[str, Any] | None, name: str) 
     return f"{target} {'✓ compiled' if held else '✗'}"
 
 
+def version(found: dict[str, Any]) -> str:
+    """The library that was measured; before 0.2.0, which replaced the way selection is put into a model, results did not name it."""
+    return f"hf_hardattn {found['machine'].get('hf_hardattn', '0.1.0')}"
+
+
 def processor(found: dict[str, Any]) -> str:
     m = found["machine"]
     units = "bfloat16 arithmetic" if m["native_bfloat16"] else "no bfloat16 arithmetic"
-    return f"{m['processor']} ({m['cpu_capability']}, {units}), torch {m['torch']}."
+    return f"{m['processor']} ({m['cpu_capability']}, {units}), torch {m['torch']}, {version(found)}."
 
 
 def elsewhere() -> list[str]:
@@ -149,7 +154,7 @@ def gpu() -> list[str]:
     return [
         *lines,
         "",
-        f"{m['processor']}, torch {m['torch']}; a call's joules from the card's own counter. Where the GPU computes for long (float32) the saving is "
+        f"{m['processor']}, torch {m['torch']}, {version(r)}; a call's joules from the card's own counter. Where the GPU computes for long (float32) the saving is "
         "there. In bfloat16 energy falls more than time, as where a GPU waits for the host's next kernel. A single image gets slower, and a choice of keys "
         "in every layer is a loss. `bench --mode cuda_graphs` is there to time the GPU without the host; no figure here is its.",
     ]
