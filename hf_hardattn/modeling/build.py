@@ -9,8 +9,9 @@ from .. import registry
 from ..config import SiteConfig
 from ..errors import HardAttentionError
 from .attention import refuse_per_query
+from .candidates import Protected
 from .family import Tower
-from .selector import Protected, Selector
+from .selector import Selector
 
 Kinds = Mapping[str, tuple[Tower, str, int]]
 

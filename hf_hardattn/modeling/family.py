@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import heads
-from .selector import Protected
+from .candidates import Protected
 from .spec import AttentionSpec, ModelSpec, TowerSpec
 
 FAMILY = "hard_attention_family"  # attribute of a hard model: the name of its family

@@ -11,11 +11,12 @@ from ..errors import HardAttentionError
 from ..functional.attention import gated_attend, keep_columns, keep_heads
 from .attention import AttentionCall, gates_at, multiply_gates, spread_weights
 from .cache import pack_features, unpack_features
+from .candidates import Candidates
 from .context import ForwardContext, Settings
 from .glimpses import before
 from .masks import as_allowed
 from .selection import Selection
-from .selector import Candidates, Selector
+from .selector import Selector
 
 
 def attend_per_query(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..scorers import Projections
+from .candidates import Candidates, Protected
 from .context import ForwardContext
 from .selection import Selection
-from .selector import Candidates, Protected, Selector, running
+from .selector import Selector, running
 from .state import TowerState
 
 

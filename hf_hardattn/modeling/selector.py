@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,75 +13,14 @@ from torch import Tensor, nn
 from .. import registry
 from ..budget import Budget
 from ..config import SiteConfig
-from ..distributions.noise import uniform
 from ..errors import HardAttentionError
-from ..estimators import Choice, Sampling
 from ..schedules import Schedule
 from ..scorers import Projections, Sequential
+from .candidates import Candidates, Protected, TrainingInputs
+from .choosing import choose
 from .context import ForwardContext, Settings
-from .glimpses import look, read_on
 from .posterior import Posterior
 from .selection import Selection
-
-
-class Protected(NamedTuple):
-    """Rows that are always kept and are no choice.
-
-    Attributes:
-        first: how many rows at the start (CLS, registers).
-        last: whether the last valid row (``</s>``).
-    """
-
-    first: int = 0
-    last: bool = False
-
-    @property
-    def rows(self) -> int:
-        """How many rows of a row of candidates are protected."""
-        return self.first + int(self.last)
-
-    def mask(self, shape: tuple[int, int], valid: Tensor | None, device: torch.device) -> Tensor | None:
-        """Which rows are protected, bool ``[B, N]``; None when none is."""
-        if not self.rows:
-            return None
-        place = torch.arange(shape[1], device=device).expand(shape)
-        protected = place < self.first
-        if not self.last:
-            return protected
-        last: Any = shape[1] - 1 if valid is None else torch.where(valid, place, -1).amax(-1, keepdim=True)
-        return protected | (place == last) if self.first else place == last
-
-
-@dataclass
-class Candidates:
-    """What a choice is made among.
-
-    Attributes:
-        valid: bool, broadcastable to ``[B, H, Q, N]``; None when every position is valid.
-        protected: bool ``[B, 1, 1, N]``, see ``Protected``; None when nothing is, or when ``ends`` says it.
-        ends: the protected rows, where they are the same in every row of the batch.
-        bound: how many valid candidates a row has at most.
-    """
-
-    valid: Tensor | None = None
-    protected: Tensor | None = None
-    ends: Protected = Protected()
-    bound: int | None = None
-
-
-@dataclass
-class TrainingInputs:
-    """What else a training choice reads of the candidates.
-
-    Attributes:
-        summary: fp32 ``[B, D]`` or None; mean state, detached, for a learned baseline.
-        keys: fp32 ``[B, N, d]`` or None; for an inference network.
-        target: states of the labels ``[B, T, D]`` or None; for an inference network.
-    """
-
-    summary: Tensor | None = None
-    keys: Tensor | None = None
-    target: Tensor | None = None
 
 
 class Selector(nn.Module):
@@ -314,211 +253,7 @@ class Selector(nn.Module):
             queries = queries.detach()
         with full_precision(features.device):
             scores = self.scorer("score", features, queries)
-            if self._is_plain(candidates, settings):
-                return self._choose_indices(scores, candidates, settings)
-            return self._choose_mask(scores, features, candidates, settings, inputs)
-
-    def _is_plain(self, candidates: Candidates, settings: Settings) -> bool:
-        """Whether every row keeps its best K of N: then sorting tells the indices, and no mask is made."""
-        return (
-            candidates.valid is None
-            and candidates.protected is None
-            and settings.forced is None
-            and not settings.drawing
-            and not isinstance(self.scorer, Sequential)
-            and not self.scorer.monotonic
-            and not self.runs_masked(settings)
-            and not self.data_dependent
-            and self.config.estimator != "soft"
-        )
-
-    def _choose_indices(self, scores: Tensor, candidates: Candidates, settings: Settings) -> Selection:
-        first, last = candidates.ends.first, int(candidates.ends.last)
-        n = scores.shape[-1]
-        slots = self.budget(drawing=False).slots(n - first - last) + first + last
-        ranked = scores
-        if first or last:
-            # protected rows rank above all others, so that one sort places them too
-            ranked = nn.functional.pad(scores[..., first : n - last], (first, last), value=torch.inf)
-        # stable: of equal scores the lower index is kept
-        best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :slots]
-        return Selection(
-            self.site,
-            None,
-            None,
-            None,
-            scores,
-            slots=slots,
-            dense=True,
-            indices=best.sort(dim=-1).values,
-            protected_ends=(first, last),
-        )
-
-    def _choose_mask(
-        self,
-        scores: Tensor,
-        features: Tensor,
-        candidates: Candidates,
-        settings: Settings,
-        inputs: TrainingInputs | None,
-    ) -> Selection:
-        n = scores.shape[-1]
-        everything = candidates.valid is None
-        dense = everything and not self.data_dependent
-        valid: Tensor = (
-            scores.new_ones((1, 1, 1, n), dtype=torch.bool) if candidates.valid is None else candidates.valid
-        )
-        # torch.broadcast_shapes would take longer than the choice
-        shape = tuple(size if other == 1 else other for size, other in zip(scores.shape, valid.shape, strict=True))
-        scores, valid = scores.expand(shape), valid.expand(shape)
-        free, protected = valid, candidates.protected
-        if protected is None and candidates.ends.rows:
-            protected = candidates.ends.mask((1, n), None, scores.device)[:, None, None]  # type: ignore[index]
-        if protected is not None:
-            free = (~protected).expand(shape) if everything else valid & ~protected
-            protected = protected if everything else valid & protected
-        masked = self.runs_masked(settings)
-        if settings.forced is not None:
-            mask = self._forced(settings.forced, shape) & valid
-            mask = mask if protected is None else mask | protected
-            slots, full, lengths = self._count(mask, masked)
-            return Selection(
-                self.site,
-                mask,
-                valid,
-                protected,
-                scores,
-                slots=slots,
-                dense=full,
-                masked=masked,
-                lengths=lengths,
-                counted=True,
-            )
-        extra = candidates.ends.rows
-        budget = self.budget(drawing=settings.drawing, final=settings.final)
-        if dense:  # as many candidates in every row, so nothing is counted
-            k = torch.full(shape[:-1], budget.slots(n - extra), device=scores.device)
-        else:
-            k = budget.count(scores.detach(), free)
-        bound = n if candidates.bound is None else candidates.bound
-        slots = budget.slots(bound - extra)
-        sampling = self._sampling(scores, free, inputs, settings) if settings.drawing else None
-        choice, scores = self._choose(scores, features.expand(shape[0], -1, -1, -1), k, free, slots, sampling)
-        mask, gates = choice.mask, self._gates(choice, free, sampling, settings)
-        if gates is not None and self.config.soft_rate and sampling is not None:
-            mask, gates = self._soften(mask, gates, free, sampling, settings)
-        if protected is not None:
-            mask = mask | protected
-            gates = None if gates is None else gates.masked_fill(protected, 1.0)
-        # of monotonic choices the last find less left than the budget
-        full, lengths = dense and not self.loose(settings) and not self.scorer.monotonic, None
-        if self.config.estimator == "soft" or self.loose(settings):
-            slots = bound - extra
-        elif (self.data_dependent or self.config.pack) and not (settings.drawing and masked):
-            (slots, full, lengths), extra = self._count(mask, masked), 0
-        return Selection(
-            self.site,
-            mask,
-            valid,
-            protected,
-            scores,
-            gates,
-            choice.log_prob,
-            choice.entropy,
-            self._penalty(choice, inputs),
-            None if inputs is None else inputs.summary,
-            slots=slots + extra,
-            dense=full,
-            masked=masked,
-            lengths=lengths,
-            counted=self.data_dependent,
-        )
-
-    def _forced(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A mask to replay, ``[B, H, Q, N]``, at the candidates that are there."""
-        if any(given not in (1, size) for given, size in zip(mask.shape, shape, strict=True)):
-            raise HardAttentionError(
-                f"the selection to replay at '{self.site}' has the shape {list(mask.shape)}; the choice there is {list(shape)}. Replay a "
-                "recording on the batch it was made on, under the same hf_hardattn.execution: masked sites drop no rows."
-            )
-        return mask.expand(shape)
-
-    def _choose(
-        self, scores: Tensor, features: Tensor, k: Tensor, free: Tensor, slots: int, sampling: Sampling | None
-    ) -> tuple[Choice, Tensor]:
-        """The estimator's choice among the ``free`` positions, and the scores that ranked them."""
-        if isinstance(self.scorer, Sequential):
-            return look(
-                self.scorer,
-                self.estimator,
-                features,
-                k.expand(scores.shape[:-1]),
-                free,
-                slots=slots,
-                sampling=sampling,
-                halts=self.halts,
-            )
-        if self.scorer.monotonic:
-            passed = (features[..., -1] > 0.5).expand(scores.shape[0], -1, -1)
-            k = k.expand(scores.shape[:-1])
-            return read_on(self.estimator, scores, k, free, passed, slots=slots, sampling=sampling), scores
-        return self.estimator.choose(scores, k, free, slots=slots, sampling=sampling), scores
-
-    def _sampling(self, scores: Tensor, free: Tensor, inputs: TrainingInputs | None, settings: Settings) -> Sampling:
-        """How this training choice is drawn; ``scores`` and ``free`` are ``[B, H, Q, N]``."""
-        temperature = self.now(self.temperature, settings.final)
-        backward: float | Tensor | None = None
-        if self.backward_temperature is not None:
-            backward = self.now(self.backward_temperature, settings.final)
-        elif self.config.backward_temperature == "adaptive":
-            backward = _spread(scores.detach(), free).clamp(min=temperature)
-        posterior = None
-        if self.posterior is not None and inputs is not None and inputs.target is not None:
-            posterior = scores.detach() + self.posterior(inputs.keys, inputs.target, scores.shape[2])
-        return Sampling(
-            uniform=lambda size: uniform(size, scores.device, max(0, len(size) - scores.dim())),
-            temperature=temperature,
-            backward_temperature=backward,
-            exploration=self.now(self.exploration, settings.final),
-            posterior=posterior,
-        )
-
-    def _gates(self, choice: Choice, free: Tensor, sampling: Sampling | None, settings: Settings) -> Tensor | None:
-        """Gates of masked training; elsewhere nothing is left of what they would weigh."""
-        if choice.gates is None or not settings.drawing or not self.runs_masked(settings):
-            return None
-        if self.posterior is not None and sampling is not None and sampling.posterior is None:
-            # no target: a gradient of zero rather than none, since distributed training waits for every parameter
-            return choice.gates + 0.0 * torch.stack([p.float().sum() for p in self.posterior.parameters()]).sum()
-        return choice.gates
-
-    def _soften(
-        self, mask: Tensor, gates: Tensor, free: Tensor, sampling: Sampling, settings: Settings
-    ) -> tuple[Tensor, Tensor]:
-        """Let some rows of the batch keep everything."""
-        soft = sampling.uniform((mask.shape[0], 1, 1, 1)) < self.now(self.soft_rate, settings.final)
-        return torch.where(soft, free, mask), torch.where(soft, free + (gates - gates.detach()), gates)
-
-    def _penalty(self, choice: Choice, inputs: TrainingInputs | None) -> Tensor | None:
-        target = None if inputs is None else inputs.target
-        penalty = choice.penalty
-        if penalty is None or target is None or penalty.shape[-1] != target.shape[1] or target.shape[1] == 1:
-            return penalty
-        present = (target != 0).any(-1)[:, None]  # a padding query has no target to explain
-        return penalty * present * (present.numel() / present.sum().clamp(min=1))
-
-    def _count(self, mask: Tensor, masked: bool) -> tuple[int, bool, tuple[int, ...] | None]:
-        """Slots that a choice needs, whether every row fills them, and the length of each row where rows are packed.
-
-        The one place that waits for the device. A replayed choice is packed where the choice itself would be, or last bits
-        would differ.
-        """
-        kept = mask.sum(-1)
-        most, least = (int(number) for number in torch.stack((kept.max(), kept.min())).tolist())
-        slots = max(1, most)
-        wanted = self.data_dependent if self.config.pack is None else self.config.pack
-        packs = wanted and not masked and kept.shape[1:].numel() == 1 and least < most
-        return slots, least == slots, tuple(kept.flatten().tolist()) if packs else None
+            return choose(self, scores, features, candidates, settings, inputs)
 
 
 def full_precision(device: torch.device) -> Any:
@@ -534,14 +269,6 @@ def _places(states: Tensor, valid: Tensor | None, past: int | Tensor) -> Tensor:
     else:
         places = (valid.cumsum(-1) - 1).clamp(min=0)
     return places + past if isinstance(past, Tensor) or past > 0 else places
-
-
-def _spread(scores: Tensor, free: Tensor) -> Tensor:
-    """Standard deviation of each row's scores over its free positions, ``[..., 1]``."""
-    count = free.sum(-1, keepdim=True).clamp(min=1)
-    known = scores.masked_fill(~free, 0.0)
-    variance = known.square().sum(-1, keepdim=True) / count - (known.sum(-1, keepdim=True) / count).square()
-    return variance.clamp(min=0).sqrt()
 
 
 def running(selector: Any) -> Selector:

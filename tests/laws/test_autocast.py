@@ -7,7 +7,7 @@ import torch
 from cases import ESTIMATORS, SCORERS, cases, hard, run, train_loss
 
 import hf_hardattn
-from hf_hardattn.modeling import selector as selector_module
+from hf_hardattn.modeling import choosing
 
 DTYPES = (torch.bfloat16, torch.float16)
 # their scores are whole numbers, or the logits that the attention computed
@@ -24,8 +24,8 @@ CASES = [
 @pytest.mark.parametrize(("case", "dtype"), [(case, DTYPES[n % 2]) for n, case in enumerate(CASES)], ids=str)
 def test_what_a_choice_is_made_of_is_fp32(case, dtype, monkeypatch):
     drawn = []
-    uniform = selector_module.uniform
-    monkeypatch.setattr(selector_module, "uniform", lambda *args: (drawn.append(uniform(*args)), drawn[-1])[1])
+    uniform = choosing.uniform
+    monkeypatch.setattr(choosing, "uniform", lambda *args: (drawn.append(uniform(*args)), drawn[-1])[1])
     example = hard(case, temperature=0.7, entropy_weight=0.1)
     with torch.autocast("cpu", dtype), hf_hardattn.record(example.model) as selections:
         run(example)

@@ -1,0 +1,97 @@
+"""What a choice is made among."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Protected(NamedTuple):
+    """Rows that are always kept and are no choice.
+
+    Attributes:
+        first: how many rows at the start (CLS, registers).
+        last: whether the last valid row (``</s>``).
+    """
+
+    first: int = 0
+    last: bool = False
+
+    @property
+    def rows(self) -> int:
+        """How many rows of a row of candidates are protected."""
+        return self.first + int(self.last)
+
+    def mask(self, shape: tuple[int, int], valid: Tensor | None, device: torch.device) -> Tensor | None:
+        """Which rows are protected, bool ``[B, N]``; None when none is."""
+        if not self.rows:
+            return None
+        place = torch.arange(shape[1], device=device).expand(shape)
+        protected = place < self.first
+        if not self.last:
+            return protected
+        last: Any = shape[1] - 1 if valid is None else torch.where(valid, place, -1).amax(-1, keepdim=True)
+        return protected | (place == last) if self.first else place == last
+
+
+@dataclass
+class Candidates:
+    """What a choice is made among.
+
+    Attributes:
+        valid: bool, broadcastable to ``[B, H, Q, N]``; None when every position is valid.
+        protected: bool ``[B, 1, 1, N]``, see ``Protected``; None when nothing is, or when ``ends`` says it.
+        ends: the protected rows, where they are the same in every row of the batch.
+        bound: how many valid candidates a row has at most.
+    """
+
+    valid: Tensor | None = None
+    protected: Tensor | None = None
+    ends: Protected = Protected()
+    bound: int | None = None
+
+    def masks(self, scores: Tensor) -> Masks:
+        """The masks of a choice by ``scores`` ``[B, H, Q, N]``, of one shape."""
+        n = scores.shape[-1]
+        everything = self.valid is None
+        valid: Tensor = scores.new_ones((1, 1, 1, n), dtype=torch.bool) if self.valid is None else self.valid
+        # torch.broadcast_shapes would take longer than the choice
+        shape = tuple(size if other == 1 else other for size, other in zip(scores.shape, valid.shape, strict=True))
+        valid, protected = valid.expand(shape), self.protected
+        if protected is None and self.ends.rows:
+            protected = self.ends.mask((1, n), None, scores.device)[:, None, None]  # type: ignore[index]
+        if protected is None:
+            return Masks(valid, valid, None)
+        if everything:
+            return Masks(valid, (~protected).expand(shape), protected)
+        return Masks(valid, valid & ~protected, valid & protected)
+
+
+class Masks(NamedTuple):
+    """Candidates as masks, bool ``[B, H, Q, N]``.
+
+    Attributes:
+        valid: what may be kept. free: the valid ones among which there is a choice. protected: those without; None when there are none.
+    """
+
+    valid: Tensor
+    free: Tensor
+    protected: Tensor | None
+
+
+@dataclass
+class TrainingInputs:
+    """What else a training choice reads of the candidates.
+
+    Attributes:
+        summary: fp32 ``[B, D]`` or None; mean state, detached, for a learned baseline.
+        keys: fp32 ``[B, N, d]`` or None; for an inference network.
+        target: states of the labels ``[B, T, D]`` or None; for an inference network.
+    """
+
+    summary: Tensor | None = None
+    keys: Tensor | None = None
+    target: Tensor | None = None
