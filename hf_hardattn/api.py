@@ -21,6 +21,7 @@ from .losses.training_loss import TERMS
 from .modeling.attach import FOLLOWS, attach, detach, place, remove_config
 from .modeling.context import is_soft_now
 from .modeling.family import Family
+from .modeling.remaining import hardly_meant, remaining
 from .modeling.selector import Selector
 from .modes import all_selectors, selectors_or_refuse
 from .recording import selectors
@@ -92,7 +93,10 @@ def attach_to(
         HardAttentionError: no family knows the model.
     """
     family = family_or_refuse(model)
-    built = attach(model, config, family, TERMS, is_part)
+    built = attach(model, config, family, TERMS, is_part, is_built=fresh)
+    if not is_part:
+        for said in hardly_meant(family.towers(model), selectors(model)):
+            warnings.warn(said, stacklevel=3)
     if not fresh:
         return built
     for selector in built.values():
@@ -154,8 +158,6 @@ def set_budget(model: nn.Module, budget: Any) -> nn.Module:
     wanted = budget if isinstance(budget, Mapping) and set(budget) <= set(known) else dict.fromkeys(known, budget)
     sites = {site: dict(_overrides(config, site), budget=value) for site, value in wanted.items()}
     kept = {pattern: overrides for pattern, overrides in (config.sites or {}).items() if pattern not in sites}
-    if config.sites is None:
-        kept = {pattern: {} for pattern in family_or_refuse(inner).recommended}
     return apply(model, config.replace(sites={**kept, **sites}))
 
 
@@ -164,13 +166,19 @@ def _overrides(config: HardAttentionConfig, site: str) -> dict[str, Any]:
 
 
 def status(model: nn.Module) -> str:
-    """A table of the model's sites: what chooses, how much it keeps, how it is trained, how it runs now."""
+    """A table of the model's sites: what chooses, how much it keeps, how it is trained, how it runs now.
+
+    ``left`` multiplies the sites of a tower that drop rows, one after the other: how many of the image's rows there are behind each,
+    or the share of a text's tokens. What is hardly meant stands below the table.
+    """
     inner = unwrap(model)
     found = selectors(inner)
     if not found:
         return f"{type(inner).__name__}: no hard attention (soft everywhere)"
-    rows = [("site", "budget", "scorer", "estimator", "parameters", "runs")]
+    rows = [("site", "budget", "left", "scorer", "estimator", "parameters", "runs")]
     followers = collections.Counter(module.__dict__.get(FOLLOWS) for module in inner.modules())
+    towers = family_or_refuse(inner).towers(inner)
+    left = remaining(towers, found)
     for site, selector in found.items():
         count = f"{sum(p.numel() for p in selector.parameters()):,}"
         shared = f" (and {followers[site]} more)" if followers[site] else ""
@@ -178,6 +186,7 @@ def status(model: nn.Module) -> str:
             (
                 site + shared,
                 str(selector.config.budget),
+                str(left.get(site, "")),
                 selector.config.scorer,
                 selector.config.estimator,
                 count,
@@ -185,9 +194,8 @@ def status(model: nn.Module) -> str:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, *(f"warning: {said}" for said in hardly_meant(towers, found))])
 
 
 def _how_it_runs(selector: Selector) -> str:

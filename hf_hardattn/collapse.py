@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .modeling.selection import Selection
 from .recording import record, selectors
-from .unwrapping import refuse_sharded, unwrap
+from .unwrapping import refuse_other_than_batch, refuse_sharded, unwrap
 
 # A score varies this much less between inputs than between positions: the choice does not look at the input.
 _INDEPENDENT = 1e-3
@@ -77,7 +77,11 @@ def find_collapse(model: nn.Module, batches: Mapping[str, Any] | Iterable[Mappin
     """
     model = unwrap(model)
     refuse_sharded(model, "find_collapse")
-    data = [batches] if isinstance(batches, Mapping) else list(batches)
+    several = not isinstance(batches, (Mapping, Tensor)) and isinstance(batches, Iterable)
+    given: Any = batches
+    data: list[Any] = list(given) if several else [given]
+    for batch in data:
+        refuse_other_than_batch(batch, "find_collapse")
     modes = [(module, module.training) for module in model.modules()]
     made: dict[str, list[Selection]] = {}
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import registry
 from .amounts import is_marked, is_number
-from .errors import HardAttentionError, shown, unknown
+from .errors import HardAttentionError, did_you_mean, shown, some_names, unknown
 from .fields import READERS, choice, is_configuration, read_field, scheduled_weight, write_field
 from .options import check_options
 from .recipes import expand
@@ -202,9 +202,10 @@ class HardAttentionConfig(SiteConfig):
         for pattern, overrides in patterns.items():
             matched = [pattern] if pattern in matching else [name for name in names if fnmatchcase(name, pattern)]
             if not matched and pattern.split(".")[0] not in ignore:
-                few = ", ".join(map(repr, names[:8] if len(names) <= 8 else names[:2]))
-                listed = few if len(names) <= 8 else f"{few} ... {names[-1]!r}"
-                raise HardAttentionError(f"no site matches {shown(pattern)} in {where}; it has: {listed}.")
+                near = did_you_mean(pattern, names)
+                raise HardAttentionError(
+                    f"no site matches {shown(pattern)} in {where}; it has: {some_names(names)}.{near}"
+                )
             for name in matched:
                 matching[name].append(overrides)
         resolved = {name: self._site(overrides) for name, overrides in matching.items() if overrides}

@@ -19,7 +19,7 @@ from .collapse import Collapse, find_collapse
 from .errors import HardAttentionError
 from .modeling.selector import Selector
 from .recording import record, selectors
-from .unwrapping import refuse_offloaded, refuse_sharded, unwrap
+from .unwrapping import refuse_offloaded, refuse_other_than_batch, refuse_sharded, unwrap
 
 _REFERENCE = {"estimator": "rloo", "estimator_options": {"samples": 8}}
 
@@ -117,6 +117,7 @@ def diagnose(
     if draws < 2:
         raise HardAttentionError(f"draws={draws} is out of range in diagnose; a variance needs at least 2.")
     model = unwrap(model)
+    refuse_other_than_batch(batch, "diagnose")
     refuse_sharded(model, "diagnose")
     refuse_offloaded(model, "diagnose")
     learned = [site for site, selector in selectors(model).items() if selector.learned]

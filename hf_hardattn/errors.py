@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 MOST_NAMES = 40  # names listed in an error
 
@@ -58,9 +58,20 @@ def unknown(what: str, name: object, known: Iterable[str], where: str = "", reme
     place = f" at {shown(where)}" if where else ""
     listed = ", ".join(map(shown, names[:MOST_NAMES])) + (" ..." if len(names) > MOST_NAMES else "")
     message = f"unknown {what} {shown(name)}{place}; {f'known: {listed}' if names else 'there are none'}."
-    near = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) and len(name) < 100 else []
-    hint = f" Did you mean {near[0]!r}?" if near else f" {remedy}" if remedy else ""
+    hint = did_you_mean(name, names) or (f" {remedy}" if remedy else "")
     return HardAttentionError(message + hint)
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """A question that ends an error: the nearest of the names that exist; empty where none is near."""
+    near = difflib.get_close_matches(name, list(names), n=1) if isinstance(name, str) and len(name) < 100 else []
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def some_names(names: Sequence[str]) -> str:
+    """The names for an error: all of them, or the first two and the last where there are many."""
+    few = ", ".join(map(repr, names[:8] if len(names) <= 8 else names[:2]))
+    return few if len(names) <= 8 else f"{few} ... {names[-1]!r}"
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> ImportError:

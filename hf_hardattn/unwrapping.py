@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -40,6 +41,19 @@ def unwrap(model: Any) -> nn.Module:
             inner = inner.module
         else:
             return inner
+
+
+def refuse_other_than_batch(batch: Any, verb: str) -> None:
+    """Refuse what is no batch of keyword inputs.
+
+    Raises:
+        HardAttentionError: it is not a mapping.
+    """
+    if not isinstance(batch, Mapping):
+        raise HardAttentionError(
+            f"{verb} got {type(batch).__name__}; a batch is a dict of the model's keyword inputs, such as {{'pixel_values': images}}. Give it "
+            "by name."
+        )
 
 
 def refuse_sharded(model: nn.Module, verb: str) -> None:

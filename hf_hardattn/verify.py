@@ -14,7 +14,7 @@ from .modeling.attach import FOLLOWS
 from .models import family_of
 from .modes import evaluating, execution
 from .recording import Recording, record, replay, selectors
-from .unwrapping import unwrap
+from .unwrapping import refuse_other_than_batch, unwrap
 
 REPLACEMENTS = ("noise", "zero", "swap")
 
@@ -85,6 +85,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any], *, tolerance: float = 1e-
         HardAttentionError: no sites; a row that is all padding; parity or a certificate that must hold fails is NOT raised but reported.
     """
     model = unwrap(model)
+    refuse_other_than_batch(batch, "verify")
     family = family_of(model)
     if family is None or not selectors(model):
         raise HardAttentionError(
@@ -135,8 +136,7 @@ def _site(
             output = _tensors(model(**changed))
         leak = max(leak, _difference(reference, output))
         rows |= _changed_rows(reference, output, len(dropped))
-    reader = family.other_reader(model, dict(batch))
-    if kind == "inputs" and reader is None:
+    if kind == "inputs":
         verdict = (
             "cannot influence the output (bit-identical under noise, constant and swap)"
             if leak == 0.0
@@ -145,7 +145,7 @@ def _site(
     elif leak == 0.0:
         verdict = "did not influence the output in this batch (bit-identical under noise, constant and swap)"
     else:
-        through = _channel(site, tower, _shared(model, family, site)) if reader is None else reader
+        through = _channel(site, tower, _shared(model, family, site))
         verdict = (
             f"still changes outputs by up to {leak:.2g} in {int(rows.sum())} of {len(rows)} rows, through {through}"
         )

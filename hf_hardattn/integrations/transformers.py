@@ -8,6 +8,7 @@ recorders, so that models of the stock classes, even those built before, return 
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
 from ..fields import is_configuration
 from ..modeling.selector import Selector
-from ..models import family_of
+from ..models import family_of, names
 from ..recording import selectors
 from . import peft, peft_adapters
 from .peft_adapters import base_of_adapter, check_selectors
@@ -47,6 +48,15 @@ def _check_loaded(
                 "to train fresh ones, or hard_attention=None to load it soft."
             )
     spare = [key for key in info["unexpected_keys"] if "selector.scorer." in key]
+    modules = (
+        {name for name, _ in model.named_modules()} if prefixes else set()
+    )  # a tower that the class leaves out is no loss
+    forgotten = [key for key in spare if re.sub(r"(?:^|\.)(?:input_)?selector\.scorer\..*", "", key) in modules]
+    if forgotten:
+        raise HardAttentionError(
+            f"{place} holds {len(forgotten)} tensors of selectors (first: '{forgotten[0]}') at sites that its config does not select, so "
+            f"that it would choose less often than it was trained to. {_ADVICE}"
+        )
     if spare and not prefixes:
         warnings.warn(
             f"the checkpoint holds {len(spare)} selector tensors (first: '{spare[0]}') but its config has no hard_attention: "
@@ -82,6 +92,11 @@ def _post_init(post_init: Callable[..., Any], self: PreTrainedModel) -> None:
     known = wanted is not None and family_of(self) is not None
     if known:
         attach_to(self, HardAttentionConfig.parse(wanted), is_part=_is_part(self))
+    elif wanted is not None and not _is_part(self):
+        raise HardAttentionError(
+            f"{type(self).__name__} was asked for hard attention and no family knows it, so that it would run soft; known families: "
+            f"{', '.join(names())}. Leave hard_attention out, or pass hard_attention=None where a config.json asks for it."
+        )
     elif wanted is None and selectors(self):
         remove(self)  # the outer config decides: hard parts of a model that was asked to be soft
     post_init(self)

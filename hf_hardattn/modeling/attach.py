@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import HardAttentionConfig, SiteConfig
-from ..errors import HardAttentionError
+from ..errors import HardAttentionError, some_names
 from . import attention, heads, patches, pooling
 from .arguments import parameter_names, takes_keywords
 from .build import Kinds, build_selector, reusable, shared_choices, source_protected
@@ -20,6 +20,7 @@ from .layers import after_layer, before_layer
 from .plan import LAYER, TOWER, LayerPlan, TowerPlan
 from .selector import Selector, running
 from .towers import (
+    COPIES,
     HANDS_DOWN,
     TRAINING_LOSS,
     close_call,
@@ -38,6 +39,7 @@ def attach(
     family: Family,
     training_loss: tuple[Callable[..., None], Callable[..., None]],
     is_part: bool = False,
+    is_built: bool = False,
 ) -> dict[str, Selector]:
     """Give a model the sites of a configuration, in place. A configuration that is refused changes nothing.
 
@@ -46,6 +48,8 @@ def attach(
     Args:
         family: of the model. training_loss: adds the estimators' terms to an output, and prepares a training call; see ``towers.TRAINING_LOSS``.
         is_part: the model is being built inside another one, which has all the sites: here some may be missing.
+        is_built: the model is complete, and so must have a site of the configuration. A checkpoint's may all lie in towers that the
+            class being loaded leaves out.
 
     Returns:
         The selectors that were made, by site.
@@ -53,12 +57,15 @@ def attach(
     towers = family.towers(model)
     kinds: Kinds = {site: (tower, kind, n) for tower in towers.values() for site, kind, n in tower.sites()}
     absent = set(family.all_towers) - towers.keys()
+    recommended = family.recommended(towers)
     if is_part:
-        absent |= {pattern.split(".")[0] for pattern in config.sites or family.recommended}
-    resolved = config.resolve(kinds, family.recommended, type(model).__name__, ignore=absent)
-    if not resolved and not absent:
+        absent |= {pattern.split(".")[0] for pattern in config.sites or recommended}
+    elif config.sites is None and recommended:
+        config = config.replace(sites=recommended)  # a saved model does not change with the recommendation
+    resolved = config.resolve(kinds, recommended, type(model).__name__, ignore=absent)
+    if not resolved and (is_built or not absent):
         raise HardAttentionError(
-            f"no site of {type(model).__name__} is selected by {list(config.sites or [])}; it has: {', '.join(kinds)}."
+            f"no site of {type(model).__name__} is selected by {list(config.sites or [])}; it has: {some_names(list(kinds))}."
         )
     _check_restore(model, config, towers)
     _check_averages(model, resolved, kinds, family)
@@ -159,6 +166,7 @@ def _install(
     module: Any = model
     module.__dict__[HANDS_DOWN] = family.owns(model) and takes_keywords(model)
     module.__dict__[TRAINING_LOSS] = training_loss
+    module.__dict__[COPIES] = parameter_names(model) if heads.extends(model, family.spec.copying_heads) else None
     module.__dict__[FAMILY] = family.name
     model.register_forward_pre_hook(open_call, with_kwargs=True)
     model.register_forward_hook(close_call, with_kwargs=True, always_call=not module.__dict__[HANDS_DOWN])
@@ -329,7 +337,7 @@ def _remove_hooks(model: nn.Module) -> None:
         attention.uninstall(module)
         patches.uninstall(module)
         pooling.uninstall(module)
-        for name in (LAYER, TOWER, HANDS_DOWN, TRAINING_LOSS, FAMILY):
+        for name in (LAYER, TOWER, HANDS_DOWN, TRAINING_LOSS, COPIES, FAMILY):
             module.__dict__.pop(name, None)
 
 

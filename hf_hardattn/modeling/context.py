@@ -122,6 +122,7 @@ class ForwardContext:
         kept_source: which rows of given encoder states were kept, bool ``[B, K]``; None when all were.
         source_gates: their gates ``[B, K]``, where masked training made them; None otherwise.
         source_given: the caller gave encoder states that were computed before.
+        copies_input: the model's head feeds the encoder's input to its decoder as well.
         as_tuple: the caller asked for a tuple.
         finished: the call is over; a layer that runs again is being recomputed in the backward pass.
         terms: what the estimators added to the task loss; None when they added nothing.
@@ -138,6 +139,7 @@ class ForwardContext:
         self.kept_source: Tensor | None = None
         self.source_gates: Tensor | None = None
         self.source_given = False
+        self.copies_input = False
         self.as_tuple = False
         self.finished = False
         self.terms: Tensor | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -152,10 +152,15 @@ class Family:
         """Every tower name it knows."""
         return tuple(tower.name for tower in self.spec.towers)
 
-    @property
-    def recommended(self) -> tuple[str, ...]:
-        """Globs of the sites taken when the configuration names none."""
-        return self.spec.recommended
+    def recommended(self, towers: Mapping[str, Tower]) -> tuple[str, ...]:
+        """The glob of the sites taken when the configuration names none; empty where it is for towers that the model lacks."""
+        for pattern in self.spec.recommended:
+            name, kind, *layer = pattern.split(".")
+            if name in towers and kind in towers[name].kinds:
+                count = len(towers[name].layers)
+                depth = [str(count * int(part[:-1]) // 100) if part.endswith("%") else part for part in layer]
+                return (".".join([name, kind, *depth]),)
+        return ()
 
     def owns(self, model: nn.Module) -> bool:
         """Whether the model's class, or one that it extends, is defined by this family."""
@@ -220,11 +225,6 @@ class Family:
         where its loss is a mean whatever the Trainer asks for."""
         items: Tensor | None = self._call("loss_items", model, inputs)
         return items
-
-    def other_reader(self, model: nn.Module, batch: dict[str, Any]) -> str | None:
-        """What else in the model reads the raw inputs past its ``inputs`` sites, in words; None when nothing does."""
-        reader: str | None = self._call("other_reader", model, batch)
-        return reader
 
     def replace_inputs(
         self, model: nn.Module, batch: dict[str, Any], dropped: dict[str, Tensor], how: str, seed: int

@@ -64,11 +64,6 @@ def classified_items(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
     return (given != -100).sum()
 
 
-def other_reader(model: nn.Module, batch: dict[str, Any]) -> str | None:
-    """Nothing reads the inputs past the tower."""
-    return None
-
-
 def replace_inputs(
     model: nn.Module, tower: Tower, batch: dict[str, Any], dropped: Tensor, how: str, seed: int
 ) -> dict[str, Any]:

@@ -129,11 +129,14 @@ class ModelSpec:
 
     Attributes:
         name: of the family. family: prefix of the Python modules that define it.
-        towers: its towers. recommended: globs of the sites taken when the configuration names none.
+        towers: its towers. recommended: globs of the sites taken when the configuration names none; the first whose tower a model has is
+            taken. ``vision.tokens.25%`` is the site after a quarter of the layers. One site that drops rows, not several: ratios of
+            what is left multiply, and the model is to keep what the budget says.
         heads: names of the Transformers classes that the contract suites try.
         tiny: sizes of a tiny configuration for them.
         restored_heads: names of heads whose predictions are aligned with the input: its towers take their full length again.
         averaging_heads: names of heads that average the rows, so that every row of a batch must keep as many.
+        copying_heads: names of heads that feed the encoder's input to the decoder as well, shifted by one.
         find_towers: maps a model to its towers by name, where the class name alone does not tell which tower is which.
         functions: replacements of the functions in ``modeling/heads.py`` that read a head's labels and losses; ``prepare`` and
             ``release`` do what else a hard model of the family needs.
@@ -147,5 +150,6 @@ class ModelSpec:
     tiny: Mapping[str, Any] = field(default_factory=dict)
     restored_heads: tuple[str, ...] = ()
     averaging_heads: tuple[str, ...] = ()
+    copying_heads: tuple[str, ...] = ()
     find_towers: Callable[[nn.Module], dict[str, tuple[TowerSpec, nn.Module]]] | None = None
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

@@ -262,6 +262,14 @@ class TowerState:
             return gates.masked_fill(~self.valid, 1.0)
         return gates
 
+    def kept_positions(self, batch: int, device: torch.device) -> Tensor | None:
+        """Which positions of the tower's input are still computed on, bool ``[B, N]``; None when all are."""
+        kept, positions = self.candidates, self.positions
+        if positions is None:
+            return None if kept is None else kept.expand(batch, -1)
+        kept = torch.ones_like(positions, dtype=torch.bool) if kept is None else kept
+        return torch.zeros(batch, self.length, dtype=torch.bool, device=device).scatter(1, positions, kept)
+
     def kept_mask(self, batch: int, device: torch.device, restored: bool) -> Tensor | None:
         """Which rows of the output a reader may read, bool ``[B, K or N]``; None when all."""
         if not self.dropped:

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 from ..errors import HardAttentionError
 from .arguments import Arguments
 from .context import CONTEXT, ForwardContext, current_context, has_modes, set_current
+from .copies import copies_input, hide_dropped
 from .cross import SOURCE, SOURCE_MASK, KeptEncoderOutput
 from .plan import TOWER, TowerPlan
 from .state import TowerState
 
 HANDS_DOWN = "hard_attention_hands_down"  # whether a model's forward passes keywords on to its towers
+COPIES = (
+    "hard_attention_copies"  # parameters of a head that feeds its decoder the encoder's input; None for other models
+)
 # a pair of functions: one adds the terms of a training loss to an output, one prepares a training call
 TRAINING_LOSS = "hard_attention_training_loss"
 
@@ -35,6 +39,8 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     context = context or ForwardContext(tower)
     arguments = Arguments(plan.names, args, kwargs)
     arguments.keywords[CONTEXT] = context
+    if context.copies_input and plan.reads is not None:
+        hide_dropped(plan, context, arguments)
     mask = arguments.get("attention_mask")
     state = TowerState(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
     context.towers[plan.name] = state
@@ -159,6 +165,8 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         context.source_given = True
         context.kept_source = getattr(given, "kept_mask", None)
         context.source_gates = getattr(given, "kept_gates", None)
+    names = model.__dict__[COPIES]
+    context.copies_input = names is not None and copies_input(names, args, kwargs)
     by_name = kwargs.get("return_dict", getattr(model.config, "return_dict", True))
     context.as_tuple = by_name is False and (hands_down or "return_dict" in kwargs)
     if context.as_tuple and model.training:

@@ -17,6 +17,6 @@ BERT = ModelSpec(
             protect_first=1,
         ),
     ),
-    recommended=("text.tokens.*",),
+    recommended=("text.tokens.25%",),
     heads=("BertForSequenceClassification", "BertModel"),
 )

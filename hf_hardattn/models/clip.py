@@ -22,7 +22,7 @@ CLIP = ModelSpec(
             ),
         ),
     ),
-    recommended=("vision.tokens.*",),
+    recommended=("vision.tokens.25%",),
     averaging_heads=("CLIPForImageClassification",),
     heads=("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification"),
 )

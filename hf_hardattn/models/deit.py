@@ -16,6 +16,6 @@ DEIT = ModelSpec(
             protect_first=2,
         ),
     ),
-    recommended=("vision.tokens.*",),
+    recommended=("vision.tokens.25%",),
     heads=("DeiTForImageClassification", "DeiTModel"),
 )

@@ -20,7 +20,7 @@ DINOV2 = ModelSpec(
             ),
         ),
     ),
-    recommended=("vision.tokens.*",),
+    recommended=("vision.tokens.25%",),
     averaging_heads=("Dinov2ForImageClassification",),
     heads=("Dinov2ForImageClassification", "Dinov2Model"),
     functions={"loss_items": heads.classified_items},

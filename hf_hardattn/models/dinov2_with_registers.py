@@ -17,7 +17,7 @@ DINOV2_WITH_REGISTERS = ModelSpec(
             protect_first=(1, "num_register_tokens"),
         ),
     ),
-    recommended=("vision.tokens.*",),
+    recommended=("vision.tokens.25%",),
     averaging_heads=("Dinov2WithRegistersForImageClassification",),
     heads=("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersModel"),
     tiny={"num_register_tokens": 2},

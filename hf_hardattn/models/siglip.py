@@ -23,7 +23,7 @@ SIGLIP = ModelSpec(
             ),
         ),
     ),
-    recommended=("vision.tokens.*",),
+    recommended=("vision.tokens.25%",),
     averaging_heads=("SiglipForImageClassification",),
     heads=("SiglipVisionModel", "SiglipForImageClassification"),
 )

@@ -52,13 +52,6 @@ def token_loss(
     return loss, torch.ones_like(loss, dtype=torch.bool)
 
 
-def other_reader(model: nn.Module, batch: dict[str, Any]) -> str | None:
-    """These heads feed the whole input to their decoder."""
-    copies = heads.extends(model, ["T5ForQuestionAnswering", "T5ForSequenceClassification"])
-    given = batch.get("decoder_input_ids") is not None or batch.get("decoder_inputs_embeds") is not None
-    return "the decoder, which this head feeds with the shifted input_ids" if copies and not given else None
-
-
 T5 = ModelSpec(
     name="t5",
     family="transformers.models.t5.",
@@ -75,7 +68,7 @@ T5 = ModelSpec(
             source_protected=(0, True),
         ),
     ),
-    recommended=("encoder.tokens.*",),
+    recommended=("decoder.cross.*", "encoder.tokens.25%"),
     heads=(
         "T5ForConditionalGeneration",
         "T5EncoderModel",
@@ -84,5 +77,6 @@ T5 = ModelSpec(
         "T5ForTokenClassification",
         "T5Model",
     ),
-    functions={"target_table": target_table, "token_loss": token_loss, "other_reader": other_reader},
+    copying_heads=("T5ForQuestionAnswering", "T5ForSequenceClassification"),
+    functions={"target_table": target_table, "token_loss": token_loss},
 )

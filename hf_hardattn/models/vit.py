@@ -18,7 +18,7 @@ VIT = ModelSpec(
             patches=PatchSpec("ViTEmbeddings"),
         ),
     ),
-    recommended=("vision.tokens.*",),
+    recommended=("vision.tokens.25%",),
     heads=("ViTForImageClassification", "ViTForMaskedImageModeling", "ViTModel"),
     tiny={"num_channels": 2, "encoder_stride": 4},
     restored_heads=("ViTForMaskedImageModeling",),

@@ -5,11 +5,13 @@ The terms of the training loss have tests of their own in ``test_faults.py``.
 
 from __future__ import annotations
 
+import collections
 import copy
 
 import pytest
 import torch
 from cases import HEADS, close, harden, run, stock
+from transformers import SwinConfig, SwinModel, ViTForImageClassification
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError
@@ -202,3 +204,93 @@ def test_a_schedule_that_nobody_counts():
     example = hard_vit(temperature={"start": 1.0, "end": 0.1, "steps": 100})
     with pytest.warns(UserWarning, match="has a schedule that stands at step 0"):
         example.model.train()(**example.batch)
+
+
+# ------------------------------------------------------------------------------------------------- what is asked for is what is kept
+
+
+@pytest.mark.parametrize(("architecture", "head"), FIRST_HEADS)
+def test_the_recommended_sites_keep_what_the_budget_says(architecture, head):
+    """In all, not of what earlier sites left: one that drops rows in a tower, or some that choose among the same keys."""
+    example = stock(architecture, head)
+    hf_hardattn.apply(example.model, {"budget": 0.5})
+    kinds = collections.Counter(site.rsplit(".", 1)[0] for site in hf_hardattn.selectors(example.model))
+    (kind, count), *others = kinds.items()
+    assert not others and (count == 1 or kind.endswith(".cross"))
+    assert example.model.config.hard_attention["sites"], "a saved model does not change with the recommendation"
+
+
+def test_status_counts_what_is_left_behind_each_site():
+    example = stock("vit", "ViTForImageClassification")
+    hf_hardattn.apply(example.model, {"sites": {"vision.inputs": 0.7, "vision.self.1": 2, "vision.tokens.1": 0.5}})
+    rows = [line.split() for line in hf_hardattn.status(example.model).splitlines()]
+    left = {row[0]: " ".join(row[2:5]) for row in rows[1:]}
+    assert left == {"vision.inputs": "8 of 10", "vision.self.1": "3 of 10", "vision.tokens.1": "5 of 10"}
+    with hf_hardattn.record(example.model) as selections:
+        run(example)
+    assert {s.site: f"{int(s.mask.sum(-1)[0, 0, 0])} of 10" for s in selections} == left
+
+
+def test_status_counts_the_share_of_a_text():
+    example = stock("t5", "T5ForConditionalGeneration")
+    sites = {"encoder.tokens.0": 0.5, "encoder.tokens.1": 0.5, "decoder.cross.0": 0.5, "decoder.cross.1": "top_p:0.5"}
+    hf_hardattn.apply(example.model, {"sites": sites})
+    left = [line.split("  ")[2:] for line in hf_hardattn.status(example.model).splitlines()[1:]]
+    assert [" ".join(row).split("linear")[0].strip() for row in left] == ["0.5", "0.25", "0.125", "by the scores"]
+
+
+def test_sites_that_leave_next_to_nothing_together():
+    example = stock("vit", "ViTForImageClassification", image_size=48)
+    with pytest.warns(
+        UserWarning, match=r"3 sites of 'vision' leave 2.8% of its rows together; the budget of 'vision.tokens.1' is"
+    ):
+        hf_hardattn.apply(example.model, {"sites": ["vision.tokens.*"], "budget": 0.25})
+    assert "warning: 3 sites of 'vision' leave 2.8%" in hf_hardattn.status(example.model)
+
+
+def test_a_count_of_more_than_there_is():
+    example = stock("vit", "ViTForImageClassification")
+    with pytest.warns(UserWarning, match="budget=1000 at 'vision.inputs' keeps everything: there are 9 positions"):
+        hf_hardattn.apply(example.model, {"sites": ["vision.inputs"], "budget": 1000})
+
+
+def test_sites_of_towers_that_a_whole_model_lacks():
+    example = stock("t5", "T5EncoderModel")
+    with pytest.raises(HardAttentionError, match="no site of T5EncoderModel is selected by .'decoder.cross"):
+        hf_hardattn.apply(example.model, {"sites": ["decoder.cross.*"]})
+
+
+def test_a_model_of_no_family_that_is_asked_for_hard_attention():
+    sizes = dict(image_size=32, embed_dim=8, depths=[1], num_heads=[1])
+    with pytest.raises(HardAttentionError, match="SwinModel was asked for hard attention and no family knows it"):
+        SwinModel(SwinConfig(**sizes, hard_attention={"budget": 0.5}))
+    SwinModel(SwinConfig(**sizes))
+
+
+def test_a_checkpoint_with_selectors_at_sites_that_its_config_forgot(tmp_path):
+    example = stock("vit", "ViTForImageClassification")
+    hf_hardattn.apply(example.model, {"sites": ["vision.tokens.*"], "budget": 0.7})
+    example.model.config.hard_attention["sites"] = {"vision.tokens.0": {}}
+    example.model.save_pretrained(tmp_path)
+    with pytest.raises(
+        HardAttentionError, match="holds 4 tensors of selectors .* at sites that its config does not select"
+    ):
+        ViTForImageClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("verb", ["verify", "find_collapse", "diagnose"])
+@pytest.mark.parametrize("batch", [torch.zeros(1, 2, 12, 12), [1], 3])
+def test_a_batch_without_names(verb, batch):
+    with pytest.raises(HardAttentionError, match=f"{verb} got (Tensor|int|list); a batch is a dict"):
+        getattr(hf_hardattn, verb)(hard_vit().model, batch)
+
+
+def test_names_of_the_package_are_the_public_ones():
+    assert set(hf_hardattn.__all__) <= set(dir(hf_hardattn)) and "importlib" not in dir(hf_hardattn)
+    assert hf_hardattn.inspection.__name__ == "hf_hardattn.inspection"
+
+
+def test_a_misspelt_site_is_answered_with_the_nearest():
+    example = stock("vit", "ViTForImageClassification")
+    with pytest.raises(HardAttentionError, match=r"no site matches 'vision.input' .* Did you mean 'vision.inputs'\?"):
+        hf_hardattn.apply(example.model, {"sites": ["vision.input"]})

@@ -1,0 +1,108 @@
+"""What is left of a tower's input behind each of its sites, worked out from the budgets alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .family import Tower
+from .heads import patch_size
+from .selector import Selector
+
+LEAST_SHARE = 0.05  # of the input; several sites are seldom meant to leave less together
+DROPPING = ("inputs", "tokens")  # kinds whose choices multiply: each chooses among the rows that the last one left
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """Rows that are left.
+
+    Attributes:
+        share: of the input, in (0, 1]; None where only the scores tell.
+        rows: how many; for texts, whose length differs, an upper bound, and None while only the share is known.
+        total: rows of the input; None for texts.
+    """
+
+    share: float | None = 1.0
+    rows: int | None = None
+    total: int | None = None
+
+    def after(self, selector: Selector) -> Remaining:
+        """What a choice of ``selector`` leaves."""
+        if selector.keeps_all or self.share is None:
+            return self
+        if selector.data_dependent:
+            return Remaining(None, None, self.total)
+        budget, protected = selector.budget(drawing=False), selector.protected.rows
+        if self.rows is None:
+            if budget.kind == "ratio":
+                return replace(self, share=self.share * budget.value)
+            return replace(self, rows=int(budget.value) + protected)
+        always = min(protected, self.rows)
+        rows = always + (budget.slots(self.rows - always) if self.rows > always else 0)
+        return Remaining(self.share if self.total is None else rows / self.total, rows, self.total)
+
+    def __str__(self) -> str:
+        if self.share is None:
+            return "by the scores"
+        if self.total is not None:
+            return f"{self.rows} of {self.total}"
+        return f"{self.share:.3g}" if self.rows is None else f"at most {self.rows}"
+
+
+def remaining(towers: Mapping[str, Tower], selectors: Mapping[str, Selector]) -> dict[str, Remaining]:
+    """What is left behind each site: of the rows for ``inputs`` and ``tokens``, of the keys that are read for ``self`` and ``cross``."""
+    found: dict[str, Remaining] = {}
+    ends: dict[str | None, Remaining] = {}
+    for tower in sorted(towers.values(), key=lambda tower: tower.source is not None):  # what is read, before its reader
+        left = whole(tower)
+        for site, kind in _in_order(tower, selectors):
+            source = ends.get(tower.source, Remaining()) if kind == "cross" else left
+            found[site] = source.after(selectors[site])
+            if kind in DROPPING:
+                left = found[site]
+        ends[tower.name] = left
+    return found
+
+
+def hardly_meant(towers: Mapping[str, Tower], selectors: Mapping[str, Selector]) -> Iterator[str]:
+    """Say what in the budgets is hardly meant: sites that leave next to nothing together, a count of more than there is."""
+    left = remaining(towers, selectors)
+    for tower in towers.values():
+        sites = list(_in_order(tower, selectors))
+        rows = [site for site, kind in sites if kind in DROPPING]
+        share = left[rows[-1]].share if rows else None
+        if len(rows) > 1 and share is not None and share < LEAST_SHARE:
+            yield (
+                f"{len(rows)} sites of '{tower.name}' leave {share:.1%} of its rows together; the budget of '{rows[1]}' is a share of what "
+                f"'{rows[0]}' left. Name fewer sites, or give each a larger budget."
+            )
+        total = whole(tower).total
+        for site, kind in sites if total is not None else ():
+            selector = selectors[site]
+            there = (total or 0) - selector.protected.rows
+            if kind != "cross" and isinstance(selector.config.budget, int) and selector.config.budget >= there:
+                yield (
+                    f"budget={selector.config.budget} at '{site}' keeps everything: there are {there} positions to choose from. Give a smaller "
+                    "count, or a ratio."
+                )
+
+
+def whole(tower: Tower) -> Remaining:
+    """The input of a tower: of images, the size in its configuration says how many rows there are."""
+    size: Any = getattr(tower.config, "image_size", None)
+    if not tower.reads_images or size is None:
+        return Remaining()
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    patch = patch_size(tower.config)
+    rows = tower.protected.first + (height // patch[0]) * (width // patch[1])
+    return Remaining(1.0, rows, rows)
+
+
+def _in_order(tower: Tower, selectors: Mapping[str, Selector]) -> Iterator[tuple[str, str]]:
+    """The tower's sites that have a selector, with their kinds, in the order in which a call comes to them."""
+    order = ("inputs", "self", "cross", "tokens")
+    for site, kind, _ in sorted(tower.sites(), key=lambda site: (site[2], order.index(site[1]))):
+        if site in selectors:
+            yield site, kind
