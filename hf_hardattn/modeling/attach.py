@@ -240,7 +240,8 @@ def _install_layers(tower: Tower, first_drop: int | None, source_drops: bool, id
             # in front of others' hooks: FSDP2's takes the selector's weights away again
             layer.register_forward_hook(after_layer, with_kwargs=True, prepend=True)
         if spec.attention and (behind or plan.inputs or reads_keys or plan.uses_table or plan.eager_only):
-            attention.install(tower.attention(layer, "self"), tower.attention_spec("self"), plan.index, cross=False)
+            module, inner = tower.attention(layer, "self"), tower.attention_spec("self")
+            attention.install(module, inner, plan.index, cross=False, windows=spec.windows)
         if reads_source or reads or (plan.eager_only and plan.cross is not None):
             attention.install(tower.attention(layer, "cross"), tower.attention_spec("cross"), plan.index, cross=True)
     return active
@@ -267,6 +268,7 @@ def _layer_plan(tower: Tower, index: int) -> LayerPlan:
         source_protected=source_protected(tower),
         has_bias=spec.attention_spec.position_bias,
         causal=spec.causal,
+        windows=spec.windows,
     )
     if "self" in kinds:
         plan.own = _selector_at(tower, "self", index) is not None

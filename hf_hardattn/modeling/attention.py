@@ -6,7 +6,6 @@ It takes over only when the layer hands it an ``AttentionInput``; otherwise the 
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import HardAttentionError
@@ -31,8 +31,9 @@ from ..functional.attention import (
 from ..functional.varlen import Packing
 from .arguments import parameter_names
 from .cache import CacheLayer
-from .masks import additive, as_allowed, combine, gather_keys, padding_mask
+from .masks import additive, as_allowed, combine, differs_between_queries, opened, padding_mask
 from .projection import AttentionView
+from .rotary import Tables, family_function, packed_tables, tables_at
 from .spec import AttentionSpec
 from .state import AttentionInput, KeySubset
 
@@ -45,13 +46,14 @@ class AttentionPlan:
 
     Attributes:
         spec: the names inside it. names: parameters of its forward. layer: its layer's index.
-        cross: it reads another tower. stock: a forward that somebody had put on the module before, or None.
+        cross: it reads another tower. windows: its masks may hide keys by their distance. stock: a forward that somebody had put on the module before, or None.
     """
 
     spec: AttentionSpec
     names: tuple[str, ...]
     layer: int
     cross: bool
+    windows: bool = False
     stock: Callable[..., Any] | None = None
 
 
@@ -76,10 +78,10 @@ def refuse_per_query(implementation: str, spec: AttentionSpec, site: str) -> Non
     )
 
 
-def install(module: nn.Module, spec: AttentionSpec, layer: int, cross: bool) -> None:
+def install(module: nn.Module, spec: AttentionSpec, layer: int, cross: bool, windows: bool = False) -> None:
     """Put the forward of this file on an attention module."""
     stock = module.__dict__.get("forward")
-    module.__dict__[PLAN] = AttentionPlan(spec, parameter_names(module), layer, cross, stock)
+    module.__dict__[PLAN] = AttentionPlan(spec, parameter_names(module), layer, cross, windows, stock)
     module.__dict__["forward"] = functools.partial(hard_forward, module)
 
 
@@ -125,6 +127,7 @@ class AttentionCall:
         view: the module's projections.
         hidden: queries' states ``[B, Q, D]``. source: keys' states ``[B, N, D]``.
         mask: of Transformers, in the form of the attention implementation; the caller's, over all N keys.
+        tables: of the rotary embedding, for all N keys; None where the family has none.
         bias: position bias ``[B or 1, H, Q, N]`` or a table of distances; None where the family has none.
         cache: of this layer; None without one.
         wants_weights: the caller asked for attention weights, and the implementation can tell them.
@@ -134,11 +137,13 @@ class AttentionCall:
     def __init__(self, module: Any, plan: AttentionPlan, given: dict[str, Any], what: AttentionInput):
         spec = plan.spec
         self.module, self.plan, self.given = module, plan, given
-        self.view = AttentionView(module, spec)
+        tables: Tables | None = None if spec.rotary is None or plan.cross else given.get(spec.rotary)
+        self.view = AttentionView(module, spec, tables)
         self.hidden: Tensor = given[plan.names[0]]
         source = None if spec.source is None else given.get(spec.source)
         self.source: Tensor = self.hidden if source is None else source
         self.mask = what.mask
+        self.tables = tables
         self.bias: Tensor | None = given.get("position_bias") if not plan.cross else None
         cache = given.get("past_key_values")
         self.cache = None if cache is None else CacheLayer(cache, plan.layer, cross=plan.cross)
@@ -169,16 +174,27 @@ class AttentionCall:
 
     @property
     def query(self) -> Tensor:
-        """The projected queries, ``[B, H, Q, d]``."""
+        """The projected queries, ``[B, H, Q, d]``, turned by their positions."""
         if self._query is None:
-            self._query = self.view.query(self.hidden)
+            self._query = self.view.rotated(self.view.query(self.hidden), self.tables)
         return self._query
+
+    def key(self, states: Tensor, tables: Tables | None) -> Tensor:
+        """The projected keys of ``states``, ``[B, H, N, d]``, turned by the positions in ``tables``."""
+        return self.view.rotated(self.view.key(states), tables)
+
+    def _tables_at(self, indices: Tensor) -> Tables | None:
+        """The rotary tables of the keys at int64 ``[B, K]``."""
+        return None if self.tables is None else tables_at(self.tables, indices, self.source.shape[1])
 
     # ---------------------------------------------------------------- one choice for all queries
 
     def attend_rows(self, packing: Packing) -> Tensor:
         """Attend within each row of packed states ``[1, T, D]``; output ``[1, T, H * d]``."""
         query, key, value = self.view.all(self.hidden)
+        if self.tables is not None:
+            tables = packed_tables(self.tables, packing)
+            query, key = self.view.rotated(query, tables), self.view.rotated(key, tables)
         options: dict[str, Any] = dict(scale=self.view.scale, bias=self.bias, dropout=self.view.dropout)
         return attend_packed(query, key, value, packing, **options)
 
@@ -199,7 +215,7 @@ class AttentionCall:
         if total is not None:
             if keys.indices is not None:
                 total = gates_at(total, keys.indices)
-            allowed = self._allowed(keys)
+            allowed = self._allowed(keys, total)
             return self._gated(query, key, value, total, allowed, bias, keys)
         if (
             bias is not None
@@ -222,39 +238,48 @@ class AttentionCall:
         if self.cache is not None and self.cache.filled:
             return self.query, *self.cache.read()
         if keys.indices is None:
-            together = not self.plan.cross and self._query is None
-            query, key, value = self.view.all(self.hidden) if together else self._all_of_source(self.source)
+            query, key, value = self._all_rows()
         elif keys.indices.shape[1] == 1:
-            query, key, value = self._all_of_source(keep_rows(self.source, keys.indices[:, 0]))
+            indices = keys.indices[:, 0]
+            query, key, value = self._all_of_source(keep_rows(self.source, indices), self._tables_at(indices))
         else:
-            query, key, value = self._all_of_source(self.source)
+            query, key, value = self._all_of_source(self.source, self.tables)
             key, value = keep_heads(key, keys.indices), keep_heads(value, keys.indices)
         if self.cache is not None:
             key, value = self.cache.update(key, value)
         return query, key, value
 
-    def _all_of_source(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.query, self.view.key(states), self.view.value(states)
+    def _all_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.plan.cross or self._query is not None:
+            return self._all_of_source(self.source, self.tables)
+        query, key, value = self.view.all(self.hidden)
+        return self.view.rotated(query, self.tables), self.view.rotated(key, self.tables), value
+
+    def _all_of_source(self, states: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key(states, tables), self.view.value(states)
 
     def _subset_bias(self, keys: KeySubset) -> Tensor | None:
         return self.bias if keys.bias is None else keys.bias
 
     def _subset_mask(self, keys: KeySubset) -> Any:
         """The mask over the subset, in the form that the implementation reads."""
-        mask = self.mask
-        if keys.indices is None:
-            return mask if keys.valid is None else self._masked(mask, keys.valid)
-        if isinstance(mask, Tensor) and _differs_between_queries(mask):
-            return combine(gather_keys(mask, keys.indices), keys.valid, self.hidden.dtype)
-        if keys.valid is None:
-            return None
-        return self._form(keys.valid)
+        if keys.indices is None and keys.valid is None:
+            return self.mask
+        window = self._window()
+        if window is not None:
+            window = opened(window, keys.indices, keys.valid)
+            return self._form(window if keys.valid is None else window & keys.valid)
+        if keys.indices is None and isinstance(self.mask, Tensor) and self.mask.dim() == 4:
+            return combine(self.mask, keys.valid, self.hidden.dtype)
+        return None if keys.valid is None else self._form(keys.valid)
 
-    def _masked(self, mask: Any, allowed: Tensor) -> Any:
-        """``mask`` and what ``allowed`` hides."""
-        if isinstance(mask, Tensor) and mask.dim() == 4:
-            return combine(mask, allowed, self.hidden.dtype)
-        return self._form(allowed)
+    def _window(self) -> Tensor | None:
+        """The mask over all keys where it differs between queries, bool; None where it does not."""
+        if isinstance(self.mask, Tensor) and not differs_between_queries(self.mask):
+            return None
+        if isinstance(self.mask, BlockMask) and not self.plan.windows:
+            return None  # it hides padding, which no choice keeps
+        return as_allowed(self.mask) if isinstance(self.mask, Tensor | BlockMask) else None
 
     def _form(self, allowed: Tensor) -> Any:
         """A bool mask ``[B, H or 1, Q or 1, K]`` as the implementation reads it."""
@@ -266,14 +291,18 @@ class AttentionCall:
             return allowed
         return padding_mask(allowed[:, 0, 0], self.module.config, self.hidden, allowed[:, 0, 0].unsqueeze(-1))
 
-    def _allowed(self, keys: KeySubset) -> Tensor | None:
-        """The keys of the subset that masked training may attend to, bool."""
-        allowed = as_allowed(self.mask)
-        if keys.indices is not None:
-            return keys.valid
-        if keys.valid is None or keys.gates is not None and allowed is None:
+    def _allowed(self, keys: KeySubset, gates: Tensor) -> Tensor | None:
+        """The keys of the subset that masked training, weighed by ``gates``, may attend to, bool."""
+        window = self._window()
+        if window is not None:
+            allowed: Tensor | None = opened(window, keys.indices, gates.detach() > 0)
+        elif keys.indices is not None or isinstance(self.mask, BlockMask):
+            allowed = None
+        else:
+            allowed = as_allowed(self.mask)
+        if keys.valid is None or allowed is None:
             return keys.valid if allowed is None else allowed
-        return keys.valid if allowed is None else allowed & keys.valid
+        return allowed & keys.valid
 
     def _gated(
         self,
@@ -307,7 +336,9 @@ class AttentionCall:
         packing: Any = keys.packing
         indices: Any = keys.indices
         states = packing.to_packed(keep_rows(self.source, indices[:, 0]))
-        query, key, value = self._all_of_source(states)
+        tables = self._tables_at(indices[:, 0])
+        tables = None if tables is None else packed_tables(tables, packing)
+        query, key, value = self._all_of_source(states, tables)
         if self.cache is not None:
             self.cache.update(packing.heads_to_padded(key), packing.heads_to_padded(value))
         bias = self._subset_bias(keys)
@@ -333,7 +364,8 @@ class AttentionCall:
                 output, _ = attend(query, key, value, scale=self.view.scale, bias=bias, dropout=self.view.dropout)
                 return output.transpose(1, 2).flatten(2), None
             bias = distances.matrix(bias)
-        if not self.plan.spec.interface:
+        differs = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[1:3] != (1, 1)
+        if not self.plan.spec.interface or differs and self.implementation != "sdpa" and self.replaceable:
             if bias is None and isinstance(mask, Tensor) and mask.dtype != torch.bool:
                 bias, mask = mask, None  # an additive mask, as the kernel takes it
             return self.attend_plainly(query, key, value, mask, bias)
@@ -377,12 +409,8 @@ class AttentionCall:
 
 
 def stock_eager(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """The eager attention function of a module's family; a subclass of the user's lives in another file."""
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if function is not None:
-            return function(module, *args, **kwargs)
-    raise NotImplementedError(f"{type(module).__name__} has no eager attention function")
+    """The eager attention function of a module's family."""
+    return family_function(module, "eager_attention_forward")(module, *args, **kwargs)
 
 
 def multiply_gates(chosen: Tensor | None, upstream: Tensor | None) -> Tensor | None:
@@ -403,7 +431,3 @@ def spread_weights(weights: Tensor, indices: Tensor, n: int) -> Tensor:
     positions = indices.unsqueeze(2).expand(-1, weights.shape[1], weights.shape[2], -1)
     # unused slots repeat a position; their weight is zero, so adding is safe
     return weights.new_zeros(*weights.shape[:3], n).scatter_add(-1, positions, weights)
-
-
-def _differs_between_queries(mask: Tensor) -> bool:
-    return mask.dim() == 4 and mask.shape[2] > 1 and mask.stride(2) != 0

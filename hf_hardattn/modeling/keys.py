@@ -16,6 +16,7 @@ from .context import ForwardContext
 from .plan import LayerPlan
 from .projection import AttentionView
 from .queries import allowed_keys
+from .rotary import Tables
 from .rows import choose_among
 from .selector import Candidates, Selector, running
 from .state import AttentionInput, KeySubset, PendingChoice, TowerState
@@ -29,12 +30,13 @@ def attention_input(
     hidden: Tensor,
     mask: Any,
     bias: Tensor | None,
+    tables: Tables | None,
 ) -> AttentionInput | None:
     """What the self-attention of a layer with a ``self`` site gets in place of the mask; None where the stock one serves.
 
     Args:
         hidden: the layer's rows ``[B, N, D]``. mask: over them, in the form of the attention implementation.
-        bias: position bias as the layer was given it.
+        bias: position bias as the layer was given it. tables: of a rotary embedding, for the rows.
     """
     if plan.follows is not None:
         keys = state.leaders.get(plan.follows)
@@ -47,7 +49,7 @@ def attention_input(
         return AttentionInput(mask, gates=state.gates, pending=PendingChoice(plan, context, state))
     norm = None if plan.norm is None else layer.get_submodule(plan.norm)
     states = hidden if norm is None else norm(hidden)
-    view = AttentionView(attention, plan.attention_spec)
+    view = AttentionView(attention, plan.attention_spec, tables)
     keys = choose_keys(selector, plan, context, state, view, states, mask, bias)
     return None if keys is None else AttentionInput(mask, keys, state.gates)
 
@@ -88,7 +90,7 @@ def _choose_per_query(
 ) -> KeySubset:
     settings = context.settings(selector)
     if selector.scorer.reads_logits:
-        features = view.query(states) @ view.key(states).transpose(-1, -2) * view.scale
+        features = view.logits(states)
         features = features.detach() if selector.estimator.detaches else features
     else:
         features = selector.keys(states, settings, None, 0, view.projections())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from ..functional import position_bias as distances
 from .arguments import Arguments
@@ -13,10 +14,11 @@ from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
 from .cross import hand_over_source
 from .keys import as_matrix, attention_input, serves_table
-from .masks import row_mask
+from .masks import differs_between_queries, row_mask
 from .plan import LAYER, LayerPlan
 from .position_bias import bias_of_rows, bias_table
 from .projection import AttentionView
+from .rotary import tables_at
 from .rows import keep, select_rows
 from .selector import running
 from .state import AttentionInput, TowerState
@@ -97,8 +99,9 @@ class _Rows:
         plan, state, arguments = self.plan, self.state, self.arguments
         if not plan.attention:
             return
+        self._narrow_tables()
         given = arguments.get("attention_mask")
-        mask = row_mask(state, self.config, self.hidden, given, plain=plan.eager_only)
+        mask = row_mask(state, plan, self.config, self.hidden, given)
         what = self._attention_input(mask)
         if plan.has_bias:
             what = self._settle_bias(what, mask)
@@ -107,22 +110,38 @@ class _Rows:
         elif mask is not given:
             arguments.set("attention_mask", mask)
 
+    def _narrow_tables(self) -> None:
+        """Give the layer the rotary tables of the rows that are left."""
+        name, positions = self.plan.attention_spec.rotary, self.state.positions
+        tables = None if name is None or positions is None else self.arguments.get(name)
+        if name is not None and positions is not None and tables is not None:
+            found = self.state.shared(tables[0], lambda: tables_at(tables, positions, self.state.length))
+            self.arguments.set(name, found)
+
     def _attention_input(self, mask: Any) -> AttentionInput | None:
         plan, state, arguments = self.plan, self.state, self.arguments
         if plan.own or plan.follows is not None:
             bias = arguments.get("position_bias") if plan.has_bias else None
-            what = attention_input(self.layer, plan, self.context, state, self.hidden, mask, bias)
+            tables = None if plan.attention_spec.rotary is None else arguments.get(plan.attention_spec.rotary)
+            what = attention_input(self.layer, plan, self.context, state, self.hidden, mask, bias, tables)
             if what is not None:
                 return what
         if state.gates is not None:
             return AttentionInput(mask, gates=state.gates)
-        if state.packing is not None and not self._wants_weights() and self._may_replace():
+        if state.packing is not None and not self._wants_weights() and self._may_pack(mask):
             arguments.set(plan.names[0], state.packing.to_packed(self.hidden))
             return AttentionInput(packing=state.packing)
         return AttentionInput(mask) if plan.eager_only and plan.attention and self._serves_sdpa(mask) else None
 
-    def _may_replace(self) -> bool:
-        """Whether the rows of a packed batch may be attended to in another way than by the implementation's own function."""
+    def _may_pack(self, mask: Any) -> bool:
+        """Whether each row of a packed batch may attend to all of itself, in another way than by the implementation's own function."""
+        if (
+            isinstance(mask, Tensor)
+            and differs_between_queries(mask)
+            or self.plan.windows
+            and isinstance(mask, BlockMask)
+        ):
+            return False
         return not self.plan.attention_spec.interface or is_softmax(self.config._attn_implementation)
 
     def _serves_sdpa(self, mask: Any) -> bool:

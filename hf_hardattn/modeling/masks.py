@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask
 
 from ..errors import HardAttentionError
 from ..functional.attention import as_bool
+from .plan import LayerPlan
 from .state import TowerState
 
 
@@ -49,30 +51,74 @@ def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
-def row_mask(state: TowerState, config: Any, hidden: Tensor, given: Any, plain: bool = False) -> Any:
+def row_mask(state: TowerState, plan: LayerPlan, config: Any, hidden: Tensor, given: Any) -> Any:
     """The mask of a layer behind a selection; ``given`` while nothing was dropped.
 
-    Args:
-        plain: the layer's attention is computed by SDPA, whatever the configuration says.
+    A mask that differs between queries, the caller's own or a window, is taken over row by row; any other hides padding only,
+    and is made anew.
+
+    Raises:
+        HardAttentionError: the implementation counts a window in rows, of which some are gone.
     """
+    if plan.windows and (state.dropped or plan.own or plan.follows is not None):
+        _refuse_counted_window(config._attn_implementation, plan)
     if not state.dropped:
         return given
-    if state.query_mask is None and plain:
+    if plan.windows and isinstance(given, BlockMask):
+        return state.shared(given, lambda: _block_mask_of_rows(state, given, hidden))
+    if (plan.windows or state.per_query) and isinstance(given, Tensor) and differs_between_queries(given):
+        return state.shared(given, lambda: _mask_of_rows(state, given, hidden.dtype))
+    if plan.eager_only:
         return None if state.valid is None else state.valid[:, None, None, :]
-    if state.query_mask is None:
-        return padding_mask(state.valid, config, hidden)
-    return per_query_mask(state, hidden.dtype)
+    return padding_mask(state.valid, config, hidden)
 
 
-def per_query_mask(state: TowerState, dtype: torch.dtype) -> Tensor:
-    """The caller's mask that differs between queries, at the rows that are left."""
-    mask: Any = state.query_mask
+def _refuse_counted_window(implementation: str, plan: LayerPlan) -> None:
+    if implementation.startswith("flash"):
+        raise HardAttentionError(
+            f"attn_implementation='{implementation}' at sites of '{plan.tower}', whose layers see a window; that kernel counts a window "
+            "in rows, and rows are missing. Use attn_implementation='sdpa' or 'eager'."
+        )
+
+
+def _block_mask_of_rows(state: TowerState, mask: BlockMask, hidden: Tensor) -> BlockMask:
+    """Flex attention's mask between the rows that are left."""
+    batch, rows = hidden.shape[:2]
+    positions, valid = state.positions, state.valid
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        places = (q, k) if positions is None else (positions[b, q], positions[b, k])
+        seen = mask.mask_mod(b, h, *places)
+        return seen if valid is None else seen & valid[b, k]
+
+    return create_block_mask(allowed, batch, None, rows, rows, device=hidden.device)
+
+
+def _mask_of_rows(state: TowerState, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that differs between queries, at the rows that are left."""
     if state.positions is not None:
         mask = gather_keys(gather_queries(mask, state.positions), state.positions[:, None])
     if state.valid is None:
         return mask
     hidden = ~state.valid[:, None, None, :]
     return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(dtype).min)
+
+
+def differs_between_queries(mask: Tensor) -> bool:
+    """Whether a mask ``[B, H, Q, N]`` may hide other keys from each query; one that is broadcast to all queries cannot."""
+    return mask.dim() == 4 and mask.shape[2] > 1 and mask.stride(2) != 0
+
+
+def opened(mask: Tensor, indices: Tensor | None, kept: Tensor | None) -> Tensor:
+    """A mask of each query over the kept keys; a query in whose window nothing was kept reads everything that was.
+
+    Args:
+        mask: bool ``[B, H or 1, Q, N]``. indices: int64 ``[B, H or 1, K]``; None while all keys are there.
+        kept: bool, broadcastable to ``[B, H or 1, Q, K]``; None for all.
+    """
+    allowed = mask if indices is None else gather_keys(mask, indices)
+    seen = allowed if kept is None else allowed & kept
+    return allowed | (mask.any(-1, keepdim=True) & ~seen.any(-1, keepdim=True))
 
 
 def gather_keys(mask: Tensor, indices: Tensor) -> Tensor:
@@ -100,7 +146,10 @@ def combine(mask: Any, allowed: Tensor | None, dtype: torch.dtype) -> Any:
 
 
 def as_allowed(mask: Any) -> Tensor | None:
-    """A 4-D mask as bool, True = may attend; None when it hides nothing."""
+    """A mask in any form as bool ``[B, H or 1, Q or 1, N]``, True = may attend; None when it hides nothing."""
+    if isinstance(mask, BlockMask):
+        batch, heads, queries, keys = mask.shape
+        return create_mask(mask.mask_mod, batch, heads, queries, keys, device=mask.kv_indices.device)
     if mask is None or isinstance(mask, Tensor) and mask.dim() == 4:
         return as_bool(mask)
     return mask[:, None, None, :].bool() if isinstance(mask, Tensor) else None

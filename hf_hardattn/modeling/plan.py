@@ -26,6 +26,7 @@ class LayerPlan:
         has_bias: its self-attention adds T5's position bias.
         uses_table: its tower's bias is kept as a table of distances while that serves.
         eager_only: its stock attention is eager; a hard tower's runs through SDPA in all layers.
+        windows: it, or a layer around it, hides rows by their distance.
         causal: its rows attend to their past only.
         pools: the tower pools its rows right behind this layer.
     """
@@ -52,6 +53,7 @@ class LayerPlan:
     eager_only: bool = False
     pools: bool = False
     causal: bool = False
+    windows: bool = False
 
     @property
     def spec_of_cross(self) -> AttentionSpec:

@@ -7,20 +7,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..scorers import Projections
+from .rotary import Tables, rotate
 from .spec import AttentionSpec
 
 
 class AttentionView:
     """An attention module seen through its spec: the same attributes for every family.
 
+    Queries and keys are not turned by a rotary embedding: scorers read them without their positions.
+
     Args:
         module: the stock attention module. spec: the names inside it.
+        tables: of the rotary embedding, for all rows that are read; None where the family has none.
     """
 
-    __slots__ = ("module", "spec")
+    __slots__ = ("module", "spec", "tables")
 
-    def __init__(self, module: Any, spec: AttentionSpec):
-        self.module, self.spec = module, spec
+    def __init__(self, module: Any, spec: AttentionSpec, tables: Tables | None = None):
+        self.module, self.spec, self.tables = module, spec, tables
 
     @property
     def scale(self) -> float:
@@ -38,11 +42,11 @@ class AttentionView:
 
     def query(self, states: Tensor) -> Tensor:
         """``[B, Q, D]`` to ``[B, H, Q, d]``."""
-        return self._project(states, self.spec.query, 0)
+        return self._normed(self._project(states, self.spec.query, 0), self.spec.query_norm)
 
     def key(self, states: Tensor) -> Tensor:
         """``[B, N, D]`` to ``[B, H, N, d]``."""
-        return self._project(states, self.spec.key, 1)
+        return self._normed(self._project(states, self.spec.key, 1), self.spec.key_norm)
 
     def value(self, states: Tensor) -> Tensor:
         """``[B, N, D]`` to ``[B, H, N, d]``."""
@@ -55,11 +59,13 @@ class AttentionView:
         projected = getattr(self.module, self.spec.fused)(states)
         size = getattr(self.module, self.spec.head_size)
         query, key, value = projected.unflatten(-1, (3, -1, size)).permute(2, 0, 3, 1, 4)
-        return query, key, value
+        return self._normed(query, self.spec.query_norm), self._normed(key, self.spec.key_norm), value
 
     def output(self, attended: Tensor) -> Tensor:
         """``[B, Q, H * d]`` to ``[B, Q, D]``."""
-        return attended if self.spec.output is None else self.module.get_submodule(self.spec.output)(attended)
+        for name in (self.spec.output, self.spec.output_dropout):
+            attended = attended if name is None else self.module.get_submodule(name)(attended)
+        return attended
 
     def projections(self, norm: nn.Module | None = None) -> Projections:
         """The projections as a scorer reads them, behind the layer's norm for scorers of the residual stream."""
@@ -70,6 +76,22 @@ class AttentionView:
         return Projections(
             query=lambda states: self.query(normed(states)) * self.scale, key=lambda states: self.key(normed(states))
         )
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The logits of a self-attention among all rows ``[B, N, D]``, ``[B, H, N, N]``."""
+        query, key = (self.rotated(x, self.tables) for x in (self.query(states), self.key(states)))
+        groups = query.shape[1] // key.shape[1]
+        key = key if groups == 1 else key.repeat_interleave(groups, 1)
+        return query @ key.transpose(-1, -2) * self.scale
+
+    def rotated(self, states: Tensor, tables: Tables | None) -> Tensor:
+        """Queries or keys ``[B, H, N, d]`` turned by their positions, where the family has a rotary embedding."""
+        if tables is None:
+            return states
+        return rotate(self.module, self.spec.rotary_function, states, tables)
+
+    def _normed(self, states: Tensor, name: str | None) -> Tensor:
+        return states if name is None else self.module.get_submodule(name)(states)
 
     def _project(self, states: Tensor, name: str, part: int) -> Tensor:
         size = getattr(self.module, self.spec.head_size)

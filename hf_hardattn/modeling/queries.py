@@ -63,7 +63,7 @@ def _keys_and_features(
     if cache is not None and cache.filled:
         key, value = cache.read()
     else:
-        key, value, fresh = call.view.key(call.source), call.view.value(call.source), None
+        key, value, fresh = call.key(call.source, call.tables), call.view.value(call.source), None
         if not reads_logits:
             past = 0 if cache is None or cache.cross else cache.past
             fresh = selector.keys(call.source, settings, None, past, call.view.projections())

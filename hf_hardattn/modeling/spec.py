@@ -17,6 +17,10 @@ class AttentionSpec:
         query, key, value: linear projections of the states.
         fused: one projection that holds query, key and value as three equal blocks of rows; it replaces the three above.
         output: projection of the attended values; None when the module returns them as they are.
+        output_dropout: module behind that projection; None when there is none.
+        query_norm, key_norm: norms of the projected queries and keys, head by head; None when there are none.
+        rotary: parameter of ``forward`` that carries the tables ``(cos, sin)`` of a rotary embedding; None without one.
+        rotary_function: name of the function in the family's file that turns queries and keys by these tables.
         head_size: attribute with the width of a head.
         scale: attribute with the factor of the logits; None for ``head_size ** -0.5``.
         dropout: attribute with the dropout rate of the weights, a number or a ``Dropout``.
@@ -33,6 +37,11 @@ class AttentionSpec:
     value: str = "v_proj"
     fused: str | None = None
     output: str | None = "o_proj"
+    output_dropout: str | None = None
+    query_norm: str | None = None
+    key_norm: str | None = None
+    rotary: str | None = None
+    rotary_function: str = "apply_rotary_pos_emb"
     head_size: str = "head_dim"
     scale: str | None = "scaling"
     dropout: str = "attention_dropout"
@@ -84,6 +93,7 @@ class TowerSpec:
         where: attributes that the tower must have, to tell towers of one class apart.
         protect_first: rows that are always kept at the start (CLS, registers), a number or names of configuration fields to add up.
         protect_last: whether the last valid row is always kept.
+        windows: some layers hide rows by their distance: their masks are taken over, not made anew.
         causal: a row attends to the rows before it only. Such a tower drops no rows.
         reads: name of the tower whose output the cross-attention reads.
         source_protected: rows of that tower that are always kept, ``(how many at the start, whether the last)``.
@@ -106,6 +116,7 @@ class TowerSpec:
     where: Mapping[str, Any] = field(default_factory=dict)
     protect_first: int | tuple[int | str, ...] = 0
     protect_last: bool = False
+    windows: bool = False
     causal: bool = False
     reads: str | None = None
     source_size: str = "hidden_size"

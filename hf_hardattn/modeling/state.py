@@ -100,7 +100,7 @@ class TowerState:
         dropped: some rows are no longer computed on, or no longer seen.
         begun: the rows that are there have been read.
         grid: patches down and across of the image that the rows came from; None for other inputs.
-        query_mask: the caller's mask over all rows, where it differs between queries.
+        per_query: the caller's mask differs between queries.
         source_valid: bool ``[B, M]``, rows of the tower that its cross-attention reads; None when all count.
         source_gates: fp32 ``[B, M]`` of masked training in that tower; None otherwise.
         source_dropped: that tower dropped rows.
@@ -119,7 +119,7 @@ class TowerState:
         self.dropped = False
         self.begun = False
         self.grid: tuple[int, int] | None = None
-        self.query_mask: Tensor | None = None
+        self.per_query = False
         self.source_valid: Tensor | None = None
         self.source_gates: Tensor | None = None
         self.source_dropped = False
@@ -138,8 +138,8 @@ class TowerState:
             per_query = mask.shape[2] > 1 and mask.stride(2) != 0
             rows: Any = as_bool(mask)
             if per_query and self.mask is None:
-                # the caller's own mask: a row is there if any query may read it
-                self.query_mask = mask
+                # the caller's own mask, or a window: a row is there if any query may read it
+                self.per_query = True
                 self.valid = rows.any(2)[:, 0]
             else:
                 self.valid = rows[:, 0, 0] if self.mask is None else self.mask.bool()

@@ -1,0 +1,25 @@
+"""ModernBERT: most layers see a window, and layers with a window turn queries and keys by other angles."""
+
+from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
+
+MODERNBERT = ModelSpec(
+    name="modernbert",
+    family="transformers.models.modernbert.",
+    towers=(
+        TowerSpec(
+            "text",
+            module="ModernBertModel",
+            layers="layers",
+            attention="attn",
+            attention_spec=AttentionSpec(
+                fused="Wqkv", output="Wo", output_dropout="out_drop", scale=None, rotary="position_embeddings"
+            ),
+            norm="attn_norm",
+            windows=True,
+            protect_first=1,
+        ),
+    ),
+    recommended=("text.tokens.*",),
+    heads=("ModernBertForSequenceClassification", "ModernBertModel"),
+    tiny={"local_attention": 6, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 1},
+)
