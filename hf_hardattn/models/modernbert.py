@@ -19,7 +19,7 @@ MODERNBERT = ModelSpec(
             protect_first=1,
         ),
     ),
-    recommended=("text.tokens.*",),
+    recommended=("text.tokens.25%",),
     heads=("ModernBertForSequenceClassification", "ModernBertModel"),
     tiny={"local_attention": 6, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 1},
 )
