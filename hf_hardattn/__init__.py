@@ -1,11 +1,12 @@
-"""Hard attention for Hugging Face Transformers: PEFT for where a model looks.
+"""Token selection (hard attention) for pretrained Hugging Face Transformers.
 
-Importing the package registers it; models are untouched until a config carries ``hard_attention``.
+Importing the package registers it; models stay as they are until a configuration carries ``hard_attention``.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import sample
 from .api import (
     apply,
     freeze_backbone,
@@ -26,7 +27,7 @@ from .modes import execution, sampled, soft
 from .recording import Recording, record, replay, selectors
 from .registry import register
 from .verify import Report, verify
-from .version import __version__ as __version__
+from .version import __version__
 
 if TYPE_CHECKING:
     from .hub.loading import load
@@ -44,6 +45,7 @@ __all__ = [
     "Report",
     "Selection",
     "SiteConfig",
+    "__version__",
     "apply",
     "auxiliary_loss",
     "diagnose",
@@ -56,6 +58,7 @@ __all__ = [
     "register",
     "remove",
     "replay",
+    "sample",
     "sampled",
     "save",
     "selectors",
@@ -91,4 +94,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_LAZY_MODULES, "__version__"])
+    """The public names, those that are imported when first used among them."""
+    return sorted([*__all__, *_LAZY_MODULES])

@@ -17,6 +17,7 @@ PACKAGE = Path(hf_hardattn.__file__).parent
 LAYERS = {
     "errors": 0,
     "version": 0,
+    "sample": 1,
     "devices": 0,
     "functional": 0,
     "backbones": 6,  # models in Transformers' form

@@ -7,14 +7,18 @@ from typing import Annotated
 
 import typer
 
+from ..errors import HardAttentionError
 from ._output import place
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Checkpoint: a folder, or a name on the Hub.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint: a folder, a name on the Hub, or 'sample'.")],
     input: Annotated[
-        list[str], typer.Option(help="Text, image, folder of images, or a table with --column; repeatable.")
-    ],
+        list[str] | None,
+        typer.Option(
+            help="Text, image, folder of images, or a table with --column; repeatable. The model 'sample' has images of its own."
+        ),
+    ] = None,
     column: Annotated[str | None, typer.Option(help="Column of the table that --input names.")] = None,
     limit: Annotated[int, typer.Option(help="Inputs at most.")] = 8,
     output: Annotated[Path | None, typer.Option(help="The page; outputs/report.html by default.")] = None,
@@ -23,12 +27,18 @@ def command(
     title: Annotated[str, typer.Option(help="Title of the page.")] = "",
 ) -> None:
     """Write one self-contained page: what a hard model kept, what that proves, and what it does not."""
+    from .. import sample
     from ..inspection.model_with_processor import ModelWithProcessor
     from ..inspection.report import explain
     from ..inspection.sources import read_inputs
 
     output = place(output, Path("outputs/report.html"), overwrite)
-    inputs = [item for given in input for item in read_inputs(given, column, limit)][:limit]
+    if not input and model != sample.NAME:
+        raise HardAttentionError(
+            "there is no --input to explain; name an image, a text, a folder of images, or a table with --column."
+        )
+    named = input or map(str, sample.image_paths())
+    inputs = [item for given in named for item in read_inputs(given, column, limit)][:limit]
     page = explain(ModelWithProcessor.load(model), inputs, measure, title)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")

@@ -41,7 +41,7 @@ def load(
     Safetensors only; no code of a repository is executed; every tensor must be there and fit.
 
     Args:
-        repo_or_path: folder or ``user/name`` on the Hub.
+        repo_or_path: folder, ``user/name`` on the Hub, or ``"sample"`` for the trained model inside the package.
         budget: at every site, instead of the saved ones; the model's config records it.
         hard_attention: instead of the saved configuration; needed for an adapter that PEFT alone saved.
         revision: branch, tag or commit; resolved to a commit once, before anything is downloaded.

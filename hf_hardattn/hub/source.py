@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from .. import sample
 from ..errors import HardAttentionError
 from .secrets import is_secret, redact
 from .untrusted import check_name
@@ -48,7 +49,7 @@ def fetch(
     """Find a folder, or download what loading needs of a repository.
 
     Args:
-        name: folder or ``user/name``. revision: branch, tag or commit. token, cache_dir, local_files_only: as in huggingface_hub.
+        name: folder, ``user/name``, or ``sample`` for the model in the package. revision: branch, tag or commit. token, cache_dir, local_files_only: as in huggingface_hub.
         remote_only: never look for a folder (a base model named by somebody else's repository).
 
     Raises:
@@ -56,6 +57,8 @@ def fetch(
             or it is not in the cache offline.
         huggingface_hub.errors.HfHubHTTPError: not there, private, gated, no such revision.
     """
+    if name == sample.NAME and revision is None and not (remote_only or is_folder(name)):
+        return Source(sample.folder(), sample.NAME)
     if not remote_only and is_folder(name):
         if revision is not None:
             raise HardAttentionError(

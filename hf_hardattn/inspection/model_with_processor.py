@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
+from .. import sample
 from ..config import SiteConfig
 from ..errors import HardAttentionError
 from ..hub.loading import load
@@ -57,7 +58,8 @@ class ModelWithProcessor:
         """
         model = load(path)
         model = model.get_base_model() if hasattr(model, "peft_config") else model  # the adapter's layers stay in it
-        processor = next((found for place in (path, model.name_or_path) if (found := _processor(place))), None)
+        places = (sample.folder() if path == sample.NAME else path, model.name_or_path)
+        processor = next((found for place in places if (found := _processor(str(place)))), None)
         return cls(model, processor, Path(path).name if Path(path).exists() else path)
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 from . import read, signed, spread
 
-RUNS = {  # of results/finetuning, to what the README calls them
+RUNS = {  # of results/finetuning, to their titles
     "vit_stamps": "ViT-S/14, classes of stamps",
     "vit_fashion": "ViT-S/14, Fashion-MNIST on clutter",
     "translation_de": "T5 from scratch, English to German",
@@ -38,7 +38,7 @@ def table() -> str:
     """The table of the scripts' runs on real data: hard beside soft, with what it loses in points and what it saves in time."""
     runs = {name: found for name in RUNS if (found := read(f"finetuning/{name}.json")) is not None}
     lines = [
-        "| run | metric | soft | hard | hard - soft | at most 0.5 lost | random | kept | × stock (measured) | seeds |",
+        "| run | metric | full attention | hard | difference | at most 0.5 lost | random | kept | × original (measured) | seeds |",
         "|---" * 10 + "|",
     ]
     for name, r in runs.items():
@@ -64,7 +64,7 @@ def table() -> str:
             "is that of other weights of the same shapes."
         )
     lines += [
-        "One soft base checkpoint each, then branches of equally many steps from it; and what else was measured, soft / hard:",
+        "Each task has one checkpoint trained with full attention; the models compared are trained equally long from it. Steps of both, and other metrics (full attention / hard):",
         "",
     ]
     for name, r in runs.items():

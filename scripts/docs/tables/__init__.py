@@ -1,4 +1,4 @@
-"""The README's tables, a file each: the one named like its marker, whose ``table()`` reads ``results/``."""
+"""The tables of the README and the documentation, a file each: the one named like its marker, whose ``table()`` reads ``results/``."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def signed(value: dict[str, Any]) -> str:
     """The same with the sign of the mean."""
     text = f"{value['mean']:+.1f}"
     return text if value["sd"] is None else f"{text} ± {value['sd']:.1f}"
+
+
+def version(results: dict[str, Any]) -> str:
+    """The library that was measured; results made before 0.2.0, which replaced the way selection is put into a model, do not name it."""
+    return f"hf_hardattn {results['machine'].get('hf_hardattn', '0.1.0')}"

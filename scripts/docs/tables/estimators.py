@@ -1,0 +1,42 @@
+"""Every estimator: what it declares, what it reached on cluttered digits, and where it comes from."""
+
+from __future__ import annotations
+
+from hf_hardattn import registry
+
+from . import read
+
+MEASURED_WITH = {"straight_through": "sigmoid surrogate"}  # the default when it was measured
+VERDICTS = {
+    "simple": 'the default; with `recipe="robust"` the first choice',
+    "gumbel": "a good second opinion",
+    "straight_through": "only with its balanced surrogate",
+    "reinforce": "with a baseline; noisy",
+    "rloo": "when the objective has no gradient",
+    "grpo": "as `rloo`, with normalised rewards",
+    "marginal": "exact; tiny problems only",
+    "soft": "full attention, for comparison",
+}
+
+
+def table() -> str:
+    every = read("compare/cluttered_digits.json")
+    found = {name: row["metrics"][every["metric"]]["mean"] for name, row in every["summary"].items()}
+    lines = [
+        "| estimator | gradient | needs | training runs | measured | use | paper |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in registry.names("estimators"):
+        member = registry.load("estimators", name)
+        needs = ", ".join(member.needs) or "nothing more"
+        measured = f"{found[name]:.1%}" if name in found else "not run"
+        measured += f" ({MEASURED_WITH[name]})" if name in MEASURED_WITH else ""
+        cells = [
+            "biased" if member.biased else "unbiased",
+            needs,
+            "gathered" if member.trains_gathered else "masked",
+            measured,
+        ]
+        cells += [VERDICTS.get(name, ""), member.source]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)

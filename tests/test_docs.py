@@ -1,0 +1,122 @@
+"""README and documentation: the code runs and prints what is shown, numbers come from results/, commands and pictures exist."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import typer
+from stand_ins import write_all
+
+from hf_hardattn.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.S | re.M)
+WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
+# These run training loops or exporters; a whole run has them, `-m "not slow"` leaves them out.
+SLOW = {"deployment.md", "comparing.md", "trainer.md"}
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("docs")
+    write_all(place)
+    return place
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=[pytest.mark.slow] if p.name in SLOW else [], id=name(p)) for p in WITH_CODE]
+)
+def test_code_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python blocks of a page, one after the other; a block of text behind one is what it prints."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    scope: dict[str, object] = {"__name__": "__main__"}
+    printed = None
+    for language, code in FENCED.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                exec(compile(code, name(page), "exec"), scope)
+            printed = out.getvalue()
+        elif language == "text" and printed is not None:
+            assert _lines(printed) == _lines(code), f"{name(page)} shows something else than its code prints"
+            printed = None
+
+
+def _lines(text: str) -> list[str]:
+    """Lines to compare; rounding errors, such as 1.4e-06, differ between processors."""
+    return [re.sub(r"\d(?:\.\d+)?e-\d+", "rounding", line.rstrip()) for line in text.strip().splitlines()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_exist(page: Path) -> None:
+    """Every ``hf-hardattn`` line of a page names a command and options that exist."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^\s*(hf-hardattn .*)$", text, flags=re.M) + re.findall(r"`(hf-hardattn [^`]*)`", text)
+    for line in lines:
+        words = shlex.split(line.split(" # ")[0].split("#")[0])
+        if len(words) < 2 or words[1] in ("--version", "--help") or "COMMAND" in words:
+            continue
+        assert words[1] in commands, line
+        if words[1] == "train":  # its flags are those of the training scripts, which answer for themselves
+            continue
+        known = {
+            option for parameter in commands[words[1]].params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in known | {"--help"}]
+        assert not unknown, f"{line}: {unknown}"
+
+
+def test_numbers_come_from_results() -> None:
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "docs" / "render.py"), "--check"], check=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_and_pictures_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        if "assets/results/" in target:  # added to the site from results/
+            target = os.path.relpath(ROOT / "results" / Path(target).name, page.parent)
+        path = (page.parent / target).resolve()
+        generated = ROOT / f"{path.stem.upper()}.md"  # changelog, contributing ...: added to the site by its hooks
+        assert path.exists() or generated.exists(), f"{name(page)} links to {target}"
+        if path.suffix == ".png":
+            assert path.stat().st_size > 10_000
+
+
+def test_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 160 and len(text.split()) <= 1300
+    for section in re.findall(r"^## (.+)$", text, flags=re.M):
+        assert len(section) < 60
+
+
+# Words of earlier versions; the glossary gives the ones that replaced them.
+REPLACED = re.compile(r"\b(OpenPass|ClosePass|trunk|trio|arms?|shoot-out|pupil|lesson|HardLayers|looks)\b")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_replaced_words_are_gone(page: Path) -> None:
+    text = re.sub(r"`[^`]*`", "", page.read_text(encoding="utf-8"))
+    assert not REPLACED.findall(text)
