@@ -15,6 +15,7 @@ from ..errors import HardAttentionError, some_names
 from . import attention, heads, patches, pooling
 from .arguments import parameter_names, takes_keywords
 from .build import Kinds, build_selector, reusable, shared_choices, source_protected
+from .causal import after_prompt_layer, before_prompt_layer
 from .family import FAMILY, Family, Tower
 from .layers import after_layer, before_layer
 from .plan import LAYER, TOWER, LayerPlan, TowerPlan
@@ -22,6 +23,7 @@ from .selector import Selector, running
 from .towers import (
     COPIES,
     HANDS_DOWN,
+    NAMES,
     TRAINING_LOSS,
     close_call,
     finish_tower,
@@ -114,6 +116,11 @@ def _check_restore(model: nn.Module, config: HardAttentionConfig, towers: Mappin
     if config.restore is not False:
         return
     for name, tower in towers.items():
+        if tower.spec.prompt:
+            raise HardAttentionError(
+                f"restore=False leaves '{name}' of {type(model).__name__} without the places of its rows; its head reads them by place. "
+                "Use restore=None."
+            )
         read = any(other.source == name for other in towers.values())
         if read and tower.spec.restores:
             raise HardAttentionError(
@@ -165,6 +172,7 @@ def _install(
             _install_tower(model, family, tower, towers, drops[name], config, idle[name] and idle_source)
     module: Any = model
     module.__dict__[HANDS_DOWN] = family.owns(model) and takes_keywords(model)
+    module.__dict__[NAMES] = parameter_names(model)
     module.__dict__[TRAINING_LOSS] = training_loss
     module.__dict__[COPIES] = parameter_names(model) if heads.extends(model, family.spec.copying_heads) else None
     module.__dict__[FAMILY] = family.name
@@ -221,6 +229,8 @@ def _install_layers(tower: Tower, first_drop: int | None, source_drops: bool, id
     active = False
     for plan, layer in zip(plans, tower.layers, strict=True):
         behind = first_drop is not None and plan.index > first_drop
+        # Transformers sizes a decoder's masks by the first layer's cache, which may be shorter than a later one
+        behind = behind or (spec.prompt and any(p.own or p.follows is not None for p in plans[: plan.index]))
         reads = plan.cross is not None and source_drops
         plan.uses_table = plan.has_bias and not spec.causal and busy
         own = spec.attention_spec if spec.attention else spec.cross_spec
@@ -233,12 +243,16 @@ def _install_layers(tower: Tower, first_drop: int | None, source_drops: bool, id
             continue
         active = True
         layer.__dict__[LAYER] = plan
+        before_hook, after_hook = (
+            (before_prompt_layer, after_prompt_layer) if spec.prompt else (before_layer, after_layer)
+        )
         if before:
-            layer.register_forward_pre_hook(before_layer, with_kwargs=True)
+            layer.register_forward_pre_hook(before_hook, with_kwargs=True)
         plan.pools = spec.pooling is not None and plan.index == len(plans) - 1 and first_drop is not None
-        if plan.tokens or plan.pools or (behind and packs):
+        prunes = spec.prompt and reads_keys
+        if plan.tokens or plan.pools or prunes or (behind and packs):
             # in front of others' hooks: FSDP2's takes the selector's weights away again
-            layer.register_forward_hook(after_layer, with_kwargs=True, prepend=True)
+            layer.register_forward_hook(after_hook, with_kwargs=True, prepend=True)
         if spec.attention and (behind or plan.inputs or reads_keys or plan.uses_table or plan.eager_only):
             module, inner = tower.attention(layer, "self"), tower.attention_spec("self")
             attention.install(module, inner, plan.index, cross=False, windows=spec.windows)
@@ -269,6 +283,7 @@ def _layer_plan(tower: Tower, index: int) -> LayerPlan:
         has_bias=spec.attention_spec.position_bias,
         causal=spec.causal,
         windows=spec.windows,
+        window=tower.window(index),
     )
     if "self" in kinds:
         plan.own = _selector_at(tower, "self", index) is not None
@@ -310,6 +325,7 @@ def _install_tower(
         adds_terms=bool(config.self_distillation) or any(selector.adds_terms for selector in _selectors_at(tower)),
         pools=first_drop is not None and tower.spec.pooling is not None,
         patch_size=heads.patch_size(tower.config) if tower.reads_images else None,
+        prompt=tower.spec.prompt,
     )
     if pixels and spec is not None:
         patches.install(tower.module.get_submodule(spec.module), spec)
@@ -339,12 +355,12 @@ def _remove_hooks(model: nn.Module) -> None:
         attention.uninstall(module)
         patches.uninstall(module)
         pooling.uninstall(module)
-        for name in (LAYER, TOWER, HANDS_DOWN, TRAINING_LOSS, COPIES, FAMILY):
+        for name in (LAYER, TOWER, HANDS_DOWN, NAMES, TRAINING_LOSS, COPIES, FAMILY):
             module.__dict__.pop(name, None)
 
 
 def _unhook(module: nn.Module) -> None:
-    ours = (open_call, close_call, open_tower, finish_tower, before_layer, after_layer)
+    ours = (open_call, close_call, open_tower, finish_tower, before_layer, after_layer, before_prompt_layer, after_prompt_layer)
     for hooks, extras in (
         (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
         (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),

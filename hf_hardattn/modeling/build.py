@@ -92,6 +92,12 @@ def _check_choice(site: str, config: SiteConfig, tower: Tower, kind: str, scorer
         raise HardAttentionError(
             f"monotonic=True at '{site}' reads a source in order; queries that choose among their own row have none. Use it at a 'cross' site."
         )
+    if tower.spec.prompt and kind == "self":
+        _check_prompt_keys(site, config, tower, scorer)
+    if tower.spec.prompt and config.pack:
+        raise HardAttentionError(
+            f"pack=True at '{site}'; the cache of a decoder keeps a padded batch. Leave pack out there."
+        )
     if scorer.sequential and tower.causal and kind == "self":
         raise HardAttentionError(
             f"scorer '{config.scorer}' makes one choice a row, look by look; at '{site}' each query chooses among its past. Use another scorer here."
@@ -103,6 +109,22 @@ def _check_choice(site: str, config: SiteConfig, tower: Tower, kind: str, scorer
         raise HardAttentionError(
             f"share_selection=True at '{site}', which {what}; a choice is shared between the layers of 'self' or 'cross' sites, one for all "
             "queries of a row. Leave it False here."
+        )
+
+
+def _check_prompt_keys(site: str, config: SiteConfig, tower: Tower, scorer: Any) -> None:
+    """A decoder's ``self`` site leaves keys in the cache: the same for all later queries and for all heads."""
+    if scorer.per_query or config.per_head:
+        what = f"scorer '{config.scorer}' chooses per query" if scorer.per_query else "per_head=True chooses per head"
+        raise HardAttentionError(
+            f"{what}; '{site}' leaves the keys of a prompt in the cache, one choice for all that follows and all heads. Use a scorer of "
+            "the keys alone, and per_head=False."
+        )
+    window = tower.window(int(site.rsplit(".", 1)[1]))
+    if window is not None:
+        raise HardAttentionError(
+            f"'{site}' belongs to a layer with a sliding window of {window}, whose cache forgets the prompt by itself. Choose the sites of "
+            "layers with full attention, or 'tokens' and 'inputs' sites."
         )
 
 

@@ -46,12 +46,14 @@ class Candidates:
         protected: bool ``[B, 1, 1, N]``, see ``Protected``; None when nothing is, or when ``ends`` says it.
         ends: the protected rows, where they are the same in every row of the batch.
         bound: how many valid candidates a row has at most.
+        varied: how many rows are protected only ``protected`` tells, and it differs between the rows of the batch.
     """
 
     valid: Tensor | None = None
     protected: Tensor | None = None
     ends: Protected = Protected()
     bound: int | None = None
+    varied: bool = False
 
     def masks(self, scores: Tensor) -> Masks:
         """The masks of a choice by ``scores`` ``[B, H, Q, N]``, of one shape."""

@@ -119,7 +119,7 @@ def _chosen_mask(
 ) -> Selection:
     n, protected_rows = scores.shape[-1], candidates.ends.rows
     bound = n if candidates.bound is None else candidates.bound
-    dense = candidates.valid is None and not selector.data_dependent
+    dense = candidates.valid is None and not selector.data_dependent and not candidates.varied
     budget = selector.budget(drawing=settings.drawing, final=settings.final)
     slots = budget.slots(bound - protected_rows)
     if dense:  # as many candidates in every row, so nothing is counted
@@ -141,9 +141,10 @@ def _chosen_mask(
     # of monotonic choices the last find less left than the budget
     full, lengths = dense and not loose and not selector.scorer.monotonic, None
     slots += protected_rows
-    if selector.config.estimator == "soft" or loose:
+    counts = selector.data_dependent or selector.config.pack or candidates.varied
+    if selector.config.estimator == "soft" or loose or (candidates.varied and settings.drawing and masked):
         slots = bound
-    elif (selector.data_dependent or selector.config.pack) and not (settings.drawing and masked):
+    elif counts and not (settings.drawing and masked):
         slots, full, lengths = _count(selector, mask, masked)
     return Selection(
         selector.site,

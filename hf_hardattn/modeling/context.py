@@ -118,6 +118,7 @@ class ForwardContext:
         modes: the thread's modes at that time.
         towers: tower name to the state of its rows.
         selections: every selection of the call, in order.
+        labels: that the model was called with; None without labels.
         target: states of the labels ``[B, T, D]``, for estimators that read the answer; None otherwise.
         kept_source: which rows of given encoder states were kept, bool ``[B, K]``; None when all were.
         source_gates: their gates ``[B, K]``, where masked training made them; None otherwise.
@@ -135,6 +136,7 @@ class ForwardContext:
         self.modes: tuple[Mode, ...] = () if compiling else _MODES.get()
         self.towers: dict[str, TowerState] = {}
         self.selections: list[Selection] = []
+        self.labels: Tensor | None = None
         self.target: Tensor | None = None
         self.kept_source: Tensor | None = None
         self.source_gates: Tensor | None = None

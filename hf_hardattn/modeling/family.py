@@ -95,6 +95,14 @@ class Tower:
             elif len(self.layers):
                 yield f"{self.name}.inputs", kind, 0
 
+    def window(self, index: int) -> int | None:
+        """Width of a layer's sliding window; None without one."""
+        if not self.spec.prompt:
+            return None
+        if self.spec.window is not None:
+            return getattr(self.config, self.spec.window)
+        return getattr(self.attention(self.layers[index], "self"), "sliding_window", None)
+
     def attention(self, layer: nn.Module, kind: str) -> Any:
         """The attention module of a layer, for ``self`` or ``cross``."""
         return layer.get_submodule(str(self.spec.attention if kind == "self" else self.spec.cross))

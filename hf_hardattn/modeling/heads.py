@@ -115,3 +115,33 @@ def replace_tokens(ids: Tensor, dropped: Tensor, config: Any, how: str, seed: in
     else:
         other = ids.roll(1, 1).clamp(min=lowest)
     return torch.where(dropped, other, ids)
+
+
+# ---------------------------------------------------------------- models that write
+
+
+def next_labels(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+    """Labels of a model that predicts the next token, in line with its logits; a class of each example as of any model."""
+    given: Tensor | None = inputs.get("labels")
+    if given is None or given.dim() == 1:
+        return labels(model, inputs)
+    return nn.functional.pad(given[:, 1:], (0, 1), value=-100)
+
+
+def vocabulary(model: Any) -> Tensor | None:
+    """The embeddings of the tokens that a label can be, or the weight of a classifier."""
+    if model.can_generate():
+        table: Tensor = model.get_input_embeddings().weight
+        return table
+    weight: Tensor | None = getattr(getattr(model, "score", None), "weight", None)
+    return weight
+
+
+def predicted_items(model: Any, inputs: dict[str, Any]) -> Tensor | None:
+    """The number of tokens to predict, by which a causal language model divides the loss that the Trainer accumulates."""
+    known = next_labels(model, inputs) if model.can_generate() else None
+    return None if known is None else (known != -100).sum()
+
+
+# what a row of a decoder replaces
+NEXT_TOKEN = {"labels": next_labels, "target_table": vocabulary, "loss_items": predicted_items}

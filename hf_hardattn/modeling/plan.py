@@ -29,6 +29,7 @@ class LayerPlan:
         windows: it, or a layer around it, hides rows by their distance.
         causal: its rows attend to their past only.
         pools: the tower pools its rows right behind this layer.
+        window: width of the layer's sliding window; None without one.
     """
 
     tower: str
@@ -54,6 +55,7 @@ class LayerPlan:
     pools: bool = False
     causal: bool = False
     windows: bool = False
+    window: int | None = None
 
     @property
     def spec_of_cross(self) -> AttentionSpec:
@@ -76,6 +78,7 @@ class TowerPlan:
         adds_terms: an estimator of its sites adds a term to the training loss.
         idle: every site in reach keeps everything: outside training there is nothing to do.
         patch_size: height and width of a patch, where the rows are patches of an image; None otherwise.
+        prompt: the tower reads a prompt and goes on writing.
     """
 
     name: str
@@ -89,6 +92,7 @@ class TowerPlan:
     pools: bool = False
     idle: bool = False
     adds_terms: bool = False
+    prompt: bool = False
 
 
 def plan_of(module: Any, name: str) -> Any:

@@ -16,12 +16,18 @@ from .selector import Selector, running
 from .state import TowerState
 
 
-def candidates_among(protected: Protected, valid: Tensor | None, states: Tensor, bound: int | None) -> Candidates:
+def candidates_among(
+    protected: Protected, valid: Tensor | None, states: Tensor, bound: int | None, always: Tensor | None = None
+) -> Candidates:
     """The candidates ``[B, N]`` of a choice that serves a whole row.
 
     Args:
         valid: bool ``[B, N]`` or None. states: ``[B, N, D]``. bound: of the valid ones in a row, or None.
+        always: rows that are no choice, bool ``[B, N]``, in place of ``protected``; None when that says it all.
     """
+    if always is not None:
+        valid = None if valid is None else valid[:, None, None]
+        return Candidates(valid, always[:, None, None], bound=bound, varied=True)
     if valid is None:
         return Candidates(ends=protected)
     mask = protected.mask((states.shape[0], states.shape[1]), valid, states.device)
@@ -37,12 +43,14 @@ def choose_among(
     protected: Protected,
     bound: int | None = None,
     projections: Projections | None = None,
+    always: Tensor | None = None,
 ) -> Selection | None:
     """Make one choice for each row of ``states`` ``[B, N, D]``; None where the site is switched off or keeps everything.
 
     Args:
         valid: bool ``[B, N]`` or None. bound: of the valid positions in a row.
         projections: of the host attention, for scorers that look through them.
+        always: rows that are no choice, bool ``[B, N]``, in place of ``protected``.
     """
     settings = context.settings(selector)
     # keeping everything needs no scores, unless somebody records or trains them
@@ -53,7 +61,7 @@ def choose_among(
         projections = None
     features = selector.keys(states, settings, valid, projections=projections)
     inputs = selector.training_inputs(states, valid, context, settings)
-    candidates = candidates_among(protected, valid, states, bound)
+    candidates = candidates_among(protected, valid, states, bound, always)
     selection = selector(features, candidates, settings, inputs=inputs)
     context.add(selection, settings)
     return selection
@@ -82,7 +90,9 @@ def select_rows(
     read = states if selector.scorer.needs_projections else hidden
     if projections is not None and selector.scorer.needs_grid:
         projections = replace(projections, grid=state.grid)
-    selection = choose_among(context, selector, read, state.candidates, protected, state.bound, projections)
+    selection = choose_among(
+        context, selector, read, state.candidates, protected, state.bound, projections, state.always
+    )
     if selection is None:
         return None
     selection.positions = state.positions

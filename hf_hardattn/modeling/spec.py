@@ -94,7 +94,10 @@ class TowerSpec:
         protect_first: rows that are always kept at the start (CLS, registers), a number or names of configuration fields to add up.
         protect_last: whether the last valid row is always kept.
         windows: some layers hide rows by their distance: their masks are taken over, not made anew.
-        causal: a row attends to the rows before it only. Such a tower drops no rows.
+        causal: a row attends to the rows before it only, and each chooses its own keys at ``self`` sites. Such a tower drops no rows.
+        prompt: the tower reads a prompt and goes on writing: its sites choose among the rows of the prompt, once, while its cache
+            is filled (see ``modeling/causal.py``). Its ``causal`` is False, since one choice serves all rows.
+        window: configuration field with the width of a sliding window; None when the attention modules tell their own.
         reads: name of the tower whose output the cross-attention reads.
         source_protected: rows of that tower that are always kept, ``(how many at the start, whether the last)``.
         source_size: configuration field with the width of those rows.
@@ -118,6 +121,8 @@ class TowerSpec:
     protect_last: bool = False
     windows: bool = False
     causal: bool = False
+    prompt: bool = False
+    window: str | None = None
     reads: str | None = None
     source_size: str = "hidden_size"
     source_protected: tuple[int, bool] = (0, False)

@@ -105,6 +105,11 @@ class TowerState:
         source_gates: fp32 ``[B, M]`` of masked training in that tower; None otherwise.
         source_dropped: that tower dropped rows.
         output_valid: rows of the tower's output that a reader may read, bool; None when all, or while it runs.
+        always: bool ``[B, K]``, rows that are no choice in this call (an answer, words beside an image); None when the tower's
+            protected rows say it all.
+        prompt: what a tower that reads a prompt knows of its cache; None in other towers.
+        keys: the choice of the ``self`` site of the layer that is running, in such a tower.
+        key_leaders: site to its choice there, for later layers that share it.
     """
 
     def __init__(self, mask: Tensor | None = None):
@@ -124,6 +129,10 @@ class TowerState:
         self.source_gates: Tensor | None = None
         self.source_dropped = False
         self.output_valid: Tensor | None = None
+        self.always: Tensor | None = None
+        self.prompt: Any = None
+        self.keys: Selection | None = None
+        self.key_leaders: dict[str, Selection] = {}
         self._steps: list[Tensor] = []
         self._shared: list[tuple[Any, Any]] = []
 
@@ -194,12 +203,16 @@ class TowerState:
         valid = selection.slot_valid
         valid = None if valid is None else valid[:, 0, 0].expand(batch, -1)
         lengths = selection.lengths
+        if self.prompt is not None:
+            lengths = None  # a cache keeps a batch of rows, not packed ones
+            indices, valid = unused_first(indices, valid)
         if lengths is None and self.packing is not None and valid is not None:
             lengths = tuple(valid.sum(-1).tolist())  # of rows that differed in number before
         self.packing = Packing.of(lengths, selection.slots, indices.device)
         self._steps.append(indices)
         self.valid, self.chosen = valid, None
         self.gates = None if self.gates is None else self.gates.gather(1, indices)
+        self.always = None if self.always is None else self.always.gather(1, indices)
         return indices
 
     def shared(self, original: Any, make: Callable[[], Any]) -> Any:
@@ -279,3 +292,14 @@ class TowerState:
             return valid
         valid = torch.ones_like(self.positions, dtype=torch.bool) if valid is None else valid
         return torch.zeros(batch, self.length, dtype=torch.bool, device=device).scatter(1, self.positions, valid)
+
+
+def unused_first(indices: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Move the unused slots of int64 ``[B, K]`` in front, as padding stands in front of a prompt.
+
+    The rows that are written next then follow the prompt's last row, and a sliding cache forgets unused slots first.
+    """
+    if valid is None:
+        return indices, None
+    order = valid.int().argsort(dim=-1, stable=True)
+    return indices.gather(1, order), valid.gather(1, order)

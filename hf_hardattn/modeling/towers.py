@@ -13,12 +13,14 @@ from .context import CONTEXT, ForwardContext, current_context, has_modes, set_cu
 from .copies import copies_input, hide_dropped
 from .cross import SOURCE, SOURCE_MASK, KeptEncoderOutput
 from .plan import TOWER, TowerPlan
+from .prompt import open_prompt
 from .state import TowerState
 
 HANDS_DOWN = "hard_attention_hands_down"  # whether a model's forward passes keywords on to its towers
 COPIES = (
     "hard_attention_copies"  # parameters of a head that feeds its decoder the encoder's input; None for other models
 )
+NAMES = "hard_attention_names"  # the parameters of a model's forward
 # a pair of functions: one adds the terms of a training loss to an output, one prepares a training call
 TRAINING_LOSS = "hard_attention_training_loss"
 
@@ -47,6 +49,8 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     pixels = arguments.get("pixel_values") if plan.patch_size is not None else None
     if isinstance(pixels, Tensor) and plan.patch_size is not None:  # of anything else Transformers says what is wrong
         state.grid = pixels.shape[-2] // plan.patch_size[0], pixels.shape[-1] // plan.patch_size[1]
+    if plan.prompt:
+        state.prompt = open_prompt(tower, plan, context, arguments)
     if plan.pools:
         set_current(context)  # what pools the rows gets no keywords
     if plan.patches is not None:
@@ -160,6 +164,7 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if not hands_down and torch.compiler.is_compiling():
         return None  # compiled code cannot read a thread's context variable: each tower opens a call of its own
     context = ForwardContext(model)
+    context.labels = Arguments(model.__dict__[NAMES], args, kwargs).get("labels")
     given = kwargs.get("encoder_outputs")
     if given is not None:
         context.source_given = True

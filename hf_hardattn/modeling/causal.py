@@ -1,0 +1,279 @@
+"""The hooks of a decoder's layers: what a prompt leaves in the residual stream and in the cache.
+
+A decoder reads a prompt, then writes row by row. Sites choose among the rows of the prompt, once, while the cache is empty:
+``inputs`` and ``tokens`` drop rows for all later layers; ``self`` lets the prompt read itself whole, then leaves the chosen keys in
+the cache of its layer. Kept rows keep their positions, the prompt's last row is kept always, and every layer's cache has a length of
+its own. With labels, the prompt is what stands in front of the first one; the answer is never a choice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import HardAttentionError
+from ..functional.attention import keep_heads
+from .arguments import Arguments
+from .checkpointing import checkpoint_without_reentry
+from .context import CONTEXT, ForwardContext
+from .plan import LAYER, LayerPlan
+from .projection import AttentionView
+from .prompt import MEMORY, CachedRows, PromptMemory, as_form, begin_rows, dense_mask, prefill_mask, step_mask
+from .rows import choose_among, keep, select_rows
+from .selection import Selection
+from .selector import running
+from .state import AttentionInput, KeySubset, TowerState
+
+_RECORD = "record"  # what layers behind one selection share: the record of the rows in their caches
+
+
+def before_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a decoder's layer: choose at its ``inputs`` and ``self`` sites, and narrow its side inputs.
+
+    Returns:
+        The arguments to run with; None when nothing changes.
+    """
+    context: ForwardContext | None = kwargs.get(CONTEXT)
+    plan: LayerPlan = layer.__dict__[LAYER]
+    state = None if context is None else context.towers.get(plan.tower)
+    if context is None or state is None or state.prompt is None:
+        return None
+    if state.prompt.memory is not None and state.prompt.problem is None:
+        return _before_step(layer, plan, state, args, kwargs)
+    chooses = plan.inputs or plan.own or plan.follows is not None
+    if state.begun and not state.dropped and not chooses:
+        return None
+    rows = _PromptRows(layer, plan, context, state, Arguments(plan.names, args, kwargs))
+    rows.begin()
+    rows.select_inputs()
+    rows.select_keys()
+    rows.narrow()
+    rows.remember()
+    if chooses or state.gates is not None:
+        checkpoint_without_reentry(layer)
+    return rows.arguments.result()
+
+
+def _before_step(
+    layer: nn.Module, plan: LayerPlan, state: TowerState, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Behind the prompt: give the layer the mask of its own cache."""
+    memory: PromptMemory = state.prompt.memory
+    rows = memory.of(plan.index)
+    if rows is None:
+        return None
+    arguments = Arguments(plan.names, args, kwargs)
+    attention: Any = layer.get_submodule(plan.attention)
+    hidden, cache, config = arguments.get(plan.names[0]), arguments.get("past_key_values"), attention.config
+
+    def make() -> Any:
+        later, window = state.prompt.later, plan.window
+        return step_mask(rows, later, config, hidden, cache, plan.index, window, memory.rows)
+
+    arguments.set("attention_mask", state.shared(rows, make))
+    return arguments.result()
+
+
+class _PromptRows:
+    """One layer's call on a prompt: its rows, keys, mask and positions."""
+
+    def __init__(
+        self, layer: nn.Module, plan: LayerPlan, context: ForwardContext, state: TowerState, arguments: Arguments
+    ):
+        self.layer, self.plan, self.context, self.state, self.arguments = layer, plan, context, state, arguments
+        self.attention: Any = layer.get_submodule(plan.attention)
+        self.cache = arguments.get("past_key_values")
+        self.chosen: Selection | None = None  # keys of this layer's ``self`` site
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.arguments.get(self.plan.names[0])
+
+    def begin(self) -> None:
+        """At the first hooked layer: read which rows are there."""
+        if not self.state.begun:
+            begin_rows(self.state, self.arguments.get("attention_mask"), self.hidden.shape[1])
+
+    def select_inputs(self) -> None:
+        """Choose among the rows in front of the first layer."""
+        if not self.plan.inputs:
+            return
+        indices = choose_rows(self, self.layer, "input_selector", self.hidden, self.hidden)
+        if indices is not None:
+            self.arguments.set(self.plan.names[0], keep(self.hidden, indices))
+
+    def select_keys(self) -> None:
+        """Choose the keys of the prompt that what follows it may read."""
+        plan, state = self.plan, self.state
+        state.keys = None
+        if plan.follows is not None:
+            state.keys = state.key_leaders.get(plan.follows)
+        if not plan.own:
+            return
+        selector = running(self.attention.selector)
+        refuse_unknown(self.context, state, selector)
+        norm = None if plan.norm is None else self.layer.get_submodule(plan.norm)
+        states = self.hidden if norm is None else norm(self.hidden)
+        view = AttentionView(self.attention, plan.attention_spec)
+        selection = choose_among(
+            self.context,
+            selector,
+            states,
+            state.candidates,
+            plan.protected,
+            state.bound,
+            view.projections(),
+            state.always,
+        )
+        if selection is None:
+            return
+        selection.positions = state.positions
+        state.keys = selection
+        if selector.site in plan.leads:
+            state.key_leaders[selector.site] = selection
+
+    def narrow(self) -> None:
+        """Hand the layer positions and a mask of the rows that are left."""
+        state, arguments, plan = self.state, self.arguments, self.plan
+        given = arguments.get("attention_mask")
+        if state.positions is not None:
+            tables = arguments.get("position_embeddings")
+            arguments.set("position_embeddings", state.shared(tables, lambda: self._tables(tables)))
+            # flash attention takes positions with gaps for several texts in one row
+            arguments.set("position_ids", None)
+        keys, answer = state.keys, self._answer()
+        by_answer = keys is not None and answer is not None
+        if state.gates is not None or by_answer:
+            allowed = dense_mask(state, self.hidden, plan.window)
+            arguments.set("attention_mask", self._weighed(allowed, keys if by_answer else None, answer))
+        elif state.dropped:
+            mask = state.shared(given, lambda: self._mask(given))
+            arguments.set("attention_mask", mask)
+
+    def _tables(self, tables: Any) -> Any:
+        """The rotary tables ``[..., N, d]`` of the rows that are left."""
+        return tuple(rows_of_table(table, self.state.positions) for table in tables)
+
+    def _mask(self, given: Any) -> Any:
+        return prefill_mask(
+            self.state, self.attention.config, self.hidden, given, self.cache, self.plan.index, self.plan.window
+        )
+
+    def _answer(self) -> Tensor | None:
+        """Rows that read what a ``self`` site left, bool ``[B, K]``; None when the call is all prompt."""
+        answer, positions = self.state.prompt.answer, self.state.positions
+        return answer if answer is None or positions is None else answer.gather(1, positions)
+
+    def _weighed(self, allowed: Tensor, keys: Selection | None, answer: Any) -> Any:
+        """The mask argument where rows read other keys than their past, or gates weigh them."""
+        state, gates = self.state, None
+        if keys is not None and keys.gates is None:
+            allowed = allowed & (keys.mask[:, :, 0].unsqueeze(2) | ~answer[:, None, :, None])
+        elif keys is not None:
+            gates = keys.gates[:, :, :1].where(answer[:, None, :, None], 1.0)
+        if gates is None and state.gates is None:
+            config = self.attention.config
+            return as_form(allowed, config._attn_implementation, self.hidden.dtype, self._site())
+        subset = None if gates is None else KeySubset(gates=gates, total=gates.shape[-1])
+        return AttentionInput(allowed, subset, state.gates)
+
+    def _site(self) -> str:
+        return f"{self.plan.tower}.self.{self.plan.index}"
+
+    def remember(self) -> None:
+        """Note beside the cache which rows this layer's keys come from."""
+        if self.cache is None:
+            return
+        state = self.state
+        memory = getattr(self.cache, MEMORY, None)
+        if memory is None:
+            memory = PromptMemory(state.length, state.valid if not state.dropped else None)
+            setattr(self.cache, MEMORY, memory)
+        if state.dropped:
+            count = self.hidden.shape[1]
+            memory.layers[self.plan.index] = state.shared(
+                _RECORD, lambda: CachedRows(count, state.candidates, state.positions)
+            )
+
+
+def choose_rows(rows: Any, host: nn.Module, name: str, hidden: Tensor, states: Tensor) -> Tensor | None:
+    """Choose among the rows of a prompt; None when all stay."""
+    plan, context, state = rows.plan, rows.context, rows.state
+    refuse_unknown(context, state, running(getattr(host, name)))
+    norm = None if plan.norm is None else rows.layer.get_submodule(plan.norm)
+    projections = AttentionView(rows.attention, plan.attention_spec).projections(norm)
+    return select_rows(context, state, host, name, plan.protected, hidden, states, projections)
+
+
+def refuse_unknown(context: ForwardContext, state: TowerState, selector: Any) -> None:
+    """Raise where a site would choose and nothing tells what the prompt is."""
+    if state.prompt.problem is not None and not context.is_soft(selector) and not selector.keeps_all:
+        raise HardAttentionError(state.prompt.problem.format(site=selector.site))
+
+
+def rows_of_table(table: Tensor, positions: Any) -> Tensor:
+    """Rows of a rotary table ``[..., B or 1, N, d]`` at int64 ``[B, K]``."""
+    shape = (*table.shape[:-3], positions.shape[0], positions.shape[1], table.shape[-1])
+    table = table.expand(*table.shape[:-3], positions.shape[0], -1, -1)
+    return table.gather(-2, positions.unsqueeze(-1).expand(shape))
+
+
+def after_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a decoder's layer: leave the chosen keys in its cache, and choose at its ``tokens`` site.
+
+    Returns:
+        The output with the rows that go on; None when nothing changes.
+    """
+    context: ForwardContext | None = kwargs.get(CONTEXT)
+    plan: LayerPlan = layer.__dict__[LAYER]
+    state = None if context is None else context.towers.get(plan.tower)
+    if context is None or state is None or state.prompt is None:
+        return None
+    if state.prompt.memory is not None and state.prompt.problem is None:
+        return None
+    rows = _PromptRows(layer, plan, context, state, Arguments(plan.names, args, kwargs))
+    if state.keys is not None and rows.cache is not None:
+        prune(rows.cache, plan.index, state.keys, state)
+    state.keys = None
+    if not plan.tokens:
+        return None
+    rows.begin()
+    whole = isinstance(output, tuple)
+    hidden: Tensor = output[0] if whole else output
+    indices = choose_rows(rows, layer, "selector", hidden, rows.hidden)
+    if indices is not None:
+        hidden = keep(hidden, indices)
+    elif hidden.requires_grad and hasattr(layer, "set_reshard_after_backward"):
+        hidden = hidden.clone()  # see ``after_layer``: FSDP2 fetches weights when the gradient reaches the layer's output
+    else:
+        return None
+    if rows.cache is not None and not hasattr(rows.cache, MEMORY):
+        setattr(rows.cache, MEMORY, PromptMemory(state.length, None))
+    return (hidden, *output[1:]) if whole else hidden
+
+
+def prune(cache: Any, layer: int, selection: Selection, state: TowerState) -> None:
+    """Leave the chosen keys of a prompt in one layer's cache; hide the others where the choice is masked."""
+    memory: PromptMemory = getattr(cache, MEMORY)
+    count, positions = selection.scores.shape[-1], state.positions
+    if selection.masked or selection.gates is not None:
+        valid = selection.mask[:, 0, 0].expand(len(cache.layers[layer].keys), -1)
+        memory.layers[layer] = CachedRows(count, valid, positions)
+        return
+    if selection.slots >= count and selection.dense:
+        return
+    store = cache.layers[layer]
+    indices = selection.indices[:, :, 0].expand(len(store.keys), -1, -1)
+    slots, valid = indices.shape[-1], selection.slot_valid
+    valid = None if valid is None else valid[:, 0, 0].expand(len(store.keys), -1)
+    if store.is_compileable:
+        for states in (store.keys, store.values):  # in place: compiled steps know the address
+            kept = keep_heads(states[:, :, :count], indices)
+            states[:, :, :slots] = kept
+            states[:, :, slots:count] = 0
+        store.cumulative_length.fill_(slots)
+    else:
+        store.keys, store.values = keep_heads(store.keys, indices), keep_heads(store.values, indices)
+    places = indices[:, 0] if positions is None else positions.gather(1, indices[:, 0])
+    memory.layers[layer] = CachedRows(slots, valid, places)

@@ -1,0 +1,23 @@
+"""Gemma: rows and keys of the prompt."""
+
+from ..modeling import heads
+from ..modeling.spec import ModelSpec, TowerSpec
+
+GEMMA = ModelSpec(
+    name="gemma",
+    family="transformers.models.gemma.",
+    towers=(
+        TowerSpec(
+            "decoder",
+            module="GemmaModel",
+            layers="layers",
+            norm="input_layernorm",
+            protect_last=True,
+            prompt=True,
+            restores=True,
+        ),
+    ),
+    recommended=("decoder.tokens.*",),
+    heads=("GemmaForCausalLM", "GemmaForSequenceClassification", "GemmaModel"),
+    functions=heads.NEXT_TOKEN,
+)

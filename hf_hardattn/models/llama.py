@@ -1,0 +1,23 @@
+"""Llama: rows and keys of the prompt."""
+
+from ..modeling import heads
+from ..modeling.spec import ModelSpec, TowerSpec
+
+LLAMA = ModelSpec(
+    name="llama",
+    family="transformers.models.llama.",
+    towers=(
+        TowerSpec(
+            "decoder",
+            module="LlamaModel",
+            layers="layers",
+            norm="input_layernorm",
+            protect_last=True,
+            prompt=True,
+            restores=True,
+        ),
+    ),
+    recommended=("decoder.tokens.*",),
+    heads=("LlamaForCausalLM", "LlamaForSequenceClassification", "LlamaModel"),
+    functions=heads.NEXT_TOKEN,
+)

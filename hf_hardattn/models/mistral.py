@@ -1,0 +1,24 @@
+"""Mistral: rows and keys of the prompt."""
+
+from ..modeling import heads
+from ..modeling.spec import ModelSpec, TowerSpec
+
+MISTRAL = ModelSpec(
+    name="mistral",
+    family="transformers.models.mistral.",
+    towers=(
+        TowerSpec(
+            "decoder",
+            module="MistralModel",
+            layers="layers",
+            norm="input_layernorm",
+            protect_last=True,
+            prompt=True,
+            restores=True,
+            window="sliding_window",
+        ),
+    ),
+    recommended=("decoder.tokens.*",),
+    heads=("MistralForCausalLM", "MistralForSequenceClassification", "MistralModel"),
+    functions=heads.NEXT_TOKEN,
+)

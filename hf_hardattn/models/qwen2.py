@@ -1,0 +1,23 @@
+"""Qwen2: rows and keys of the prompt."""
+
+from ..modeling import heads
+from ..modeling.spec import ModelSpec, TowerSpec
+
+QWEN2 = ModelSpec(
+    name="qwen2",
+    family="transformers.models.qwen2.",
+    towers=(
+        TowerSpec(
+            "decoder",
+            module="Qwen2Model",
+            layers="layers",
+            norm="input_layernorm",
+            protect_last=True,
+            prompt=True,
+            restores=True,
+        ),
+    ),
+    recommended=("decoder.tokens.*",),
+    heads=("Qwen2ForCausalLM", "Qwen2ForSequenceClassification", "Qwen2Model"),
+    functions=heads.NEXT_TOKEN,
+)
