@@ -360,7 +360,16 @@ def _remove_hooks(model: nn.Module) -> None:
 
 
 def _unhook(module: nn.Module) -> None:
-    ours = (open_call, close_call, open_tower, finish_tower, before_layer, after_layer, before_prompt_layer, after_prompt_layer)
+    ours = (
+        open_call,
+        close_call,
+        open_tower,
+        finish_tower,
+        before_layer,
+        after_layer,
+        before_prompt_layer,
+        after_prompt_layer,
+    )
     for hooks, extras in (
         (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
         (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),

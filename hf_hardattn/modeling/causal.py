@@ -163,18 +163,22 @@ class _PromptRows:
     def _answer(self) -> Tensor | None:
         """Rows that read what a ``self`` site left, bool ``[B, K]``; None when the call is all prompt."""
         answer, positions = self.state.prompt.answer, self.state.positions
-        return answer if answer is None or positions is None else answer.gather(1, positions)
+        return answer if answer is None or positions is None else answer.expand(len(positions), -1).gather(1, positions)
 
     def _weighed(self, allowed: Tensor, keys: Selection | None, answer: Any) -> Any:
         """The mask argument where rows read other keys than their past, or gates weigh them."""
-        state, gates = self.state, None
+        state = self.state
+        gates: Tensor | None = None
         if keys is not None and keys.gates is None:
-            allowed = allowed & (keys.mask[:, :, 0].unsqueeze(2) | ~answer[:, None, :, None])
-        elif keys is not None:
-            gates = keys.gates[:, :, :1].where(answer[:, None, :, None], 1.0)
+            allowed = allowed & (keys.mask | ~answer[:, None, :, None])
+        elif keys is not None and keys.gates is not None:
+            gates = keys.gates.where(answer[:, None, :, None], 1.0)
         if gates is None and state.gates is None:
             config = self.attention.config
             return as_form(allowed, config._attn_implementation, self.hidden.dtype, self._site())
+        raise HardAttentionError(
+            f"'{self._site()}' trains with gates, which decoders do not take yet. Use a score-function estimator ('rloo', 'reinforce')."
+        )
         subset = None if gates is None else KeySubset(gates=gates, total=gates.shape[-1])
         return AttentionInput(allowed, subset, state.gates)
 
@@ -245,7 +249,9 @@ def after_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if indices is not None:
         hidden = keep(hidden, indices)
     elif hidden.requires_grad and hasattr(layer, "set_reshard_after_backward"):
-        hidden = hidden.clone()  # see ``after_layer``: FSDP2 fetches weights when the gradient reaches the layer's output
+        hidden = (
+            hidden.clone()
+        )  # see ``after_layer``: FSDP2 fetches weights when the gradient reaches the layer's output
     else:
         return None
     if rows.cache is not None and not hasattr(rows.cache, MEMORY):
@@ -265,8 +271,9 @@ def prune(cache: Any, layer: int, selection: Selection, state: TowerState) -> No
         return
     store = cache.layers[layer]
     indices = selection.indices[:, :, 0].expand(len(store.keys), -1, -1)
-    slots, valid = indices.shape[-1], selection.slot_valid
-    valid = None if valid is None else valid[:, 0, 0].expand(len(store.keys), -1)
+    slots = indices.shape[-1]
+    used = selection.slot_valid
+    used = None if used is None else used[:, 0, 0].expand(len(store.keys), -1)
     if store.is_compileable:
         for states in (store.keys, store.values):  # in place: compiled steps know the address
             kept = keep_heads(states[:, :, :count], indices)
@@ -276,4 +283,4 @@ def prune(cache: Any, layer: int, selection: Selection, state: TowerState) -> No
     else:
         store.keys, store.values = keep_heads(store.keys, indices), keep_heads(store.values, indices)
     places = indices[:, 0] if positions is None else positions.gather(1, indices[:, 0])
-    memory.layers[layer] = CachedRows(slots, valid, places)
+    memory.layers[layer] = CachedRows(slots, used, places)

@@ -119,6 +119,7 @@ class ForwardContext:
         towers: tower name to the state of its rows.
         selections: every selection of the call, in order.
         labels: that the model was called with; None without labels.
+        predictions: the last rows whose logits the caller asked for; 0 where the call does not say.
         target: states of the labels ``[B, T, D]``, for estimators that read the answer; None otherwise.
         kept_source: which rows of given encoder states were kept, bool ``[B, K]``; None when all were.
         source_gates: their gates ``[B, K]``, where masked training made them; None otherwise.
@@ -137,6 +138,7 @@ class ForwardContext:
         self.towers: dict[str, TowerState] = {}
         self.selections: list[Selection] = []
         self.labels: Tensor | None = None
+        self.predictions = 0
         self.target: Tensor | None = None
         self.kept_source: Tensor | None = None
         self.source_gates: Tensor | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,4 +144,8 @@ def predicted_items(model: Any, inputs: dict[str, Any]) -> Tensor | None:
 
 
 # what a row of a decoder replaces
-NEXT_TOKEN = {"labels": next_labels, "target_table": vocabulary, "loss_items": predicted_items}
+NEXT_TOKEN: dict[str, Callable[..., Any]] = {
+    "labels": next_labels,
+    "target_table": vocabulary,
+    "loss_items": predicted_items,
+}

@@ -61,7 +61,8 @@ class PromptCall:
 
     Attributes:
         memory: of the cache that earlier calls filled; None while the prompt is read.
-        answer: bool ``[B, N]``, rows from the first label on, which are no prompt; None without labels.
+        answer: bool ``[B or 1, N]``, rows that are no prompt: from the first label on, or those that assisted decoding drafts; None
+            when all are the prompt.
         problem: why nothing can be selected in this call, with a place for the site; None when it can.
         later: mask of what was written since the prompt, bool ``[B, M]``; None when every row counts.
     """
@@ -102,6 +103,10 @@ def open_prompt(tower: Any, plan: TowerPlan, context: ForwardContext, arguments:
         if memory is not None:
             delattr(cache, MEMORY)  # of an earlier prompt, in a static cache that is used again
         _read_labels(call, context, count)
+        if call.answer is None and 1 < context.predictions <= count:
+            # assisted decoding reads its first draft together with the prompt, and asks for logits from the prompt's last row on
+            place = torch.arange(count, device=rows.device)
+            call.answer = (place > count - context.predictions).unsqueeze(0)
         call.problem = call.problem or _unknown_prompt(tower, context, arguments)
     return call
 
@@ -161,7 +166,9 @@ def _unknown_prompt(tower: nn.Module, context: ForwardContext, arguments: Argume
     uses_cache = arguments.get("use_cache")
     if tower.training and uses_cache is not True:
         return (
-            "in training nothing tells the prompt from the answer at '{site}': " + type(owner).__name__ + " got no labels. Pass labels "
+            "in training nothing tells the prompt from the answer at '{site}': "
+            + type(owner).__name__
+            + " got no labels. Pass labels "
             "that are -100 on the prompt (the Trainer keeps them back with label_smoothing_factor and compute_loss_func)."
         )
     if uses_cache is False:
@@ -183,8 +190,8 @@ def begin_rows(state: Any, mask: Any, count: int) -> None:
     if state.mask is not None:
         valid = state.mask[:, -count:].bool()
     elif isinstance(mask, Tensor) and mask.dim() == 4:
-        last = mask[:, 0, -1, :count]  # the last row reads all rows that count
-        valid = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+        own = mask[:, 0, :, :count].diagonal(dim1=-2, dim2=-1)  # a row that counts reads itself, whatever the window
+        valid = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
     if valid is not None and not torch.compiler.is_compiling() and bool(valid.all()):
         valid = None
     state.valid = valid
@@ -201,7 +208,9 @@ def always_kept(answer: Tensor | None, valid: Tensor | None) -> Tensor | None:
     return ~free | (place == last)
 
 
-def prefill_mask(state: Any, config: Any, hidden: Tensor, given: Any, cache: Any, layer: int, window: int | None) -> Any:
+def prefill_mask(
+    state: Any, config: Any, hidden: Tensor, given: Any, cache: Any, layer: int, window: int | None
+) -> Any:
     """The mask over the rows that a selection left of the prompt.
 
     Args:
@@ -232,7 +241,14 @@ def prefill_mask(state: Any, config: Any, hidden: Tensor, given: Any, cache: Any
 
 
 def step_mask(
-    rows: CachedRows, later: Tensor | None, config: Any, hidden: Tensor, cache: Any, layer: int, window: int | None, n: int
+    rows: CachedRows,
+    later: Tensor | None,
+    config: Any,
+    hidden: Tensor,
+    cache: Any,
+    layer: int,
+    window: int | None,
+    n: int,
 ) -> Any:
     """The mask of rows behind a prompt, over the cache of one layer.
 

@@ -212,7 +212,7 @@ class TowerState:
         self._steps.append(indices)
         self.valid, self.chosen = valid, None
         self.gates = None if self.gates is None else self.gates.gather(1, indices)
-        self.always = None if self.always is None else self.always.gather(1, indices)
+        self.always = None if self.always is None else self.always.expand(batch, -1).gather(1, indices)
         return indices
 
     def shared(self, original: Any, make: Callable[[], Any]) -> Any:

@@ -164,7 +164,9 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if not hands_down and torch.compiler.is_compiling():
         return None  # compiled code cannot read a thread's context variable: each tower opens a call of its own
     context = ForwardContext(model)
-    context.labels = Arguments(model.__dict__[NAMES], args, kwargs).get("labels")
+    arguments = Arguments(model.__dict__[NAMES], args, kwargs)
+    context.labels, predictions = arguments.get("labels"), arguments.get("logits_to_keep")
+    context.predictions = predictions if isinstance(predictions, int) else 0
     given = kwargs.get("encoder_outputs")
     if given is not None:
         context.source_given = True

@@ -1,0 +1,309 @@
+"""Decoders: what leaves a prompt at prefill is what the stock model without a cache writes when those rows are hidden from it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from decoders import DECODERS, SIZES, WINDOW, harden, kept, oracle, prompts, stock, write, written_by_oracle
+from rounding import MANY, SOME, assert_rounded
+
+import hf_hardattn
+from hf_hardattn import HardAttentionError
+
+ROWS = {
+    "tokens": {"sites": {"decoder.tokens.0": {"budget": 0.6}, "decoder.tokens.1": {"budget": 4}}},
+    "inputs": {"sites": {"decoder.inputs": {"budget": 0.5}}},
+    "ragged": {"sites": {"decoder.inputs": {"budget": 0.8}, "decoder.tokens.0": {"budget": "threshold:0.5"}}},
+}
+KEYS = {
+    "keys": {"sites": {"decoder.self.1": {"budget": 4}}},
+    "first keys": {"sites": {"decoder.self.0": {"budget": 0.4}}},
+    "all keys": {"sites": {"decoder.self.*": {"budget": "top_p:0.6"}}},
+    "both": {"sites": {"decoder.tokens.0": {"budget": 5}, "decoder.self.1": {"budget": 3}}},
+}
+CONFIGS = {**ROWS, **KEYS}
+FULL = [("llama", name) for name in CONFIGS] + [("mistral", name) for name in ROWS]
+QUICK = [("qwen2", "both"), ("qwen3", "first keys"), ("gemma", "tokens")]
+STATIC = {"cache_implementation": "static"}
+
+
+def window_of(name: str) -> int | None:
+    return WINDOW if name == "mistral" else None
+
+
+def without_end(logits: torch.Tensor) -> torch.Tensor:
+    """Logits but that of the end of the text, which generate() forbids."""
+    return torch.cat((logits[..., : SIZES["eos_token_id"]], logits[..., SIZES["eos_token_id"] + 1 :]), -1)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_keeping_all_is_the_stock_model(name):
+    sites = ["decoder.inputs", "decoder.tokens.*"] + ([] if name == "mistral" else ["decoder.self.*"])
+    model, expected = harden(stock(name), {"sites": sites, "budget": 1.0}), write(stock(name), prompts())
+    found = write(model, prompts())
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
+    with hf_hardattn.soft(harden(model, {"sites": ["decoder.tokens.0"], "budget": 2})):
+        assert torch.equal(write(model, prompts()).sequences, expected.sequences)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "implementation"),
+    [(*case, kind) for case in FULL for kind in ("sdpa", "eager")] + [(*case, "sdpa") for case in QUICK],
+)
+def test_generation_is_that_of_the_stock_model_without_what_was_dropped(name, config, implementation):
+    model = harden(stock(name, implementation=implementation), CONFIGS[config])
+    for options in ({}, STATIC):
+        with hf_hardattn.record(model) as recording:
+            found = write(model, prompts(), **options)
+        assert len(recording) == len(recording.sites)  # nothing is chosen behind the prompt
+        chosen = kept(recording)
+        plain = stock(name, implementation=implementation)
+        text, logits = written_by_oracle(plain, prompts(), chosen, window_of(name))
+        assert torch.equal(found.sequences, text)
+        assert_rounded(without_end(torch.stack(found.logits, 1)), without_end(logits), SOME)
+        assert all(bool(rows[:, -1].all()) for rows in chosen.values()), "the last row of the prompt is kept"
+        assert any(not bool(rows[0].all()) for rows in chosen.values())
+
+
+@pytest.mark.parametrize(("name", "config"), [("llama", "both"), ("llama", "first keys"), ("mistral", "ragged")])
+def test_beams_are_the_same_with_every_cache_and_execution(name, config):
+    model = harden(stock(name), CONFIGS[config])
+    expected = write(model, prompts(), num_beams=3)
+    assert torch.equal(write(model, prompts(), num_beams=3, **STATIC).sequences, expected.sequences)
+    with hf_hardattn.execution(model, "masked"):
+        assert torch.equal(write(model, prompts(), num_beams=3).sequences, expected.sequences)
+        assert torch.equal(write(model, prompts(), **STATIC).sequences, write(model, prompts()).sequences)
+
+
+@pytest.mark.parametrize(("name", "config"), [("llama", "both"), ("mistral", "inputs"), ("qwen3", "ragged")])
+def test_a_padded_batch_is_its_rows_alone(name, config):
+    model, batch = harden(stock(name), CONFIGS[config]), prompts()
+    together = write(model, batch)
+    for row, length in enumerate(batch["attention_mask"].sum(-1)):
+        alone = write(model, {key: value[row : row + 1, -length:] for key, value in batch.items()})
+        assert torch.equal(alone.sequences[0], together.sequences[row, -alone.sequences.shape[1] :])
+        for one, other in zip(alone.logits, together.logits, strict=True):
+            assert_rounded(one[0], other[row], SOME)
+
+
+def test_caches_hold_what_was_kept():
+    model = harden(stock("llama"), {"sites": {"decoder.tokens.1": {"budget": 3}, "decoder.self.0": {"budget": 5}}})
+    layers = write(model, prompts(padded=False)).past_key_values.layers
+    assert [layer.keys.shape[2] for layer in layers] == [6 + 5, 12 + 5, 4 + 5]  # the last row beside the budget
+
+
+def steps(model, inputs, pieces, **options):
+    """Logits of the last row of each piece of the text, called with one cache."""
+    cache, done, found = None, 0, []
+    for piece in pieces:
+        mask = inputs["attention_mask"][:, : done + piece]
+        call = {"input_ids": inputs["input_ids"][:, done : done + piece], "attention_mask": mask}
+        with torch.no_grad():
+            output = model(**call, past_key_values=cache, use_cache=True, **options)
+        cache, done = output.past_key_values, done + piece
+        found.append(output.logits[:, -1])
+    return found
+
+
+@pytest.mark.parametrize("config", ["inputs", "first keys", "both"])
+def test_a_bare_call_counts_the_positions_that_were_dropped(config):
+    """Without position_ids Transformers counts the rows in the first layer's cache."""
+    model = harden(stock("llama"), CONFIGS[config])
+    found = write(model, prompts(padded=False))
+    text = {"input_ids": found.sequences, "attention_mask": torch.ones_like(found.sequences)}
+    for one, other in zip(steps(model, text, [12, 1, 1, 1]), found.logits, strict=False):
+        assert_rounded(one, other, SOME)
+
+
+@pytest.mark.parametrize(("name", "config"), [("llama", "both"), ("llama", "first keys"), ("mistral", "inputs")])
+def test_what_follows_the_prompt_is_never_dropped(name, config):
+    """A later turn of several rows, padded on the left, reads the kept rows and the whole of itself."""
+    model, generator = harden(stock(name), CONFIGS[config]), torch.Generator().manual_seed(5)
+    more = torch.randint(3, 53, (2, 5), generator=generator)
+    turn = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    text = {
+        "input_ids": torch.cat((prompts()["input_ids"], more), 1),
+        "attention_mask": torch.cat((prompts()["attention_mask"], turn), 1),
+    }
+    positions = (text["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with hf_hardattn.record(model) as recording:
+        cache, found = None, []
+        for piece in (slice(0, 12), slice(12, 16), slice(16, 17)):
+            call = {"input_ids": text["input_ids"][:, piece], "position_ids": positions[:, piece]}
+            mask = text["attention_mask"][:, : piece.stop]
+            with torch.no_grad():
+                output = model(**call, attention_mask=mask, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits)
+    assert len(recording) == len(recording.sites)
+    expected = oracle(stock(name), text, kept(recording), window_of(name), 12)
+    assert_rounded(found[1][text["attention_mask"][:, 12:16].bool()], expected[:, 12:16][turn[:, :4].bool()], SOME)
+    assert_rounded(found[2][:, -1], expected[:, -1], SOME)
+
+
+def test_assisted_decoding_writes_the_same():
+    model = harden(stock("llama"), CONFIGS["both"])
+    one = {name: value[:1] for name, value in prompts().items()}
+    expected = write(model, one).sequences
+    assert torch.equal(write(model, one, assistant_model=stock("llama")).sequences, expected)
+    assert torch.equal(write(model, one, prompt_lookup_num_tokens=2).sequences, expected)
+
+
+# ---------------------------------------------------------------- training
+
+
+def answered(model=None) -> dict[str, torch.Tensor]:
+    """Prompts of different length with answers, padded on the left; the labels mark the answers."""
+    batch = prompts()
+    labels = batch["input_ids"].clone()
+    labels[0, :9], labels[1, :8] = -100, -100
+    return {**batch, "labels": labels}
+
+
+@pytest.mark.parametrize(("name", "config"), [("llama", "both"), ("llama", "all keys"), ("mistral", "ragged")])
+def test_with_labels_the_prompt_is_selected_from_and_the_answer_is_whole(name, config):
+    model, batch = harden(stock(name), CONFIGS[config]), answered()
+    with hf_hardattn.record(model) as recording, torch.no_grad():
+        found = model(**batch)
+    assert found.logits.shape[1] == 12
+    chosen = kept(recording)
+    answer = batch["labels"] != -100
+    for row, start in enumerate((9, 8)):
+        alone = {key: value[row : row + 1] for key, value in batch.items()}
+        rows = {site: mask[row : row + 1, :start] for site, mask in chosen.items()}
+        expected = oracle(stock(name), alone, rows, window_of(name), start)
+        # the last row of the prompt predicts the first of the answer
+        assert_rounded(found.logits[row, start - 1 :], expected[0, start - 1 :], SOME)
+        assert all(bool(mask[row, start - 1 :].all()) for mask in chosen.values())
+    changed = {**batch, "input_ids": torch.where(answer, 3 + (batch["input_ids"] + 1) % 50, batch["input_ids"])}
+    with hf_hardattn.record(model) as again, torch.no_grad():
+        model(**changed)
+    assert all(torch.equal(kept(again)[site], mask) for site, mask in chosen.items()), "the answer chose its own prompt"
+
+
+def test_a_prompt_with_labels_is_chosen_as_a_prompt_alone():
+    """What training and evaluation select is what generation selects."""
+    model, batch = harden(stock("llama"), CONFIGS["both"]), answered()
+    with hf_hardattn.record(model) as together, torch.no_grad():
+        model(**batch)
+    for row, start in enumerate((9, 8)):
+        first = 0 if row == 0 else 3
+        with hf_hardattn.record(model) as alone:
+            write(model, {key: batch[key][row : row + 1, first:start] for key in ("input_ids", "attention_mask")})
+        for site, mask in kept(together).items():
+            assert torch.equal(kept(alone)[site][0], mask[row, first:start])
+
+
+@pytest.mark.parametrize("estimator", ["reinforce", "rloo"])
+@pytest.mark.parametrize(("name", "config"), [("llama", "both"), ("mistral", "inputs")])
+def test_score_functions_train_gathered(name, config, estimator):
+    model = harden(stock(name), {**CONFIGS[config], "estimator": estimator, "baseline": "none"}).train()
+    torch.manual_seed(4)
+    model(**answered()).loss.backward()
+    for site, selector in hf_hardattn.selectors(model).items():
+        assert any(p.grad is not None and bool(p.grad.abs().max() > 0) for p in selector.parameters()), site
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+def test_a_classifier_reads_the_whole_text_as_a_prompt():
+    model = harden(stock("llama", "ForSequenceClassification"), CONFIGS["both"])
+    batch = {**prompts(), "labels": torch.tensor([1, 0])}
+    with torch.no_grad():
+        eager = model(**batch)
+    assert bool(eager.loss.isfinite())
+    alone = model(**{key: value[1:, 3:] for key, value in prompts().items()}).logits
+    assert_rounded(eager.logits[1], alone[0], SOME)
+
+
+# ---------------------------------------------------------------- certificate, reload, refusals
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_the_certificate_holds_at_inputs(name):
+    sites = {"decoder.inputs": {"budget": 5}, "decoder.tokens.0": {"budget": 3}}
+    report = hf_hardattn.verify(harden(stock(name), {"sites": sites}), prompts())
+    assert report.parity_ok, report
+    inputs, tokens = report.sites
+    assert inputs.certified and inputs.kept_ratio < 1
+    assert not tokens.certified and "earlier layers" in tokens.statement
+
+
+def test_a_saved_decoder_is_hard_again(tmp_path):
+    model = harden(stock("llama"), CONFIGS["both"])
+    expected = write(model, prompts())
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    found = write(again, prompts())
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
+    hf_hardattn.remove(again)
+    assert torch.equal(write(again, prompts()).sequences, write(stock("llama"), prompts()).sequences)
+    assert again.state_dict().keys() == stock("llama").state_dict().keys()
+
+
+def test_generation_without_a_cache_is_refused():
+    model = harden(stock("llama"), CONFIGS["tokens"])
+    with pytest.raises(
+        HardAttentionError, match=r"use_cache=False at 'decoder.tokens.0': without a cache generate\(\)"
+    ):
+        write(model, prompts(), use_cache=False)
+    with hf_hardattn.soft(model):
+        assert torch.equal(
+            write(model, prompts(), use_cache=False).sequences, write(stock("llama"), prompts()).sequences
+        )
+
+
+def test_training_on_a_text_without_a_prompt_is_refused():
+    model = harden(stock("llama"), CONFIGS["first keys"]).train()
+    batch = answered()
+    with pytest.raises(HardAttentionError, match="the labels leave no prompt to select from at 'decoder.self.0'"):
+        model(**{**batch, "labels": batch["input_ids"]})
+    with pytest.raises(
+        HardAttentionError, match="in training nothing tells the prompt from the answer at 'decoder.self.0'"
+    ):
+        model(**prompts())
+
+
+def test_a_cache_that_somebody_else_filled_is_refused():
+    plain, model = stock("llama"), harden(stock("llama"), CONFIGS["tokens"])
+    with torch.no_grad():
+        cache = plain(**prompts(padded=False), use_cache=True).past_key_values
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with pytest.raises(HardAttentionError, match="the cache given to 'decoder.tokens.0' holds rows"):
+        model(input_ids=ids, past_key_values=copy.deepcopy(cache), use_cache=True)
+    with hf_hardattn.soft(model), torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("llama", {"sites": ["decoder.self.0"], "scorer": "query_key"}, "'decoder.self.0' leaves the keys of a prompt"),
+        (
+            "llama",
+            {"sites": ["decoder.self.0"], "per_head": True},
+            "per_head=True chooses per head; 'decoder.self.0' leaves",
+        ),
+        ("mistral", {"sites": ["decoder.self.0"]}, "'decoder.self.0' belongs to a layer with a sliding window of 5"),
+        ("llama", {"sites": ["decoder.tokens.0"], "pack": True}, "pack=True at 'decoder.tokens.0'"),
+        ("llama", {"sites": ["decoder.tokens.0"], "restore": False}, "restore=False leaves 'decoder'"),
+    ],
+)
+def test_what_a_decoder_cannot_do_is_refused(name, config, message):
+    with pytest.raises(HardAttentionError, match=message):
+        hf_hardattn.apply(stock(name), {"budget": 2, **config})
+
+
+def test_later_layers_share_a_choice_of_keys():
+    config = {"sites": ["decoder.self.*"], "budget": 4, "share_selection": True}
+    model = harden(stock("llama"), config)
+    with hf_hardattn.record(model) as recording:
+        found = write(model, prompts())
+    assert recording.sites == ["decoder.self.0"]
+    chosen = {f"decoder.self.{layer}": kept(recording)["decoder.self.0"] for layer in range(3)}
+    text, logits = written_by_oracle(stock("llama"), prompts(), chosen, None)
+    assert torch.equal(found.sequences, text)
+    assert_rounded(without_end(torch.stack(found.logits, 1)), without_end(logits), MANY)
