@@ -20,6 +20,7 @@ from .context import CONTEXT, ForwardContext
 from .plan import LAYER, LayerPlan
 from .projection import AttentionView
 from .prompt import MEMORY, CachedRows, PromptMemory, as_form, begin_rows, dense_mask, prefill_mask, step_mask
+from .rotary import tables_at
 from .rows import choose_among, keep, select_rows
 from .selection import Selection
 from .selector import running
@@ -138,8 +139,9 @@ class _PromptRows:
         state, arguments, plan = self.state, self.arguments, self.plan
         given = arguments.get("attention_mask")
         if state.positions is not None:
-            tables = arguments.get("position_embeddings")
-            arguments.set("position_embeddings", state.shared(tables, lambda: self._tables(tables)))
+            name, positions = str(plan.attention_spec.rotary), state.positions
+            tables = arguments.get(name)
+            arguments.set(name, state.shared(tables[0], lambda: tables_at(tables, positions, state.length)))
             # flash attention takes positions with gaps for several texts in one row
             arguments.set("position_ids", None)
         keys, answer = state.keys, self._answer()
@@ -150,10 +152,6 @@ class _PromptRows:
         elif state.dropped:
             mask = state.shared(given, lambda: self._mask(given))
             arguments.set("attention_mask", mask)
-
-    def _tables(self, tables: Any) -> Any:
-        """The rotary tables ``[..., N, d]`` of the rows that are left."""
-        return tuple(rows_of_table(table, self.state.positions) for table in tables)
 
     def _mask(self, given: Any) -> Any:
         return prefill_mask(
@@ -176,9 +174,6 @@ class _PromptRows:
         if gates is None and state.gates is None:
             config = self.attention.config
             return as_form(allowed, config._attn_implementation, self.hidden.dtype, self._site())
-        raise HardAttentionError(
-            f"'{self._site()}' trains with gates, which decoders do not take yet. Use a score-function estimator ('rloo', 'reinforce')."
-        )
         subset = None if gates is None else KeySubset(gates=gates, total=gates.shape[-1])
         return AttentionInput(allowed, subset, state.gates)
 
@@ -214,13 +209,6 @@ def refuse_unknown(context: ForwardContext, state: TowerState, selector: Any) ->
     """Raise where a site would choose and nothing tells what the prompt is."""
     if state.prompt.problem is not None and not context.is_soft(selector) and not selector.keeps_all:
         raise HardAttentionError(state.prompt.problem.format(site=selector.site))
-
-
-def rows_of_table(table: Tensor, positions: Any) -> Tensor:
-    """Rows of a rotary table ``[..., B or 1, N, d]`` at int64 ``[B, K]``."""
-    shape = (*table.shape[:-3], positions.shape[0], positions.shape[1], table.shape[-1])
-    table = table.expand(*table.shape[:-3], positions.shape[0], -1, -1)
-    return table.gather(-2, positions.unsqueeze(-1).expand(shape))
 
 
 def after_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -1,7 +1,7 @@
 """Gemma: rows and keys of the prompt."""
 
 from ..modeling import heads
-from ..modeling.spec import ModelSpec, TowerSpec
+from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
 
 GEMMA = ModelSpec(
     name="gemma",
@@ -11,6 +11,7 @@ GEMMA = ModelSpec(
             "decoder",
             module="GemmaModel",
             layers="layers",
+            attention_spec=AttentionSpec(rotary="position_embeddings"),
             norm="input_layernorm",
             protect_last=True,
             prompt=True,

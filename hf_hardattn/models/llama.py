@@ -1,7 +1,7 @@
 """Llama: rows and keys of the prompt."""
 
 from ..modeling import heads
-from ..modeling.spec import ModelSpec, TowerSpec
+from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
 
 LLAMA = ModelSpec(
     name="llama",
@@ -11,6 +11,7 @@ LLAMA = ModelSpec(
             "decoder",
             module="LlamaModel",
             layers="layers",
+            attention_spec=AttentionSpec(rotary="position_embeddings"),
             norm="input_layernorm",
             protect_last=True,
             prompt=True,

@@ -1,7 +1,7 @@
 """Mistral: rows and keys of the prompt."""
 
 from ..modeling import heads
-from ..modeling.spec import ModelSpec, TowerSpec
+from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
 
 MISTRAL = ModelSpec(
     name="mistral",
@@ -11,6 +11,7 @@ MISTRAL = ModelSpec(
             "decoder",
             module="MistralModel",
             layers="layers",
+            attention_spec=AttentionSpec(rotary="position_embeddings"),
             norm="input_layernorm",
             protect_last=True,
             prompt=True,

@@ -1,7 +1,7 @@
 """Qwen2: rows and keys of the prompt."""
 
 from ..modeling import heads
-from ..modeling.spec import ModelSpec, TowerSpec
+from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
 
 QWEN2 = ModelSpec(
     name="qwen2",
@@ -11,6 +11,7 @@ QWEN2 = ModelSpec(
             "decoder",
             module="Qwen2Model",
             layers="layers",
+            attention_spec=AttentionSpec(rotary="position_embeddings"),
             norm="input_layernorm",
             protect_last=True,
             prompt=True,

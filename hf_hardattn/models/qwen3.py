@@ -1,7 +1,7 @@
 """Qwen3: rows and keys of the prompt."""
 
 from ..modeling import heads
-from ..modeling.spec import ModelSpec, TowerSpec
+from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
 
 QWEN3 = ModelSpec(
     name="qwen3",
@@ -11,6 +11,7 @@ QWEN3 = ModelSpec(
             "decoder",
             module="Qwen3Model",
             layers="layers",
+            attention_spec=AttentionSpec(rotary="position_embeddings", query_norm="q_norm", key_norm="k_norm"),
             norm="input_layernorm",
             protect_last=True,
             prompt=True,

@@ -197,15 +197,39 @@ def test_a_prompt_with_labels_is_chosen_as_a_prompt_alone():
             assert torch.equal(kept(alone)[site][0], mask[row, first:start])
 
 
-@pytest.mark.parametrize("estimator", ["reinforce", "rloo"])
-@pytest.mark.parametrize(("name", "config"), [("llama", "both"), ("mistral", "inputs")])
-def test_score_functions_train_gathered(name, config, estimator):
+@pytest.mark.parametrize("estimator", ["straight_through", "simple", "rloo"])
+@pytest.mark.parametrize(("name", "config"), [("llama", "both"), ("mistral", "ragged"), ("qwen3", "first keys")])
+def test_every_selector_gets_a_gradient_from_the_answer(name, config, estimator):
     model = harden(stock(name), {**CONFIGS[config], "estimator": estimator, "baseline": "none"}).train()
     torch.manual_seed(4)
     model(**answered()).loss.backward()
     for site, selector in hf_hardattn.selectors(model).items():
         assert any(p.grad is not None and bool(p.grad.abs().max() > 0) for p in selector.parameters()), site
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(("name", "config"), [("llama", "both"), ("mistral", "ragged"), ("qwen3", "all keys")])
+def test_masked_training_computes_what_gathered_does(name, config):
+    """The gates of a draw weigh what the same choice, dropped, would leave; also under gradient checkpointing."""
+    results = []
+    for checkpointing in (False, True):
+        model, batch = harden(stock(name), {**CONFIGS[config], "estimator": "simple"}).train(), answered()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(4)
+        with hf_hardattn.record(model) as recording:
+            output = model(**batch)
+        output.loss.backward()
+        results.append((output, {key: p.grad for key, p in model.named_parameters()}))
+    (output, gradients), (again, recomputed) = results
+    assert torch.equal(output.loss, again.loss)
+    assert all(torch.equal(recomputed[key], gradient) for key, gradient in gradients.items() if gradient is not None)
+    chosen = {site: mask for site, mask in kept(recording).items()}
+    for row, start in enumerate((9, 8)):
+        alone = {key: value[row : row + 1] for key, value in batch.items()}
+        rows = {site: mask[row : row + 1, :start] for site, mask in chosen.items()}
+        expected = oracle(stock(name), alone, rows, window_of(name), start)
+        assert_rounded(output.logits[row, start - 1 :].detach(), expected[0, start - 1 :], SOME)
 
 
 def test_a_classifier_reads_the_whole_text_as_a_prompt():
