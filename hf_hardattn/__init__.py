@@ -17,6 +17,7 @@ from .api import (
     status,
 )
 from .collapse import Collapse, find_collapse
+from .compiling import compile
 from .config import HardAttentionConfig, SiteConfig
 from .diagnostics import Diagnosis, diagnose
 from .errors import HardAttentionError
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "apply",
     "auxiliary_loss",
+    "compile",
     "diagnose",
     "execution",
     "find_collapse",

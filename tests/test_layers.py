@@ -41,6 +41,7 @@ LAYERS = {
     "losses": 8,
     "api": 10,
     "integrations": 10,
+    "compiling": 10,
     "verify": 10,
     "collapse": 10,
     "diagnostics": 10,

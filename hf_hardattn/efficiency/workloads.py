@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..compiling import compile
 from ..devices import default_device
 from ..errors import HardAttentionError, unknown
 
@@ -96,25 +97,12 @@ class Workload:
         return model.generate(**inputs, **length, **options, do_sample=False, return_dict_in_generate=True)  # type: ignore[operator]
 
     def compiled(self, model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:
-        """``call``, compiled with the weights packed beforehand, and warm. ``generate()`` of T5 writes into a static cache then, whose shapes stay
-        the same from token to token; BLIP has none, and its vision tower alone is compiled.
-
-        Raises:
-            torch._dynamo.exc.Unsupported: the graph breaks.
-        """
+        """``call``, compiled by ``hf_hardattn.compile`` and warm."""
         from torch._dynamo import config as dynamo  # only where something is compiled
-        from torch._inductor import config as inductor
 
-        compiled, options = share_weights(model), {}
-        if self.model == "blip_caption":
-            part = compiled.vision_model
-        else:
-            part = compiled
-            options = {"cache_implementation": "static"} if self.generates else {}
-        part.compile(dynamic=False, fullgraph=True)  # type: ignore[union-attr]
-        call = partial(self.call, compiled, inputs, **options)
-        # freezing is what torch.compile's options do not hand on; and every model of a run counts as one more compilation of the same code
-        with inductor.patch(freezing=True), dynamo.patch(recompile_limit=1_000, accumulated_recompile_limit=1_000):
+        call = partial(self.call, compile(share_weights(model)), inputs)
+        # every model of a run counts as one more compilation of the same code
+        with dynamo.patch(recompile_limit=1_000, accumulated_recompile_limit=1_000):
             for _ in range(2):
                 call()
         return call

@@ -1,0 +1,150 @@
+"""Compile a hard model in one call, in the way that is fastest where it stands."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from .errors import HardAttentionError, unknown
+from .models import family_of
+from .recording import selectors
+from .unwrapping import refuse_offloaded, refuse_sharded, unwrap
+
+MODES = ("packed", "cuda_graphs", "default", "eager")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compile(model: Model, batch: Mapping[str, Any] | None = None, *, mode: str | None = None) -> Model:  # noqa: A001
+    """Compile a model for inference, in place.
+
+    The model keeps its class, so that saving, ``status`` and every other function take it as before. A forward under ``record``,
+    ``soft``, ``sampled`` or ``replay`` runs eagerly. Each new shape of a batch is compiled once, except that the counts of kept
+    positions that only the scores tell are compiled as dynamic sizes.
+
+    Weights are laid out beforehand only for calls without gradients, inside ``torch.inference_mode()`` or ``torch.no_grad()``, as
+    ``generate()`` makes them.
+
+    Models that write with ``generate()`` get a static cache, and the encoder is compiled beside the decoder. Where a model has no static
+    cache, as BLIP, only its vision tower is compiled.
+
+    Args:
+        model: a hard or a stock model, in evaluation mode.
+        batch: keyword inputs of one call. The model is run on it twice, so that the first call of yours finds it compiled. None: the first
+            calls compile.
+        mode: ``"packed"`` has Inductor lay the weights out for the processor beforehand, which costs their memory a second time;
+            ``"cuda_graphs"`` replays kernels without the host; ``"default"`` is plain Inductor; ``"eager"`` undoes an earlier call.
+            None: ``"packed"`` on a CPU, ``"cuda_graphs"`` on a GPU, or ``"default"`` there where only the scores tell how many
+            positions are kept, since a graph has no place to wait for that number.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        HardAttentionError: an unknown mode, a model in training mode, or weights that are sharded or offloaded.
+    """
+    inner: Any = unwrap(model)
+    if mode is not None and mode not in MODES:
+        raise unknown("mode", mode, MODES)
+    parts = _parts(inner)
+    part: Any
+    for part in parts:
+        part._compiled_call_impl = None
+    if mode == "eager":
+        return model
+    _refuse(inner)
+    if not parts:
+        raise HardAttentionError(
+            f"nothing of {type(inner).__name__} can be compiled: generate() gives it no static cache, and it has no vision tower. Run it as it is."
+        )
+    mode = mode or fastest(inner)
+    for part in parts:
+        part.compile(**_options(inner, mode))
+        part._compiled_call_impl = CompiledCall(part._compiled_call_impl, mode)
+    if inner in parts and _generates(inner):
+        inner.generation_config.cache_implementation = "static"
+    for _ in range(2 if batch is not None else 0):
+        _call(inner, batch or {})
+    return model
+
+
+class CompiledCall:
+    """The call of a compiled module, under the settings that its mode needs whenever a new shape is compiled.
+
+    Args:
+        function: the compiled call. mode: one of ``MODES``.
+    """
+
+    def __init__(self, function: Callable[..., Any], mode: str):
+        self.function, self.mode = function, mode
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.mode != "packed":
+            output = self.function(*args, **kwargs)
+            # the next replay writes into the memory of this output
+            return tree_map_only(Tensor, torch.clone, output) if self.mode == "cuda_graphs" else output
+        from torch._inductor import config as inductor  # only where something is compiled
+
+        # torch.compile's options do not hand this one on: Dynamo reads it too, to see the weights as constants
+        with inductor.patch(freezing=True):
+            return self.function(*args, **kwargs)
+
+
+def _refuse(model: nn.Module) -> None:
+    if model.training:
+        raise HardAttentionError(
+            f"{type(model).__name__} is in training mode; hf_hardattn.compile compiles for inference. Call model.eval() first, or use "
+            "torch.compile(model) to train."
+        )
+    refuse_sharded(model, "hf_hardattn.compile")
+    refuse_offloaded(model, "hf_hardattn.compile")
+
+
+def fastest(model: nn.Module) -> str:
+    """The mode for the device that a model is on."""
+    if _device(model) != "cuda":
+        return "packed"
+    asking = [site for site, selector in selectors(model).items() if selector.data_dependent or selector.config.pack]
+    if not asking:
+        return "cuda_graphs"
+    warnings.warn(
+        f"compiled without CUDA graphs: at {', '.join(asking)} only the scores tell how many positions are kept, and a graph cannot wait for "
+        "that number. Give these sites a count or a ratio as their budget.",
+        stacklevel=3,
+    )
+    return "default"
+
+
+def _options(model: nn.Module, mode: str) -> dict[str, Any]:
+    asks = any(selector.data_dependent or selector.config.pack for selector in selectors(model).values())
+    options: dict[str, Any] = {"dynamic": None if asks else False}
+    return options | ({"mode": "reduce-overhead"} if mode == "cuda_graphs" else {})
+
+
+def _generates(model: Any) -> bool:
+    return hasattr(model, "generate") and model.can_generate()
+
+
+def _parts(model: Any) -> list[nn.Module]:
+    """What is compiled: modules whose call the model, or its ``generate()``, makes."""
+    if not _generates(model):
+        return [model]
+    if getattr(model, "_can_compile_fullgraph", False):
+        return [model.get_encoder(), model] if model.config.is_encoder_decoder else [model]
+    family = family_of(model)
+    towers = family.towers(model).values() if family is not None else ()
+    return [tower.module for tower in towers if tower.reads_images]
+
+
+def _call(model: Any, batch: Mapping[str, Any]) -> None:
+    with torch.inference_mode():
+        model.generate(**batch, max_new_tokens=2) if _generates(model) else model(**batch)
+
+
+def _device(model: nn.Module) -> str:
+    return next(model.parameters()).device.type
