@@ -271,6 +271,13 @@ def _masked_ids() -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def _padded_ids() -> dict[str, Any]:
+    torch.manual_seed(1)
+    ids = torch.randint(5, 99, (2, TOKENS))
+    mask = (torch.arange(TOKENS) < torch.tensor([[TOKENS], [TOKENS // 2]])).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
 def _everything(*sites: str) -> HostRow:
     """A row that keeps everything, and so may cost nothing."""
     return HostRow(f"{', '.join(sites)} keep all", {"sites": list(sites), "budget": 1.0}, 0, 1.03)
@@ -314,11 +321,17 @@ WORKLOADS = (
         ),
     ),
     HostWorkload(
+        "T5 encoder, 12 layers, two rows of different length",
+        lambda: T5EncoderModel(_t5_config()),
+        _padded_ids,
+        (HostRow("encoder.tokens.0 keep .25", {"sites": ["encoder.tokens.0"], "budget": 0.25}, 40, 1.08),),
+    ),
+    HostWorkload(
         f"T5, 12 + 12 layers, {NEW_TOKENS} tokens generated",
         lambda: T5ForConditionalGeneration(_t5_config()),
         _masked_ids,
         (
-            HostRow("decoder.cross.* keep .25", {"sites": ["decoder.cross.*"], "budget": 0.25}, None, 1.15),
+            HostRow("decoder.cross.* keep .25", {"sites": ["decoder.cross.*"], "budget": 0.25}, 120, 1.15),
             HostRow("encoder.tokens.0 keep .25", {"sites": ["encoder.tokens.0"], "budget": 0.25}, 80, 1.08),
             _everything("decoder.self.*", "decoder.cross.*"),
         ),
