@@ -20,8 +20,8 @@ from hf_hardattn.errors import HardAttentionError, unknown
 from hf_hardattn.training.evaluation import folder_of_evaluation
 from hf_hardattn.training.finetuning import choose
 from hf_hardattn.training.flag_help import show
-from hf_hardattn.training.loop import evaluate, start
 from hf_hardattn.training.parsing import expand, parse, peek, run
+from hf_hardattn.training.running import evaluate, start
 
 FAMILIES = ("vit", "t5", "blip")
 

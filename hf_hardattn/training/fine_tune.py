@@ -9,8 +9,8 @@ from typing import Any
 from ..errors import HardAttentionError
 from .finetuning import choose
 from .flag_help import show
-from .loop import start, train
 from .parsing import expand, parse, peek
+from .running import start, train
 
 
 def fine_tune(family: str, argv: list[str] | None = None, command: tuple[str, ...] = ()) -> dict[str, Any]:
