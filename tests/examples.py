@@ -14,12 +14,6 @@ from transformers import (
     BlipForConditionalGeneration,
     BlipForQuestionAnswering,
     BlipModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    T5ForQuestionAnswering,
-    T5ForSequenceClassification,
-    T5ForTokenClassification,
-    T5Model,
 )
 
 from hf_hardattn import models
@@ -106,6 +100,8 @@ def padded_ids() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def t5_example(head: type, **changes: Any) -> Example:
+    """T5, or one of its successors."""
+    name = head.__name__
     sizes = dict(
         vocab_size=53,
         d_model=26,
@@ -118,12 +114,12 @@ def t5_example(head: type, **changes: Any) -> Example:
         relative_attention_max_distance=17,
         dropout_rate=0.0,
         classifier_dropout=0.0,
-        num_labels=2 if head is T5ForQuestionAnswering else 5,
+        num_labels=2 if name.endswith("ForQuestionAnswering") else 5,
         pad_token_id=0,
         eos_token_id=1,
         decoder_start_token_id=0,
     )
-    config = T5Config(**{**sizes, **changes})
+    config = head.config_class(**{**sizes, **changes})  # type: ignore[attr-defined]
     ids = torch.randint(2, 53, (3, 11))
     ids[:, -1] = 1
     mask = torch.ones_like(ids)
@@ -132,16 +128,59 @@ def t5_example(head: type, **changes: Any) -> Example:
     mask[2, 9:] = 0
     ids[2, 8], ids[2, 9:] = 1, 0
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if head in (T5Model, T5ForConditionalGeneration):
+    if name.endswith(("T5Model", "ForConditionalGeneration")):
         batch["decoder_input_ids"] = torch.randint(2, 53, (3, 7))
-    if head is T5ForConditionalGeneration:
+    if name.endswith("ForConditionalGeneration"):
         batch["labels"] = torch.randint(2, 53, (3, 7))
         batch["labels"][0, 5:] = -100
-    if head is T5ForSequenceClassification:
+    if name.endswith("ForSequenceClassification"):
         batch["labels"] = torch.tensor([3, 0, 4])
-    if head is T5ForTokenClassification:
+    if name.endswith("ForTokenClassification"):
         batch["labels"] = torch.randint(0, 5, (3, 11))
-    if head is T5ForQuestionAnswering:
+    if name.endswith("ForQuestionAnswering"):
+        batch |= {"start_positions": torch.tensor([2, 1, 4]), "end_positions": torch.tensor([3, 5, 6])}
+    return Example(head(config), batch)
+
+
+def bart_example(head: Any, **changes: Any) -> Example:
+    """BART, mBART or Whisper."""
+    sizes: dict[str, Any] = dict(
+        vocab_size=53,
+        d_model=24,
+        encoder_layers=3,
+        decoder_layers=2,
+        encoder_attention_heads=3,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=37,
+        decoder_ffn_dim=31,
+        max_position_embeddings=40,
+        dropout=0.0,
+        num_labels=2 if head.__name__.endswith("ForQuestionAnswering") else 5,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
+        num_mel_bins=7,
+        max_source_positions=11,
+        max_target_positions=40,
+        begin_suppress_tokens=None,
+        suppress_tokens=None,
+    )
+    audio = head.__name__.startswith("Whisper")
+    unused = ("max_position_embeddings",) if audio else ("num_mel_bins", "max_source_positions", "max_target_positions")
+    config = head.config_class(**{**{k: v for k, v in sizes.items() if k not in unused}, **changes})
+    ids, mask = padded_ids()
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if audio:
+        batch = {"input_features": torch.randn(3, 7, 22)}
+    batch["decoder_input_ids"] = torch.randint(2, 53, (3, 7))
+    if head.__name__.endswith("ForConditionalGeneration"):
+        batch["labels"] = torch.randint(2, 53, (3, 7))
+    if head.__name__.endswith("Classification"):
+        batch["labels"] = torch.tensor([3, 0, 4])
+        del batch["decoder_input_ids"]
+    if head.__name__.endswith("ForQuestionAnswering"):
         batch |= {"start_positions": torch.tensor([2, 1, 4]), "end_positions": torch.tensor([3, 5, 6])}
     return Example(head(config), batch)
 
@@ -203,4 +242,8 @@ def gru_example(**changes: Any) -> Example:
     return Example(GruForConditionalGeneration(config), batch)
 
 
-ODD: dict[str, Callable[..., Example]] = {"t5": t5_example, "blip": blip_example}
+ODD: dict[str, Callable[..., Example]] = {
+    **dict.fromkeys(("t5", "mt5", "umt5"), t5_example),
+    **dict.fromkeys(("bart", "mbart", "whisper"), bart_example),
+    "blip": blip_example,
+}

@@ -16,6 +16,7 @@ from . import attention, heads, patches, pooling
 from .arguments import parameter_names, takes_keywords
 from .build import Kinds, build_selector, reusable, shared_choices, source_protected
 from .causal import after_prompt_layer, before_prompt_layer
+from .cross import SOURCE_MASK
 from .family import FAMILY, Family, Tower
 from .layers import after_layer, before_layer
 from .plan import LAYER, TOWER, LayerPlan, TowerPlan
@@ -284,6 +285,7 @@ def _layer_plan(tower: Tower, index: int) -> LayerPlan:
         causal=spec.causal,
         windows=spec.windows,
         window=tower.window(index),
+        unmasked_source=SOURCE_MASK not in parameter_names(tower.module),
     )
     if "self" in kinds:
         plan.own = _selector_at(tower, "self", index) is not None

@@ -144,7 +144,9 @@ class AttentionCall:
         self.source: Tensor = self.hidden if source is None else source
         self.mask = what.mask
         self.tables = tables
-        self.bias: Tensor | None = given.get("position_bias") if not plan.cross else None
+        self.bias: Tensor | None = what.bias
+        if self.bias is None and not plan.cross:
+            self.bias = given.get("position_bias")
         cache = given.get("past_key_values")
         self.cache = None if cache is None else CacheLayer(cache, plan.layer, cross=plan.cross)
         config = module.config
@@ -157,8 +159,8 @@ class AttentionCall:
         self._query: Tensor | None = None
 
     def _own_bias(self) -> Tensor | None:
-        """The bias that later layers get from this one: as it came, or the one that this layer makes."""
-        if not self.plan.spec.position_bias or self.plan.cross:
+        """The bias that later layers of T5 get from this one: as it came, or the one that this layer makes."""
+        if not self.biased or self.plan.cross:
             return self.given.get("position_bias")
         if self.bias is None and self.module.has_relative_attention_bias:
             past: Any = 0 if self.cache is None else self.cache.past
@@ -171,6 +173,11 @@ class AttentionCall:
         """The module's outputs: attended values ``[B, Q, H * d]`` through the output projection."""
         output = self.view.output(attended)
         return (output, self._whole_bias, weights) if self.plan.spec.position_bias else (output, weights)
+
+    @property
+    def biased(self) -> bool:
+        """Whether the module adds a relative position bias."""
+        return self.plan.spec.position_bias or self.plan.spec.own_bias
 
     @property
     def query(self) -> Tensor:
@@ -370,7 +377,7 @@ class AttentionCall:
                 bias, mask = mask, None  # an additive mask, as the kernel takes it
             return self.attend_plainly(query, key, value, mask, bias)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, stock_eager)
-        extra: dict[str, Any] = {"position_bias": bias} if self.plan.spec.position_bias else {}
+        extra: dict[str, Any] = {"position_bias": bias} if self.biased else {}
         if self.wants_weights:
             extra["output_attentions"] = True
         output, weights = function(

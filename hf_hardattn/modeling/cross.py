@@ -12,6 +12,7 @@ from .arguments import Arguments
 from .cache import CacheLayer, remember, remembered
 from .context import ForwardContext
 from .keys import is_checkpointed
+from .masks import padding_mask
 from .plan import LayerPlan
 from .projection import AttentionView
 from .rows import choose_among
@@ -46,6 +47,12 @@ def hand_over_source(
     source = arguments.get(SOURCE)
     if plan.cross is None or source is None:
         return
+    valid = state.source_valid
+    if plan.unmasked_source and valid is not None:
+        attention: Any = layer.get_submodule(plan.cross)
+        rows = arguments.get(plan.names[0])
+        mask = state.shared(valid, lambda: padding_mask(valid, attention.config, rows, source))
+        arguments.set(SOURCE_MASK, mask)
     what = None
     if plan.crosses or plan.cross_follows is not None:
         what = _chosen(layer, plan, context, state, arguments, source)

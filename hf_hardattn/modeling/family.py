@@ -43,7 +43,7 @@ class Tower:
     @property
     def heads(self) -> int:
         """H of its attention."""
-        return self.config.num_attention_heads
+        return getattr(self.config, self.spec.heads)
 
     @property
     def source_size(self) -> int:
@@ -252,7 +252,7 @@ class Family:
         """Towers whose rows are given inputs, with bool ``[B, N]``: which rows are an input token or patch."""
         found = {}
         for name, tower in self.towers(model).items():
-            rows = heads.input_rows(tower, batch)
+            rows = self._call("input_rows", tower, batch)
             if rows is not None:
                 found[name] = rows
         return found

@@ -16,7 +16,7 @@ from .cross import hand_over_source
 from .keys import as_matrix, attention_input, serves_table
 from .masks import differs_between_queries, row_mask
 from .plan import LAYER, LayerPlan
-from .position_bias import bias_of_rows, bias_table
+from .position_bias import bias_of_rows, bias_table, own_bias_of_rows
 from .projection import AttentionView
 from .rotary import tables_at
 from .rows import keep, select_rows
@@ -105,6 +105,9 @@ class _Rows:
         what = self._attention_input(mask)
         if plan.has_bias:
             what = self._settle_bias(what, mask)
+        if plan.attention_spec.own_bias and state.positions is not None:
+            module = self.layer.get_submodule(plan.attention)
+            what = (what or AttentionInput(mask))._replace(bias=own_bias_of_rows(module, state.positions, state.length))
         if what is not None:
             arguments.set("attention_mask", what._replace(weights=True) if self._wants_weights() else what)
         elif mask is not given:

@@ -26,6 +26,7 @@ class LayerPlan:
         has_bias: its self-attention adds T5's position bias.
         uses_table: its tower's bias is kept as a table of distances while that serves.
         eager_only: its stock attention is eager; a hard tower's runs through SDPA in all layers.
+        unmasked_source: its tower takes no mask of the source.
         windows: it, or a layer around it, hides rows by their distance.
         causal: its rows attend to their past only.
         pools: the tower pools its rows right behind this layer.
@@ -56,6 +57,7 @@ class LayerPlan:
     causal: bool = False
     windows: bool = False
     window: int | None = None
+    unmasked_source: bool = False
 
     @property
     def spec_of_cross(self) -> AttentionSpec:

@@ -12,13 +12,21 @@ from ..functional import position_bias as distances
 
 def bias_table(attention: Any, length: int, device: torch.device) -> Tensor:
     """The bias between all rows of a bidirectional layer as a table of distances, ``[H, 2 * length - 1]``."""
+    distance = torch.arange(1 - length, length, device=device)
     bucket = attention._relative_position_bucket(
-        torch.arange(1 - length, length, device=device),
+        distance,
         bidirectional=not attention.is_decoder,
         num_buckets=attention.relative_attention_num_buckets,
         max_distance=attention.relative_attention_max_distance,
     )
     return attention.relative_attention_bias(bucket).t().contiguous()
+
+
+def own_bias_of_rows(attention: Any, positions: Tensor, length: int) -> Tensor:
+    """The bias that a layer of UMT5 makes itself, between the rows int64 ``[B, K]`` that are left of ``length``, ``[B, H, K, K]``."""
+    distance = torch.arange(1 - length, length, device=positions.device)
+    table = attention.relative_attention_bias(attention._relative_position_bucket(distance))
+    return distances.pairs(table.t(), positions)
 
 
 def bias_of_rows(bias: Tensor | None, indices: Tensor | None) -> Tensor | None:

@@ -27,6 +27,7 @@ class AttentionSpec:
         mask: parameter of ``forward`` that carries the mask.
         source: parameter of ``forward`` that carries the states of another tower; given, the module is a cross-attention.
         position_bias: the module adds a relative position bias and returns ``(output, bias, weights)``, as T5's does.
+        own_bias: the module adds a relative position bias of its own, and returns ``(output, weights)``, as UMT5's does.
         interface: the module calls an attention function of ``AttentionInterface``; False when it computes attention itself.
         eager_only: the module computes attention eagerly, and its cross-attention never sees the source's mask. In a hard tower
             all layers run through SDPA instead.
@@ -48,6 +49,7 @@ class AttentionSpec:
     mask: str = "attention_mask"
     source: str | None = None
     position_bias: bool = False
+    own_bias: bool = False
     interface: bool = True
     eager_only: bool = False
 
@@ -105,6 +107,7 @@ class TowerSpec:
             reads it.
         patches: how an image becomes rows, for scorers of pixels; None where they are not served.
         pooling: path of a ``MultiheadAttention`` inside the tower that pools the rows after the last layer; None when there is none.
+        heads: configuration field with the number of attention heads.
         inputs: name of the model input that the rows come from.
     """
 
@@ -129,6 +132,7 @@ class TowerSpec:
     restores: bool = False
     patches: PatchSpec | None = None
     pooling: str | None = None
+    heads: str = "num_attention_heads"
     inputs: str = "input_ids"
 
     @property

@@ -73,6 +73,7 @@ class AttentionInput(NamedTuple):
         keys: the keys that a site of this layer, or an earlier layer whose choice it shares, left.
         gates: fp32 ``[B, N]`` of masked training upstream; None otherwise.
         packing: the layer's rows are packed end to end; None when they are a padded batch.
+        bias: position bias of the rows, where the attention would make it from their numbers; None otherwise.
         pending: a choice that the attention is to make itself; None otherwise.
         weights: the caller asked for attention weights.
     """
@@ -82,6 +83,7 @@ class AttentionInput(NamedTuple):
     gates: Tensor | None = None
     packing: Packing | None = None
     pending: PendingChoice | None = None
+    bias: Tensor | None = None
     weights: bool = False
 
 

@@ -1,6 +1,7 @@
 """ModernBERT: most layers see a window, and layers with a window turn queries and keys by other angles."""
 
 from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
+from ._bert import ALIGNED
 
 MODERNBERT = ModelSpec(
     name="modernbert",
@@ -21,5 +22,6 @@ MODERNBERT = ModelSpec(
     ),
     recommended=("text.tokens.25%",),
     heads=("ModernBertForSequenceClassification", "ModernBertModel"),
+    restored_heads=tuple(f"ModernBert{head}" for head in ALIGNED),
     tiny={"local_attention": 6, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 1},
 )

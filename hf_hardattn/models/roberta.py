@@ -1,0 +1,5 @@
+"""RoBERTa."""
+
+from ._bert import bert_like
+
+ROBERTA = bert_like("roberta", "Roberta")
