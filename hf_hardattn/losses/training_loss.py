@@ -76,7 +76,7 @@ class Step:
         """A context for one more forward pass on the same inputs."""
         context, known = ForwardContext(self.model), self.context
         context.target, context.source_given = known.target, known.source_given
-        context.labels, context.predictions = known.labels, known.predictions
+        context.labels, context.candidates, context.predictions = known.labels, known.candidates, known.predictions
         context.kept_source, context.source_gates = known.kept_source, known.source_gates
         return context
 

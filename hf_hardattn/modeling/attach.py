@@ -20,6 +20,7 @@ from .cross import SOURCE_MASK
 from .family import FAMILY, Family, Tower
 from .layers import after_layer, before_layer
 from .plan import LAYER, TOWER, LayerPlan, TowerPlan
+from .prompt import CANDIDATES
 from .selector import Selector, running
 from .towers import (
     COPIES,
@@ -174,11 +175,14 @@ def _install(
     module: Any = model
     module.__dict__[HANDS_DOWN] = family.owns(model) and takes_keywords(model)
     module.__dict__[NAMES] = parameter_names(model)
+    tokens = [getattr(module.config, name, None) for name in family.spec.candidates] if family.owns(model) else []
+    module.__dict__[CANDIDATES] = tuple(token for token in tokens if token is not None)
     module.__dict__[TRAINING_LOSS] = training_loss
     module.__dict__[COPIES] = parameter_names(model) if heads.extends(model, family.spec.copying_heads) else None
     module.__dict__[FAMILY] = family.name
+    strict = not module.__dict__[HANDS_DOWN] or bool(module.__dict__[CANDIDATES])
     model.register_forward_pre_hook(open_call, with_kwargs=True)
-    model.register_forward_hook(close_call, with_kwargs=True, always_call=not module.__dict__[HANDS_DOWN])
+    model.register_forward_hook(close_call, with_kwargs=True, always_call=strict)
 
 
 def _selector_at(tower: Tower, kind: str, layer: int) -> Selector | None:
@@ -357,7 +361,7 @@ def _remove_hooks(model: nn.Module) -> None:
         attention.uninstall(module)
         patches.uninstall(module)
         pooling.uninstall(module)
-        for name in (LAYER, TOWER, HANDS_DOWN, NAMES, TRAINING_LOSS, COPIES, FAMILY):
+        for name in (LAYER, TOWER, HANDS_DOWN, NAMES, CANDIDATES, TRAINING_LOSS, COPIES, FAMILY):
             module.__dict__.pop(name, None)
 
 

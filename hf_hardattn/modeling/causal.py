@@ -19,7 +19,8 @@ from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
 from .plan import LAYER, LayerPlan
 from .projection import AttentionView
-from .prompt import MEMORY, CachedRows, PromptMemory, as_form, begin_rows, dense_mask, prefill_mask, step_mask
+from .prompt import MEMORY, CachedRows, PromptMemory, begin_rows
+from .prompt_masks import as_form, dense_mask, prefill_mask, step_mask
 from .rotary import tables_at
 from .rows import choose_among, keep, select_rows
 from .selection import Selection

@@ -119,6 +119,8 @@ class ForwardContext:
         towers: tower name to the state of its rows.
         selections: every selection of the call, in order.
         labels: that the model was called with; None without labels.
+        candidates: rows of a prompt that stand for an image, bool ``[B, N]``; None where a decoder's sites choose among all, or where
+            the call does not tell.
         predictions: the last rows whose logits the caller asked for; 0 where the call does not say.
         target: states of the labels ``[B, T, D]``, for estimators that read the answer; None otherwise.
         kept_source: which rows of given encoder states were kept, bool ``[B, K]``; None when all were.
@@ -138,6 +140,7 @@ class ForwardContext:
         self.towers: dict[str, TowerState] = {}
         self.selections: list[Selection] = []
         self.labels: Tensor | None = None
+        self.candidates: Tensor | None = None
         self.predictions = 0
         self.target: Tensor | None = None
         self.kept_source: Tensor | None = None

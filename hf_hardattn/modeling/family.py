@@ -252,6 +252,8 @@ class Family:
         """Towers whose rows are given inputs, with bool ``[B, N]``: which rows are an input token or patch."""
         found = {}
         for name, tower in self.towers(model).items():
+            if self.spec.candidates and tower.spec.prompt:
+                continue  # rows of an image are made by another tower
             rows = self._call("input_rows", tower, batch)
             if rows is not None:
                 found[name] = rows

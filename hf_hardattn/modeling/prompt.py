@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask
 
 from ..errors import HardAttentionError
 from .arguments import Arguments
 from .context import ForwardContext
-from .masks import additive
 from .plan import TowerPlan
 
+CANDIDATES = "hard_attention_candidates"  # ids of a model's tokens that stand for an image's rows
 MEMORY = "hard_attention_prompt"  # attribute of a cache: its PromptMemory
-_BY_POSITION = ("sdpa", "eager", "flex_attention")  # implementations that read a mask of each query
 
 
 class CachedRows:
@@ -61,6 +59,7 @@ class PromptCall:
 
     Attributes:
         memory: of the cache that earlier calls filled; None while the prompt is read.
+        candidates: bool ``[B, N]``, rows of an image; None when a choice is among all rows of the prompt.
         answer: bool ``[B or 1, N]``, rows that are no prompt: from the first label on, or those that assisted decoding drafts; None
             when all are the prompt.
         problem: why nothing can be selected in this call, with a place for the site; None when it can.
@@ -69,26 +68,10 @@ class PromptCall:
 
     def __init__(self) -> None:
         self.memory: PromptMemory | None = None
+        self.candidates: Tensor | None = None
         self.answer: Tensor | None = None
         self.problem: str | None = None
         self.later: Tensor | None = None
-
-
-class Places(NamedTuple):
-    """Maps the rows of a cache to their places in the text, for windows.
-
-    Attributes:
-        positions: int64 ``[B, K]`` of the prompt's rows. rows: N of the prompt.
-    """
-
-    positions: Tensor
-    rows: int
-
-    def of(self, batch: Any, row: Any) -> Any:
-        """The place of a row of one example."""
-        count = self.positions.shape[1]
-        place = self.positions[batch, row.clamp(max=count - 1)]
-        return torch.where(row < count, place, row - count + self.rows)
 
 
 def open_prompt(tower: Any, plan: TowerPlan, context: ForwardContext, arguments: Arguments) -> PromptCall:
@@ -107,6 +90,7 @@ def open_prompt(tower: Any, plan: TowerPlan, context: ForwardContext, arguments:
             # assisted decoding reads its first draft together with the prompt, and asks for logits from the prompt's last row on
             place = torch.arange(count, device=rows.device)
             call.answer = (place > count - context.predictions).unsqueeze(0)
+        call.candidates = context.candidates
         call.problem = call.problem or _unknown_prompt(tower, context, arguments)
     return call
 
@@ -138,10 +122,30 @@ def _go_on(
             memory.padded = not bool(later.all())
         call.later = later if memory.padded else None
     first = memory.layers.get(0)
+    if first is not None and count > 1 and not memory.padded:
+        _check_length(arguments.get("position_ids"), memory, cache.get_seq_length() - first.count + memory.rows + count)
     if arguments.get("position_ids") is None and first is not None:
         # Transformers counts the rows in the first layer's cache, where some are missing
         past = cache.get_seq_length() - first.count + memory.rows
         arguments.set("position_ids", (torch.arange(count, device=device) + past).unsqueeze(0))
+
+
+def _check_length(positions: Any, memory: PromptMemory, length: Any) -> None:
+    """Refuse rows that are fed twice: Transformers takes the length of the first layer's cache for that of the text.
+
+    Args:
+        positions: int64 ``[B, n]``, or ``[4, B, n]`` with those of the text first; others tell nothing. length: of the text, counted.
+    """
+    if not isinstance(positions, Tensor) or positions.dim() == 3 and len(positions) != 4:
+        return
+    last = int((positions if positions.dim() == 2 else positions[0]).max())
+    valid = memory.whole.valid
+    padding = 0 if valid is None else memory.rows - int(valid.sum(-1).max())
+    if last + 1 != int(length) - padding:
+        raise HardAttentionError(
+            f"the last of position_ids is {last} where the cache and this call hold {int(length) - padding} rows of the text; generate() cannot "
+            "go on from a cache whose first layer holds a part of the prompt. Use sites behind the first layer, or give it the whole text anew."
+        )
 
 
 def _read_labels(call: PromptCall, context: ForwardContext, count: int) -> None:
@@ -161,6 +165,13 @@ def _read_labels(call: PromptCall, context: ForwardContext, count: int) -> None:
 def _unknown_prompt(tower: nn.Module, context: ForwardContext, arguments: Arguments) -> str | None:
     """Why a model that writes cannot tell the prompt from the answer in this call; None where it can."""
     owner: Any = context.owner
+    if owner is not None and owner.__dict__.get(CANDIDATES) and context.candidates is None:
+        return (
+            "nothing tells at '{site}' which rows are an image's: "
+            + type(owner).__name__
+            + " was called without input_ids. Pass input_ids "
+            "and pixels, not inputs_embeds."
+        )
     if context.labels is not None or not getattr(owner, "can_generate", bool)():
         return None
     uses_cache = arguments.get("use_cache")
@@ -195,132 +206,24 @@ def begin_rows(state: Any, mask: Any, count: int) -> None:
     if valid is not None and not torch.compiler.is_compiling() and bool(valid.all()):
         valid = None
     state.valid = valid
-    state.always = always_kept(state.prompt.answer, valid)
+    state.always = always_kept(state.prompt.answer, state.prompt.candidates, valid)
 
 
-def always_kept(answer: Tensor | None, valid: Tensor | None) -> Tensor | None:
-    """The rows that are no choice, bool ``[B, N]``: all but the prompt's, and the last of those, from which the answer begins."""
-    if answer is None:
+def always_kept(answer: Tensor | None, candidates: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """The rows that are no choice: all but the prompt's, or but an image's in it, and the prompt's last row, from which the answer begins.
+
+    Args:
+        answer, candidates, valid: bool ``[B, N]``, or None, see ``PromptCall``.
+
+    Returns:
+        Bool ``[B, N]``; None where only the last row is no choice.
+    """
+    if answer is None and candidates is None:
         return None
-    free = ~answer if valid is None else ~answer & valid
-    place = torch.arange(free.shape[1], device=free.device)
-    last = torch.where(free, place, -1).amax(-1, keepdim=True)
+    known = [rows for rows in (None if answer is None else ~answer, valid) if rows is not None]
+    prompt = known[0] if known else torch.ones_like(candidates)  # type: ignore[arg-type]
+    prompt = prompt & known[1] if len(known) > 1 else prompt
+    place = torch.arange(prompt.shape[1], device=prompt.device)
+    last = torch.where(prompt, place, -1).amax(-1, keepdim=True)
+    free = prompt if candidates is None else prompt & candidates
     return ~free | (place == last)
-
-
-def prefill_mask(
-    state: Any, config: Any, hidden: Tensor, given: Any, cache: Any, layer: int, window: int | None
-) -> Any:
-    """The mask over the rows that a selection left of the prompt.
-
-    Args:
-        given: over all of its rows, in any form.
-    """
-    positions, valid = state.positions, state.valid
-    if isinstance(given, Tensor) and given.dim() == 2:
-        return valid  # flash attention reads which rows count
-    if given is None and valid is None and window is None:
-        return None
-    if not isinstance(given, Tensor):
-        places = None if positions is None else Places(positions, state.length)
-        return rows_mask(CachedRows(hidden.shape[1], valid, positions), config, hidden, cache, layer, window, places)
-    count = hidden.shape[1]
-    if positions is not None:
-        # rows and columns of the caller's mask: windows, packed texts and masks of the user's stay what they are
-        batch = len(positions)
-        rows = positions[:, None, :, None].expand(-1, given.shape[1], -1, given.shape[-1])
-        columns = positions[:, None, None, :].expand(-1, given.shape[1], count, -1)
-        given = given.expand(batch, -1, -1, -1).gather(2, rows).gather(3, columns)
-        width = count if cache is None else cache.get_mask_sizes(count, layer)[0]
-        hidden_value: Any = False if given.dtype == torch.bool else torch.finfo(given.dtype).min
-        given = nn.functional.pad(given, (0, width - count), value=hidden_value)
-    if valid is None:
-        return given
-    used = nn.functional.pad(valid, (0, given.shape[-1] - count), value=True)[:, None, None]
-    return given & used if given.dtype == torch.bool else given.masked_fill(~used, torch.finfo(given.dtype).min)
-
-
-def step_mask(
-    rows: CachedRows,
-    later: Tensor | None,
-    config: Any,
-    hidden: Tensor,
-    cache: Any,
-    layer: int,
-    window: int | None,
-    n: int,
-) -> Any:
-    """The mask of rows behind a prompt, over the cache of one layer.
-
-    Args:
-        later: mask of what was written since, bool ``[B, M]``, or None. n: rows of the prompt.
-    """
-    fixed = cache.layers[layer].is_compileable
-    if hidden.shape[1] == 1 and rows.valid is None and later is None and window is None and not fixed:
-        return None
-    places = None if rows.positions is None else Places(rows.positions, n)
-    return rows_mask(rows, config, hidden, cache, layer, window, places, later)
-
-
-def rows_mask(
-    rows: CachedRows,
-    config: Any,
-    hidden: Tensor,
-    cache: Any,
-    layer: int,
-    window: int | None,
-    places: Places | None,
-    later: Tensor | None = None,
-) -> Any:
-    """A causal mask over the rows that a layer's cache holds and those of this call, in the form of the implementation.
-
-    A window is a matter of places in the text. The cache of a sliding layer forgets by number, and so never too early.
-    """
-    if window is not None and config._attn_implementation not in _BY_POSITION:
-        raise HardAttentionError(
-            f"attn_implementation='{config._attn_implementation}' counts the rows of a sliding window, of which a selection leaves gaps. "
-            "Use attn_implementation='sdpa', 'eager' or 'flex_attention'."
-        )
-    queries = hidden.shape[1]
-    width, offset = (queries, 0) if cache is None else cache.get_mask_sizes(queries, layer)
-    full = None
-    if rows.valid is not None or later is not None:
-        kept = hidden.new_ones(len(hidden), rows.count, dtype=torch.bool) if rows.valid is None else rows.valid
-        full = kept if later is None else torch.cat((kept, later.to(kept.device)), 1)
-        full = nn.functional.pad(full, (0, max(0, width + offset - full.shape[1])), value=True)
-    extra: dict[str, Any] = {}
-    if window is not None:
-        extra["and_mask_function"] = lambda b, h, q, kv: _place(places, b, q) - _place(places, b, kv) < window
-    return create_causal_mask(
-        config=config, inputs_embeds=hidden, attention_mask=full, past_key_values=cache, layer_idx=layer, **extra
-    )
-
-
-def _place(places: Places | None, batch: Any, row: Any) -> Any:
-    return row if places is None else places.of(batch, row)
-
-
-def dense_mask(state: Any, hidden: Tensor, window: int | None) -> Tensor:
-    """Which keys each row of a prompt and its answer may read, bool ``[B or 1, 1, N, N]``, for attention computed here."""
-    count = hidden.shape[1]
-    places = torch.arange(count, device=hidden.device).unsqueeze(0) if state.positions is None else state.positions
-    distance = places[:, :, None] - places[:, None, :]
-    allowed = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    allowed = allowed.unsqueeze(1)
-    return allowed if state.valid is None else allowed & state.valid[:, None, None]
-
-
-def as_form(allowed: Tensor, implementation: str, dtype: torch.dtype, site: str) -> Tensor:
-    """A bool mask of each query as the attention implementation reads it.
-
-    Raises:
-        HardAttentionError: it reads no such mask.
-    """
-    if implementation == "sdpa":
-        return allowed
-    if implementation == "eager":
-        return additive(allowed, dtype)
-    raise HardAttentionError(
-        f"attn_implementation='{implementation}' at '{site}' with labels: the answer reads fewer keys than the prompt does, which takes a mask of "
-        "each query. Use attn_implementation='sdpa' or 'eager'."
-    )

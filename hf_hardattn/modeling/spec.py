@@ -100,6 +100,7 @@ class TowerSpec:
         prompt: the tower reads a prompt and goes on writing: its sites choose among the rows of the prompt, once, while its cache
             is filled (see ``modeling/causal.py``). Its ``causal`` is False, since one choice serves all rows.
         window: configuration field with the width of a sliding window; None when the attention modules tell their own.
+        keeps_rows: another part of the model reads its rows by number, so that it has no ``inputs`` and ``tokens`` sites.
         reads: name of the tower whose output the cross-attention reads.
         source_protected: rows of that tower that are always kept, ``(how many at the start, whether the last)``.
         source_size: configuration field with the width of those rows.
@@ -126,6 +127,7 @@ class TowerSpec:
     causal: bool = False
     prompt: bool = False
     window: str | None = None
+    keeps_rows: bool = False
     reads: str | None = None
     source_size: str = "hidden_size"
     source_protected: tuple[int, bool] = (0, False)
@@ -138,7 +140,7 @@ class TowerSpec:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of its sites, in the order they are listed."""
-        rows = () if self.causal or self.cross is not None else ("inputs",)
+        rows = () if self.causal or self.keeps_rows or self.cross is not None else ("inputs",)
         own = ("self",) if self.attention else ()
         return (*rows, *own, *(("tokens",) if rows else ()), *(("cross",) if self.cross else ()))
 
@@ -157,6 +159,8 @@ class ModelSpec:
         restored_heads: names of heads whose predictions are aligned with the input: its towers take their full length again.
         averaging_heads: names of heads that average the rows, so that every row of a batch must keep as many.
         copying_heads: names of heads that feed the encoder's input to the decoder as well, shifted by one.
+        candidates: configuration fields with the ids of tokens that stand for an image's rows, among which a decoder's sites then choose;
+            empty where they choose among the whole prompt.
         find_towers: maps a model to its towers by name, where the class name alone does not tell which tower is which.
         functions: replacements of the functions in ``modeling/heads.py`` that read a head's labels and losses; ``prepare`` and
             ``release`` do what else a hard model of the family needs.
@@ -171,5 +175,6 @@ class ModelSpec:
     restored_heads: tuple[str, ...] = ()
     averaging_heads: tuple[str, ...] = ()
     copying_heads: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
     find_towers: Callable[[nn.Module], dict[str, tuple[TowerSpec, nn.Module]]] | None = None
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

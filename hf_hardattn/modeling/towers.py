@@ -13,7 +13,7 @@ from .context import CONTEXT, ForwardContext, current_context, has_modes, set_cu
 from .copies import copies_input, hide_dropped
 from .cross import SOURCE, SOURCE_MASK, KeptEncoderOutput
 from .plan import TOWER, TowerPlan
-from .prompt import open_prompt
+from .prompt import CANDIDATES, open_prompt
 from .state import TowerState
 
 HANDS_DOWN = "hard_attention_hands_down"  # whether a model's forward passes keywords on to its towers
@@ -167,6 +167,9 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     arguments = Arguments(model.__dict__[NAMES], args, kwargs)
     context.labels, predictions = arguments.get("labels"), arguments.get("logits_to_keep")
     context.predictions = predictions if isinstance(predictions, int) else 0
+    tokens, ids = model.__dict__[CANDIDATES], arguments.get("input_ids")
+    if tokens and isinstance(ids, Tensor) and ids.shape[1] > 1:
+        context.candidates = torch.stack([ids == token for token in tokens]).any(0)
     given = kwargs.get("encoder_outputs")
     if given is not None:
         context.source_given = True
@@ -181,6 +184,8 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     _, before = model.__dict__[TRAINING_LOSS]
     before(model, args, kwargs, context)
     if hands_down:
+        if tokens:
+            set_current(context)  # such models call their image tower without their keywords
         return args, {**kwargs, CONTEXT: context}
     set_current(context)
     return args, kwargs
@@ -192,7 +197,7 @@ def close_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     context: ForwardContext | None = handed or current_context()
     if context is None or context.owner is not model:
         return None
-    if handed is None:
+    if handed is None or model.__dict__[CANDIDATES]:
         set_current(None)
     context.finished = True
     if output is None or not model.training:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 
 from torch import nn
 
 from ..modeling.family import FAMILY, Family
-from ..modeling.spec import ModelSpec
+from ..modeling.spec import ModelSpec, TowerSpec
 
 # plain data, not functools.cache: Dynamo traces a training loss that asks for the family, and would run what is cached again
 _names = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
@@ -37,3 +38,19 @@ def family_of(model: nn.Module) -> Family | None:
     families = [load(name) for name in names()]
     owner = next((family for family in families if family.owns(model) and family.towers(model)), None)
     return owner or next((family for family in families if family.towers(model)), None)
+
+
+def towers_inside(model: nn.Module, paths: Mapping[str, str]) -> dict[str, tuple[TowerSpec, nn.Module]]:
+    """The towers of a model that is made of others, each with the row of its own family.
+
+    Args:
+        paths: name of the tower to the path of the model that it is in.
+    """
+    found = {}
+    for name, path in paths.items():
+        part = model.get_submodule(path)
+        owner = next((family for family in map(load, names()) if family.owns(part)), None)
+        towers = {} if owner is None else owner.towers(part)
+        if name in towers:
+            found[name] = towers[name].spec, towers[name].module
+    return found

@@ -18,7 +18,7 @@ GEMMA = ModelSpec(
             restores=True,
         ),
     ),
-    recommended=("decoder.tokens.*",),
+    recommended=("decoder.tokens.25%",),
     heads=("GemmaForCausalLM", "GemmaForSequenceClassification", "GemmaModel"),
     functions=heads.NEXT_TOKEN,
 )

@@ -18,7 +18,7 @@ LLAMA = ModelSpec(
             restores=True,
         ),
     ),
-    recommended=("decoder.tokens.*",),
+    recommended=("decoder.tokens.25%",),
     heads=("LlamaForCausalLM", "LlamaForSequenceClassification", "LlamaModel"),
     functions=heads.NEXT_TOKEN,
 )

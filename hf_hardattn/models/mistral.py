@@ -19,7 +19,7 @@ MISTRAL = ModelSpec(
             window="sliding_window",
         ),
     ),
-    recommended=("decoder.tokens.*",),
+    recommended=("decoder.tokens.25%",),
     heads=("MistralForCausalLM", "MistralForSequenceClassification", "MistralModel"),
     functions=heads.NEXT_TOKEN,
 )

@@ -18,7 +18,7 @@ QWEN2 = ModelSpec(
             restores=True,
         ),
     ),
-    recommended=("decoder.tokens.*",),
+    recommended=("decoder.tokens.25%",),
     heads=("Qwen2ForCausalLM", "Qwen2ForSequenceClassification", "Qwen2Model"),
     functions=heads.NEXT_TOKEN,
 )

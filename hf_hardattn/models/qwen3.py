@@ -18,7 +18,7 @@ QWEN3 = ModelSpec(
             restores=True,
         ),
     ),
-    recommended=("decoder.tokens.*",),
+    recommended=("decoder.tokens.25%",),
     heads=("Qwen3ForCausalLM", "Qwen3ForSequenceClassification", "Qwen3Model"),
     functions=heads.NEXT_TOKEN,
 )

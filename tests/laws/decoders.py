@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,42 +80,46 @@ def kept(recording: Any) -> dict[str, Tensor]:
     return {site: recording.kept(recording[site][0])[:, 0, 0] for site in recording.sites}
 
 
-def oracle(model: Any, inputs: dict[str, Tensor], chosen: dict[str, Tensor], window: int | None, prompt: int) -> Tensor:
-    """Logits ``[B, N, V]`` of the stock model without a cache, layer by layer without what was dropped in front of it.
+@contextmanager
+def hiding(layers: Any, mask: Tensor, chosen: dict[str, Tensor], window: int | None, prompt: int) -> Iterator[None]:
+    """Hide from the layers of a stock model, called without a cache, what was dropped in front of each.
 
     Args:
-        chosen: from ``kept``. prompt: rows of the prompt; rows behind it see the keys that a ``self`` site left.
+        mask: of the text ``[B, N]``. chosen: from ``kept``. prompt: its rows; those behind it see the keys that a ``self`` site left.
     """
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    n, hooks = ids.shape[1], []
+    n, hooks = mask.shape[1], []
     place = torch.arange(n)
     past = (place[:, None] >= place) & (place[:, None] - place < (window or n))
-    visible = (
-        nn.functional.pad(chosen["decoder.inputs"], (0, n - prompt), value=True) if "decoder.inputs" in chosen else 1
-    )
 
     def hide(layer: Any, args: Any, kwargs: Any, allowed: Tensor) -> Any:
         if layer.self_attn.config._attn_implementation == "eager":
             allowed = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
         return args, {**kwargs, "attention_mask": allowed}
 
-    rows = mask.bool() & torch.as_tensor(visible, dtype=torch.bool)
-    for index, layer in enumerate(model.model.layers):
+    def grown(site: str) -> Tensor:
+        everything = torch.ones(len(mask), prompt, dtype=torch.bool)
+        return nn.functional.pad(chosen.get(site, everything), (0, n - prompt), value=True)
+
+    rows = mask.bool() & grown("decoder.inputs")
+    for index, layer in enumerate(layers):
         allowed = past & rows[:, None, None]
-        if f"decoder.self.{index}" in chosen:
-            keys = nn.functional.pad(chosen[f"decoder.self.{index}"], (0, n - prompt), value=True)
-            allowed = allowed & (keys[:, None, None] | (place < prompt)[:, None])
+        allowed = allowed & (grown(f"decoder.self.{index}")[:, None, None] | (place < prompt)[:, None])
         allowed = allowed | (torch.eye(n, dtype=torch.bool) & ~allowed.any(-1, keepdim=True))
         hooks.append(layer.register_forward_pre_hook(functools.partial(hide, allowed=allowed), with_kwargs=True))
-        if f"decoder.tokens.{index}" in chosen:
-            rows = rows & nn.functional.pad(chosen[f"decoder.tokens.{index}"], (0, n - prompt), value=True)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        rows = rows & grown(f"decoder.tokens.{index}")
     try:
-        with torch.no_grad():
-            return model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def oracle(model: Any, inputs: dict[str, Tensor], chosen: dict[str, Tensor], window: int | None, prompt: int) -> Tensor:
+    """Logits ``[B, N, V]`` of the stock model that never sees what was dropped; see ``hiding``."""
+    mask = inputs["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with hiding(model.model.layers, mask, chosen, window, prompt), torch.no_grad():
+        return model(input_ids=inputs["input_ids"], position_ids=positions, use_cache=False).logits
 
 
 def written_by_oracle(model: Any, inputs: dict[str, Tensor], chosen: dict[str, Tensor], window: int | None) -> Any:

@@ -144,6 +144,25 @@ def test_what_follows_the_prompt_is_never_dropped(name, config):
     assert_rounded(found[2][:, -1], expected[:, -1], SOME)
 
 
+def test_a_conversation_goes_on_with_its_cache():
+    """generate() again, with the cache of the first turn; where the first layer's cache is short, Transformers would feed rows twice."""
+    one = prompts(padded=False)
+    for config in ("both", "first keys"):
+        model = harden(stock("llama"), CONFIGS[config])
+        first = write(model, one)
+        more = torch.cat((first.sequences, torch.tensor([[7, 8, 9], [10, 11, 12]])), 1)
+        turn = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+        if config == "first keys":
+            with pytest.raises(HardAttentionError, match=r"generate\(\) cannot go on from a cache whose first layer"):
+                write(model, turn, past_key_values=first.past_key_values)
+            continue
+        found = write(model, turn, past_key_values=first.past_key_values)
+        with hf_hardattn.record(model) as recording:
+            write(model, one)
+        expected = oracle(stock("llama"), turn, kept(recording), None, 12)
+        assert_rounded(found.logits[0], expected[:, -1], SOME)
+
+
 def test_assisted_decoding_writes_the_same():
     model = harden(stock("llama"), CONFIGS["both"])
     one = {name: value[:1] for name, value in prompts().items()}

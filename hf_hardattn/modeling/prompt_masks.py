@@ -1,0 +1,150 @@
+"""Attention masks of a decoder whose layers keep different rows of a prompt."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+
+from ..errors import HardAttentionError
+from .masks import additive
+from .prompt import CachedRows
+
+_BY_POSITION = ("sdpa", "eager", "flex_attention")  # implementations that read a mask of each query
+
+
+class Places(NamedTuple):
+    """Maps the rows of a cache to their places in the text, for windows.
+
+    Attributes:
+        positions: int64 ``[B, K]`` of the prompt's rows. rows: N of the prompt.
+    """
+
+    positions: Tensor
+    rows: int
+
+    def of(self, batch: Any, row: Any) -> Any:
+        """The place of a row of one example."""
+        count = self.positions.shape[1]
+        place = self.positions[batch, row.clamp(max=count - 1)]
+        return torch.where(row < count, place, row - count + self.rows)
+
+
+def prefill_mask(
+    state: Any, config: Any, hidden: Tensor, given: Any, cache: Any, layer: int, window: int | None
+) -> Any:
+    """The mask over the rows that a selection left of the prompt.
+
+    Args:
+        given: over all of its rows, in any form.
+    """
+    positions, valid = state.positions, state.valid
+    if isinstance(given, Tensor) and given.dim() == 2:
+        return valid  # flash attention reads which rows count
+    if given is None and valid is None and window is None:
+        return None
+    if not isinstance(given, Tensor):
+        places = None if positions is None else Places(positions, state.length)
+        return rows_mask(CachedRows(hidden.shape[1], valid, positions), config, hidden, cache, layer, window, places)
+    count = hidden.shape[1]
+    if positions is not None:
+        # rows and columns of the caller's mask: windows, packed texts and masks of the user's stay what they are
+        batch = len(positions)
+        rows = positions[:, None, :, None].expand(-1, given.shape[1], -1, given.shape[-1])
+        columns = positions[:, None, None, :].expand(-1, given.shape[1], count, -1)
+        given = given.expand(batch, -1, -1, -1).gather(2, rows).gather(3, columns)
+        width = count if cache is None else cache.get_mask_sizes(count, layer)[0]
+        hidden_value: Any = False if given.dtype == torch.bool else torch.finfo(given.dtype).min
+        given = nn.functional.pad(given, (0, width - count), value=hidden_value)
+    if valid is None:
+        return given
+    used = nn.functional.pad(valid, (0, given.shape[-1] - count), value=True)[:, None, None]
+    return given & used if given.dtype == torch.bool else given.masked_fill(~used, torch.finfo(given.dtype).min)
+
+
+def step_mask(
+    rows: CachedRows,
+    later: Tensor | None,
+    config: Any,
+    hidden: Tensor,
+    cache: Any,
+    layer: int,
+    window: int | None,
+    n: int,
+) -> Any:
+    """The mask of rows behind a prompt, over the cache of one layer.
+
+    Args:
+        later: mask of what was written since, bool ``[B, M]``, or None. n: rows of the prompt.
+    """
+    fixed = cache.layers[layer].is_compileable
+    if hidden.shape[1] == 1 and rows.valid is None and later is None and window is None and not fixed:
+        return None
+    places = None if rows.positions is None else Places(rows.positions, n)
+    return rows_mask(rows, config, hidden, cache, layer, window, places, later)
+
+
+def rows_mask(
+    rows: CachedRows,
+    config: Any,
+    hidden: Tensor,
+    cache: Any,
+    layer: int,
+    window: int | None,
+    places: Places | None,
+    later: Tensor | None = None,
+) -> Any:
+    """A causal mask over the rows that a layer's cache holds and those of this call, in the form of the implementation.
+
+    A window is a matter of places in the text. The cache of a sliding layer forgets by number, and so never too early.
+    """
+    if window is not None and config._attn_implementation not in _BY_POSITION:
+        raise HardAttentionError(
+            f"attn_implementation='{config._attn_implementation}' counts the rows of a sliding window, of which a selection leaves gaps. "
+            "Use attn_implementation='sdpa', 'eager' or 'flex_attention'."
+        )
+    queries = hidden.shape[1]
+    width, offset = (queries, 0) if cache is None else cache.get_mask_sizes(queries, layer)
+    full = None
+    if rows.valid is not None or later is not None:
+        kept = hidden.new_ones(len(hidden), rows.count, dtype=torch.bool) if rows.valid is None else rows.valid
+        full = kept if later is None else torch.cat((kept, later.to(kept.device)), 1)
+        full = nn.functional.pad(full, (0, max(0, width + offset - full.shape[1])), value=True)
+    extra: dict[str, Any] = {}
+    if window is not None:
+        extra["and_mask_function"] = lambda b, h, q, kv: _place(places, b, q) - _place(places, b, kv) < window
+    return create_causal_mask(
+        config=config, inputs_embeds=hidden, attention_mask=full, past_key_values=cache, layer_idx=layer, **extra
+    )
+
+
+def _place(places: Places | None, batch: Any, row: Any) -> Any:
+    return row if places is None else places.of(batch, row)
+
+
+def dense_mask(state: Any, hidden: Tensor, window: int | None) -> Tensor:
+    """Which keys each row of a prompt and its answer may read, bool ``[B or 1, 1, N, N]``, for attention computed here."""
+    count = hidden.shape[1]
+    places = torch.arange(count, device=hidden.device).unsqueeze(0) if state.positions is None else state.positions
+    distance = places[:, :, None] - places[:, None, :]
+    allowed = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    allowed = allowed.unsqueeze(1)
+    return allowed if state.valid is None else allowed & state.valid[:, None, None]
+
+
+def as_form(allowed: Tensor, implementation: str, dtype: torch.dtype, site: str) -> Tensor:
+    """A bool mask of each query as the attention implementation reads it.
+
+    Raises:
+        HardAttentionError: it reads no such mask.
+    """
+    if implementation == "sdpa":
+        return allowed
+    if implementation == "eager":
+        return additive(allowed, dtype)
+    raise HardAttentionError(
+        f"attn_implementation='{implementation}' at '{site}' with labels: the answer reads fewer keys than the prompt does, which takes a mask of "
+        "each query. Use attn_implementation='sdpa' or 'eager'."
+    )
