@@ -22,6 +22,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.ready-demo
 TEST_READY := $(VENV)/.ready-test
+DOCS_READY := $(VENV)/.ready-docs
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(PIP_ARGS)
 
 # A second processor, as far as one machine can be two: without the wide vectors of PyTorch, MKL and oneDNN, sums round differently. There
@@ -32,10 +33,10 @@ LAWS_AGAIN := $(patsubst %,tests/laws/test_%.py,budget_one executions certificat
 NO_BROWSER = echo "no chromium and chromedriver: the browser tests will fail. Install them (Debian: sudo apt-get install chromium chromium-driver), or leave those tests out: make test PYTEST_ARGS='-n 2 -m \"not browser\"'"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint browser bench clean distclean
+.PHONY: help demo test lint browser bench docs release-check clean distclean
 
 help:  ## Show the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(DEMO_READY)  ## Run the demo: three small ViTs, one table, one picture
 	$(BIN)/hf-hardattn demo $(ARGS)
@@ -57,11 +58,18 @@ browser:
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null || $(NO_BROWSER); \
 	else $(NO_BROWSER); fi
 
+docs: $(DOCS_READY)  ## Build the documentation into site/; a broken link is an error
+	$(BIN)/python scripts/docs/render.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+release-check: $(TEST_READY)  ## Build wheel and sdist, install each into an empty environment, run the quickstart there
+	$(BIN)/python scripts/docs/release_check.py --constraints $(CONSTRAINTS) $(PIP_ARGS)
+
 bench: $(DEMO_READY)  ## Measure speed and memory on this machine
 	$(BIN)/hf-hardattn bench $(ARGS)
 
 clean:  ## Remove caches and builds; keep .venv and outputs/
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## Remove .venv too, to install another PyTorch build
@@ -82,3 +90,8 @@ $(TEST_READY): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing the tests' packages into $(VENV) (minutes the first time)"
 	$(PIP_INSTALL) -e '.[all,dev]'
 	@touch $@ $(DEMO_READY)
+
+$(DOCS_READY): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the documentation's packages into $(VENV) (minutes the first time)"
+	$(PIP_INSTALL) -e '.[docs]'
+	@touch $@

@@ -136,7 +136,7 @@ class HardAttentionConfig(SiteConfig):
     Raises:
         HardAttentionError: a value that is out of place anywhere; the message names the field, the rule, the place and the remedy.
 
-    Example:
+    Examples:
         >>> HardAttentionConfig(sites={"vision.tokens.3": {"budget": 0.7}}, scorer="linear").sites
         {'vision.tokens.3': {'budget': 0.7}}
     """

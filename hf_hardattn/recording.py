@@ -216,7 +216,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
 
     Only calls of this thread are recorded. A compiled model runs eagerly inside the block.
 
-    Example:
+    Examples:
         >>> with record(model) as selections: model(**batch)        # doctest: +SKIP
         >>> selections["vision.inputs"][0].indices                   # doctest: +SKIP
 

@@ -44,7 +44,7 @@ def register(kind: str, name: str, member: type, *, overwrite: bool = False) -> 
     Raises:
         HardAttentionError: another kind, not such a name, not such a class, or a name that is taken.
 
-    Example:
+    Examples:
         >>> class Middle(hf_hardattn.scorers.Scorer): ...                                     # doctest: +SKIP
         >>> hf_hardattn.register("scorer", "middle", Middle)                                  # doctest: +SKIP
     """

@@ -108,7 +108,7 @@ class Estimator(Configurable, nn.Module):
             options: as saved.
             schema_version: of the configuration that was read.
 
-        Example:
+        Examples:
             >>> StraightThrough.saved_options({}, schema_version=1)
             {'surrogate': 'sigmoid'}
         """

@@ -45,7 +45,9 @@ def load(
         budget: at every site, instead of the saved ones; the model's config records it.
         hard_attention: instead of the saved configuration; needed for an adapter that PEFT alone saved.
         revision: branch, tag or commit; resolved to a commit once, before anything is downloaded.
-        token, cache_dir, local_files_only: as in huggingface_hub. The token also serves for the base model and is stored nowhere.
+        token: as in huggingface_hub. It also serves for the base model and is stored nowhere.
+        cache_dir: as in huggingface_hub.
+        local_files_only: as in huggingface_hub.
         verify_base: refuse a base model whose weights are not those the selectors were trained on.
         kwargs: of ``from_pretrained`` (dtype, device_map, attn_implementation ...).
 
@@ -56,7 +58,7 @@ def load(
         HardAttentionError: a soft, incomplete, damaged or hostile repository; the message says what and where.
         huggingface_hub.errors.HfHubHTTPError: not there, private, gated, no such revision.
 
-    Example:
+    Examples:
         >>> model = hf_hardattn.load("me/vit-hard", budget=0.25, revision="v1")    # doctest: +SKIP
     """
     for name in DECIDED:

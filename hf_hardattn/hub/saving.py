@@ -39,7 +39,8 @@ def save(
         folder: is made. Files of the same names are replaced, all at once: an error or a kill on the way leaves the old ones.
         selectors_only: write the selectors alone, some kB, on top of ``base_model``. Right when the backbone was not trained: the
             file names the base's weights by their hash, and ``load`` refuses any other.
-        base_model, base_revision: what the model was loaded from, by default. Name a commit: a branch moves.
+        base_model: what the model was loaded from, by default.
+        base_revision: of the base model. Name a commit: a branch moves.
         max_shard_size: of a full checkpoint's files.
         remote_code_stub: add a file to a full checkpoint that, under ``trust_remote_code=True``, names the package to install.
         verify_base: with ``selectors_only``, compare the model's other weights with those of ``base_model``, where it is on this machine.

@@ -61,7 +61,10 @@ def spans_per_token(
     """Characters of the source that each generated token could read: a row, a token, then (start, end) spans.
 
     Args:
-        recording, site, beam_indices: see ``kept_per_token``. offsets: of each row's source tokens, see ``character_spans``.
+        recording: see ``kept_per_token``.
+        site: see ``kept_per_token``.
+        offsets: of each row's source tokens, see ``character_spans``.
+        beam_indices: see ``kept_per_token``.
     """
     kept = kept_per_token(recording, site, beam_indices)
     if len(offsets) != len(kept):

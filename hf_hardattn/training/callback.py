@@ -31,7 +31,7 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
     Raises:
         HardAttentionError: a warm-up under DeepSpeed, which keeps gradients of its own.
 
-    Example:
+    Examples:
         >>> Trainer(model, callbacks=[HardAttentionCallback(selector_warmup_steps=100)], ...).train()   # doctest: +SKIP
     """
 

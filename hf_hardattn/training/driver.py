@@ -33,7 +33,7 @@ class Driver:
     Raises:
         HardAttentionError: a warm-up of selectors that have nothing to learn.
 
-    Example:
+    Examples:
         >>> driver = Driver(model, selector_warmup_steps=100)           # doctest: +SKIP
         >>> for step, batch in enumerate(loader):                       # doctest: +SKIP
         ...     driver.begin_step(step)

@@ -13,6 +13,25 @@ PICTURES = ("kept_patches.png", "needle.png", "photo.png")
 PAGES = ("CHANGELOG.md", "MIGRATION.md", "CONTRIBUTING.md", "SECURITY.md")
 
 
+LANDING = ("families.md", "what_happens.md")  # in the navigation once they are there
+
+
+def on_config(config: Any) -> Any:
+    config["nav"] = _without_missing(config["nav"])
+    return config
+
+
+def _without_missing(nav: list[Any]) -> list[Any]:
+    kept = []
+    for entry in nav:
+        ((title, target),) = entry.items()
+        if isinstance(target, list):
+            kept.append({title: _without_missing(target)})
+        elif target not in LANDING or (ROOT / "docs" / target).exists():
+            kept.append(entry)
+    return kept
+
+
 def on_files(files: Files, config: Any) -> Files:
     for picture in PICTURES:
         path = str(ROOT / "results" / picture)
