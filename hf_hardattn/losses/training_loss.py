@@ -18,6 +18,7 @@ from ..models import family_of
 from ..modes import evaluating
 from ..recording import Recording, selectors
 from ..schedules import Schedule
+from ..unwrapping import refuse_offloaded
 from .distillation import attention_loss, prediction_loss, teach
 from .marginal import marginal_loss
 from .score_function import auxiliary_loss
@@ -212,6 +213,8 @@ def _target(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
     labels, table = family.labels(model, inputs), family.target_table(model)
     if labels is None or table is None:
         return None
+    if table.is_meta:
+        refuse_offloaded(model, "estimator 'variational' reads the classifier's weights in training, and")
     return (table.detach()[labels.clamp(min=0)] * (labels != -100).unsqueeze(-1)).float()
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import HardAttentionConfig, SiteConfig
 from ..errors import HardAttentionError, some_names
-from . import attention, heads, patches, pooling
+from . import attention, heads, members, patches, pooling
 from .arguments import parameter_names, takes_keywords
 from .build import Kinds, build_selector, reusable, shared_choices, source_protected
 from .causal import after_prompt_layer, before_prompt_layer
@@ -73,6 +73,8 @@ def attach(
         )
     _check_restore(model, config, towers)
     _check_averages(model, resolved, kinds, family)
+    for name in dict.fromkeys(kinds[site][0].name for site in resolved):
+        members.check_signatures(towers[name])
     leaders = shared_choices(resolved, kinds)
     table = family.target_table(model)
     target_size = 0 if table is None else table.shape[-1]
@@ -172,6 +174,7 @@ def _install(
         idle_source = tower.source is None or idle.get(tower.source, True)
         if _install_layers(tower, drops[name], source_drops, idle[name] and idle_source):
             _install_tower(model, family, tower, towers, drops[name], config, idle[name] and idle_source)
+            members.mark(tower)
     module: Any = model
     module.__dict__[HANDS_DOWN] = family.owns(model) and takes_keywords(model)
     module.__dict__[NAMES] = parameter_names(model)
@@ -297,6 +300,10 @@ def _layer_plan(tower: Tower, index: int) -> LayerPlan:
     if has_cross:
         plan.crosses = _selector_at(tower, "cross", index) is not None
         plan.cross_follows = tower.attention(layer, "cross").__dict__.get(FOLLOWS)
+    for kind in ("self", "cross"):
+        selector = _selector_at(tower, kind, index) if kind in kinds else None
+        if selector is not None and not selector.once:
+            plan.chooses_inside = selector.site
     if "inputs" in kinds and index == 0:
         plan.inputs = layer._modules.get("input_selector") is not None and _selector_at(tower, "inputs", 0) is not None
     if "tokens" in kinds:
@@ -321,6 +328,7 @@ def _install_tower(
     pixels = spec is not None and tower.module.get_submodule(spec.module)._modules.get("input_selector") is not None
     tower.module.__dict__[TOWER] = TowerPlan(
         name=tower.name,
+        layers=tower.spec.layers,
         names=parameter_names(tower.module),
         reads=tower.source,
         restores=restores,
@@ -361,6 +369,7 @@ def _remove_hooks(model: nn.Module) -> None:
         attention.uninstall(module)
         patches.uninstall(module)
         pooling.uninstall(module)
+        members.unmark(module)
         for name in (LAYER, TOWER, HANDS_DOWN, NAMES, CANDIDATES, TRAINING_LOSS, COPIES, FAMILY):
             module.__dict__.pop(name, None)
 

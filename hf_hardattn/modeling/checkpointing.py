@@ -8,17 +8,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import HardAttentionError
 
-def checkpoint_without_reentry(layer: nn.Module) -> None:
+
+def checkpoint_without_reentry(layer: nn.Module, chooses_inside: str | None = None) -> None:
     """Make a checkpointed layer use non-reentrant checkpointing, whatever kind was asked for.
 
     The reentrant kind follows positional tensors only. The gates of masked training travel inside the mask argument, which some
     families pass by keyword, and choices of each query add terms to the loss inside the layer: both would lose their gradient.
+
+    Args:
+        chooses_inside: a site that chooses inside the layer's forward, for each query, and so again when it is recomputed.
+
+    Raises:
+        HardAttentionError: the recomputation would draw other choices than the forward pass did.
     """
     if torch.compiler.is_compiling() or not getattr(layer, "gradient_checkpointing", False):
         return
     module: Any = layer
     function = module._gradient_checkpointing_func
-    if isinstance(function, functools.partial) and function.keywords.get("use_reentrant"):
+    if not isinstance(function, functools.partial):
+        return
+    if chooses_inside is not None and layer.training and function.keywords.get("preserve_rng_state") is False:
+        raise HardAttentionError(
+            f"'{chooses_inside}' chooses for each query, inside the layer that is checkpointed, and preserve_rng_state=False would have it draw "
+            "other choices in the backward pass than in the forward. Leave preserve_rng_state at True."
+        )
+    if function.keywords.get("use_reentrant"):
         keywords = {**function.keywords, "use_reentrant": False}
         module._gradient_checkpointing_func = functools.partial(function.func, *function.args, **keywords)

@@ -14,6 +14,7 @@ from ..scorers import Sequential
 from .candidates import Candidates, Masks, TrainingInputs
 from .context import Settings
 from .glimpses import look, read_on
+from .offloading import weights_in_place
 from .selection import Selection
 
 if TYPE_CHECKING:
@@ -169,6 +170,13 @@ def _ask_estimator(
     selector: Selector, scores: Tensor, features: Tensor, k: Tensor, free: Tensor, slots: int, sampling: Sampling | None
 ) -> tuple[Choice, Tensor]:
     """The estimator's choice among the ``free`` positions, and the scores that ranked them."""
+    with weights_in_place(selector.estimator):
+        return _choose(selector, scores, features, k, free, slots, sampling)
+
+
+def _choose(
+    selector: Selector, scores: Tensor, features: Tensor, k: Tensor, free: Tensor, slots: int, sampling: Sampling | None
+) -> tuple[Choice, Tensor]:
     if isinstance(selector.scorer, Sequential):
         return look(
             selector.scorer,
@@ -215,7 +223,8 @@ def _gates(selector: Selector, choice: Choice, sampling: Sampling | None, settin
         return None
     if selector.posterior is not None and sampling is not None and sampling.posterior is None:
         # no target: a gradient of zero rather than none, since distributed training waits for every parameter
-        return choice.gates + 0.0 * torch.stack([p.float().sum() for p in selector.posterior.parameters()]).sum()
+        with weights_in_place(selector.posterior):
+            return choice.gates + 0.0 * torch.stack([p.float().sum() for p in selector.posterior.parameters()]).sum()
     return choice.gates
 
 

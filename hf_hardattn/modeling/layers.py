@@ -45,7 +45,7 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     hand_over_source(layer, plan, context, state, arguments)
     chooses = plan.own or plan.crosses or plan.follows or plan.cross_follows
     if chooses or state.gates is not None or state.source_gates is not None:
-        checkpoint_without_reentry(layer)
+        checkpoint_without_reentry(layer, plan.chooses_inside)
     return arguments.result()
 
 

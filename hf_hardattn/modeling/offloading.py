@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from torch import nn
 
 
-@contextmanager
-def weights_in_place(module: nn.Module) -> Iterator[None]:
+def weights_in_place(module: nn.Module) -> AbstractContextManager[None]:
     """Have a module's own weights on their device inside the block, for code that reads them without calling the module.
 
     Accelerate loads an offloaded module's weights in a hook around its ``forward``; elsewhere they are on ``meta``.
     """
     hook = getattr(module, "_hf_hook", None)
-    if hook is None:
-        yield
-        return
+    return nullcontext() if hook is None else _loaded(module, hook)
+
+
+@contextmanager
+def _loaded(module: nn.Module, hook: Any) -> Iterator[None]:
     hook.pre_forward(module)
     try:
         yield

@@ -22,6 +22,7 @@ class LayerPlan:
         protected, source_protected: rows always kept, among its own and among those its cross-attention reads.
         inputs, own, tokens, crosses: whether it hosts a site of that kind.
         follows, cross_follows: earlier site whose choice it shares; None when it has its own, or none.
+        chooses_inside: a site whose choice differs between queries, and so is made inside the layer; None when there is none.
         leads: sites of this layer whose choice later layers share.
         has_bias: its self-attention adds T5's position bias.
         uses_table: its tower's bias is kept as a table of distances while that serves.
@@ -49,6 +50,7 @@ class LayerPlan:
     crosses: bool = False
     follows: str | None = None
     cross_follows: str | None = None
+    chooses_inside: str | None = None
     leads: tuple[str, ...] = ()
     has_bias: bool = False
     uses_table: bool = False
@@ -70,7 +72,7 @@ class TowerPlan:
     """What the hooks of one tower do.
 
     Attributes:
-        name: of the tower. names: parameters of its forward.
+        name: of the tower. layers: path of its list of layers. names: parameters of its forward.
         reads: name of the tower whose rows its cross-attention reads; None when there is none.
         restores: the output takes its full length again.
         is_read: another tower reads the output.
@@ -84,6 +86,7 @@ class TowerPlan:
     """
 
     name: str
+    layers: str
     names: tuple[str, ...]
     reads: str | None
     restores: bool

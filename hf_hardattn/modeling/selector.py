@@ -19,6 +19,7 @@ from ..scorers import Projections, Sequential
 from .candidates import Candidates, Protected, TrainingInputs
 from .choosing import choose
 from .context import ForwardContext, Settings
+from .offloading import weights_in_place
 from .posterior import Posterior
 from .selection import Selection
 
@@ -223,7 +224,7 @@ class Selector(nn.Module):
                 inputs.summary = (known * valid.unsqueeze(-1)).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
         if self.posterior is not None:
             inputs.target = None if settings.final else context.target
-            with full_precision(states.device):
+            with full_precision(states.device), weights_in_place(self.posterior):
                 inputs.keys = self.posterior.keys(states)
         return inputs
 

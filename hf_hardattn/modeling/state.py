@@ -86,6 +86,12 @@ class AttentionInput(NamedTuple):
     bias: Tensor | None = None
     weights: bool = False
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"the mask that a layer with a site hands its attention has no {name!r}: it carries what was chosen too. The mask itself is its "
+            "attribute 'mask', None where it hides nothing."
+        )
+
 
 class TowerState:
     """The rows of a tower after the selections so far.

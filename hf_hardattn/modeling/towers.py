@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HardAttentionError
+from . import members
 from .arguments import Arguments
 from .context import CONTEXT, ForwardContext, current_context, has_modes, set_current
 from .copies import copies_input, hide_dropped
@@ -35,6 +36,7 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     context: ForwardContext | None = kwargs.get(CONTEXT) or current_context()
     if plan.idle and not tower.training and not has_modes(context):
         return None
+    members.check(tower, plan.layers, plan.name)
     inner = TRAINING_LOSS not in tower.__dict__  # a tower that is the whole model adds its terms itself
     if inner and context is None and plan.adds_terms and tower.training and torch.compiler.is_compiling():
         torch.compiler.disable(_refuse_compiled_training)(plan.name)

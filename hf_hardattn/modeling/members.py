@@ -1,0 +1,66 @@
+"""The layers of a hard tower: those that it was attached to, and no others.
+
+A layer that came later has no hooks: it would compute on what was dropped, or leave a site out, and nobody would see it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import HardAttentionError
+from .arguments import takes_keywords
+from .family import Tower
+
+MEMBER = "hard_attention_member"  # on each layer of a hard tower: the tower's name
+CHECKED = "hard_attention_checked"  # on the tower: the ids of its layers when they were last looked at
+
+
+def check_signatures(tower: Tower) -> None:
+    """Refuse layers whose ``forward`` cannot be handed the state of a call.
+
+    Raises:
+        HardAttentionError: a layer of the user's own, with a strict signature.
+    """
+    for number, layer in enumerate(tower.layers):
+        if not takes_keywords(layer):
+            raise HardAttentionError(
+                f"layer {number} of '{tower.name}' is a {type(layer).__name__}, whose forward takes no further keywords; hard attention hands its "
+                "layers the state of a call in one, as Transformers hands its own. Add **kwargs to its forward and pass them on."
+            )
+
+
+def mark(tower: Tower) -> None:
+    """Note which layers the tower has."""
+    for layer in tower.layers:
+        layer.__dict__[MEMBER] = tower.name
+    tower.module.__dict__[CHECKED] = tuple(map(id, tower.layers))
+
+
+def check(tower: nn.Module, path: str, name: str) -> None:
+    """Look at the layers again where the list has changed: it may be sliced, joined, or hold its layers in wrappers.
+
+    Raises:
+        HardAttentionError: a layer that the tower was not attached to.
+    """
+    if torch.compiler.is_compiling():
+        return
+    layers: Any = tower.get_submodule(path)
+    found = tuple(map(id, layers))
+    if found == tower.__dict__.get(CHECKED):
+        return
+    for number, layer in enumerate(layers):
+        if not any(MEMBER in part.__dict__ for part in layer.modules()):
+            raise HardAttentionError(
+                f"layer {number} of '{name}' ({type(layer).__name__}) came after hard attention was applied: it has no site, and would compute on "
+                "what was dropped. Call hf_hardattn.apply(model, model.config.hard_attention) again; trained selectors stay."
+            )
+    tower.__dict__[CHECKED] = found
+
+
+def unmark(module: nn.Module) -> None:
+    """Forget it all."""
+    module.__dict__.pop(MEMBER, None)
+    module.__dict__.pop(CHECKED, None)
