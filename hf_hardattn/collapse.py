@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from .modeling.selection import Selection
-from .recording import record, selectors
+from .models import family_of
+from .modes import evaluating
+from .recording import record, replay, selectors
 from .unwrapping import refuse_other_than_batch, refuse_sharded, unwrap
 
 # A score varies this much less between inputs than between positions: the choice does not look at the input.
 _INDEPENDENT = 1e-3
 _SAME = 0.999
+# Beside chance: draws at a site, the fewest examples that tell, and how many standard errors a loss must be larger.
+_DRAWS, _EXAMPLES, _SIGMAS = 4, 8, 3.0
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Collapse:
 
     Attributes:
         site: its name.
-        kind: ``keeps_all`` | ``keeps_nothing`` | ``position_constant`` | ``input_independent`` | ``dead``.
+        kind: ``keeps_all`` | ``keeps_nothing`` | ``position_constant`` | ``input_independent`` | ``worse_than_random`` | ``dead``.
         message: what was found, and the remedy.
     """
 
@@ -54,6 +58,11 @@ _MESSAGES = {
         "scores positions almost alike whatever the input. Raise the learning rate of the selectors or warm them up alone "
         "(selector_warmup_steps), add exploration, or use a scorer that sees more ('mlp', 'conv')."
     ),
+    "worse_than_random": (
+        "keeps positions that serve worse than as many drawn at random: the loss is {own:.4g} beside {random:.4g}, on {examples} examples and "
+        "{draws} draws. Train on from there with exploration, or anew from a trained soft model with recipe='robust'; a scorer trained at "
+        "another site, budget or resolution is such a case too."
+    ),
     "dead": (
         "gets no gradient: its scorer cannot learn. Its scores may be saturated (backward_temperature='adaptive'), its budget may keep "
         "everything, or nothing downstream may read what it selects."
@@ -67,7 +76,8 @@ def find_collapse(model: nn.Module, batches: Mapping[str, Any] | Iterable[Mappin
     Args:
         model: with hard attention; its mode, gradients and weights stay as they are.
         batches: a batch of keyword inputs, or several; at least two rows in all tell constant choices from good ones.
-            With labels, the gradient is looked at too.
+            With labels, the gradient is looked at too, and with eight examples or more what is kept is compared with as many
+            positions drawn at random.
 
     Returns:
         findings, in the order of the sites; empty when nothing is wrong.
@@ -82,25 +92,68 @@ def find_collapse(model: nn.Module, batches: Mapping[str, Any] | Iterable[Mappin
     data: list[Any] = list(given) if several else [given]
     for batch in data:
         refuse_other_than_batch(batch, "find_collapse")
-    modes = [(module, module.training) for module in model.modules()]
     made: dict[str, list[Selection]] = {}
-    try:
-        model.eval()
+    found: list[Collapse] = []
+    with torch.no_grad(), evaluating(model):
         for batch in data:
-            with torch.no_grad(), record(model) as selections:
+            with record(model) as selections:
                 model(**batch)
             for selection in selections:
                 made.setdefault(selection.site, []).append(selection)
-    finally:
-        for module, training in modes:
-            module.training = training
+        chance = {
+            site: _beside_chance(model, site, data)
+            for site, selector in selectors(model).items()
+            if not selector.keeps_all and not selector.scorer.draws
+        }
     dead = _dead(model, data[0])
-    found = []
     for site, selector in selectors(model).items():
         kinds = _kinds(made.get(site, []), selector.data_dependent)
-        kinds += ["dead"] if site in dead else []
         found += [Collapse(site, kind, _MESSAGES[kind]) for kind in kinds]
+        numbers = chance.get(site)
+        if numbers is not None:
+            found.append(Collapse(site, "worse_than_random", _MESSAGES["worse_than_random"].format(**numbers)))
+        found += [Collapse(site, "dead", _MESSAGES["dead"])] if site in dead else []
     return found
+
+
+def _beside_chance(model: nn.Module, site: str, data: list[Any]) -> dict[str, Any] | None:
+    """The losses of a site whose choice serves worse than chance at the same budget, all others free; None where it does not, or where
+    the batches do not tell."""
+    own, random = [], []
+    generator = torch.Generator().manual_seed(0)
+    for batch in data:
+        with record(model) as selections:
+            known = _losses(model, batch, model(**batch))
+        if known is None or site not in selections.sites:
+            return None
+        drawn = []
+        for _ in range(_DRAWS):
+            with replay(model, [_drawn(selection, generator) for selection in selections[site]]):
+                drawn.append(_losses(model, batch, model(**batch)))
+        own.append(known)
+        random.append(torch.stack(drawn).mean(0))
+    before, beside = torch.cat(own), torch.cat(random)
+    lost = before - beside
+    if len(lost) < _EXAMPLES or not lost.isfinite().all() or lost.mean() <= _SIGMAS * lost.std() / len(lost) ** 0.5:
+        return None
+    return {"own": before.mean().item(), "random": beside.mean().item(), "examples": len(lost), "draws": _DRAWS}
+
+
+def _losses(model: nn.Module, batch: Mapping[str, Any], output: Any) -> Any:
+    """The task loss of each example, fp32 ``[B]`` on the CPU; None where the batch has no labels."""
+    family = family_of(model)
+    losses = None if family is None else family.example_loss(model, dict(batch), output)
+    return None if losses is None else losses.detach().float().cpu()
+
+
+def _drawn(selection: Selection, generator: torch.Generator) -> Selection:
+    """The selection with as many positions drawn at random."""
+    free = selection.valid.expand(selection.mask.shape)
+    always = torch.zeros_like(free) if selection.protected is None else selection.protected.expand(free.shape)
+    count = (selection.mask & ~always).sum(-1, keepdim=True)
+    noise = torch.rand(free.shape, generator=generator).to(free.device).masked_fill(~free | always, -1.0)
+    rank = noise.argsort(-1, descending=True).argsort(-1)
+    return selection.replace(mask=(rank < count) | (selection.mask & always))
 
 
 def _kinds(selections: list[Selection], data_dependent: bool) -> list[str]:

@@ -29,6 +29,9 @@ class SiteReport:
         leak: largest change of any output over all replacements of what was dropped; None where this was not measured.
         certified: the outputs stayed bit-identical under every replacement.
         statement: the same as a sentence.
+        overlap: Jaccard index of what it keeps before and after what it dropped was replaced, where it is free to choose again, in
+            [0, 1]; the lowest over all replacements, mean over rows; None where this was not measured.
+        answers_changed: share of the batch's rows whose answer, the largest logit, then changes; None without logits.
     """
 
     site: str
@@ -36,6 +39,19 @@ class SiteReport:
     leak: float | None
     certified: bool
     statement: str
+    overlap: float | None = None
+    answers_changed: float | None = None
+
+    @property
+    def end_to_end(self) -> str | None:
+        """What the scorer, which reads everything, makes of other content at dropped positions; None where it was not measured."""
+        if self.overlap is None:
+            return None
+        answers = "" if self.answers_changed is None else f", and {self.answers_changed:.1%} of the answers change"
+        return (
+            f"{self.site}: free to choose again, which the certificate does not cover, what it keeps overlaps with what it kept by "
+            f"{self.overlap:.2f} (Jaccard){answers}"
+        )
 
 
 @dataclass
@@ -57,7 +73,7 @@ class Report:
         return "\n".join(
             [
                 f"masked and gathered outputs {verdict} (largest difference {self.parity:.2g})",
-                *(s.statement for s in self.sites),
+                *(line for s in self.sites for line in (s.statement, s.end_to_end) if line is not None),
             ]
         )
 
@@ -74,6 +90,8 @@ def verify(model: nn.Module, batch: Mapping[str, Any], *, tolerance: float = 1e-
     2. Certificate: every input token or patch that a site dropped is replaced by noise, by a constant and by its neighbour, while the
        selection is held fixed. At ``inputs`` sites the outputs must stay bit-identical. At other sites the leak is measured: earlier
        layers and the residual stream may have carried the dropped content on.
+    3. End to end: the scorer read what was dropped before it chose. With the selection free to change, how many other positions are
+       kept, and how many answers change?
 
     Args:
         model: hard model; it is evaluated in evaluation mode and left in its mode.
@@ -130,12 +148,17 @@ def _site(
     with replay(model, selections):
         reference = _tensors(model(**same))
     leak, rows = 0.0, torch.zeros(len(dropped), dtype=torch.bool)
+    overlap, answers = 1.0, None
     for how in REPLACEMENTS:
         changed = family.replace_inputs(model, dict(batch), {tower: dropped}, how, seed)
         with replay(model, selections):
             output = _tensors(model(**changed))
         leak = max(leak, _difference(reference, output))
         rows |= _changed_rows(reference, output, len(dropped))
+        with record(model) as again:
+            free = _tensors(model(**changed))
+        overlap = min(overlap, _overlap(selections, again, site))
+        answers = _most(answers, _changed_answers(reference, free, len(dropped)))
     if kind == "inputs":
         verdict = (
             "cannot influence the output (bit-identical under noise, constant and swap)"
@@ -150,7 +173,28 @@ def _site(
             f"still changes outputs by up to {leak:.2g} in {int(rows.sum())} of {len(rows)} rows, through {through}"
         )
     sentence = f"{site}: keeps {kept_ratio:.1%}; what it dropped ({int(dropped.sum())} positions), given the selection, {verdict}"
-    return SiteReport(site, kept_ratio, leak, leak == 0.0, sentence)
+    return SiteReport(site, kept_ratio, leak, leak == 0.0, sentence, overlap, answers)
+
+
+def _overlap(selections: Recording, again: Recording, site: str) -> float:
+    """Mean Jaccard index of two choices at a site, the protected positions left out."""
+    one, other = (kept.kept(kept[site][0], choice=True) for kept in (selections, again))
+    shared, either = (one & other).sum(-1), (one | other).sum(-1)
+    return float((shared / either.clamp(min=1)).where(either > 0, 1.0).mean())
+
+
+def _changed_answers(one: Mapping[str, Tensor], other: Mapping[str, Tensor], batch: int) -> float | None:
+    """Share of the batch's rows in which a largest logit is another; None without logits of several classes."""
+    found = [
+        (value.argmax(-1) != other[name].argmax(-1)).reshape(batch, -1).any(-1)
+        for name, value in one.items()
+        if "logits" in name and value.shape[-1] > 1 and len(value) == batch and value.shape == other[name].shape
+    ]
+    return float(torch.stack(found).any(0).float().mean()) if found else None
+
+
+def _most(one: float | None, other: float | None) -> float | None:
+    return other if one is None else one if other is None else max(one, other)
 
 
 def _channel(site: str, tower: str, shared: bool) -> str:

@@ -137,3 +137,39 @@ def test_diagnose_warns_with_the_remedy():
     example = vit(scorer="linear", budget=1.0)
     with pytest.warns(UserWarning, match="keeps every position it may drop.*Lower its budget"):
         hf_hardattn.diagnose(example.model, example.batch, ["simple"], draws=2)
+
+
+@pytest.mark.parametrize("better", [False, True], ids=["chance is better", "chance is worse"])
+def test_a_choice_that_serves_worse_than_chance_is_named(better):
+    """Labels are those that a choice at random would make likelier, or less likely, than the model's own choice does."""
+    example = stock("vit", "ViTForImageClassification")
+    harden(example.model, {"sites": ["vision.inputs"], "budget": 3})
+    generator = torch.Generator().manual_seed(0)
+    example.batch = {"pixel_values": torch.randn(24, 2, 12, 12, generator=generator)}
+    with torch.no_grad():
+        own, chance = example.model(**example.batch).logits.log_softmax(-1), 0.0
+        for _ in range(30):
+            mask = torch.rand(24, 10, generator=generator).argsort(-1) < 4
+            mask[:, 0] = True
+            with hf_hardattn.replay(example.model, {"vision.inputs": mask}):
+                chance = chance + example.model(**example.batch).logits.log_softmax(-1) / 30
+    example.batch["labels"] = ((own - chance) if better else (chance - own)).argmax(-1)
+    findings = [f for f in hf_hardattn.find_collapse(example.model, example.batch) if f.kind == "worse_than_random"]
+    assert [str(f)[:57] for f in findings] == (
+        [] if better else ["'vision.inputs' keeps positions that serve worse than as "]
+    )
+
+
+def test_verify_says_what_the_certificate_does_not_cover():
+    """The scorer read what was dropped: free to choose again it may keep other positions, and one that reads no content does not."""
+    for scorer, overlap in (("mlp", None), ("first", 1.0)):
+        example = vit(scorer=scorer)
+        report = hf_hardattn.verify(example.model, example.batch)
+        (site,) = report.sites
+        assert site.certified and (site.overlap < 1 if overlap is None else site.overlap == overlap)
+        assert (site.answers_changed > 0) == (overlap is None)
+        assert (
+            f"free to choose again, which the certificate does not cover, what it keeps overlaps with what it kept by {site.overlap:.2f}"
+            in str(report)
+        )
+        assert report.to_dict()["sites"][0]["overlap"] == site.overlap
