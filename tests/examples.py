@@ -36,6 +36,10 @@ def build(family: str, head: str, **changes: Any) -> Example:
     if family in ODD:
         return ODD[family](cls, **changes)
     spec = models.load(family).spec
+    if head.removesuffix("WithProjection").endswith("TextModel") or head in ("CLIPModel", "SiglipModel"):
+        return dual_example(cls, **changes)
+    if family == "siglip2":
+        return siglip2_example(cls, **changes)
     images = spec.towers[0].name == "vision"
     sizes = {**(IMAGE_SIZES if images else TEXT_SIZES), **spec.tiny, **changes}
     return image_example(cls, sizes) if images else text_example(cls, sizes)
@@ -78,6 +82,40 @@ def image_example(cls: Any, sizes: dict[str, Any]) -> Example:
         batch["labels"] = torch.tensor([4, 0, 2])
     if cls.__name__.endswith("ForMaskedImageModeling"):
         batch["bool_masked_pos"] = torch.arange(9).repeat(3, 1) % 3 == 1
+    return Example(cls(config), batch)
+
+
+def dual_example(cls: Any, **changes: Any) -> Example:
+    """A text tower that stands beside an image tower, or both; CLIP's texts have a mask, SigLIP's none."""
+    texts = {**TEXT_SIZES, "eos_token_id": 52, "bos_token_id": 2, "projection_dim": 14, **changes}
+    ids, mask = padded_ids()
+    batch: dict[str, Any] = {"input_ids": ids}
+    if cls.__name__.startswith("CLIP"):
+        ids[torch.arange(3), mask.sum(1) - 1] = 52
+        batch["attention_mask"] = mask
+    else:
+        texts["projection_size"] = 24
+    if not hasattr(cls.config_class(), "vision_config"):
+        return Example(cls(cls.config_class(**texts)), batch)
+    images = {**IMAGE_SIZES, "projection_dim": 14}
+    batch["pixel_values"] = torch.randn(3, 2, 12, 12)
+    batch["return_loss"] = True
+    return Example(cls(cls.config_class(vision_config=images, text_config=texts, projection_dim=14)), batch)
+
+
+def siglip2_example(cls: Any, **changes: Any) -> Example:
+    """SigLIP 2 on images of 3 x 3, 2 x 3 and 2 x 4 patches."""
+    images = {**IMAGE_SIZES, "num_patches": 9, **changes}
+    texts = {**TEXT_SIZES, "projection_size": 24}
+    whole = hasattr(cls.config_class(), "vision_config")
+    config = cls.config_class(vision_config=images, text_config=texts) if whole else cls.config_class(**images)
+    batch: dict[str, Any] = {
+        "pixel_values": torch.randn(3, 9, 2 * 4 * 4),
+        "pixel_attention_mask": torch.arange(9)[None] < torch.tensor([[9], [6], [8]]),
+        "spatial_shapes": torch.tensor([[3, 3], [2, 3], [2, 4]]),
+    }
+    if cls.__name__ == "Siglip2Model":
+        batch |= {"input_ids": torch.randint(2, 53, (3, 11)), "return_loss": True}
     return Example(cls(config), batch)
 
 

@@ -120,7 +120,7 @@ def _check_restore(model: nn.Module, config: HardAttentionConfig, towers: Mappin
     if config.restore is not False:
         return
     for name, tower in towers.items():
-        if tower.spec.prompt:
+        if tower.spec.prompt or tower.spec.pools_by_place:
             raise HardAttentionError(
                 f"restore=False leaves '{name}' of {type(model).__name__} without the places of its rows; its head reads them by place. "
                 "Use restore=None."
@@ -256,9 +256,10 @@ def _install_layers(tower: Tower, first_drop: int | None, source_drops: bool, id
         )
         if before:
             layer.register_forward_pre_hook(before_hook, with_kwargs=True)
-        plan.pools = spec.pooling is not None and plan.index == len(plans) - 1 and first_drop is not None
+        last = plan.index == len(plans) - 1 and first_drop is not None
+        plan.pools, plan.restores = last and spec.pooling is not None, last and spec.pools_by_place
         prunes = spec.prompt and reads_keys
-        if plan.tokens or plan.pools or prunes or (behind and packs):
+        if plan.tokens or plan.pools or plan.restores or prunes or (behind and packs):
             # in front of others' hooks: FSDP2's takes the selector's weights away again
             layer.register_forward_hook(after_hook, with_kwargs=True, prepend=True)
         if spec.attention and (behind or plan.inputs or reads_keys or plan.uses_table or plan.eager_only):
@@ -324,6 +325,7 @@ def _install_tower(
     restores = config.restore
     if restores is None:
         restores = heads.extends(model, family.spec.restored_heads) or (tower.spec.restores and not is_read)
+    restores = restores or tower.spec.pools_by_place
     spec = tower.spec.patches
     pixels = spec is not None and tower.module.get_submodule(spec.module)._modules.get("input_selector") is not None
     tower.module.__dict__[TOWER] = TowerPlan(
@@ -338,6 +340,7 @@ def _install_tower(
         idle=idle,
         adds_terms=bool(config.self_distillation) or any(selector.adds_terms for selector in _selectors_at(tower)),
         pools=first_drop is not None and tower.spec.pooling is not None,
+        always=tower.spec.always,
         patch_size=heads.patch_size(tower.config) if tower.reads_images else None,
         prompt=tower.spec.prompt,
     )

@@ -31,7 +31,7 @@ from ..functional.attention import (
 from ..functional.varlen import Packing
 from .arguments import parameter_names
 from .cache import CacheLayer
-from .masks import additive, as_allowed, combine, differs_between_queries, opened, padding_mask
+from .masks import additive, as_allowed, causal_mask, combine, differs_between_queries, opened, padding_mask
 from .projection import AttentionView
 from .rotary import Tables, family_function, packed_tables, tables_at
 from .spec import AttentionSpec
@@ -128,6 +128,7 @@ class AttentionCall:
         hidden: queries' states ``[B, Q, D]``. source: keys' states ``[B, N, D]``.
         mask: of Transformers, in the form of the attention implementation; the caller's, over all N keys.
         tables: of the rotary embedding, for all N keys; None where the family has none.
+        causal: without a mask, a row reads those before it only.
         bias: position bias ``[B or 1, H, Q, N]`` or a table of distances; None where the family has none.
         cache: of this layer; None without one.
         wants_weights: the caller asked for attention weights, and the implementation can tell them.
@@ -144,6 +145,7 @@ class AttentionCall:
         self.source: Tensor = self.hidden if source is None else source
         self.mask = what.mask
         self.tables = tables
+        self.causal = bool(given.get("is_causal")) and self.hidden.shape[1] > 1
         self.bias: Tensor | None = what.bias
         if self.bias is None and not plan.cross:
             self.bias = given.get("position_bias")
@@ -282,6 +284,8 @@ class AttentionCall:
 
     def _window(self) -> Tensor | None:
         """The mask over all keys where it differs between queries, bool; None where it does not."""
+        if self.mask is None and self.causal:
+            return causal_mask(self.hidden.shape[1], self.hidden.device)
         if isinstance(self.mask, Tensor) and not differs_between_queries(self.mask):
             return None
         if isinstance(self.mask, BlockMask) and not self.plan.windows:
@@ -378,6 +382,8 @@ class AttentionCall:
             return self.attend_plainly(query, key, value, mask, bias)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, stock_eager)
         extra: dict[str, Any] = {"position_bias": bias} if self.biased else {}
+        if self.causal:
+            extra["is_causal"] = True
         if self.wants_weights:
             extra["output_attentions"] = True
         output, weights = function(

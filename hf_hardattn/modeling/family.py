@@ -77,8 +77,8 @@ class Tower:
 
     @property
     def reads_images(self) -> bool:
-        """Whether its rows are patches of an image, behind the protected ones."""
-        return self.spec.inputs == "pixel_values"
+        """Whether its rows are patches of an image in a grid, behind the protected ones."""
+        return self.spec.inputs == "pixel_values" and not self.spec.patchified
 
     @property
     def has_patches(self) -> bool:

@@ -51,6 +51,19 @@ def token_loss(
     return nn.functional.cross_entropy(rows, known, ignore_index=-100, reduction="none"), known != -100
 
 
+def pair_loss(
+    model: nn.Module, inputs: dict[str, Any], output: Any, known: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """For models that compare images with texts by softmax, the mean loss of both directions."""
+    if output.get("logits_per_text") is None:
+        return token_loss(model, inputs, output, known)
+    logits = output.logits_per_text.float()
+    pairs = torch.arange(len(logits), device=logits.device)
+    ways = [nn.functional.cross_entropy(x, pairs, reduction="none") for x in (logits, logits.t())]
+    loss = (ways[0] + ways[1]).unsqueeze(-1) / 2
+    return loss, torch.ones_like(loss, dtype=torch.bool)
+
+
 def loss_items(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
     """None: most heads return a mean."""
     return None

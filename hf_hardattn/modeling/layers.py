@@ -138,12 +138,8 @@ class _Rows:
 
     def _may_pack(self, mask: Any) -> bool:
         """Whether each row of a packed batch may attend to all of itself, in another way than by the implementation's own function."""
-        if (
-            isinstance(mask, Tensor)
-            and differs_between_queries(mask)
-            or self.plan.windows
-            and isinstance(mask, BlockMask)
-        ):
+        differs = isinstance(mask, Tensor) and differs_between_queries(mask)
+        if differs or self.plan.causal or (self.plan.windows and isinstance(mask, BlockMask)):
             return False
         return not self.plan.attention_spec.interface or is_softmax(self.config._attn_implementation)
 
@@ -199,6 +195,8 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             bias = bias_of_rows(bias, indices)
     if plan.pools and state.chosen is not None:
         hidden, changed = state.gather_chosen(hidden), True
+    if plan.restores and state.positions is not None:
+        hidden, changed = state.restore(hidden), True
     if plan.tokens and not changed and hidden.requires_grad and hasattr(layer, "set_reshard_after_backward"):
         # FSDP2 fetches a layer's weights when the gradient reaches the layer's output. What leaves the layer must be made after the
         # choice, or the gradient reaches the selector first, whose weights are not there yet

@@ -64,10 +64,14 @@ def row_mask(state: TowerState, plan: LayerPlan, config: Any, hidden: Tensor, gi
         _refuse_counted_window(config._attn_implementation, plan)
     if not state.dropped:
         return given
-    if plan.windows and isinstance(given, BlockMask):
+    if (plan.windows or plan.causal) and isinstance(given, BlockMask):
         return state.shared(given, lambda: _block_mask_of_rows(state, given, hidden))
-    if (plan.windows or state.per_query) and isinstance(given, Tensor) and differs_between_queries(given):
+    by_place = plan.windows or plan.causal or state.per_query
+    if by_place and isinstance(given, Tensor) and differs_between_queries(given):
         return state.shared(given, lambda: _mask_of_rows(state, given, hidden.dtype))
+    if plan.causal and state.valid is not None and not config._attn_implementation.startswith("flash"):
+        seen = causal_mask(hidden.shape[1], hidden.device) & state.valid[:, None, None, :]
+        return additive(seen, hidden.dtype) if config._attn_implementation == "eager" else seen
     if plan.eager_only:
         return None if state.valid is None else state.valid[:, None, None, :]
     return padding_mask(state.valid, config, hidden)
@@ -102,6 +106,11 @@ def _mask_of_rows(state: TowerState, mask: Tensor, dtype: torch.dtype) -> Tensor
         return mask
     hidden = ~state.valid[:, None, None, :]
     return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(dtype).min)
+
+
+def causal_mask(rows: int, device: torch.device) -> Tensor:
+    """Which keys each of ``rows`` queries may read when it reads no later one, bool ``[1, 1, Q, N]``."""
+    return torch.ones(rows, rows, dtype=torch.bool, device=device).tril()[None, None]
 
 
 def differs_between_queries(mask: Tensor) -> bool:

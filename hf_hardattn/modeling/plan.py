@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class LayerPlan:
         unmasked_source: its tower takes no mask of the source.
         windows: it, or a layer around it, hides rows by their distance.
         causal: its rows attend to their past only.
-        pools: the tower pools its rows right behind this layer.
+        pools: the tower pools its rows right behind this layer. restores: it reads them by their places there.
         window: width of the layer's sliding window; None without one.
     """
 
@@ -56,6 +57,7 @@ class LayerPlan:
     uses_table: bool = False
     eager_only: bool = False
     pools: bool = False
+    restores: bool = False
     causal: bool = False
     windows: bool = False
     window: int | None = None
@@ -82,6 +84,7 @@ class TowerPlan:
         adds_terms: an estimator of its sites adds a term to the training loss.
         idle: every site in reach keeps everything: outside training there is nothing to do.
         patch_size: height and width of a patch, where the rows are patches of an image; None otherwise.
+        always: see ``TowerSpec``.
         prompt: the tower reads a prompt and goes on writing.
     """
 
@@ -97,6 +100,7 @@ class TowerPlan:
     pools: bool = False
     idle: bool = False
     adds_terms: bool = False
+    always: Callable[[Any, Any], Any] | None = None
     prompt: bool = False
 
 

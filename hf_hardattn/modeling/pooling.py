@@ -1,4 +1,4 @@
-"""Attention that pools a tower's rows after its last layer: it must not see the slots that a selection left unused."""
+"""What pools a tower's rows after its last layer: it must not see the slots that a selection left unused."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from .arguments import Arguments, parameter_names
 from .context import current_context
 
 
 def install(module: nn.Module, tower: str) -> None:
-    """Hook the pooling attention of a tower."""
+    """Hook the pooling module of a tower."""
     module.register_forward_pre_hook(functools.partial(hide_unused_slots, tower), with_kwargs=True)
 
 
@@ -24,9 +25,15 @@ def uninstall(module: nn.Module) -> None:
 
 
 def hide_unused_slots(tower: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a ``MultiheadAttention`` over the rows of a tower."""
+    """Forward pre-hook of a ``MultiheadAttention`` over the rows of a tower, or of a module with a mask ``[B, N]`` of them."""
     context = current_context()
     state = None if context is None else context.towers.get(tower)
-    if state is None or state.valid is None:
+    if state is None or not state.dropped:
+        return None
+    if not isinstance(module, nn.MultiheadAttention):
+        arguments = Arguments(parameter_names(module), args, kwargs)
+        arguments.set("attention_mask", None if state.valid is None else state.valid.long())
+        return arguments.result()
+    if state.valid is None:
         return None
     return args, {**kwargs, "key_padding_mask": ~state.valid}

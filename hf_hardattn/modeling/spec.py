@@ -100,16 +100,21 @@ class TowerSpec:
         prompt: the tower reads a prompt and goes on writing: its sites choose among the rows of the prompt, once, while its cache
             is filled (see ``modeling/causal.py``). Its ``causal`` is False, since one choice serves all rows.
         window: configuration field with the width of a sliding window; None when the attention modules tell their own.
-        keeps_rows: another part of the model reads its rows by number, so that it has no ``inputs`` and ``tokens`` sites.
         reads: name of the tower whose output the cross-attention reads.
         source_protected: rows of that tower that are always kept, ``(how many at the start, whether the last)``.
         source_size: configuration field with the width of those rows.
         restores: whether the output takes its full length again, for heads that read it by position; not where another tower
             reads it.
         patches: how an image becomes rows, for scorers of pixels; None where they are not served.
-        pooling: path of a ``MultiheadAttention`` inside the tower that pools the rows after the last layer; None when there is none.
+        pooling: path of the module inside the tower that pools the rows after the last layer, a ``MultiheadAttention`` or one that
+            takes an ``attention_mask``; None when there is none.
+        pools_by_place: the tower itself reads rows of its output by their places in the input, so that they take these places again
+            behind the last layer.
+        always: which rows of a call are kept besides the protected ones, ``(tower, arguments of its call)`` to bool ``[B, N]``; None
+            for no others.
+        only: kinds of its sites, where not every kind is served: another part of the model may read its rows by number.
         heads: configuration field with the number of attention heads.
-        inputs: name of the model input that the rows come from.
+        inputs: name of the model input that the rows come from. patchified: it holds patches ``[B, N, P]``, not images.
     """
 
     name: str
@@ -127,20 +132,25 @@ class TowerSpec:
     causal: bool = False
     prompt: bool = False
     window: str | None = None
-    keeps_rows: bool = False
     reads: str | None = None
     source_size: str = "hidden_size"
     source_protected: tuple[int, bool] = (0, False)
     restores: bool = False
     patches: PatchSpec | None = None
     pooling: str | None = None
+    pools_by_place: bool = False
+    always: Callable[[Any, Any], Any] | None = None
+    only: tuple[str, ...] | None = None
     heads: str = "num_attention_heads"
     inputs: str = "input_ids"
+    patchified: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of its sites, in the order they are listed."""
-        rows = () if self.causal or self.keeps_rows or self.cross is not None else ("inputs",)
+        if self.only is not None:
+            return self.only
+        rows = () if self.causal or self.cross is not None else ("inputs",)
         own = ("self",) if self.attention else ()
         return (*rows, *own, *(("tokens",) if rows else ()), *(("cross",) if self.cross else ()))
 

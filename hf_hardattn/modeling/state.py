@@ -276,6 +276,17 @@ class TowerState:
         self.chosen = None
         return keep_rows(hidden, indices)
 
+    def restore(self, hidden: Tensor) -> Tensor:
+        """Give the rows ``[B, K, D]`` their places in the tower's input again, ``[B, N, D]``; dropped ones hold zeros."""
+        positions: Any = self.positions
+        kept = self.kept_positions(len(hidden), hidden.device)
+        rows = restore_rows(hidden, positions, self.valid, self.length)
+        if self.gates is not None:
+            self.gates = self.gates.new_zeros(len(hidden), self.length).scatter(1, positions, self.gates)
+        self.valid, self.chosen, self.packing = kept, None, None
+        self._steps.clear()
+        return rows
+
     def _output_gates(self) -> Tensor:
         gates: Any = self.gates
         if self.valid is not None and self.bound is not None and self.bound >= self.length:

@@ -51,6 +51,8 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     pixels = arguments.get("pixel_values") if plan.patch_size is not None else None
     if isinstance(pixels, Tensor) and plan.patch_size is not None:  # of anything else Transformers says what is wrong
         state.grid = pixels.shape[-2] // plan.patch_size[0], pixels.shape[-1] // plan.patch_size[1]
+    if plan.always is not None:
+        state.always = plan.always(tower, arguments)
     if plan.prompt:
         state.prompt = open_prompt(tower, plan, context, arguments)
     if plan.pools:

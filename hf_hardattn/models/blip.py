@@ -6,7 +6,6 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..modeling import heads
@@ -94,19 +93,6 @@ def target_table(model: Any) -> Tensor | None:
     return None if decoder is None else decoder.bert.embeddings.word_embeddings.weight
 
 
-def token_loss(
-    model: nn.Module, inputs: dict[str, Any], output: Any, known: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    """For the contrastive model, the mean loss of both directions."""
-    if not heads.extends(model, ["BlipModel"]) or output.get("logits_per_text") is None:
-        return heads.token_loss(model, inputs, output, known)
-    logits = output.logits_per_text.float()
-    pairs = torch.arange(len(logits), device=logits.device)
-    ways = [nn.functional.cross_entropy(x, pairs, reduction="none") for x in (logits, logits.t())]
-    loss = (ways[0] + ways[1]).unsqueeze(-1) / 2
-    return loss, torch.ones_like(loss, dtype=torch.bool)
-
-
 def generate_in_one_call(model: Any, *args: Any, **kwargs: Any) -> Any:
     """``generate`` with one context around it: the text decoder then knows which image rows were kept."""
     if current_context() is not None:
@@ -141,7 +127,7 @@ BLIP = ModelSpec(
     functions={
         "labels": labels,
         "target_table": target_table,
-        "token_loss": token_loss,
+        "token_loss": heads.pair_loss,
         "prepare": prepare,
         "release": release,
     },

@@ -19,7 +19,7 @@ def find_towers(model: Any) -> dict[str, tuple[TowerSpec, nn.Module]]:
         return {}
     found = towers_inside(inner, {"vision": "vision_tower", "decoder": "language_model"})
     return {
-        name: (replace(spec, keeps_rows=True) if name == "vision" else spec, module)
+        name: (replace(spec, only=("self",)) if name == "vision" else spec, module)
         for name, (spec, module) in found.items()
     }
 
@@ -29,7 +29,7 @@ LLAVA = ModelSpec(
     family="transformers.models.llava.",
     # usual ones; ``find_towers`` takes those of the families that a checkpoint is made of
     towers=(
-        TowerSpec("vision", module="CLIPVisionModel", layers="encoder.layers", inputs="pixel_values", keeps_rows=True),
+        TowerSpec("vision", module="CLIPVisionModel", layers="encoder.layers", inputs="pixel_values", only=("self",)),
         TowerSpec("decoder", module="LlamaModel", layers="layers", prompt=True),
     ),
     recommended=("decoder.tokens.25%",),

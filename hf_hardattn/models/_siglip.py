@@ -1,0 +1,73 @@
+"""What SigLIP and SigLIP 2 share: no CLS, an attention pools an image's rows, and a text is pooled at its last place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HardAttentionError
+from ..modeling import heads
+from ..modeling.arguments import Arguments
+from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
+
+ATTENTION = AttentionSpec(output="out_proj", scale="scale", dropout="dropout")
+
+
+def last_place(tower: Any, arguments: Arguments) -> Tensor | None:
+    """The row that the text tower pools at, bool ``[1, N]``.
+
+    Raises:
+        HardAttentionError: a text has padding there.
+    """
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    if ids is None:
+        return None  # Transformers says what is wrong
+    if isinstance(mask, Tensor) and not torch.compiler.is_compiling() and not mask[:, -1].all():
+        raise HardAttentionError(
+            "attention_mask hides the last place of a text, where SigLIP pools it, and hard attention keeps no padding; at 'text'. Pad "
+            "texts to the full length and give no mask, as the model was trained."
+        )
+    return (torch.arange(ids.shape[-1], device=ids.device) == ids.shape[-1] - 1)[None]
+
+
+def pair_loss(
+    model: nn.Module, inputs: dict[str, Any], output: Any, known: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """For the contrastive model, the loss of each text with every image."""
+    logits = output.get("logits_per_text")
+    if logits is None:
+        return heads.token_loss(model, inputs, output, known)
+    signs = 2.0 * torch.eye(len(logits), device=logits.device) - 1.0
+    loss = -nn.functional.logsigmoid(signs * logits.float()).sum(-1, keepdim=True)
+    return loss, torch.ones_like(loss, dtype=torch.bool)
+
+
+def siglip_like(
+    name: str, classes: str, vision: TowerSpec, functions: dict[str, Callable[..., Any]] | None = None
+) -> ModelSpec:
+    """The row of a family whose classes start with ``classes``.
+
+    Args:
+        vision: the row of its image tower. functions: of the family.
+    """
+    text = TowerSpec(
+        "text",
+        module=f"{classes}TextModel",
+        layers="encoder.layers",
+        attention_spec=ATTENTION,
+        norm="layer_norm1",
+        always=last_place,
+        pools_by_place=True,
+    )
+    return ModelSpec(
+        name=name,
+        family=f"transformers.models.{name}.",
+        towers=(vision, text),
+        recommended=("vision.tokens.25%", "text.tokens.25%"),
+        averaging_heads=(f"{classes}ForImageClassification",),
+        heads=tuple(f"{classes}{head}" for head in ("VisionModel", "ForImageClassification", "TextModel", "Model")),
+        functions={"token_loss": pair_loss, **(functions or {})},
+    )
