@@ -18,7 +18,7 @@ from ..version import __version__
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
-    help="Hard attention for Hugging Face Transformers.",
+    help="Token selection (hard attention) for pretrained Hugging Face Transformers.",
     no_args_is_help=True,
     add_completion=False,
     context_settings=HELP,
@@ -35,7 +35,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass

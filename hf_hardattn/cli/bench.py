@@ -22,47 +22,47 @@ SUITES = sorted(
 def command(
     suite: Annotated[
         str,
-        typer.Option(help=f"One of {', '.join(SUITES)}, or a YAML file like theirs."),
+        typer.Option(help=f"One of {', '.join(SUITES)}, or a YAML file of the same form."),
     ] = "quick",
     model: Annotated[
-        str | None, typer.Option(help="Measure this instead: vit, t5_encoder, ... or a checkpoint.")
+        str | None, typer.Option(help="Measure this model instead of a suite: vit, t5_encoder, ... or a checkpoint.")
     ] = None,
-    size: Annotated[list[int], typer.Option(help="Its pixels a side, or source tokens; may repeat.")] = [],  # noqa: B006
-    site: Annotated[list[str], typer.Option(help="Its sites (globs); may repeat.")] = [],  # noqa: B006
-    budget: Annotated[list[float], typer.Option(help="Its budgets; may repeat.")] = [0.5, 0.25],  # noqa: B006
+    size: Annotated[list[int], typer.Option(help="Pixels a side of its images, or source tokens; may be given several times.")] = [],  # noqa: B006
+    site: Annotated[list[str], typer.Option(help="Globs of its sites; may be given several times.")] = [],  # noqa: B006
+    budget: Annotated[list[float], typer.Option(help="Budgets to measure; may be given several times.")] = [0.5, 0.25],  # noqa: B006
     config: Annotated[
-        Path | None, typer.Option(help="Its hard_attention as a JSON file, instead of sites and budgets.")
+        Path | None, typer.Option(help="JSON file with its hard-attention configuration, instead of sites and budgets.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Its batch.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Its dtype.")] = "float32",
+    batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Dtype of weights and inputs.")] = "float32",
     layers: Annotated[
-        int | None, typer.Option(help="Layers of every model built here, instead of the suite's.")
+        int | None, typer.Option(help="Number of layers of the models that are built here, instead of the suite's.")
     ] = None,
     only: Annotated[
-        str, typer.Option(help="Run the groups whose name matches; others keep the results they have.")
+        str, typer.Option(help="Glob of the groups to run; the others keep their earlier results.")
     ] = "*",
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds, at most.")] = 9,
-    seconds: Annotated[float, typer.Option(help="Stop a group's rounds after so long; two are run at least.")] = 60.0,
-    threads: Annotated[int, typer.Option(help="PyTorch threads.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Largest number of interleaved rounds.")] = 9,
+    seconds: Annotated[float, typer.Option(help="Stop the rounds of a group after so many seconds; at least two are run.")] = 60.0,
+    threads: Annotated[int, typer.Option(help="Number of PyTorch threads.")] = 2,
     fixed_allocator: Annotated[
-        bool, typer.Option(help="Restart with glibc's allocator fixed; page faults move ratios.")
+        bool, typer.Option(help="Restart with glibc's allocator settings fixed, because page faults would change the ratios.")
     ] = True,
     mode: Annotated[
         str,
         typer.Option(
-            help="How all calls are run, the baselines too: eager, compiled (torch.compile with packed weights), or cuda_graphs (without the host)."
+            help="How all models are run: eager, compiled (torch.compile with packed weights) or cuda_graphs."
         ),
     ] = "eager",
     import_cost: Annotated[
-        bool, typer.Option(help="Also measure what importing the library costs a stock model.")
+        bool, typer.Option(help="Also measure what importing the library costs an original model.")
     ] = False,
     models: Annotated[
-        Path, typer.Option(help="Where a training left its models 'soft' and 'hard'; for competing.")
+        Path, typer.Option(help="For the suite competing: folder with the trained models 'soft' and 'hard'.")
     ] = Path("outputs/demo"),
-    task: Annotated[str, typer.Option(help="Their task; for competing.")] = "cluttered_digits",
-    output: Annotated[Path, typer.Option(help="Folder for SUITE.json, .md and .png.")] = Path("outputs/bench"),
+    task: Annotated[str, typer.Option(help="For the suite competing: the task of these models.")] = "cluttered_digits",
+    output: Annotated[Path, typer.Option(help="Folder to write the results, the table and the picture to.")] = Path("outputs/bench"),
 ) -> None:
-    """Measure what selection saves, beside stock Transformers and this library at budget 1.0, in one interleaved run."""
+    """Measure time, memory and FLOPs of selection, interleaved with the original model and with budget 1.0."""
     from ..efficiency import allocator
 
     if fixed_allocator:

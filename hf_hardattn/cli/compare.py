@@ -14,10 +14,10 @@ from ._output import place
 
 def command(
     config: Annotated[Path, typer.Option(help="What to compare, e.g. scripts/configs/compare/cluttered_digits.yaml.")],
-    seeds: Annotated[int, typer.Option(help="How many seeds.", min=1)] = 5,
-    first_seed: Annotated[int, typer.Option(help="First seed; tune on other seeds than the ones you report.")] = 0,
-    jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
-    threads: Annotated[int, typer.Option(help="PyTorch threads of each process.", min=1)] = 1,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 5,
+    first_seed: Annotated[int, typer.Option(help="First seed. Tune on other seeds than those you report.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Number of parallel processes.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="Number of PyTorch threads in each process.", min=1)] = 1,
     output: Annotated[
         Path | None, typer.Option(help="JSON to write; outputs/compare/<name of the config>.json by default.")
     ] = None,
@@ -28,12 +28,12 @@ def command(
             help="Takes base checkpoints and runs, to go on from; outputs/compare/<name of the config> by default."
         ),
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Run this variant only; may be given several times.")] = None,
-    retry: Annotated[bool, typer.Option(help="Do failed runs again.")] = False,
-    save: Annotated[bool, typer.Option(help="Keep the trained models, in the folder's 'models'.")] = False,
-    quick: Annotated[bool, typer.Option(help="A few steps only: a check that everything runs, not a result.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Variant to run; all by default; may be given several times.")] = None,
+    retry: Annotated[bool, typer.Option(help="Run failed runs again.")] = False,
+    save: Annotated[bool, typer.Option(help="Keep the trained models in the folder 'models'.")] = False,
+    quick: Annotated[bool, typer.Option(help="Run a few steps only, to check that everything works; the numbers mean nothing.")] = False,
 ) -> None:
-    """Compare estimators and controls on a task: same data, budget, steps and seeds; resumable, failed runs counted."""
+    """Train several estimators and controls on one task with equal data, budget, steps and seeds, and compare them."""
     from rich.console import Console
     from rich.table import Table
 

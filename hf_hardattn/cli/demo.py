@@ -17,16 +17,16 @@ def command(
     output: Annotated[
         Path | None, typer.Option(help="Folder for models, picture and results; outputs/demo by default.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --output holds.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the weights, the data and the selections.")] = 4,
     threads: Annotated[int, typer.Option(help="PyTorch threads; 0 leaves the choice to PyTorch.")] = 0,
-    quick: Annotated[bool, typer.Option(help="A few steps only: a check that everything runs, not a result.")] = False,
-    ui: Annotated[bool, typer.Option("--ui", help="Serve a page instead: soft and hard side by side.")] = False,
+    quick: Annotated[bool, typer.Option(help="Run a few steps only, to check that everything works; the numbers mean nothing.")] = False,
+    ui: Annotated[bool, typer.Option("--ui", help="Serve a page that shows full attention and hard attention side by side.")] = False,
     space: Annotated[Path | None, typer.Option(help="Write that page as a Hugging Face Space to this folder.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="Hard checkpoints of the page; repeatable.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Hard checkpoint to show on the page; may be given several times.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the page.")] = None,
 ) -> None:
-    """Train and compare three small ViTs on cluttered digits: soft, hard, and a random choice. Or serve the result (--ui)."""
+    """Train and compare three small ViTs on cluttered digits (full attention, hard, random selection), or serve a page (--ui)."""
     if ui or space:
         return page(model or [_trained(output or DEFAULT)], space, port)
     from rich.console import Console

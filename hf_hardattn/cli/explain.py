@@ -16,17 +16,17 @@ def command(
     input: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text, image, folder of images, or a table with --column; repeatable. The model 'sample' has images of its own."
+            help="Text, image, folder of images, or table with --column; may be given several times. The model 'sample' brings its own."
         ),
     ] = None,
-    column: Annotated[str | None, typer.Option(help="Column of the table that --input names.")] = None,
-    limit: Annotated[int, typer.Option(help="Inputs at most.")] = 8,
-    output: Annotated[Path | None, typer.Option(help="The page; outputs/report.html by default.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False,
-    measure: Annotated[bool, typer.Option(help="Measure faithfulness too (some hundred forwards).")] = True,
+    column: Annotated[str | None, typer.Option(help="Column of the table given by --input.")] = None,
+    limit: Annotated[int, typer.Option(help="Largest number of inputs.")] = 8,
+    output: Annotated[Path | None, typer.Option(help="File to write the page to; outputs/report.html by default.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")] = False,
+    measure: Annotated[bool, typer.Option(help="Also measure faithfulness, which takes some hundred forward passes.")] = True,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "",
 ) -> None:
-    """Write one self-contained page: what a hard model kept, what that proves, and what it does not."""
+    """Write a self-contained page that shows what a hard model kept, what that proves, and what it does not."""
     from .. import sample
     from ..inspection.model_with_processor import ModelWithProcessor
     from ..inspection.report import explain

@@ -14,7 +14,7 @@ teacher - the same model with full attention; target - the labels, which its pos
 
 
 def command() -> None:
-    """List what there is: scorers, estimators (with what they need), baselines, families of models with their sites, tasks."""
+    """List scorers, estimators with what they need, baselines, families of models with their sites, and tasks."""
     from .. import models, registry
     from ..training import flag_help
 

@@ -15,14 +15,19 @@ def table() -> str:
     return "\n".join(lines)
 
 
+ROLES = {  # by the towers of a family
+    frozenset({"vision"}): "images",
+    frozenset({"text"}): "texts",
+    frozenset({"encoder", "decoder"}): "encoder–decoders",
+    frozenset({"decoder"}): "decoders",
+}
+
+
 def short() -> str:
-    """One row for all families with the same towers, for the README."""
+    """The families by what they read, for the README."""
     groups: dict[str, list[str]] = {}
     for name in models.names():
-        spec = models.load(name).spec
-        sites = "; ".join(f"`{tower.name}`: {', '.join(tower.kinds)}" for tower in spec.towers)
-        groups.setdefault(sites, []).append(name)
-    return "\n".join(
-        ["| families | kinds of site in each tower |", "|---|---|"]
-        + [f"| {', '.join(names)} | {sites} |" for sites, names in groups.items()]
-    )
+        towers = frozenset(tower.name for tower in models.load(name).spec.towers)
+        groups.setdefault(ROLES.get(towers, "images and texts"), []).append(name)
+    order = [*ROLES.values(), "images and texts"]
+    return "\n".join(f"- {role}: {', '.join(groups[role])}" for role in order if role in groups)

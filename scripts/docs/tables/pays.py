@@ -13,7 +13,6 @@ SHOWN = {
         ("ViT-B/16 384 px, float32", "vision.tokens.2/5/8 keep .7 each"),
         ("T5-base encoder 2048 tokens, float32", "encoder.tokens.0 keep .25"),
         ("T5-base decoding 64 tokens over 8192, float32", "decoder.cross.* keep .1"),
-        ("BLIP-base caption of 20 tokens 384 px, float32", "vision.tokens.0 and text.cross.* keep .25"),
     ],
     "bench/gpu.json": [
         ("ViT-B/16 384 px batch 64, float32", "vision.tokens.0 keep .25"),
