@@ -1,4 +1,4 @@
-"""Hard attention on a live model: apply, remove, status, budgets, schedules, rewards.
+"""Hard attention on a model in memory: apply, remove, status, budgets, schedules and rewards.
 
 Every function takes the model however it is wrapped.
 """
@@ -6,15 +6,17 @@ Every function takes the model however it is wrapped.
 from __future__ import annotations
 
 import collections
+import html
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import models
+from .budget import BudgetLike
 from .config import HardAttentionConfig
 from .errors import HardAttentionError
 from .losses.training_loss import TERMS
@@ -28,15 +30,16 @@ from .recording import selectors
 from .unwrapping import unwrap
 
 REWARD = "_hard_attention_reward"
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def apply(
-    model: nn.Module,
+    model: Model,
     config: HardAttentionConfig | Mapping[str, Any] | None = None,
     *,
     reward: Callable[[dict[str, Any], Any], Tensor] | None = None,
-) -> nn.Module:
-    """Give a live model hard attention, in place; ``remove`` undoes it.
+) -> Model:
+    """Apply hard attention to a model, in place; ``remove`` undoes it.
 
     Applied again, it keeps trained selectors at the sites whose scorer, estimator and baseline stay the same. A configuration
     that is refused leaves the model as it was.
@@ -123,8 +126,8 @@ def family_or_refuse(model: nn.Module) -> Family:
     return family
 
 
-def remove(model: nn.Module) -> nn.Module:
-    """Take hard attention out again: outputs and state-dict keys are the stock ones, exactly."""
+def remove(model: Model) -> Model:
+    """Remove hard attention, so that outputs and state-dict keys are exactly those of the original model."""
     inner = unwrap(model)
     family = models.family_of(inner)
     if family is None:
@@ -136,8 +139,8 @@ def remove(model: nn.Module) -> nn.Module:
     return model
 
 
-def set_budget(model: nn.Module, budget: Any) -> nn.Module:
-    """Change how much the sites of a live model keep; trained selectors stay.
+def set_budget(model: Model, budget: BudgetLike | Mapping[str, BudgetLike]) -> Model:
+    """Change how much the sites of a model keep; trained selectors stay.
 
     Args:
         budget: for all sites; or a dict of site names, each with its own budget.
@@ -165,8 +168,18 @@ def _overrides(config: HardAttentionConfig, site: str) -> dict[str, Any]:
     return dict((config.sites or {}).get(site, {}))
 
 
-def status(model: nn.Module) -> str:
-    """A table of the model's sites: what chooses, how much it keeps, how it is trained, how it runs now.
+class Status(str):
+    """The text of ``status``; a prompt and a notebook show it as a table, without ``print``."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self)}</pre>"
+
+
+def status(model: nn.Module) -> Status:
+    """Return a table of the model's sites: what they keep, the scorer, the estimator, and how each runs now.
 
     ``left`` multiplies the sites of a tower that drop rows, one after the other: how many of the image's rows there are behind each,
     or the share of a text's tokens. What is hardly meant stands below the table.
@@ -174,7 +187,7 @@ def status(model: nn.Module) -> str:
     inner = unwrap(model)
     found = selectors(inner)
     if not found:
-        return f"{type(inner).__name__}: no hard attention (soft everywhere)"
+        return Status(f"{type(inner).__name__}: no hard attention (soft everywhere)")
     rows = [("site", "budget", "left", "scorer", "estimator", "parameters", "runs")]
     followers = collections.Counter(module.__dict__.get(FOLLOWS) for module in inner.modules())
     towers = family_or_refuse(inner).towers(inner)
@@ -195,7 +208,7 @@ def status(model: nn.Module) -> str:
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, *(f"warning: {said}" for said in hardly_meant(towers, found))])
+    return Status("\n".join([*lines, *(f"warning: {said}" for said in hardly_meant(towers, found))]))
 
 
 def _how_it_runs(selector: Selector) -> str:
@@ -205,7 +218,7 @@ def _how_it_runs(selector: Selector) -> str:
 
 
 def set_step(model: nn.Module, step: int, steps: int | None = None) -> None:
-    """Tell the schedules the optimizer step, counted from 0; ``HardAttentionCallback`` does it for the Trainer.
+    """Set the optimizer step, counted from 0, that schedules follow; ``HardAttentionCallback`` does it for the Trainer.
 
     Args:
         steps: how many the whole training has; needed by schedules (and recipes) that give their length as a share of it.
@@ -238,7 +251,7 @@ def set_reward(model: nn.Module, reward: Callable[[dict[str, Any], Any], Tensor]
 
 @contextmanager
 def freeze_backbone(model: nn.Module) -> Iterator[nn.Module]:
-    """Train the selectors only, inside the block (and for an optimizer built inside it).
+    """Train only the selectors inside the block, and with an optimizer that is built inside it.
 
     Raises:
         HardAttentionError: the model has no sites.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from .amounts import MOST_COUNT, is_marked, read_amount, write_amount
 from .errors import HardAttentionError, shown
 from .schedules import read_schedule, write_schedule
 
+# What a user may write for a budget: a count, a ratio, "threshold:t", "top_p:p", a schedule, or the JSON form of one of them.
+BudgetLike: TypeAlias = int | float | str | Mapping[str, Any]
 _PARTS = 1_000_000  # ratios are held in millionths, so that ceil(0.1 * 30) is 3 and not 4
 
 

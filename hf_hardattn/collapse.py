@@ -1,4 +1,4 @@
-"""Has a selector collapsed? What a site keeps when it should choose, and the remedy."""
+"""Find selectors that have collapsed: sites that keep everything, or the same positions whatever the input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DRAWS, _EXAMPLES, _SIGMAS = 4, 8, 3.0
 
 @dataclass(frozen=True)
 class Collapse:
-    """One finding.
+    """A site that does not choose, and the remedy.
 
     Attributes:
         site: its name.
@@ -71,7 +71,7 @@ _MESSAGES = {
 
 
 def find_collapse(model: nn.Module, batches: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> list[Collapse]:
-    """Look at what every site keeps, and whether its scorer gets a gradient.
+    """Find the sites that do not choose, from what they keep and whether their scorers get a gradient.
 
     Args:
         model: with hard attention; its mode, gradients and weights stay as they are.

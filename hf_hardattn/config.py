@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import InitVar, dataclass, field, fields, replace
+from dataclasses import MISSING, InitVar, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from . import registry
 from .amounts import is_marked, is_number
+from .budget import BudgetLike
 from .errors import HardAttentionError, did_you_mean, shown, some_names, unknown
 from .fields import READERS, choice, is_configuration, read_field, scheduled_weight, write_field
 from .options import check_options
@@ -22,7 +23,7 @@ MOST_GLOB = 500  # characters
 
 @dataclass(frozen=True, eq=False)
 class SiteConfig:
-    """What happens at one site. Its fields are checked when it is made.
+    """The configuration of one site. Its fields are checked when it is created.
 
     Attributes:
         budget: positions kept per row: int >= 1, float in (0, 1] of the valid positions, ``"threshold:t"``, ``"top_p:p"``,
@@ -35,7 +36,7 @@ class SiteConfig:
             spread of each row's scores where that is larger than ``temperature``, so that a confident scorer keeps its
             gradient; None: ``temperature``.
         exploration: number in [0, 1] or schedule; probability that a row keeps positions drawn uniformly, in training.
-        soft_rate: number in [0, 1] or schedule; probability that a row looks everywhere, in (masked) training.
+        soft_rate: number in [0, 1] or schedule; probability that a row is computed with full attention, in (masked) training.
         entropy_weight: number in [0, 1e6] or schedule; weight of the entropy bonus (exploration) in the training loss.
         score_function_weight: number in [0, 1e6]; weight of the score-function surrogate in the training loss.
         per_head: each attention head chooses for itself (``self`` and ``cross`` only).
@@ -47,7 +48,7 @@ class SiteConfig:
             where padding alone makes them differ, which waits for the device once a choice and does not compile; False: never.
     """
 
-    budget: Any = 0.5
+    budget: BudgetLike = 0.5
     scorer: str = "linear"
     scorer_options: dict[str, Any] = field(default_factory=dict)
     estimator: str = "simple"
@@ -71,6 +72,12 @@ class SiteConfig:
     def _read(self, where: str) -> None:
         for name in READERS:
             object.__setattr__(self, name, read_field(name, getattr(self, name), where))
+
+    def __repr__(self) -> str:
+        """The fields that differ from their defaults."""
+        plain = {f.name: {} if f.default is MISSING else f.default for f in fields(self)}  # the options default to {}
+        named = [f"{name}={value!r}" for name in plain if (value := getattr(self, name)) != plain[name]]
+        return f"{type(self).__name__}({', '.join(named)})"
 
     def __eq__(self, other: object) -> bool:
         # By the JSON form, in which budget=1 (one position) and budget=1.0 (all of them) differ.
@@ -118,9 +125,9 @@ class SiteConfig:
             )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HardAttentionConfig(SiteConfig):
-    """Where a model looks. The fields of ``SiteConfig`` are every site's defaults.
+    """The configuration of a hard model. The fields of ``SiteConfig`` are the defaults of every site.
 
     Attributes:
         sites: glob to overrides (``{"vision.tokens.*": {"budget": 0.5}}``; later globs win) or to a budget alone

@@ -26,7 +26,7 @@ _REFERENCE = {"estimator": "rloo", "estimator_options": {"samples": 8}}
 
 @dataclass(frozen=True)
 class Row:
-    """An estimator at a site. Gradients are those of the scorer's parameters.
+    """The measurements of one estimator at one site. Gradients are those of the scorer's parameters.
 
     Attributes:
         site, estimator: names. biased: as the estimator declares.
@@ -53,7 +53,7 @@ class Row:
 
 @dataclass
 class Diagnosis:
-    """What ``diagnose`` returns; ``print`` it, or take ``to_dict()``.
+    """The result of ``diagnose``: print it for a table, or take ``to_dict()``.
 
     Attributes:
         rows: a row for each site and estimator. collapses: findings of ``find_collapse``.

@@ -73,14 +73,14 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 @contextmanager
 def soft(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the model soft inside the block: no site selects anything, the weights stay."""
+    """Run the model with full attention inside the block: no site selects, and the weights stay."""
     with active(Mode(site_names(model), soft=True)):
         yield model
 
 
 @contextmanager
 def sampled(model: nn.Module) -> Iterator[nn.Module]:
-    """Draw the choices inside the block, by the law that the training ends with; the rest of the model stays in its mode.
+    """Sample the selections inside the block, by the law that the training ends with; the rest of the model stays in its mode.
 
     In evaluation mode a choice is the likeliest one. The mean of the predictions over several draws is the Monte-Carlo estimate of what
     the model says on average. Estimators that draw nothing (``sample=False``) choose as ever.

@@ -1,4 +1,4 @@
-"""See the selections of a model, or give them."""
+"""Record the selections of a model, or replay given ones."""
 
 from __future__ import annotations
 
@@ -201,6 +201,18 @@ class Recording(list[Selection]):
             )
         return rows
 
+    def __repr__(self) -> str:
+        """A table of the sites in place of pages of tensors."""
+        rows = [("site", "calls", "kept", "entropy (nats)")]
+        for row in self.summary():
+            entropy = "" if row["entropy"] is None else f"{row['entropy']:.2f}"
+            rows.append((row["site"], str(row["calls"]), f"{row['kept_ratio']:.1%}", entropy))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(lines) if self else "Recording without selections"
+
+    __str__ = __repr__
+
     def _repr_html_(self) -> str:
         cells = "".join(
             f"<tr><td>{html.escape(row['site'])}</td><td>{row['calls']}</td><td>{row['kept_ratio']:.1%}</td>"
@@ -238,7 +250,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
 
 @contextmanager
 def replay(model: nn.Module, selections: Iterable[Selection] | Mapping[str, Tensor]) -> Iterator[None]:
-    """Make ``model`` keep given positions inside the block.
+    """Replay selections: ``model`` keeps the given positions inside the block.
 
     Args:
         selections: a recording of the same calls, replayed in order at each site; or site name to bool mask ``[B, N]`` (or

@@ -18,6 +18,7 @@ import transformers
 import typer
 from stand_ins import write_all
 
+import hf_hardattn
 from hf_hardattn.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,3 +121,17 @@ REPLACED = re.compile(r"\b(OpenPass|ClosePass|trunk|trio|arms?|shoot-out|pupil|l
 def test_replaced_words_are_gone(page: Path) -> None:
     text = re.sub(r"`[^`]*`", "", page.read_text(encoding="utf-8"))
     assert not REPLACED.findall(text)
+
+
+def test_what_a_prompt_shows_is_short() -> None:
+    """Status, recordings and configurations at a prompt are a few lines, not tensors; completion offers the public names alone."""
+    model = hf_hardattn.load("sample")
+    with hf_hardattn.record(model) as recording, torch.no_grad():
+        model(pixel_values=torch.zeros(1, 3, 64, 64))
+    assert repr(hf_hardattn.status(model)).splitlines()[1].startswith("vision.inputs  9")
+    assert repr(recording).splitlines()[1].split()[:3] == ["vision.inputs", "1", "14.1%"]
+    shown = repr(hf_hardattn.HardAttentionConfig(sites=["vision.inputs"], budget=9))
+    assert shown == "HardAttentionConfig(budget=9, sites={'vision.inputs': {}})"
+    assert {"load", "save", "push", "HardAttentionCallback"} <= set(dir(hf_hardattn)) and "importlib" not in dir(
+        hf_hardattn
+    )

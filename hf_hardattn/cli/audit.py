@@ -15,13 +15,20 @@ from ._output import place
 
 def command(
     model: Annotated[str, typer.Argument(help="Hard checkpoint: a folder, a name on the Hub, or 'sample'.")],
-    data: Annotated[str, typer.Option(help="Folder with one folder of images for each class; a csv, json or parquet file; or a saved data set.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Folder with one folder of images for each class; a csv, json or parquet file; or a saved data set."
+        ),
+    ],
     column: Annotated[str, typer.Option(help="Column with the images or texts.")] = "image",
     by: Annotated[list[str] | None, typer.Option(help="Column with the subgroups; may be given several times.")] = None,
     site: Annotated[str | None, typer.Option(help="Site to audit; the first by default.")] = None,
     limit: Annotated[int, typer.Option(help="Largest number of rows to read.")] = 512,
     batch: Annotated[int, typer.Option(help="Rows in a batch.")] = 32,
-    output: Annotated[Path | None, typer.Option(help="File to write the findings to; outputs/audit.json by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write the findings to; outputs/audit.json by default.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")] = False,
 ) -> None:
     """Report what a hard model keeps and drops systematically: by subgroup, position, border, length and rare words."""

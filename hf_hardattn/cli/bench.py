@@ -27,7 +27,9 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="Measure this model instead of a suite: vit, t5_encoder, ... or a checkpoint.")
     ] = None,
-    size: Annotated[list[int], typer.Option(help="Pixels a side of its images, or source tokens; may be given several times.")] = [],  # noqa: B006
+    size: Annotated[
+        list[int], typer.Option(help="Pixels a side of its images, or source tokens; may be given several times.")
+    ] = [],  # noqa: B006
     site: Annotated[list[str], typer.Option(help="Globs of its sites; may be given several times.")] = [],  # noqa: B006
     budget: Annotated[list[float], typer.Option(help="Budgets to measure; may be given several times.")] = [0.5, 0.25],  # noqa: B006
     config: Annotated[
@@ -38,14 +40,17 @@ def command(
     layers: Annotated[
         int | None, typer.Option(help="Number of layers of the models that are built here, instead of the suite's.")
     ] = None,
-    only: Annotated[
-        str, typer.Option(help="Glob of the groups to run; the others keep their earlier results.")
-    ] = "*",
+    only: Annotated[str, typer.Option(help="Glob of the groups to run; the others keep their earlier results.")] = "*",
     rounds: Annotated[int, typer.Option(help="Largest number of interleaved rounds.")] = 9,
-    seconds: Annotated[float, typer.Option(help="Stop the rounds of a group after so many seconds; at least two are run.")] = 60.0,
+    seconds: Annotated[
+        float, typer.Option(help="Stop the rounds of a group after so many seconds; at least two are run.")
+    ] = 60.0,
     threads: Annotated[int, typer.Option(help="Number of PyTorch threads.")] = 2,
     fixed_allocator: Annotated[
-        bool, typer.Option(help="Restart with glibc's allocator settings fixed, because page faults would change the ratios.")
+        bool,
+        typer.Option(
+            help="Restart with glibc's allocator settings fixed, because page faults would change the ratios."
+        ),
     ] = True,
     mode: Annotated[
         str,
@@ -60,7 +65,9 @@ def command(
         Path, typer.Option(help="For the suite competing: folder with the trained models 'soft' and 'hard'.")
     ] = Path("outputs/demo"),
     task: Annotated[str, typer.Option(help="For the suite competing: the task of these models.")] = "cluttered_digits",
-    output: Annotated[Path, typer.Option(help="Folder to write the results, the table and the picture to.")] = Path("outputs/bench"),
+    output: Annotated[Path, typer.Option(help="Folder to write the results, the table and the picture to.")] = Path(
+        "outputs/bench"
+    ),
 ) -> None:
     """Measure time, memory and FLOPs of selection, interleaved with the original model and with budget 1.0."""
     from ..efficiency import allocator

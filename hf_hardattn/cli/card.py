@@ -15,7 +15,10 @@ def command(
             help="Output folders of trainings, or sources of cards (source.json); with --check, folders that hold a card."
         ),
     ],
-    check: Annotated[bool, typer.Option("--check", help="Check cards instead of writing them; exits with code 1 if anything is wrong.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Check cards instead of writing them; exits with code 1 if anything is wrong."),
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for one card; beside its source by default.")] = None,
     repo_id: Annotated[
         str | None, typer.Option(help="user/name that the card of a training names; --hub_model_id by default.")

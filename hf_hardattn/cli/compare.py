@@ -28,10 +28,14 @@ def command(
             help="Takes base checkpoints and runs, to go on from; outputs/compare/<name of the config> by default."
         ),
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Variant to run; all by default; may be given several times.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Variant to run; all by default; may be given several times.")
+    ] = None,
     retry: Annotated[bool, typer.Option(help="Run failed runs again.")] = False,
     save: Annotated[bool, typer.Option(help="Keep the trained models in the folder 'models'.")] = False,
-    quick: Annotated[bool, typer.Option(help="Run a few steps only, to check that everything works; the numbers mean nothing.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="Run a few steps only, to check that everything works; the numbers mean nothing.")
+    ] = False,
 ) -> None:
     """Train several estimators and controls on one task with equal data, budget, steps and seeds, and compare them."""
     from rich.console import Console

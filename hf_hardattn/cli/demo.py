@@ -20,10 +20,16 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the data and the selections.")] = 4,
     threads: Annotated[int, typer.Option(help="PyTorch threads; 0 leaves the choice to PyTorch.")] = 0,
-    quick: Annotated[bool, typer.Option(help="Run a few steps only, to check that everything works; the numbers mean nothing.")] = False,
-    ui: Annotated[bool, typer.Option("--ui", help="Serve a page that shows full attention and hard attention side by side.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="Run a few steps only, to check that everything works; the numbers mean nothing.")
+    ] = False,
+    ui: Annotated[
+        bool, typer.Option("--ui", help="Serve a page that shows full attention and hard attention side by side.")
+    ] = False,
     space: Annotated[Path | None, typer.Option(help="Write that page as a Hugging Face Space to this folder.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="Hard checkpoint to show on the page; may be given several times.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Hard checkpoint to show on the page; may be given several times.")
+    ] = None,
     port: Annotated[int | None, typer.Option(help="Port of the page.")] = None,
 ) -> None:
     """Train and compare three small ViTs on cluttered digits (full attention, hard, random selection), or serve a page (--ui)."""

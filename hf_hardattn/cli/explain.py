@@ -21,9 +21,13 @@ def command(
     ] = None,
     column: Annotated[str | None, typer.Option(help="Column of the table given by --input.")] = None,
     limit: Annotated[int, typer.Option(help="Largest number of inputs.")] = 8,
-    output: Annotated[Path | None, typer.Option(help="File to write the page to; outputs/report.html by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write the page to; outputs/report.html by default.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")] = False,
-    measure: Annotated[bool, typer.Option(help="Also measure faithfulness, which takes some hundred forward passes.")] = True,
+    measure: Annotated[
+        bool, typer.Option(help="Also measure faithfulness, which takes some hundred forward passes.")
+    ] = True,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "",
 ) -> None:
     """Write a self-contained page that shows what a hard model kept, what that proves, and what it does not."""

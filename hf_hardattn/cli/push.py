@@ -12,12 +12,16 @@ def command(
     folder: Annotated[Path, typer.Argument(help="Folder that hf_hardattn.save or save_pretrained wrote.")],
     repo_id: Annotated[str, typer.Argument(help="user/name on the Hub; created if it does not exist.")],
     dry_run: Annotated[bool, typer.Option(help="Only show what would be uploaded, and who could see it.")] = True,
-    public: Annotated[bool, typer.Option("--public", help="Create the repository as public instead of private.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Create the repository as public instead of private.")
+    ] = False,
     branch: Annotated[str | None, typer.Option(help="Branch to push to; created if it does not exist.")] = None,
     tag: Annotated[str | None, typer.Option(help="Tag of the new commit.")] = None,
     pull_request: Annotated[bool, typer.Option("--pull-request", help="Open a pull request instead.")] = False,
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload hard model",
-    exclude: Annotated[list[str] | None, typer.Option(help="Glob of files to leave out; may be given several times.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Glob of files to leave out; may be given several times.")
+    ] = None,
 ) -> None:
     """Upload a hard model to the Hub; a dry run unless --no-dry-run. Log in with 'hf auth login' or HF_TOKEN."""
     from ..hub.pushing import push

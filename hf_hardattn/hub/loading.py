@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..budget import BudgetLike
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
 from . import adapters, selector_only
 from .building import build, check_complete, headers, read_model_config
 from .source import Source, fetch
 from .untrusted import read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What load() decides itself, since safety or strictness hangs on it.
 DECIDED = (
@@ -27,7 +31,7 @@ DECIDED = (
 def load(
     repo_or_path: str | Path,
     *,
-    budget: Any = None,
+    budget: BudgetLike | None = None,
     hard_attention: HardAttentionConfig | dict[str, Any] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -35,7 +39,7 @@ def load(
     local_files_only: bool = False,
     verify_base: bool = True,
     **kwargs: Any,
-) -> Any:
+) -> PreTrainedModel:
     """Load a hard model: a full checkpoint, selectors on top of a base model, or a PEFT adapter with selectors.
 
     Safetensors only; no code of a repository is executed; every tensor must be there and fit.

@@ -56,7 +56,7 @@ class ModelWithProcessor:
         Raises:
             HardAttentionError: a soft, incomplete, damaged or hostile checkpoint.
         """
-        model = load(path)
+        model: Any = load(path)
         model = model.get_base_model() if hasattr(model, "peft_config") else model  # the adapter's layers stay in it
         places = (sample.folder() if path == sample.NAME else path, model.name_or_path)
         processor = next((found for place in places if (found := _processor(str(place)))), None)

@@ -165,7 +165,10 @@ def launch(models: Sequence[str], port: int | None = None, host: str | None = No
 
 
 def _own_ratio(bundle: ModelWithProcessor) -> float:
-    """The share that the model's own budget keeps, where it is a ratio, else a half."""
-    budget = next(iter(selectors(bundle.model).values())).config.budget
+    """The share that the model's own budget keeps, where it is a ratio or a count of patches, else a half."""
+    budget: Any = next(iter(selectors(bundle.model).values())).config.budget
     budget = budget.get("end") if isinstance(budget, dict) else budget
+    if isinstance(budget, int) and bundle.takes_images:
+        config = getattr(bundle.model.config, "vision_config", bundle.model.config)
+        budget = min(1.0, budget / (config.image_size // config.patch_size) ** 2)
     return round(float(budget), 2) if isinstance(budget, float) else 0.5
