@@ -47,6 +47,7 @@ LAYERS = {
     "diagnostics": 10,
     "hub": 11,  # reads what training wrote, never its code; training's scripts push through it, inspection loads through it
     "inspection": 11,
+    "inference": 12,
     "metrics": 11,
     "efficiency": 11,
     "training": 12,

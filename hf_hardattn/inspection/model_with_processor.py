@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 from .. import sample
+from ..api import set_budget
 from ..config import SiteConfig
 from ..errors import HardAttentionError
 from ..hub.loading import load
@@ -41,7 +43,7 @@ class ModelWithProcessor:
     """A model in evaluation mode and its processor.
 
     Attributes:
-        model: T5, ViT or BLIP. processor: tokenizer, image processor or both; None scales pixels to [-1, 1] at the model's size.
+        model: with any head. processor: tokenizer, image processor or both; None scales pixels to [-1, 1] at the model's size.
         name: shown in titles.
     """
 
@@ -61,6 +63,32 @@ class ModelWithProcessor:
         places = (sample.folder() if path == sample.NAME else path, model.name_or_path)
         processor = next((found for place in places if (found := _processor(str(place)))), None)
         return cls(model, processor, Path(path).name if Path(path).exists() else path)
+
+    @classmethod
+    def load_any(cls, path: str, budget: Any = None) -> ModelWithProcessor:
+        """Load a checkpoint, hard or stock, with the head it was saved with.
+
+        Args:
+            budget: at every site of a hard one, instead of the saved budgets.
+
+        Raises:
+            HardAttentionError: a damaged or hostile checkpoint, a budget for a stock one, or a class that Transformers does not have.
+        """
+        config = _stock_config(path)
+        if config is None:
+            bundle = cls.load(path)
+            if budget is not None:
+                set_budget(bundle.model, budget)
+            return bundle
+        if budget is not None:
+            raise HardAttentionError(f"{path} is a stock model, which has no budget to set. Leave --budget out.")
+        name = (config.architectures or ["AutoModel"])[0]
+        if not hasattr(transformers, name):
+            raise HardAttentionError(
+                f"{path} is a {name}, which Transformers {transformers.__version__} does not have."
+            )
+        model = getattr(transformers, name).from_pretrained(path, use_safetensors=True).eval()
+        return cls(model, _processor(path), Path(path).name if Path(path).exists() else path)
 
     @property
     def takes_images(self) -> bool:
@@ -148,6 +176,18 @@ class ModelWithProcessor:
         finally:
             for selector, (config, schedule) in zip(found, before, strict=True):
                 selector.config, selector.budget_schedule = config, schedule
+
+
+def _stock_config(path: str) -> Any:
+    """The configuration of a checkpoint without hard attention; None for a hard one of any form."""
+    folder = Path(path)
+    if path == sample.NAME or (folder.is_dir() and not (folder / "config.json").is_file()):
+        return None
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None  # selectors alone, or an adapter: load() says what else it may be
+    return None if getattr(config, "hard_attention", None) is not None else config
 
 
 def _processor(place: str) -> Any:

@@ -1,0 +1,76 @@
+"""``hf-hardattn predict``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Checkpoint, hard or stock: a folder, or a name on the Hub.")],
+    data: Annotated[
+        str, typer.Option(help="A csv, tsv, json, jsonl or parquet file, a folder of images, or a data set on the Hub.")
+    ],
+    column: Annotated[str, typer.Option(help="Its column of texts or images.")],
+    split: Annotated[str, typer.Option(help="Split of a data set on the Hub.")] = "train",
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read a data set on the Hub while it is predicted.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="The Parquet file; a run that was killed goes on.")] = Path(
+        "outputs/predictions.parquet"
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Kept at every site, instead of the saved budgets: a ratio, or a count above 1."),
+    ] = None,
+    pooling: Annotated[str, typer.Option(help="Of a model without a head: mean or cls.")] = "mean",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a model that writes.")] = 40,
+    batch_size: Annotated[int, typer.Option(min=1, help="Inputs a call.")] = 32,
+    chunk: Annotated[int, typer.Option(min=1, help="Inputs a chunk, which is written in one step.")] = 1024,
+) -> None:
+    """Predict a large collection into one Parquet file: classes, texts or embeddings, and what was kept of each input.
+
+    Start it with `accelerate launch -m hf_hardattn predict ...` to share the work among processes or machines.
+    """
+    from ..errors import HardAttentionError
+    from ..inference.collection import predict_collection, processes
+    from ..inference.predictor import Predictor
+    from ..inspection.model_with_processor import ModelWithProcessor
+
+    if output.exists() and not overwrite:
+        raise HardAttentionError(
+            f"--output {str(output)!r} exists already; nothing is overwritten unasked. Name another, or add --overwrite."
+        )
+    kept: Any = int(budget) if budget is not None and budget > 1 else budget
+    bundle = ModelWithProcessor.load_any(model, budget=kept)
+    bundle.model.to(processes().device)
+    predictor = Predictor(bundle, pooling, max_new_tokens)
+    run = {
+        "model": model,
+        "data": data,
+        "split": split,
+        "budget": kept,
+        "pooling": pooling,
+        "max_new_tokens": max_new_tokens,
+    }
+    rows = _rows(data, column, split, streaming)
+    count = predict_collection(predictor, rows, column, output, run=run, batch_size=batch_size, chunk=chunk)
+    typer.echo(f"{count:,} rows: {output}")
+
+
+def _rows(data: str, column: str, split: str, streaming: bool) -> Any:
+    from datasets import load_dataset
+
+    from ..errors import HardAttentionError
+    from ..inspection.sources import read_table
+
+    rows = read_table(data) if Path(data).exists() else load_dataset(data, split=split, streaming=streaming)
+    names = rows.column_names
+    if names is not None and column not in names:
+        raise HardAttentionError(
+            f"no column {column!r} in {data}; it has: {', '.join(names)}. Name another with --column."
+        )
+    return rows

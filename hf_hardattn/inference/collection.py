@@ -1,0 +1,154 @@
+"""Predict a whole collection: in chunks that processes share, each written once, so that a run goes on where it was killed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from accelerate import PartialState
+from datasets import Dataset
+from pyarrow import parquet
+from tqdm.auto import tqdm
+
+from ..devices import default_device
+from ..errors import HardAttentionError
+from .predictor import Predictor
+
+# of the output table; those that a prediction lacks are left out
+TYPES = {
+    "index": pyarrow.int64(),
+    "label": pyarrow.string(),
+    "score": pyarrow.float32(),
+    "text": pyarrow.string(),
+    "embedding": pyarrow.list_(pyarrow.float32()),
+    "kept": pyarrow.list_(pyarrow.int32()),
+    "kept_share": pyarrow.float32(),
+    "seconds": pyarrow.float32(),
+}
+
+
+def predict_collection(
+    predictor: Predictor,
+    rows: Any,
+    column: str,
+    output: Path,
+    *,
+    run: dict[str, Any],
+    batch_size: int = 32,
+    chunk: int = 1024,
+) -> int:
+    """Predict every row and write one Parquet file, in the order of the rows.
+
+    Chunk ``c`` is the work of process ``c % n``, and is written in one step beside the output. A run that was interrupted goes on
+    with the chunks that are missing. What is predicted depends on the chunk alone, and so neither on the number of processes nor on
+    interruptions.
+
+    Args:
+        rows: a ``datasets.Dataset``, or an ``IterableDataset``, which is read by every process. column: of its texts or images.
+        output: the file. run: what a resumed run must share, written beside the chunks. batch_size: rows a call, >= 1.
+        chunk: rows a chunk, >= 1; rows of like length make a batch within one.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        HardAttentionError: the chunks there are of another run.
+    """
+    state = processes()
+    parts = output.with_name(f"{output.name}.parts")
+    with state.main_process_first():
+        _open_parts(parts, run | {"column": column, "batch_size": batch_size, "chunk": chunk})
+    count = 0
+    mine = (c for c in _chunks(rows, column, chunk))
+    for number, start, inputs in tqdm(mine, "predict", disable=not state.is_main_process, unit="chunk"):
+        count = start + len(inputs)
+        path = parts / f"{number:08d}.parquet"
+        if number % state.num_processes == state.process_index and not path.exists():
+            _write(path, _table(predictor, [_opened(value) for value in inputs], start, batch_size))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _join(parts, output, -(-count // chunk))
+    state.wait_for_everyone()
+    return count
+
+
+def processes() -> PartialState:
+    """The processes that share the work; Accelerate looks for those without an accelerator only when it is told that there is none."""
+    return PartialState(cpu=default_device().type == "cpu")
+
+
+def _open_parts(parts: Path, run: dict[str, Any]) -> None:
+    parts.mkdir(parents=True, exist_ok=True)
+    path = parts / "run.json"
+    if not path.exists():
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(run, indent=1) + "\n")
+        temporary.replace(path)
+        return
+    before = json.loads(path.read_text())
+    other = [name for name in run if before.get(name) != run[name]]
+    if other:
+        raise HardAttentionError(
+            f"{parts} holds chunks of another run: {', '.join(f'{name} was {before.get(name)!r}, is {run[name]!r}' for name in other)}. "
+            "Remove the folder to begin anew, or name another --output."
+        )
+
+
+def _chunks(rows: Any, column: str, size: int) -> Iterator[tuple[int, int, list[Any]]]:
+    """Number, first row and inputs of each chunk; a data set in memory is read chunk by chunk, a stream once from its start."""
+    if isinstance(rows, Dataset):
+        for number, start in enumerate(range(0, len(rows), size)):
+            yield number, start, rows[start : start + size][column]
+        return
+    stream = iter(rows)
+    for number in itertools.count():
+        inputs = [row[column] for row in itertools.islice(stream, size)]
+        if not inputs:
+            return
+        yield number, number * size, inputs
+
+
+def _opened(value: Any) -> Any:
+    return value.convert("RGB") if hasattr(value, "convert") else value
+
+
+def _table(predictor: Predictor, inputs: list[Any], start: int, batch_size: int) -> pyarrow.Table:
+    lengths = predictor.lengths(inputs)
+    order = sorted(range(len(inputs)), key=lambda i: lengths[i])
+    columns: dict[str, list[Any]] = {"index": [start + i for i in order], "seconds": []}
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        started = time.perf_counter()
+        found = predictor([inputs[i] for i in batch])
+        columns["seconds"] += [(time.perf_counter() - started) / len(batch)] * len(batch)
+        for name, values in found.items():
+            columns.setdefault(name, []).extend(values)
+    names = [name for name in TYPES if name in columns]
+    table = pyarrow.table({name: pyarrow.array(columns[name], TYPES[name]) for name in names})
+    return table.sort_by("index")
+
+
+def _write(path: Path, table: pyarrow.Table) -> None:
+    """Write a file in one step, so that one which exists is whole."""
+    temporary = path.with_suffix(f".{os.getpid()}")
+    parquet.write_table(table, temporary, compression="zstd")
+    temporary.replace(path)
+
+
+def _join(parts: Path, output: Path, count: int) -> None:
+    temporary = output.with_name(f"{output.name}.{os.getpid()}")
+    paths = [parts / f"{number:08d}.parquet" for number in range(count)]
+    if not paths:
+        raise HardAttentionError("the data holds no row to predict.")
+    with parquet.ParquetWriter(temporary, parquet.read_schema(paths[0]), compression="zstd") as writer:
+        for path in paths:
+            writer.write_table(parquet.read_table(path))
+    temporary.replace(output)
+    shutil.rmtree(parts)

@@ -1,0 +1,98 @@
+"""From a batch of inputs to rows of an output table: classes, texts or embeddings, and what the model kept of each input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import HardAttentionError, unknown
+from ..inspection.model_with_processor import ModelWithProcessor
+from ..inspection.perturbation import choosable
+from ..recording import Recording, record
+
+POOLINGS = ("mean", "cls")
+
+
+@dataclass
+class Predictor:
+    """Predicts rows: what the head of a model says, and the positions of the input that were kept.
+
+    Attributes:
+        model: with its processor. pooling: of the rows of a model without a head, ``"mean"`` of those that are left or ``"cls"``.
+        max_new_tokens: of a model that writes, >= 1.
+    """
+
+    model: ModelWithProcessor
+    pooling: str = "mean"
+    max_new_tokens: int = 40
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise unknown("pooling", self.pooling, POOLINGS)
+
+    def lengths(self, inputs: Sequence[Any]) -> list[int]:
+        """Tokens of each text; images are all of one length."""
+        if self.model.takes_images:
+            return [0] * len(inputs)
+        if self.model.processor is None:
+            raise HardAttentionError(f"{self.model.name} holds no tokenizer; save it beside the model to read texts.")
+        return [len(ids) for ids in self.model.processor(list(inputs), truncation=True)["input_ids"]]
+
+    @torch.no_grad()
+    def __call__(self, inputs: Sequence[Any]) -> dict[str, list[Any]]:
+        """Predict a batch.
+
+        Returns:
+            Columns of B entries: ``label`` and ``score``, or ``text``, or ``embedding``; of a hard model also ``kept`` (positions of the
+            input that are left at its last site, ascending) and ``kept_share`` (of the positions that it might have kept).
+        """
+        model = self.model.model
+        batch = {name: value.to(model.device) for name, value in self.model.encode(inputs).items()}
+        with record(model) if self.model.hard else nullcontext(Recording()) as recording:
+            columns = self._text(batch) if model.can_generate() else self._head(model(**batch), batch)
+        return columns | self._kept(batch, recording)
+
+    def _text(self, batch: dict[str, Tensor]) -> dict[str, list[Any]]:
+        model: Any = self.model.model
+        written = model.generate(**batch, max_new_tokens=self.max_new_tokens, num_beams=1, do_sample=False)
+        if not model.config.is_encoder_decoder and "input_ids" in batch:
+            written = written[:, batch["input_ids"].shape[1] :]  # a decoder repeats its prompt
+        return {"text": self.model.tokenizer.batch_decode(written, skip_special_tokens=True)}
+
+    def _head(self, output: Any, batch: dict[str, Tensor]) -> dict[str, list[Any]]:
+        if output.get("logits") is not None and output.logits.dim() == 2:
+            best = output.logits.float().softmax(-1).max(-1)
+            names = self.model.model.config.id2label
+            return {"label": [str(names[i]) for i in best.indices.tolist()], "score": best.values.tolist()}
+        hidden = output.get("last_hidden_state")
+        if hidden is None:
+            raise HardAttentionError(
+                f"{type(self.model.model).__name__} neither classifies, nor writes, nor returns last_hidden_state; predict takes a model that "
+                "does one of these."
+            )
+        return {"embedding": list(self._pool(hidden, batch.get("attention_mask")).float().cpu().numpy())}
+
+    def _pool(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """One vector a row, fp ``[B, D]``, of states ``[B, K, D]``."""
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        present = (hidden != 0).any(-1)  # rows that a hard model does not use are zero
+        if mask is not None and mask.shape == present.shape:
+            present &= mask.bool()
+        return (hidden * present.unsqueeze(-1)).sum(1) / present.sum(1, keepdim=True).clamp(min=1)
+
+    def _kept(self, batch: dict[str, Tensor], recording: Recording) -> dict[str, list[Any]]:
+        if not recording:
+            return {}
+        tower, free, _ = choosable(self.model.model, batch)
+        sites = [s for s in recording.sites if recording.tower(s) == tower and s.split(".")[1] in ("inputs", "tokens")]
+        if not sites:
+            return {}
+        kept = recording.kept(recording[sites[-1]][0]).flatten(1, 2).any(1).expand_as(free)
+        share = (kept & free).sum(1) / free.sum(1).clamp(min=1)
+        return {"kept": [row.nonzero().flatten().tolist() for row in kept], "kept_share": share.tolist()}
