@@ -27,10 +27,12 @@ class Budget:
         kind: ``count`` (int >= 1 positions), ``ratio`` (share of the valid positions in (0, 1], at least one position),
             ``threshold`` (positions with sigmoid(score) > value), ``top_p`` (smallest set whose softmax mass reaches value).
         value: the number.
+        least: ratio in [0, 1] that is kept at least, while a count or a ratio is annealed.
     """
 
     kind: str
     value: float
+    least: float = 0.0
 
     @classmethod
     def parse(cls, budget: Any, where: str) -> Budget:
@@ -68,11 +70,10 @@ class Budget:
 
     def slots(self, n: int) -> int:
         """Static upper bound of positions kept among ``n`` candidates."""
-        if self.kind == "count":
-            return min(int(self.value), n)
-        if self.kind == "ratio":
-            return min(n, max(1, -(-round(self.value * _PARTS) * n // _PARTS)))
-        return n
+        if self.data_dependent:
+            return n
+        wanted = int(self.value) if self.kind == "count" else max(1, _share(self.value, n))
+        return min(n, max(wanted, _share(self.least, n)))
 
     def count(self, scores: Tensor, valid: Tensor) -> Tensor:
         """Positions to keep per row, int64 ``[...]`` in [0, valid]: 0 only where nothing is valid.
@@ -85,14 +86,21 @@ class Budget:
         if self.kind == "count":
             k = torch.full_like(available, int(self.value))
         elif self.kind == "ratio":
-            k = (available * round(self.value * _PARTS) + _PARTS - 1) // _PARTS
+            k = _share(self.value, available)
         elif self.kind == "threshold":
             k = ((scores.sigmoid() > self.value) & valid).sum(-1)
         else:
             p = scores.masked_fill(~valid, float("-inf")).softmax(-1).nan_to_num(0.0)
             reached = p.sort(-1, descending=True).values.cumsum(-1)
             k = (reached < self.value).sum(-1) + 1
+        if self.least and not self.data_dependent:
+            k = torch.maximum(k, _share(self.least, available))
         return torch.minimum(k.clamp(min=1), available)
+
+
+def _share(ratio: float, n: Any) -> Any:
+    """``ceil(ratio * n)`` of an int or of a tensor of them."""
+    return (n * round(ratio * _PARTS) + _PARTS - 1) // _PARTS
 
 
 def read_budget(budget: Any, where: str) -> Any:

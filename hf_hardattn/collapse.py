@@ -191,6 +191,8 @@ def _rows(values: Tensor, selection: Selection) -> Tensor:
 def _dead(model: nn.Module, batch: Mapping[str, Any]) -> set[str]:
     """Sites whose scorer has parameters and gets no gradient from the training loss; none when the batch has no loss."""
     twin = copy.deepcopy(model).train()
+    for selector in selectors(twin).values():
+        selector.annealing = None  # a budget that still keeps everything gives no gradient, and is no fault
     output = twin(**batch)
     loss = output.get("loss") if hasattr(output, "get") else None
     if loss is None:

@@ -15,9 +15,10 @@ from .fields import READERS, choice, is_configuration, read_field, scheduled_wei
 from .options import check_options
 from .recipes import expand
 from .schedules import write_schedule
+from .schemas import SCHEMA_VERSION, check_schema_version, with_former_defaults
 
-SCHEMA_VERSION = 2  # 1 wrote counts and ratios as bare numbers; it is still read
 TOP = "the top level"
+AUTO = "auto"  # the scorer that suits the kind of site; a name when the configuration is attached
 MOST_GLOB = 500  # characters
 
 
@@ -28,7 +29,11 @@ class SiteConfig:
     Attributes:
         budget: positions kept per row: int >= 1, float in (0, 1] of the valid positions, ``"threshold:t"``, ``"top_p:p"``,
             or a schedule of floats over optimizer steps (evaluation uses its end). In JSON ``{"count": 8}`` and ``{"ratio": 0.5}``.
-        scorer, scorer_options: name in ``scorers/``, or of a plug-in, and its keyword options.
+        anneal: number in [0, 1]; share of the training over which a count or a ratio falls from everything to ``budget``, so that
+            the selector learns from a model that still sees it all. 0: never. None: 0.4 for estimators that train masked, where the
+            number of steps is known (``HardAttentionCallback``, ``set_step``); 0 for those that train gathered.
+        scorer, scorer_options: name in ``scorers/``, or of a plug-in, and its keyword options. ``"auto"`` is ``conv`` at the
+            inputs of an image tower, ``mlp`` at other inputs, and ``linear`` elsewhere; the configuration of a model holds the name.
         estimator, estimator_options: name in ``estimators/``, or of a plug-in, and its keyword options.
         baseline, baseline_options: name in ``baselines/``, or of a plug-in; used by score-function estimators only.
         temperature: number in [1e-6, 1e6] or schedule; of the sampling law or relaxation, in training only.
@@ -49,7 +54,8 @@ class SiteConfig:
     """
 
     budget: BudgetLike = 0.5
-    scorer: str = "linear"
+    anneal: float | None = None
+    scorer: str = AUTO
     scorer_options: dict[str, Any] = field(default_factory=dict)
     estimator: str = "simple"
     estimator_options: dict[str, Any] = field(default_factory=dict)
@@ -95,13 +101,24 @@ class SiteConfig:
         """
         for kind in ("scorer", "estimator", "baseline"):
             name, options = getattr(self, kind), getattr(self, f"{kind}_options")
-            check_options(registry.load(f"{kind}s", name), name, options, where)
-        if registry.load("scorers", self.scorer).sequential:
+            if kind == "scorer" and name == AUTO:
+                self._check_automatic(where)
+            else:
+                check_options(registry.load(f"{kind}s", name), name, options, where)
+        if self.scorer != AUTO and registry.load("scorers", self.scorer).sequential:
             self._check_sequential(where)
         if self.soft_rate and registry.load("estimators", self.estimator).trains_gathered:
             raise HardAttentionError(
                 f"soft_rate={shown(self.soft_rate)} at {shown(where)} has rows look everywhere; estimator '{self.estimator}' computes on the "
                 "kept positions only. Use 0, or an estimator that trains masked ('simple', 'straight_through' ...)."
+            )
+
+    def _check_automatic(self, where: str) -> None:
+        """Refuse options of a scorer that has no name yet."""
+        if self.scorer_options:
+            raise HardAttentionError(
+                f"scorer_options={shown(self.scorer_options)} at {shown(where)} are of no scorer; scorer 'auto' becomes a name when the "
+                f"configuration is attached. Name the scorer: {', '.join(map(repr, registry.names('scorers')))}."
             )
 
     def _check_sequential(self, where: str) -> None:
@@ -138,7 +155,7 @@ class HardAttentionConfig(SiteConfig):
             saved model does not change with a recipe.
         restore: give ``last_hidden_state`` its full length again, all-zero rows where nothing was computed; ``None`` decides by
             the model (T5 and masked image modelling restore).
-        schema_version: of the dict that was read, 1 or 2; what is written has the newest.
+        schema_version: of the dict that was read, 1 to 3; what is written has the newest.
 
     Raises:
         HardAttentionError: a value that is out of place anywhere; the message names the field, the rule, the place and the remedy.
@@ -155,7 +172,7 @@ class HardAttentionConfig(SiteConfig):
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self, recipe: str | None) -> None:
-        _check_schema_version(self.schema_version)
+        check_schema_version(self.schema_version)
         object.__setattr__(self, "schema_version", SCHEMA_VERSION)
         self._read(TOP)
         if recipe is not None:
@@ -221,6 +238,34 @@ class HardAttentionConfig(SiteConfig):
                 site.validate(name)
         return resolved
 
+    def with_scorers(self, sites: Mapping[str, SiteConfig]) -> HardAttentionConfig:
+        """The same with the scorers that ``sites`` name in place of ``"auto"``.
+
+        Args:
+            sites: site to its resolved configuration.
+
+        Returns:
+            A configuration that resolves to ``sites``. Its globs stay where one scorer serves all of them; else it names each site.
+        """
+        scorers = {config.scorer for config in sites.values()}
+        named = [self.scorer, *(overrides.get("scorer", self.scorer) for overrides in (self.sites or {}).values())]
+        if AUTO not in named or not sites:
+            return self
+        if len(scorers) == 1:
+            (scorer,) = scorers
+            globs = self.sites and {
+                pattern: {**overrides, "scorer": scorer} if overrides.get("scorer") == AUTO else overrides
+                for pattern, overrides in self.sites.items()
+            }
+            return self.replace(scorer=scorer if self.scorer == AUTO else self.scorer, sites=globs)
+        common = self.replace(scorer=next(iter(sites.values())).scorer, sites=None) if self.scorer == AUTO else self
+        top = SiteConfig.to_dict(common)
+        differing = {
+            site: {name: value for name, value in config.to_dict().items() if value != top[name]}
+            for site, config in sites.items()
+        }
+        return common.replace(sites=differing)
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, complete, as written to config.json: counts and ratios are marked, whatever prints the numbers."""
         sites = self.sites and {
@@ -247,12 +292,12 @@ class HardAttentionConfig(SiteConfig):
                 f"hard_attention={shown(data)} is not a configuration; give a HardAttentionConfig or its dict."
             )
         # First of all: a newer schema may have keys and values that mean nothing here.
-        _check_schema_version(data.get("schema_version", SCHEMA_VERSION))
+        check_schema_version(data.get("schema_version", SCHEMA_VERSION))
         known = {*(f.name for f in fields(cls)), "recipe"}
         for name in data:
             if name not in known:
                 raise unknown("key of hard_attention:", name, known)
-        return cls(**_with_former_defaults(data))
+        return cls(**with_former_defaults(data))
 
     @classmethod
     def parse(cls, value: Any) -> HardAttentionConfig:
@@ -314,45 +359,3 @@ def _read_overrides(overrides: Any, pattern: str) -> dict[str, Any]:
     if "start" in overrides and "budget" not in overrides:
         overrides = {"budget": overrides}  # a schedule alone
     return {name: read_field(name, value, pattern) for name, value in overrides.items()}
-
-
-def _with_former_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved configuration with the defaults that estimators had in its schema, so that it keeps its meaning."""
-    version = data.get("schema_version", SCHEMA_VERSION)
-    if version == SCHEMA_VERSION:
-        return dict(data)
-    completed = _completed({"estimator": "simple", **data}, version)
-    sites = data.get("sites")
-    if isinstance(sites, Mapping):
-        named = {site: value for site, value in sites.items() if isinstance(value, Mapping)}
-        inherited = completed["estimator"]
-        completed["sites"] = {
-            **sites,
-            **{
-                site: _completed({"estimator": inherited, **value}, version)
-                for site, value in named.items()
-                if {"estimator", "estimator_options"} & value.keys()
-            },
-        }
-    return completed
-
-
-def _completed(fields: Mapping[str, Any], version: int) -> dict[str, Any]:
-    name, options = fields.get("estimator"), fields.get("estimator_options", {})
-    # what is no name or no dict is refused later, by name
-    if not isinstance(name, str) or not isinstance(options, Mapping) or name not in registry.names("estimators"):
-        return dict(fields)
-    completed = registry.load("estimators", name).saved_options(options, version)
-    return {**fields, "estimator_options": completed} if completed or "estimator_options" in fields else dict(fields)
-
-
-def _check_schema_version(version: Any) -> None:
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise HardAttentionError(
-            f"schema_version={shown(version)} is no version; it is an int from 1 to {SCHEMA_VERSION}. Leave it out."
-        )
-    if version > SCHEMA_VERSION:
-        raise HardAttentionError(
-            f"schema_version={shown(version)} is newer than this hf_hardattn knows ({SCHEMA_VERSION}); "
-            "a newer release wrote this configuration. Upgrade with: pip install -U hf-hardattn"
-        )

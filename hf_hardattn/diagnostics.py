@@ -189,6 +189,7 @@ def _prepared(model: nn.Module, site: str, changes: Mapping[str, Any]) -> tuple[
         "baseline_options": {},
         "estimator_options": {},
         "execution": "auto",
+        **({} if before[site].steps else {"anneal": 0}),  # in a training, what a step sees; else the budget itself
         **changes,
     }
     twin = copy.deepcopy(model)

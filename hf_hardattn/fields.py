@@ -73,6 +73,15 @@ def _backward_temperature(name: str, value: Any, where: str) -> Any:
     return _scheduled(TEMPERATURE, "it must stay > 0")(name, value, where)
 
 
+def _anneal(name: str, value: Any, where: str) -> Any:
+    if value is not None and (not is_number(value) or value not in PROBABILITY):
+        raise HardAttentionError(
+            f"{name}={shown(value)} is out of range at {shown(where)}; it is a share of the training, {PROBABILITY}, or None for what "
+            "suits the estimator."
+        )
+    return value
+
+
 def _weight(name: str, value: Any, where: str) -> Any:
     if not is_number(value) or value not in WEIGHT:
         raise HardAttentionError(
@@ -108,6 +117,7 @@ scheduled_weight = _scheduled(WEIGHT, "a loss weight is a number >= 0")
 
 READERS: dict[str, Reader] = {
     "budget": _budget,
+    "anneal": _anneal,
     "scorer": _name,
     "scorer_options": _options,
     "estimator": _name,

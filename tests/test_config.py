@@ -37,6 +37,14 @@ SITES = ["vision.inputs", *(f"vision.{kind}.{layer}" for kind in ("self", "token
         ({"budget": {"start": 1.0, "end": 1.5, "steps": 5}}, "budget=1.5 is out of range"),
         ({"budget": {"start": 1.0}}, "is not a schedule at 'the top level, budget'"),
         ({"estimator": "simpel"}, "unknown estimator 'simpel'; known: .*Did you mean 'simple'"),
+        (
+            {"scorer_options": {"hidden": 3}},
+            "scorer_options=.* at 'the top level' are of no scorer; scorer 'auto' becomes a name .* Name the scorer: 'attention'",
+        ),
+        (
+            {"anneal": 1.5},
+            "anneal=1.5 is out of range at 'the top level'; it is a share of the training, >= 0 and <= 1",
+        ),
         ({"scorer": "liner"}, "unknown scorer 'liner'; known: .*Did you mean 'linear'"),
         ({"baseline": "greedy"}, "unknown baseline 'greedy'; known: "),
         (
@@ -86,7 +94,7 @@ def test_unknown_key_in_json():
     with pytest.raises(
         HardAttentionError, match="newer"
     ):  # a newer schema is named as such before its new keys confuse anybody
-        HardAttentionConfig.from_dict({"schema_version": 3, "brand_new_key": 1})
+        HardAttentionConfig.from_dict({"schema_version": 4, "brand_new_key": 1})
 
 
 def test_missing_extra_names_it():
@@ -104,7 +112,7 @@ def test_json_both_ways():
     )
     again = HardAttentionConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config and again.to_dict() == config.to_dict()
-    assert config.to_dict()["schema_version"] == 2
+    assert config.to_dict()["schema_version"] == 3
 
 
 def printed_by_javascript(value):
@@ -154,7 +162,7 @@ def test_schema_1_is_read_as_it_was_meant(path):
     assert config.budget == old["budget"] and type(config.budget) is type(old["budget"])
     for pattern, overrides in old["sites"].items():
         assert config.sites[pattern] == overrides
-    assert config.to_dict()["schema_version"] == 2
+    assert config.to_dict()["schema_version"] == 3
     assert HardAttentionConfig.from_dict(config.to_dict()) == config
 
 
@@ -170,7 +178,7 @@ def test_schema_version_is_a_small_int(version):
         HardAttentionConfig,
         lambda schema_version: HardAttentionConfig.from_dict({"schema_version": schema_version}),
     ):
-        with pytest.raises(HardAttentionError, match="schema_version=.* is no version; it is an int from 1 to 2"):
+        with pytest.raises(HardAttentionError, match="schema_version=.* is no version; it is an int from 1 to 3"):
             make(schema_version=version)
 
 
@@ -233,7 +241,10 @@ def test_patterns_that_contradict_each_other_are_refused_where_they_meet():
             "delay=<int|delay=1000.* of a schedule",
         ),
         ({"baseline_options": {"args": 1}}, "unknown option of baseline 'moving_average': 'args'"),
-        ({"scorer_options": {"hidden": 3}}, "unknown option of scorer 'linear': 'hidden' .*; there are none"),
+        (
+            {"scorer": "linear", "scorer_options": {"hidden": 3}},
+            "unknown option of scorer 'linear': 'hidden' .*; there are none",
+        ),
         (
             {"scorer": "mlp", "scorer_options": {"hidden": -1}},
             "hidden=-1 is out of range at scorer mlp .scorer_options of 'the top level'.; it must be an int >= 1 and <= 8192",

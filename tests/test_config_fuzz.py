@@ -94,6 +94,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 KINDS = {"scorer": "scorers", "estimator": "estimators", "baseline": "baselines"}
 NAMES = {kind: registry.names(folder) for kind, folder in KINDS.items()}
+NAMES["scorer"] += ("auto",)
 
 
 def amount(value):
@@ -156,13 +157,14 @@ LEGAL: dict[str, Any] = {
     "share_selection": FLAG,
     "execution": one_of("auto", "masked", "gathered"),
     "pack": one_of(None, True, False),
+    "anneal": lambda v: v is None or number(0, 1)(v),
     **{kind: one_of(*NAMES[kind]) for kind in KINDS},
 }
 LEGAL_ABOVE = {
     "self_distillation": weight,
     "restore": one_of(None, True, False),
     "recipe": one_of(None, "robust"),
-    "schema_version": integer(1, 2),
+    "schema_version": integer(1, 3),
 }
 DEFAULTS = {f: getattr(HardAttentionConfig(), f) for f in (*LEGAL, *(f"{kind}_options" for kind in KINDS))}
 
@@ -198,13 +200,14 @@ def faults_together(site):
 
 def faults_of(data):
     """What is wrong with a configuration: words of which the error has to hold one. Nothing where it is legal."""
-    if not LEGAL_ABOVE["schema_version"](data.get("schema_version", 2)):
+    if not LEGAL_ABOVE["schema_version"](data.get("schema_version", 3)):
         return ["schema_version"]
     known = {*DEFAULTS, *LEGAL_ABOVE, "sites"}
     faults = [repr(name)[:40] for name in data if name not in known]
     faults += [name for name in data if name in LEGAL and not LEGAL[name](data[name])]
     faults += [name for name in data if name in LEGAL_ABOVE and not LEGAL_ABOVE[name](data[name])]
-    top = {**DEFAULTS, **{name: value for name, value in data.items() if name in DEFAULTS}}
+    old = {"scorer": "linear"} if data.get("schema_version") in (1, 2) else {}
+    top = {**DEFAULTS, **old, **{name: value for name, value in data.items() if name in DEFAULTS}}
     faults += faults_of_options(top)
     sites = data.get("sites")
     if sites is not None and (not isinstance(sites, (str, list, dict)) or not sites):
@@ -221,9 +224,6 @@ def faults_of(data):
         faults += faults_of_options(site)
         faults += faults_together(site)
     faults += faults_together(top)
-    if LEGAL_ABOVE["recipe"](data.get("recipe")) and data.get("recipe") is not None:
-        budgets = [top["budget"], *(o["budget"] for o in overridden(sites) if "budget" in o)]
-        faults += ["budget="] if any(type(amount(b)) is int for b in budgets) else []
     return faults
 
 
@@ -232,11 +232,6 @@ def bare(overrides):
     if isinstance(overrides, dict):
         return len(overrides) == 1 and set(overrides) <= {"count", "ratio"} or "start" in overrides
     return isinstance(overrides, str) or type(overrides) in (int, float)
-
-
-def overridden(sites):
-    values = sites.values() if isinstance(sites, dict) else ()
-    return [{"budget": v} if bare(v) else v for v in values if isinstance(v, dict) or bare(v)]
 
 
 def merged(top, overrides):
@@ -343,10 +338,11 @@ GOOD: dict[str, Any] = {
     "share_selection": lambda draw: pick(draw, [True, False]),
     "execution": lambda draw: pick(draw, ["auto", "masked", "gathered"]),
     "pack": lambda draw: pick(draw, [None, True, False]),
+    "anneal": lambda draw: pick(draw, [None, 0, 0.4, 1.0]),
     "self_distillation": scheduled(0, 1e6),
     "restore": lambda draw: pick(draw, [None, True, False]),
     "recipe": lambda draw: pick(draw, [None, "robust"]),
-    "schema_version": lambda draw: pick(draw, [1, 2]),
+    "schema_version": lambda draw: pick(draw, [1, 2, 3]),
 }
 
 
@@ -428,7 +424,8 @@ def assert_as_meant(config, data):
 
 def assert_works(site, choose):
     """Build the parts of a site; with ``choose``, choose once in training, with gradient. Whatever comes out is finite."""
-    scorer = registry.load("scorers", site.scorer)(hidden_size=6, query_size=6, heads=1, **site.scorer_options)
+    name = "linear" if site.scorer == "auto" else site.scorer
+    scorer = registry.load("scorers", name)(hidden_size=6, query_size=6, heads=1, **site.scorer_options)
     estimator = registry.load("estimators", site.estimator)(**site.estimator_options)
     registry.load("baselines", site.baseline)(**site.baseline_options).build(6)
     now = {

@@ -16,7 +16,7 @@ def vit(**config):
         "pixel_values": torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(3)),
         **{"labels": torch.tensor([4, 0, 2])},
     }
-    harden(example.model, {"sites": ["vision.inputs"], "budget": 2, **config})
+    harden(example.model, {"sites": ["vision.inputs"], "scorer": "linear", "budget": 2, **config})
     return example
 
 

@@ -29,6 +29,7 @@ LAYERS = {
     "distributions": 1,
     "recipes": 1,
     "fields": 2,
+    "schemas": 2,
     "config": 2,
     "scorers": 3,
     "estimators": 4,

@@ -21,7 +21,7 @@ from hf_hardattn.schedules import Schedule
 
 def vit(**config):
     example = stock("vit", "ViTForImageClassification")
-    harden(example.model, {"sites": ["vision.inputs"], "budget": 3, **config})
+    harden(example.model, {"sites": ["vision.inputs"], "scorer": "linear", "budget": 3, **config})
     example.model.train()
     return example
 
@@ -352,8 +352,7 @@ def test_a_share_of_the_training_needs_its_length():
 
 def test_recipe_sets_what_stands_at_its_default():
     robust = hf_hardattn.HardAttentionConfig(recipe="robust", budget=0.25, sites={"vision.tokens.3": {"budget": 0.5}})
-    assert robust.budget["start"] == 1.0 and robust.budget["end"] == 0.25
-    assert robust.sites["vision.tokens.3"]["budget"]["end"] == 0.5
+    assert robust.anneal == 0.4 and robust.budget == 0.25 and robust.backward_temperature == "adaptive"
     assert robust.estimator == "simple" and robust.estimator_options == {"sample": False}
     assert hf_hardattn.HardAttentionConfig.from_dict(robust.to_dict()) == robust and "recipe" not in robust.to_dict()
     assert hf_hardattn.HardAttentionConfig.from_dict({"recipe": "robust", "budget": 0.25}).budget == robust.budget
@@ -362,7 +361,6 @@ def test_recipe_sets_what_stands_at_its_default():
     )  # a saved model takes another budget, as load(budget=9) gives it
     mine = hf_hardattn.HardAttentionConfig(recipe="robust", budget=0.25, estimator="gumbel", backward_temperature=0.3)
     assert mine.estimator == "gumbel" and mine.estimator_options == {} and mine.backward_temperature == 0.3
-    with pytest.raises(HardAttentionError, match="budget=9 counts positions; recipe 'robust'"):
-        hf_hardattn.HardAttentionConfig(recipe="robust", budget=9)
+    assert hf_hardattn.HardAttentionConfig(recipe="robust", anneal=0).anneal == 0
     with pytest.raises(HardAttentionError, match="unknown recipe 'robst'.*Did you mean 'robust'"):
         hf_hardattn.HardAttentionConfig(recipe="robst")

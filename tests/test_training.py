@@ -26,7 +26,7 @@ def build(**changes: Any) -> ViTForImageClassification:
     sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=37, num_labels=2)
     config = ViTConfig(image_size=12, patch_size=4, num_channels=1, initializer_range=0.2, **sizes)
     if changes:
-        config.hard_attention = HardAttentionConfig(**{"sites": ["vision.inputs"], **changes})
+        config.hard_attention = HardAttentionConfig(**{"sites": ["vision.inputs"], "scorer": "linear", **changes})
     return ViTForImageClassification(config)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..errors import HardAttentionError
 from ..modeling.arguments import parameter_names, takes_keywords
 from ..modeling.context import CONTEXT, ForwardContext, set_current
 from ..modeling.selection import Selection
+from ..modeling.selector import Selector
 from ..models import family_of
 from ..modes import evaluating
 from ..recording import Recording, selectors
@@ -23,12 +24,17 @@ from .distillation import attention_loss, prediction_loss, teach
 from .marginal import marginal_loss
 from .score_function import auxiliary_loss
 
+_TOLD = "hard_attention_told"  # attribute of a model: it was said that nothing is annealed
+
 
 def prepare_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: ForwardContext) -> None:
     """Before a training call: give the estimators that read the answer the states of the labels."""
     if not model.training:
         return
-    if not any(selector.posterior is not None for selector in selectors(model).values()):
+    found = selectors(model)
+    if not torch.compiler.is_compiling():
+        _tell_of_annealing(model, found)
+    if not any(selector.posterior is not None for selector in found.values()):
         return
     context.target = _target(model, _named(model, args, kwargs))
     if context.target is None:
@@ -37,6 +43,20 @@ def prepare_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             "prior and learns as 'simple' does. Pass labels, or use estimator 'simple'.",
             stacklevel=2,
         )
+
+
+def _tell_of_annealing(model: nn.Module, found: Mapping[str, Selector]) -> None:
+    """Say once that budgets stand at their targets, because nobody said how long the training is."""
+    sites = [site for site, selector in found.items() if selector.lacks_length and selector.learned]
+    if not sites or model.__dict__.get(_TOLD):
+        return
+    model.__dict__[_TOLD] = True
+    warnings.warn(
+        f"the budget of {', '.join(map(repr, sites[:3]))}{' ...' if len(sites) > 3 else ''} is not annealed, because nobody says how many "
+        "steps the training has; pathwise estimators learn better where it falls from everything. Add HardAttentionCallback() to the "
+        "Trainer, call hf_hardattn.set_step(model, step, total_steps) before each step, or set anneal=0 to silence this.",
+        stacklevel=2,
+    )
 
 
 def add_terms(

@@ -14,7 +14,7 @@ from ..config import HardAttentionConfig, SiteConfig
 from ..errors import HardAttentionError, some_names
 from . import attention, heads, members, patches, pooling
 from .arguments import parameter_names, takes_keywords
-from .build import Kinds, build_selector, reusable, shared_choices, source_protected
+from .build import Kinds, build_selector, name_scorers, reusable, shared_choices, source_protected
 from .causal import after_prompt_layer, before_prompt_layer
 from .cross import SOURCE_MASK
 from .family import FAMILY, Family, Tower
@@ -71,6 +71,8 @@ def attach(
         raise HardAttentionError(
             f"no site of {type(model).__name__} is selected by {list(config.sites or [])}; it has: {some_names(list(kinds))}."
         )
+    resolved = name_scorers(resolved, kinds)
+    config = config.with_scorers(resolved)  # a checkpoint must not depend on what "auto" means later
     _check_restore(model, config, towers)
     _check_averages(model, resolved, kinds, family)
     for name in dict.fromkeys(kinds[site][0].name for site in resolved):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from .. import registry
-from ..config import SiteConfig
+from ..config import AUTO, SiteConfig
 from ..errors import HardAttentionError
 from .attention import refuse_per_query
 from .candidates import Protected
@@ -17,6 +18,23 @@ Kinds = Mapping[str, tuple[Tower, str, int]]
 
 # What a weight of a selector depends on; a trained selector is kept where all of it stays.
 _WEIGHTS = ("scorer", "scorer_options", "estimator", "estimator_options", "baseline", "baseline_options", "per_head")
+
+
+def name_scorers(resolved: Mapping[str, SiteConfig], kinds: Kinds) -> dict[str, SiteConfig]:
+    """Put a name where the configuration leaves the scorer to the kind of site."""
+    return {
+        site: replace(config, scorer=_suitable_scorer(*kinds[site][:2])) if config.scorer == AUTO else config
+        for site, config in resolved.items()
+    }
+
+
+def _suitable_scorer(tower: Tower, kind: str) -> str:
+    """What was measured to tell relevant positions there (``results/compare``)."""
+    if kind != "inputs":
+        return "linear"
+    # No layer has mixed the rows yet: a patch alone cannot tell a part of an object from clutter, and of embeddings that were
+    # never trained for it no direction separates the informative tokens.
+    return "conv" if tower.has_patches else "mlp"
 
 
 def build_selector(site: str, config: SiteConfig, tower: Tower, kind: str, target_size: int) -> Selector:

@@ -23,6 +23,8 @@ from .offloading import weights_in_place
 from .posterior import Posterior
 from .selection import Selection
 
+ANNEAL = 0.4  # share of the training over which a pathwise estimator's budget falls from everything, unless the configuration says
+
 
 class Selector(nn.Module):
     """Makes the choice of one site.
@@ -84,6 +86,16 @@ class Selector(nn.Module):
         self.soft_rate = Schedule.parse(config.soft_rate, site)
         self.entropy_weight = Schedule.parse(config.entropy_weight, site)
         self.budget_schedule = Schedule.parse(config.budget, site) if isinstance(config.budget, dict) else None
+        self.annealing = self._annealing()
+
+    def _annealing(self) -> Schedule | None:
+        """The share that is kept at least in training, over the steps; None where the budget is not annealed."""
+        budget, share = self.config.budget, self.config.anneal
+        if share is None:
+            share = 0.0 if self.estimator.trains_gathered else ANNEAL
+        if not share or isinstance(budget, (str, dict)) or self.keeps_all:
+            return None
+        return Schedule(1.0, budget if isinstance(budget, float) else 0.0, steps=float(share))
 
     def set_config(self, config: SiteConfig) -> None:
         """Take another configuration of the same scorer, estimator and baseline."""
@@ -111,6 +123,11 @@ class Selector(nn.Module):
     def learned(self) -> bool:
         """Whether there is anything to learn; a control without parameters can train gathered under any estimator."""
         return next(self.scorer.parameters(), None) is not None
+
+    @property
+    def lacks_length(self) -> bool:
+        """Whether the budget would be annealed if anybody said how many steps the training has."""
+        return self.annealing is not None and self.config.anneal is None and not self.steps
 
     @property
     def adds_terms(self) -> bool:
@@ -154,9 +171,12 @@ class Selector(nn.Module):
     def budget(self, *, drawing: bool, final: bool = False) -> Budget:
         """The budget in force: of the current step in training, the schedule's end in evaluation."""
         schedule = self.budget_schedule
-        if schedule is None:
-            return Budget.parse(self.config.budget, self.site)
-        return Budget.parse(float(self.now(schedule, final) if drawing else schedule.end), self.site)
+        if schedule is not None:
+            return Budget.parse(float(self.now(schedule, final) if drawing else schedule.end), self.site)
+        budget = Budget.parse(self.config.budget, self.site)
+        if not drawing or final or self.annealing is None or self.lacks_length:
+            return budget
+        return replace(budget, least=float(self.now(self.annealing)))
 
     def now(self, schedule: Schedule, final: bool = False) -> float:
         """The value of a schedule at the current step, or at its end."""

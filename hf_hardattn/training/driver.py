@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..api import set_step
-from ..budget import Budget
 from ..errors import HardAttentionError
 from ..modeling.context import CONTEXT
 from ..modeling.selection import Selection
@@ -94,11 +93,9 @@ class Driver:
                 row[f"hardattn/{site}/kept_ratio"] = latest.kept_ratio.float().mean().item()
                 if latest.entropy is not None:
                     row[f"hardattn/{site}/entropy"] = latest.entropy.float().mean().item()
-            schedule = selector.budget_schedule
             row[f"hardattn/{site}/temperature"] = float(selector.now(selector.temperature))
-            row[f"hardattn/{site}/budget"] = float(
-                Budget.parse(selector.config.budget, site).value if schedule is None else selector.now(schedule)
-            )
+            budget = selector.budget(drawing=True)
+            row[f"hardattn/{site}/budget"] = float(max(budget.value, budget.least))
         for name, total in self._sums.items():
             row[f"hardattn/{name}"] = (total / self._count).item()
         self._sums, self._count = {}, 0

@@ -268,7 +268,7 @@ def build(case: VersionCase) -> Any:
     model: Any = copy.deepcopy(_stock(case.model))
     if case.attention is not None:
         model.set_attn_implementation(case.attention)
-    hf_hardattn.apply(model, hf_hardattn.HardAttentionConfig(**case.hard))
+    hf_hardattn.apply(model, hf_hardattn.HardAttentionConfig(**{"scorer": "linear", **case.hard}))
     initialise_selectors(model)
     if case.step is not None:
         hf_hardattn.set_step(model, *case.step)

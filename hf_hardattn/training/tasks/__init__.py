@@ -83,7 +83,7 @@ class Base:
 
     model_class: ClassVar[type[PreTrainedModel]]
     site: ClassVar[str]
-    scorer: ClassVar[str] = "linear"
+    scorer: ClassVar[str] = "auto"
     scorer_options: ClassVar[dict[str, Any]] = {}
     budget: ClassVar[float]
     recipe: ClassVar[Recipe]

@@ -25,7 +25,6 @@ class Cluttered(Base):
 
     model_class = ViTForImageClassification
     site = "vision.inputs"
-    scorer = "conv"  # a patch alone cannot tell a part of the item from a fragment; its neighbours can
     scene: ClassVar[Scene]
     names: ClassVar[tuple[str, ...]] = tuple("0123456789")  # of the classes
 

@@ -23,7 +23,6 @@ class PlantedRationale(Drawn):
     """
 
     site = "encoder.inputs"
-    scorer = "mlp"  # no direction separates the informative tokens' random embeddings from the others'
     budget = 4 / 64
     recipe = Recipe(trunk_steps=600, branch_steps=400, batch=32)
 
