@@ -52,7 +52,13 @@ def example(place: tuple[str, str, str], hard: bool = True, **changes: Any) -> E
         for parameter in made.model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     if hard:
-        config.hard_attention = {"sites": [place[2]], "budget": 0.5, "estimator": "straight_through", **changes}
+        config.hard_attention = {
+            "sites": [place[2]],
+            "scorer": "linear",
+            "budget": 0.5,
+            "estimator": "straight_through",
+            **changes,
+        }
     model = type(made.model)._from_config(config, **attention)
     model.load_state_dict(made.model.state_dict(), strict=False)
     torch.manual_seed(1)
