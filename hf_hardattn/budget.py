@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .amounts import MOST_COUNT, is_marked, read_amount, write_amount
 from .errors import HardAttentionError, shown
-from .schedules import read_schedule, write_schedule
+from .schedules import Sampled, Schedule, read_schedule, write_schedule
 
 # What a user may write for a budget: a count, a ratio, "threshold:t", "top_p:p", a schedule, or the JSON form of one of them.
 BudgetLike: TypeAlias = int | float | str | Mapping[str, Any]
@@ -104,18 +104,21 @@ def _share(ratio: float, n: Any) -> Any:
 
 
 def read_budget(budget: Any, where: str) -> Any:
-    """Return the form that a configuration holds: an int, a float, a string, or a schedule of ratios.
+    """Return the form that a configuration holds: an int, a float, a string, a schedule of ratios, or a range of them.
 
     Args:
         budget: in memory or from JSON.
         where: place, for an error.
 
     Raises:
-        HardAttentionError: no budget, out of range, or a schedule of something else than ratios.
+        HardAttentionError: no budget, out of range, or a schedule or range of something else than ratios.
     """
     if not isinstance(budget, Mapping) or is_marked(budget):
         Budget.parse(budget, where)
         return read_amount(budget, "budget", where)
+    if is_sampled(budget):
+        sampled = Sampled.parse(budget, where)
+        return {"sample": [sampled.low, sampled.high]}
     schedule = read_schedule(budget, f"{where}, budget")
     for name in ("start", "end"):
         if not 0.0 < schedule[name] <= 1.0:
@@ -125,8 +128,28 @@ def read_budget(budget: Any, where: str) -> Any:
     return schedule
 
 
+def is_sampled(budget: Any) -> bool:
+    """Whether every step of a training draws a ratio of its own: ``{"sample": [0.1, 1.0]}``."""
+    return isinstance(budget, Mapping) and "sample" in budget
+
+
+def budget_schedule(budget: Any, where: str) -> Schedule | Sampled | None:
+    """The ratio over optimizer steps of a budget that a configuration holds; None where it stays the same."""
+    if not isinstance(budget, Mapping) or is_marked(budget):
+        return None
+    return Sampled.parse(budget, where) if is_sampled(budget) else Schedule.parse(budget, where)
+
+
+def final_budget(budget: Any) -> Any:
+    """What evaluation keeps: the end of a schedule, the least of a range, else the budget itself."""
+    schedule = budget_schedule(budget, "budget")
+    return budget if schedule is None else float(schedule.end)
+
+
 def write_budget(budget: Any) -> Any:
-    """Return the JSON form: a count and a ratio marked as such, a schedule with marked steps, a string as it is."""
+    """Return the JSON form: a count and a ratio marked as such, a schedule with marked steps, a string and a range as they are."""
+    if is_sampled(budget):
+        return {"sample": list(budget["sample"])}
     return write_schedule(budget) if isinstance(budget, Mapping) else write_amount(budget)
 
 
@@ -134,7 +157,7 @@ _NUMBER = re.compile(
     r"[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?"
 )  # float() also reads "0_5", " 0.5 " and other scripts' digits
 _RULE = (
-    'use an int >= 1 (positions), a float in (0, 1] (ratio to KEEP), "threshold:t", "top_p:p" or a schedule of ratios; '
+    'use an int >= 1 (positions), a float in (0, 1] (ratio to KEEP), "threshold:t", "top_p:p", a schedule of ratios or {"sample": [low, high]}; '
     'in JSON {"count": 8} or {"ratio": 0.5}.'
 )
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, InitVar, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from . import registry
-from .amounts import is_marked, is_number
 from .budget import BudgetLike
 from .errors import HardAttentionError, did_you_mean, shown, some_names, unknown
 from .fields import READERS, choice, is_configuration, read_field, scheduled_weight, write_field
 from .options import check_options
+from .overrides import read_sites
 from .recipes import expand
 from .schedules import write_schedule
 from .schemas import SCHEMA_VERSION, check_schema_version, with_former_defaults
 
 TOP = "the top level"
 AUTO = "auto"  # the scorer that suits the kind of site; a name when the configuration is attached
-MOST_GLOB = 500  # characters
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +28,8 @@ class SiteConfig:
     Attributes:
         budget: positions kept per row: int >= 1, float in (0, 1] of the valid positions, ``"threshold:t"``, ``"top_p:p"``,
             or a schedule of floats over optimizer steps (evaluation uses its end). In JSON ``{"count": 8}`` and ``{"ratio": 0.5}``.
+            ``{"sample": [0.1, 1.0]}`` draws a ratio a training step, so that the model serves all of them: evaluation keeps the
+            lower one until ``set_budget`` says otherwise.
         anneal: number in [0, 1]; share of the training over which a count or a ratio falls from everything to ``budget``, so that
             the selector learns from a model that still sees it all. 0: never. None: 0.4 for estimators that train masked, where the
             number of steps is known (``HardAttentionCallback``, ``set_step``); 0 for those that train gathered.
@@ -316,46 +317,3 @@ class HardAttentionConfig(SiteConfig):
 
 
 _RESTORE = choice({None: "the model decides", True: "full length", False: "kept rows only"})
-
-
-def read_sites(sites: Any) -> dict[str, dict[str, Any]] | None:
-    """Return globs and their overrides, in the one form that a configuration holds.
-
-    Args:
-        sites: None, a glob, a collection of globs, or a dict of globs to overrides, to a budget alone, or to None.
-
-    Raises:
-        HardAttentionError: none of these, an empty collection, a glob that is no string, a field out of place.
-    """
-    if sites is None:
-        return None
-    if isinstance(sites, str):
-        sites = [sites]
-    if not isinstance(sites, (Mapping, list, tuple, Set)):
-        raise HardAttentionError(
-            f"sites={shown(sites)} is not a choice of sites; give a glob, a list of globs, or a dict of globs to overrides."
-        )
-    if not sites:
-        raise HardAttentionError("sites is empty; name at least one site, or None for the recommended ones.")
-    read = {}
-    for pattern in sites:
-        if not isinstance(pattern, str) or not 0 < len(pattern) <= MOST_GLOB:
-            raise HardAttentionError(
-                f"sites names {shown(pattern)}; a glob is a string of 1 to {MOST_GLOB} characters, such as 'vision.tokens.*'."
-            )
-        read[pattern] = _read_overrides(sites[pattern] if isinstance(sites, Mapping) else None, pattern)
-    return read
-
-
-def _read_overrides(overrides: Any, pattern: str) -> dict[str, Any]:
-    if overrides is None:
-        return {}
-    if is_number(overrides) or isinstance(overrides, str) or is_marked(overrides):
-        overrides = {"budget": overrides}
-    if not isinstance(overrides, Mapping):
-        raise HardAttentionError(
-            f"sites says {shown(overrides)} at {shown(pattern)}; give a dict of fields, or a budget: a count, a ratio or a string."
-        )
-    if "start" in overrides and "budget" not in overrides:
-        overrides = {"budget": overrides}  # a schedule alone
-    return {name: read_field(name, value, pattern) for name, value in overrides.items()}

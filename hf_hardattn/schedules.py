@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .amounts import MOST_COUNT, is_number, read_amount, write_amount
 from .errors import HardAttentionError, shown, unknown
@@ -17,6 +17,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 LARGEST = 1e30  # of a value: float32 holds it, and so does its product with a loss
 LEAST_EXPONENTIAL = 1e-12  # of a value: the ratio of two values stays finite
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,48 @@ class Schedule:
         if self.shape == "exponential":
             return self.start * (self.end / self.start) ** x
         return self.start + (self.end - self.start) * SHAPES[self.shape](x)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A ratio that every optimizer step draws anew, as likely between 0.1 and 0.2 as between 0.4 and 0.8.
+
+    ``low (high / low) ** u``, u the fractional part of ``1/2 + step / golden ratio``: a sequence that covers [0, 1] evenly from its
+    first steps on, and that needs no state: a resumed training and all processes draw the same.
+
+    Attributes:
+        low, high: 0 < low < high <= 1. Evaluation stands at ``low``.
+    """
+
+    low: float
+    high: float
+    constant: ClassVar[bool] = False
+    relative: ClassVar[bool] = False
+
+    @classmethod
+    def parse(cls, value: Any, where: str) -> Sampled:
+        """Read ``{"sample": [0.1, 1.0]}``; ``where`` names the place in an error.
+
+        Raises:
+            HardAttentionError: something else than two ratios, the lower one first.
+        """
+        ends = value["sample"]
+        fine = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(map(is_number, ends))
+        if len(value) != 1 or not fine or not 0 < ends[0] < ends[1] <= 1:
+            raise HardAttentionError(
+                f"budget={shown(value)} is out of range at {shown(where)}; a sampled budget is two ratios to KEEP, the lower one first, "
+                'in (0, 1]. Write {"sample": [0.1, 1.0]}.'
+            )
+        return cls(float(ends[0]), float(ends[1]))
+
+    @property
+    def end(self) -> float:
+        """What evaluation keeps, until ``set_budget`` says otherwise."""
+        return self.low
+
+    def __call__(self, step: int, total: int = 0) -> float:
+        """The ratio of an optimizer step, counted from 0."""
+        return self.low * (self.high / self.low) ** ((0.5 + step * _GOLDEN) % 1.0)
 
 
 def read_schedule(value: Any, where: str) -> Any:

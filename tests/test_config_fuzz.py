@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hf_hardattn import HardAttentionConfig, HardAttentionError, registry
-from hf_hardattn.budget import Budget
+from hf_hardattn.budget import Budget, budget_schedule
 from hf_hardattn.estimators import Sampling
 from hf_hardattn.options import option_rules
 from hf_hardattn.schedules import Schedule
@@ -112,6 +112,12 @@ def steps(value, low):
     return integer(low, 2**31 - 1)(value) or type(value) is float and 0 < value <= 1
 
 
+def sampled(value):
+    ends = value.get("sample") if isinstance(value, dict) and len(value) == 1 else None
+    fine = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(number(0, 1, above=True)(end) for end in ends)
+    return fine and ends[0] < ends[1]
+
+
 def schedule(legal):
     def check(value):
         if type(value) in (int, float):
@@ -138,6 +144,8 @@ def budget(value):
     if isinstance(value, str):
         match = re.fullmatch(r"(threshold|top_p):([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)", value, re.ASCII)
         return bool(match) and 0 < float(match[2]) < 1
+    if isinstance(value, dict) and "sample" in value:
+        return sampled(value)
     if isinstance(value, dict) and "start" in value:
         return schedule(number(0, 1, above=True))(value)
     value = amount(value)
@@ -230,7 +238,7 @@ def faults_of(data):
 def bare(overrides):
     """Whether a site's value is a budget alone."""
     if isinstance(overrides, dict):
-        return len(overrides) == 1 and set(overrides) <= {"count", "ratio"} or "start" in overrides
+        return len(overrides) == 1 and set(overrides) <= {"count", "ratio"} or {"start", "sample"} & overrides.keys()
     return isinstance(overrides, str) or type(overrides) in (int, float)
 
 
@@ -306,6 +314,8 @@ def scheduled(low, high):
 def a_budget(draw):
     if draw.random() < 0.2:
         return a_schedule(draw, 0.05, 1)
+    if draw.random() < 0.05:
+        return {"sample": pick(draw, [[0.1, 1.0], (0.25, 0.5), [0.1, 1], [0.5], [0.5, 0.1], [1, 8], "0.1"])}
     ratio = round(draw.uniform(0.01, 1), 3)
     marked = [{"count": draw.randint(1, 30)}, {"ratio": ratio}, {"ratio": 1}]
     return pick(draw, [draw.randint(1, 30), ratio, 1.0, 1, f"threshold:{ratio / 2}", f"top_p:{ratio / 2}", *marked])
@@ -392,6 +402,8 @@ def meaning(name, value):
         filled = {"delay": 0, "shape": "linear", "stages": 0, **value}
         read = {key: amount(v) if key != "shape" else v for key, v in filled.items()}
         return {key: (type(v) if key in ("steps", "delay") else None, v) for key, v in read.items()}
+    if name == "budget" and isinstance(value, dict) and "sample" in value:
+        return [float(end) for end in value["sample"]]
     if name == "budget" and not isinstance(value, str):
         return type(amount(value)), amount(value)
     return value
@@ -434,7 +446,7 @@ def assert_works(site, choose):
     }
     assert all(map(math.isfinite, now.values())) and scorer.hidden_size == 6
     scheduled = isinstance(site.budget, dict)
-    keep = Budget.parse(Schedule.parse(site.budget, "budget")(3, 10) if scheduled else site.budget, "budget")
+    keep = Budget.parse(budget_schedule(site.budget, "budget")(3, 10) if scheduled else site.budget, "budget")
     assert 0 < keep.slots(5) <= 5
     if not choose or site.estimator_options.get("draws", 0) > 100:
         return

@@ -30,6 +30,7 @@ LAYERS = {
     "recipes": 1,
     "fields": 2,
     "schemas": 2,
+    "overrides": 2,
     "config": 2,
     "scorers": 3,
     "estimators": 4,

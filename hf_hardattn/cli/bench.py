@@ -230,6 +230,7 @@ def _saved(model: str) -> dict[str, Any] | None:
     """What a hard checkpoint says of itself: where it selects, at the end of its schedules, and its usual size; None for others."""
     from transformers import AutoConfig
 
+    from ..budget import final_budget, read_budget
     from ..config import HardAttentionConfig
 
     if not (Path(model) / "config.json").is_file() and "/" not in model:
@@ -239,7 +240,9 @@ def _saved(model: str) -> dict[str, Any] | None:
         return None
     hard = HardAttentionConfig.parse(config.hard_attention).to_dict()
     for part in (hard, *(hard.get("sites") or {}).values()):
-        for name in ("budget", "temperature", "entropy_weight", "exploration"):
+        if "budget" in part:
+            part["budget"] = final_budget(read_budget(part["budget"], "budget"))
+        for name in ("temperature", "entropy_weight", "exploration"):
             if isinstance(part.get(name), dict) and "end" in part[name]:
                 part[name] = part[name]["end"]
     return {"hard_attention": hard, "size": getattr(config, "image_size", None) or 512}

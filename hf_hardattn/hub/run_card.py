@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..amounts import read_amount
+from ..budget import is_sampled
 from ..errors import HardAttentionError
 from .card import SOURCE
 from .remote_code import auto_class
@@ -112,7 +113,7 @@ def source_of_run(folder: Path, repo_id: str) -> dict[str, Any]:
             "estimator": str(hard["estimator"]),
             "inference": "deterministic, by the scores.",
             "always_kept": "CLS, or the end of a T5 row, where a row shares its choice",
-            "schedule": json.dumps(hard["budget"]) if _is_schedule(hard["budget"]) else "a constant budget",
+            "schedule": _schedule(hard),
             "recipe": {key: _ref("arguments", key) for key in RECIPE if key in arguments},
             "sites": [_site(hard, site) for site in found.get("kept_ratio", {})],
         },
@@ -185,6 +186,14 @@ def _ref(*parts: str) -> dict[str, str]:
     return {"$ref": f"{RESULTS}#/{'/'.join(part.replace('~', '~0').replace('/', '~1') for part in parts)}"}
 
 
+def _schedule(hard: dict[str, Any]) -> str:
+    """How the budget went through the training, in words."""
+    budget, anneal = hard["budget"], hard.get("anneal", 0)
+    if _is_schedule(budget) or is_sampled(budget):
+        return json.dumps(budget)
+    return f"a constant target, anneal {json.dumps(anneal)}" if anneal != 0 else "a constant budget"
+
+
 def _is_schedule(budget: Any) -> bool:
     return isinstance(budget, dict) and "end" in budget
 
@@ -198,6 +207,8 @@ def _site(hard: dict[str, Any], site: str) -> dict[str, Any]:
             place, budget = ("hard_attention", "sites", pattern, "budget"), overrides["budget"]
     if _is_schedule(budget):
         place, budget = (*place, "end"), float(budget["end"])
+    elif is_sampled(budget):
+        place, budget = (*place, "sample", "0"), float(budget["sample"][0])
     elif isinstance(budget, dict) and "ratio" in budget:
         place, budget = (*place, "ratio"), float(budget["ratio"])
     target = (

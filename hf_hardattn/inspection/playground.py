@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..budget import final_budget
 from ..efficiency.counting import count_flops
 from ..errors import HardAttentionError, missing_extra
 from ..modes import soft
@@ -166,8 +167,7 @@ def launch(models: Sequence[str], port: int | None = None, host: str | None = No
 
 def _own_ratio(bundle: ModelWithProcessor) -> float:
     """The share that the model's own budget keeps, where it is a ratio or a count of patches, else a half."""
-    budget: Any = next(iter(selectors(bundle.model).values())).config.budget
-    budget = budget.get("end") if isinstance(budget, dict) else budget
+    budget = final_budget(next(iter(selectors(bundle.model).values())).config.budget)
     if isinstance(budget, int) and bundle.takes_images:
         config = getattr(bundle.model.config, "vision_config", bundle.model.config)
         budget = min(1.0, budget / (config.image_size // config.patch_size) ** 2)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import registry
-from ..budget import Budget
+from ..budget import Budget, budget_schedule
 from ..config import SiteConfig
 from ..errors import HardAttentionError
-from ..schedules import Schedule
+from ..schedules import Sampled, Schedule
 from ..scorers import Projections, Sequential
 from .candidates import Candidates, Protected, TrainingInputs
 from .choosing import choose
@@ -85,7 +85,7 @@ class Selector(nn.Module):
         self.exploration = Schedule.parse(config.exploration, site)
         self.soft_rate = Schedule.parse(config.soft_rate, site)
         self.entropy_weight = Schedule.parse(config.entropy_weight, site)
-        self.budget_schedule = Schedule.parse(config.budget, site) if isinstance(config.budget, dict) else None
+        self.budget_schedule = budget_schedule(config.budget, site)
         self.annealing = self._annealing()
 
     def _annealing(self) -> Schedule | None:
@@ -178,7 +178,7 @@ class Selector(nn.Module):
             return budget
         return replace(budget, least=float(self.now(self.annealing)))
 
-    def now(self, schedule: Schedule, final: bool = False) -> float:
+    def now(self, schedule: Schedule | Sampled, final: bool = False) -> float:
         """The value of a schedule at the current step, or at its end."""
         if schedule.constant or final:
             return schedule.end

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..budget import final_budget
 from ..devices import default_device, device_name
 from ..errors import missing_extra
 from .comparison import CONTROLS, Comparison
@@ -99,8 +100,7 @@ def _is_random(row: dict[str, Any]) -> bool:
 def _place(row: dict[str, Any]) -> str:
     """Sites and final budget: what a choice and its random control have in common."""
     fields = _fields(row)
-    budget = fields.get("budget")
-    return json.dumps([fields.get("sites"), budget["end"] if isinstance(budget, dict) else budget], sort_keys=True)
+    return json.dumps([fields.get("sites"), final_budget(fields.get("budget"))], sort_keys=True)
 
 
 def _differences(

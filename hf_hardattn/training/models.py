@@ -14,8 +14,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..api import status
-from ..config import HardAttentionConfig, read_sites
+from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
+from ..overrides import read_sites
 from ..recording import selectors
 from .arguments import HardAttentionArguments, ScriptArguments
 
