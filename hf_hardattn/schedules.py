@@ -115,7 +115,6 @@ class Sampled:
     low: float
     high: float
     constant: ClassVar[bool] = False
-    relative: ClassVar[bool] = False
 
     @classmethod
     def parse(cls, value: Any, where: str) -> Sampled:

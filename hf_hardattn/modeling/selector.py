@@ -192,7 +192,7 @@ class Selector(nn.Module):
                 stacklevel=2,
             )
             self.step = 0
-        if schedule.relative and not self.steps:
+        if isinstance(schedule, Schedule) and schedule.relative and not self.steps:
             raise HardAttentionError(
                 f"steps={schedule.steps} of a schedule at '{self.site}' is a share of the training, whose length is not known. Call "
                 "hf_hardattn.set_step(model, step, total_steps), add HardAttentionCallback() to the Trainer, or count steps with an int."
