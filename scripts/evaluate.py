@@ -1,4 +1,4 @@
-"""Evaluate a trained ViT, T5 or BLIP, hard and soft, with the flags of its training script.
+"""Evaluate a trained ViT, T5, BLIP or decoder, hard and soft, with the flags of its training script.
 
     python scripts/evaluate.py --model_name_or_path outputs/vit-hard --validation_dir photos/test --output_dir outputs/vit-test
     python scripts/evaluate.py --config scripts/configs/evaluate.yaml --num_beams 4
@@ -19,11 +19,12 @@ from transformers import AutoConfig
 from hf_hardattn.errors import HardAttentionError, unknown
 from hf_hardattn.training.evaluation import folder_of_evaluation
 from hf_hardattn.training.finetuning import choose
+from hf_hardattn.training.finetuning.causal_lm import decoders
 from hf_hardattn.training.flag_help import show
 from hf_hardattn.training.parsing import expand, parse, peek, run
 from hf_hardattn.training.running import evaluate, start
 
-FAMILIES = ("vit", "t5", "blip")
+FAMILIES = ("vit", "t5", "blip", "decoder")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -35,9 +36,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if name is None:
         raise HardAttentionError("no model is named; give --model_name_or_path, a directory or a Hub name.")
     config = AutoConfig.from_pretrained(name, revision=peek(words, "model_revision") or "main")
-    if config.model_type not in FAMILIES:
-        raise unknown("model family", config.model_type, FAMILIES, name)
-    task = choose(words, config.model_type, next(iter(config.architectures or []), None))
+    family = "decoder" if config.model_type in decoders() else config.model_type
+    if family not in FAMILIES:
+        raise unknown("model family", family, FAMILIES, name)
+    task = choose(words, family, next(iter(config.architectures or []), None))
     args = parse(task.Arguments, words)
     args.output_dir = str(
         folder_of_evaluation(Path(args.output_dir), name, peek(words, "output_dir") is None, args.overwrite)

@@ -8,15 +8,15 @@ import typer
 
 # the flags are the training's own, parsed as its scripts parse them; --help after the family is theirs too
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-FAMILIES = ("vit", "t5", "blip")
+FAMILIES = ("vit", "t5", "blip", "decoder")
 HELP = ("--help", "-h")
 
 
 def command(
     context: typer.Context,
-    family: Annotated[str | None, typer.Argument(help="vit, t5 or blip.")] = None,
+    family: Annotated[str | None, typer.Argument(help="vit, t5, blip or decoder.")] = None,
 ) -> None:
-    """Fine-tune a ViT, T5 or BLIP: 'hf-hardattn train vit --help' lists the flags.
+    """Fine-tune a ViT, T5, BLIP or a decoder (Llama, Qwen, Mistral, Gemma): 'hf-hardattn train vit --help' lists the flags.
 
     They come from the command line and from --config FILE.yaml; --task names what is learned. Over several processes:
     accelerate launch -m hf_hardattn train vit ..., or torchrun -m hf_hardattn train vit ... Exit code 143: SIGTERM came and the

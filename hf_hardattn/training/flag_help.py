@@ -65,7 +65,10 @@ def show(family: str | None, task: str | None = None, usage: str = "hf-hardattn 
     found = tasks()
     of_family = {name: each for name, each in found.items() if family in (None, each.family)}
     chosen = task if task in of_family else next((name for name, each in of_family.items() if each.first), None)
-    lines = [f"usage: {usage} {family or 'vit|t5|blip'} [--config FILE.yaml] [--flag VALUE ...]".replace("  ", " "), ""]
+    lines = [
+        f"usage: {usage} {family or 'vit|t5|blip|decoder'} [--config FILE.yaml] [--flag VALUE ...]".replace("  ", " "),
+        "",
+    ]
     lines += ["Flags come from the command line and from --config FILE.yaml; the command line wins.", ""]
     lines += ["Task:", Flag("task", "name", None, "What the model learns.", tuple(sorted(of_family))).lines()]
     lines += [
