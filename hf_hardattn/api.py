@@ -20,9 +20,11 @@ from .budget import BudgetLike
 from .config import HardAttentionConfig
 from .errors import HardAttentionError
 from .losses.training_loss import TERMS
-from .modeling.attach import FOLLOWS, attach, detach, place, remove_config
+from .modeling.attach import attach, detach, place
 from .modeling.context import is_soft_now
 from .modeling.family import Family
+from .modeling.model_config import remove_config
+from .modeling.plan import FOLLOWS
 from .modeling.remaining import hardly_meant, remaining
 from .modeling.selector import Selector
 from .modes import all_selectors, selectors_or_refuse

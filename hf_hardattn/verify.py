@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import HardAttentionError
-from .modeling.attach import FOLLOWS
+from .modeling.plan import FOLLOWS
 from .models import family_of
 from .modes import evaluating, execution
 from .recording import Recording, record, replay, selectors

@@ -1,22 +1,15 @@
-"""The attention forward of hard models: one for every family, by the names of its ``AttentionSpec``.
-
-It takes over only when the layer hands it an ``AttentionInput``; otherwise the stock forward runs.
-"""
+"""One call of a hard model's attention, in every regime, by the names of its ``AttentionSpec``."""
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..errors import HardAttentionError
 from ..functional import position_bias as distances
 from ..functional.attention import (
     attend,
@@ -29,95 +22,13 @@ from ..functional.attention import (
     keep_rows,
 )
 from ..functional.varlen import Packing
-from .arguments import parameter_names
 from .cache import CacheLayer
+from .implementations import is_softmax, stock_eager
 from .masks import additive, as_allowed, causal_mask, combine, differs_between_queries, opened, padding_mask
+from .plan import AttentionPlan
 from .projection import AttentionView
-from .rotary import Tables, family_function, packed_tables, tables_at
-from .spec import AttentionSpec
+from .rotary import Tables, packed_tables, tables_at
 from .state import AttentionInput, KeySubset
-
-PLAN = "hard_attention_plan"
-
-
-@dataclass
-class AttentionPlan:
-    """What an attention module has to do; plain data on the module.
-
-    Attributes:
-        spec: the names inside it. names: parameters of its forward. layer: its layer's index.
-        cross: it reads another tower. windows: its masks may hide keys by their distance. stock: a forward that somebody had put on the module before, or None.
-    """
-
-    spec: AttentionSpec
-    names: tuple[str, ...]
-    layer: int
-    cross: bool
-    windows: bool = False
-    stock: Callable[..., Any] | None = None
-
-
-def is_softmax(implementation: str) -> bool:
-    """Whether an implementation is known to compute softmax attention, so that another way to compute it may take its place."""
-    return implementation in ("eager", "sdpa", "flex_attention") or implementation.startswith("flash_attention")
-
-
-def refuse_per_query(implementation: str, spec: AttentionSpec, site: str) -> None:
-    """Refuse a choice of each query beside an attention function that is not known to take a mask of each query.
-
-    Raises:
-        HardAttentionError: the implementation cannot serve the site.
-    """
-    if implementation in ("eager", "sdpa") or not spec.interface:
-        return
-    known = implementation in ALL_ATTENTION_FUNCTIONS.valid_keys()
-    what = f"attn_implementation='{implementation}'" if known else f"the registered attention '{implementation}'"
-    raise HardAttentionError(
-        f"{what} at '{site}', where each query chooses its own keys; such a choice is made on softmax attention with a mask of each "
-        "query. Use attn_implementation='sdpa' or 'eager', or a scorer that makes one choice for all queries."
-    )
-
-
-def install(module: nn.Module, spec: AttentionSpec, layer: int, cross: bool, windows: bool = False) -> None:
-    """Put the forward of this file on an attention module."""
-    stock = module.__dict__.get("forward")
-    module.__dict__[PLAN] = AttentionPlan(spec, parameter_names(module), layer, cross, windows, stock)
-    module.__dict__["forward"] = functools.partial(hard_forward, module)
-
-
-def uninstall(module: Any) -> None:
-    """Take it off again, also where Accelerate has wrapped it since."""
-    plan = module.__dict__.pop(PLAN, None)
-    if plan is None:
-        return
-    for name in ("forward", "_old_forward"):
-        function = module.__dict__.get(name)
-        if isinstance(function, functools.partial) and function.func is hard_forward:
-            if plan.stock is not None:
-                module.__dict__[name] = plan.stock
-            elif name == "forward":
-                del module.__dict__[name]
-            else:
-                module.__dict__[name] = type(module).forward.__get__(module)
-
-
-def hard_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """Attend to what was chosen; the stock forward where nothing was."""
-    plan: AttentionPlan = module.__dict__[PLAN]
-    given = dict(zip(plan.names, args, strict=False)) | kwargs
-    what = given.get(plan.spec.mask)
-    if not isinstance(what, AttentionInput):
-        stock = plan.stock
-        return type(module).forward(module, *args, **kwargs) if stock is None else stock(*args, **kwargs)
-    call = AttentionCall(module, plan, given, what)
-    if what.pending is not None:
-        # imported late: these files build on this one
-        from .pending import attend_pending
-
-        return call.finish(*attend_pending(call, what.pending, what.gates))
-    if what.packing is not None:
-        return call.finish(call.attend_rows(what.packing), None)
-    return call.finish(*call.attend_keys(what.keys or KeySubset(), what.gates))
 
 
 class AttentionCall:
@@ -419,11 +330,6 @@ class AttentionCall:
         """Share ``[B, G, N, d]`` out to the query's H heads, where several heads share a key."""
         groups = query.shape[1] // states.shape[1]
         return states if groups == 1 else states.repeat_interleave(groups, 1)
-
-
-def stock_eager(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """The eager attention function of a module's family."""
-    return family_function(module, "eager_attention_forward")(module, *args, **kwargs)
 
 
 def multiply_gates(chosen: Tensor | None, upstream: Tensor | None) -> Tensor | None:

@@ -9,9 +9,9 @@ from typing import Any
 from .. import registry
 from ..config import AUTO, SiteConfig
 from ..errors import HardAttentionError
-from .attention import refuse_per_query
 from .candidates import Protected
 from .family import Tower
+from .implementations import refuse_per_query
 from .selector import Selector
 
 Kinds = Mapping[str, tuple[Tower, str, int]]

@@ -9,10 +9,10 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..functional import position_bias as distances
 from .arguments import Arguments
-from .attention import is_softmax
 from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
 from .cross import hand_over_source
+from .implementations import is_softmax
 from .keys import as_matrix, attention_input, serves_table
 from .masks import differs_between_queries, row_mask
 from .plan import LAYER, LayerPlan

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .attention import AttentionCall, refuse_per_query
+from .attention import AttentionCall
 from .cross import choose_source_keys
+from .implementations import refuse_per_query
 from .keys import choose_keys
 from .queries import attend_per_query
 from .selector import running

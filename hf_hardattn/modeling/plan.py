@@ -11,6 +11,8 @@ from .spec import AttentionSpec, PatchSpec
 
 LAYER = "hard_attention_layer"
 TOWER = "hard_attention_tower"
+ATTENTION = "hard_attention_plan"
+FOLLOWS = "hard_attention_follows"  # attribute of an attention module: the site whose choice it shares
 
 
 @dataclass
@@ -67,6 +69,24 @@ class LayerPlan:
     def spec_of_cross(self) -> AttentionSpec:
         """The names inside its cross-attention."""
         return self.attention_spec if self.cross_spec is None else self.cross_spec
+
+
+@dataclass
+class AttentionPlan:
+    """What an attention module has to do; plain data on the module.
+
+    Attributes:
+        spec: the names inside it. names: parameters of its forward. layer: its layer's index.
+        cross: it reads another tower. windows: its masks may hide keys by their distance.
+        stock: a forward that somebody had put on the module before, or None.
+    """
+
+    spec: AttentionSpec
+    names: tuple[str, ...]
+    layer: int
+    cross: bool
+    windows: bool = False
+    stock: Callable[..., Any] | None = None
 
 
 @dataclass

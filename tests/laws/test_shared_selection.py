@@ -12,7 +12,7 @@ from rounding import SOME, assert_rounded
 import hf_hardattn
 from hf_hardattn import HardAttentionError
 from hf_hardattn.config import HardAttentionConfig
-from hf_hardattn.modeling.attach import FOLLOWS
+from hf_hardattn.modeling.plan import FOLLOWS
 from hf_hardattn.models import family_of
 
 

@@ -1,0 +1,57 @@
+"""The attention forward of hard models: one for every family.
+
+It takes over only when the layer hands it an ``AttentionInput``; otherwise the stock forward runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from .arguments import parameter_names
+from .attention import AttentionCall
+from .pending import attend_pending
+from .plan import ATTENTION, AttentionPlan
+from .spec import AttentionSpec
+from .state import AttentionInput, KeySubset
+
+
+def install(module: nn.Module, spec: AttentionSpec, layer: int, cross: bool, windows: bool = False) -> None:
+    """Put the forward of this file on an attention module."""
+    stock = module.__dict__.get("forward")
+    module.__dict__[ATTENTION] = AttentionPlan(spec, parameter_names(module), layer, cross, windows, stock)
+    module.__dict__["forward"] = functools.partial(hard_forward, module)
+
+
+def uninstall(module: Any) -> None:
+    """Take it off again, also where Accelerate has wrapped it since."""
+    plan = module.__dict__.pop(ATTENTION, None)
+    if plan is None:
+        return
+    for name in ("forward", "_old_forward"):
+        function = module.__dict__.get(name)
+        if isinstance(function, functools.partial) and function.func is hard_forward:
+            if plan.stock is not None:
+                module.__dict__[name] = plan.stock
+            elif name == "forward":
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = type(module).forward.__get__(module)
+
+
+def hard_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Attend to what was chosen; the stock forward where nothing was."""
+    plan: AttentionPlan = module.__dict__[ATTENTION]
+    given = dict(zip(plan.names, args, strict=False)) | kwargs
+    what = given.get(plan.spec.mask)
+    if not isinstance(what, AttentionInput):
+        stock = plan.stock
+        return type(module).forward(module, *args, **kwargs) if stock is None else stock(*args, **kwargs)
+    call = AttentionCall(module, plan, given, what)
+    if what.pending is not None:
+        return call.finish(*attend_pending(call, what.pending, what.gates))
+    if what.packing is not None:
+        return call.finish(call.attend_rows(what.packing), None)
+    return call.finish(*call.attend_keys(what.keys or KeySubset(), what.gates))
