@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .modeling.selection import Selection
 from .models import family_of
 from .modes import evaluating
+from .random_control import drawn_like
 from .recording import record, replay, selectors
 from .unwrapping import refuse_other_than_batch, refuse_sharded, unwrap
 
@@ -128,7 +129,7 @@ def _beside_chance(model: nn.Module, site: str, data: list[Any]) -> dict[str, An
             return None
         drawn = []
         for _ in range(_DRAWS):
-            with replay(model, [_drawn(selection, generator) for selection in selections[site]]):
+            with replay(model, [drawn_like(selection, generator) for selection in selections[site]]):
                 drawn.append(_losses(model, batch, model(**batch)))
         own.append(known)
         random.append(torch.stack(drawn).mean(0))
@@ -144,16 +145,6 @@ def _losses(model: nn.Module, batch: Mapping[str, Any], output: Any) -> Any:
     family = family_of(model)
     losses = None if family is None else family.example_loss(model, dict(batch), output)
     return None if losses is None else losses.detach().float().cpu()
-
-
-def _drawn(selection: Selection, generator: torch.Generator) -> Selection:
-    """The selection with as many positions drawn at random."""
-    free = selection.valid.expand(selection.mask.shape)
-    always = torch.zeros_like(free) if selection.protected is None else selection.protected.expand(free.shape)
-    count = (selection.mask & ~always).sum(-1, keepdim=True)
-    noise = torch.rand(free.shape, generator=generator).to(free.device).masked_fill(~free | always, -1.0)
-    rank = noise.argsort(-1, descending=True).argsort(-1)
-    return selection.replace(mask=(rank < count) | (selection.mask & always))
 
 
 def _kinds(selections: list[Selection], data_dependent: bool) -> list[str]:

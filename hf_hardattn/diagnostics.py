@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,11 @@ from .modeling.selector import Selector
 from .recording import record, selectors
 from .unwrapping import refuse_offloaded, refuse_other_than_batch, refuse_sharded, unwrap
 
+_SUSPECT = 0.5  # cosine below which a mean gradient points elsewhere
+_NOISY = 0.5  # noise of a mean over its size, above which it is no reference
+_LEGEND = """relative_sd: noise of one step's gradient over the size of its mean. bias: 1 - cosine of the mean gradient to the exact one, where all
+choices can be tried. error: 1 - cosine of one step's gradient to the exact one, else to RLOO's mean; the smaller, the faster the scorer learns.
+cosine_to_rloo: of the mean gradients. entropy: of the law that is drawn from. distinct: different selections among the draws."""
 _REFERENCE = {"estimator": "rloo", "estimator_options": {"samples": 8}}
 
 
@@ -37,6 +42,7 @@ class Row:
         entropy: of the sampling law, in nats; None for a deterministic choice without one.
         distinct: different selections among the draws of a row, mean over rows, in [1, draws].
         failed: why there is no gradient, or None.
+        suspect: the mean gradient points elsewhere: its cosine to the exact one, or to RLOO's where there is none, is below 0.5.
     """
 
     site: str
@@ -49,6 +55,7 @@ class Row:
     entropy: float | None = None
     distinct: float | None = None
     failed: str | None = None
+    suspect: bool = False
 
 
 @dataclass
@@ -57,12 +64,13 @@ class Diagnosis:
 
     Attributes:
         rows: a row for each site and estimator. collapses: findings of ``find_collapse``.
-        draws: training steps per row.
+        draws: training steps per row. noise: site to the noise left in the mean of RLOO's gradients, over its size.
     """
 
     draws: int
     rows: list[Row] = field(default_factory=list)
     collapses: list[Collapse] = field(default_factory=list)
+    noise: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and names only, for JSON."""
@@ -74,7 +82,29 @@ class Diagnosis:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
         lines += [f"failed: {row.site} {row.estimator}: {row.failed}" for row in self.rows if row.failed]
-        return "\n".join(lines + [f"collapsed: {finding}" for finding in self.collapses])
+        lines += [
+            f"suspect: {row.site} {row.estimator}: its mean gradient points elsewhere"
+            for row in self.rows
+            if row.suspect
+        ]
+        lines += [f"collapsed: {finding}" for finding in self.collapses]
+        return "\n".join([*lines, "", _LEGEND, *self._advice()])
+
+    def _advice(self) -> Iterator[str]:
+        """A sentence for each site: what to train with."""
+        for site in dict.fromkeys(row.site for row in self.rows):
+            noisy = (
+                all(row.bias is None for row in self.rows if row.site == site) and self.noise.get(site, 0.0) > _NOISY
+            )
+            if noisy:
+                yield f"{site}: the reference is noise for the most part; nothing is said of the estimators. Take more draws, or more examples."
+                continue
+            sound = [row for row in self.rows if row.site == site and row.error is not None and not row.suspect]
+            if not sound:
+                yield f"{site}: none of these estimators follows the gradient. See what is collapsed, and start from a trained soft model."
+                continue
+            best = min(sound, key=lambda row: row.error or 0.0)
+            yield f"{site}: '{best.estimator}' has the least error a step, {best.error:.2f}. Compare it with random selection in a training."
 
 
 def _draws(name: str) -> bool:
@@ -132,9 +162,13 @@ def diagnose(
     result = Diagnosis(draws)
     for site in learned:
         exact = _exact(model, batch, site, limit)
-        reference = _measure(model, batch, site, _REFERENCE, draws, seed)[0].mean(0)
+        known = _measure(model, batch, site, _REFERENCE, draws, seed)[0]
+        reference = known.mean(0)
+        spread = (known - reference).square().sum(-1).mean().sqrt() / draws**0.5
+        result.noise[site] = (spread / reference.norm()).item() if reference.norm() > 0 else math.inf
         for changes in wanted:
-            result.rows.append(_row(model, batch, site, changes, draws, seed, exact, reference))
+            row = _row(model, batch, site, changes, draws, seed, exact, reference)
+            result.rows.append(replace(row, suspect=_is_suspect(row, result.noise[site])))
     result.collapses = find_collapse(model, batch)
     for finding in result.collapses:
         warnings.warn(str(finding), stacklevel=2)
@@ -171,6 +205,15 @@ def _row(
         entropy=entropy,
         distinct=distinct,
     )
+
+
+def _is_suspect(row: Row, noise: float) -> bool:
+    """Whether a mean gradient points elsewhere, as far as the references tell."""
+    if row.failed or row.cosine_to_rloo is None:
+        return False
+    if row.bias is not None:
+        return 1 - row.bias < _SUSPECT
+    return noise <= _NOISY and row.cosine_to_rloo < _SUSPECT
 
 
 def _words(key: str, value: Any) -> list[str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import harden, stock, tensors
 
 import hf_hardattn
-from hf_hardattn import HardAttentionError
+from hf_hardattn import HardAttentionError, registry
+from hf_hardattn.diagnostics import _is_suspect
+from hf_hardattn.estimators import Estimator
+from hf_hardattn.random_control import beside_random, drawn_like
 
 
 def vit(**config):
@@ -39,7 +44,57 @@ def test_diagnosis_knows_the_exact_gradient(diagnosis):
     assert rows["straight_through"].relative_sd < 1e-6 and rows["straight_through"].distinct == 1
     assert rows["reinforce"].distinct > 1 and not rows["reinforce"].biased
     assert rows["rloo"].cosine_to_rloo > 0.8
-    assert set(diagnosis.to_dict()) == {"draws", "rows", "collapses"} and "relative_sd" in str(diagnosis)
+    assert set(diagnosis.to_dict()) == {"draws", "rows", "collapses", "noise"} and "relative_sd" in str(diagnosis)
+
+
+def test_diagnosis_says_what_to_train_with(diagnosis):
+    text, best = str(diagnosis), min((row for row in diagnosis.rows if not row.suspect), key=lambda row: row.error)
+    assert "relative_sd: noise of one step's gradient" in text
+    assert f"vision.inputs: '{best.estimator}' has the least error a step, {best.error:.2f}" in text
+
+
+class Opposite(Estimator):
+    """The gradient of SIMPLE, turned round."""
+
+    biased = True
+    needs = ("gates",)
+    source = "none"
+
+    def sample(self, scores, k, valid, *, slots, sampling):
+        choice = registry.load("estimators", "simple")().sample(scores, k, valid, slots=slots, sampling=sampling)
+        choice.gates = 2 * choice.gates.detach() - choice.gates
+        return choice
+
+
+def test_an_estimator_that_points_elsewhere_is_suspect(monkeypatch):
+    monkeypatch.setitem(registry._registered, ("estimators", "opposite"), Opposite)
+    example = vit()
+    found = hf_hardattn.diagnose(example.model, example.batch, ["simple", "opposite"], draws=24)
+    assert [row.suspect for row in found.rows] == [False, True]
+    assert "suspect: vision.inputs opposite: its mean gradient points elsewhere" in str(found)
+    noisy = replace(found.rows[1], bias=None)
+    assert _is_suspect(noisy, noise=0.1) and not _is_suspect(noisy, noise=2.0)
+
+
+def test_a_selection_is_compared_with_a_random_one():
+    example = vit(budget=1)
+    pixels = 4 * torch.randn(32, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    example.batch = {"pixel_values": pixels, "labels": example.model.eval()(pixels).logits.argmax(-1)}
+    found = beside_random(example.model, example.batch)
+    assert 0 < found["changed_by_random"] <= 1 and found["loss_over_random"] > 0
+    assert beside_random(example.model, example.batch) == found  # nothing but the seed decides
+    hf_hardattn.set_budget(example.model, 1.0)
+    same = beside_random(example.model, example.batch)
+    assert set(same.values()) <= {0.0}
+
+
+def test_random_selections_are_of_equal_size():
+    example = vit(budget=2)
+    with hf_hardattn.record(example.model.eval()) as selections:
+        example.model(**example.batch)
+    drawn = [drawn_like(selections[0], torch.Generator().manual_seed(seed)).mask for seed in range(20)]
+    assert all(torch.equal(mask.sum(-1), selections[0].mask.sum(-1)) and mask[..., 0].all() for mask in drawn)
+    assert torch.stack(drawn).any(0).all()  # every patch is drawn now and then
 
 
 def test_more_samples_come_closer_to_the_exact_gradient():

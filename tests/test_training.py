@@ -108,6 +108,25 @@ def test_stock_trainer_trains_and_logs(tmp_path: Path, estimator: str) -> None:
     assert callback.driver is not None and not any(s._forward_hooks for s in hf_hardattn.selectors(model).values())
 
 
+def test_evaluations_compare_with_random_selection(tmp_path: Path) -> None:
+    options = dict(eval_strategy="steps", eval_steps=3, logging_steps=1, max_steps=6)
+    logged = []
+    for callbacks in ([HardAttentionCallback()], []):
+        trainer = Trainer(
+            build(budget=3, estimator="rloo"),
+            arguments(tmp_path, **options),
+            train_dataset=examples(),
+            eval_dataset=examples(),
+            callbacks=callbacks,
+        )
+        trainer.train()
+        logged.append([row for row in trainer.state.log_history if "loss" in row])
+    steps = [row["step"] for row in logged[0] if "hardattn/changed_by_random" in row]
+    assert steps == [4]  # the row that follows the evaluation
+    assert all(0 <= row["hardattn/changed_by_random"] <= 1 for row in logged[0] if row["step"] == 4)
+    assert [row["loss"] for row in logged[0]] == [row["loss"] for row in logged[1]]  # the training does not notice
+
+
 def test_trainer_resume_keeps_step_and_baseline(tmp_path: Path) -> None:
     options = dict(save_strategy="steps", save_steps=4, logging_steps=1)
     settings = dict(budget=3, estimator="reinforce", temperature=LINEAR)

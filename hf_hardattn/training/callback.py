@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..errors import HardAttentionError
+from ..random_control import beside_random
 from .driver import Driver
 from .stock_trainer import prepare_trainer
 
@@ -20,6 +22,10 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
     ``hardattn/<site>/kept_ratio``, ``entropy``, ``temperature`` and ``budget``, and with a score-function estimator
     ``hardattn/reward`` and ``hardattn/baseline`` (means since the last logging step). The baselines travel in
     ``trainer_state.json``.
+
+    Each evaluation compares the model with itself under random selections of equal size, on its first batch. The next row gains
+    ``hardattn/changed_by_random``, the share of the answers that change (0: the model does not use what it selects), and
+    ``hardattn/loss_over_random``, by how much the loss grows. Left out where weights are sharded or evaluated in another dtype.
 
     Trackers (W&B, TensorBoard, trackio ...) get these numbers too. ``resume_from_checkpoint`` and ``load_best_model_at_end`` load
     every weight, or raise; see ``stock_trainer``.
@@ -40,6 +46,7 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
         self.selector_warmup_steps = selector_warmup_steps
         self.driver: Driver | None = None
         self.baselines: dict[str, Any] = {}
+        self.control: dict[str, float] = {}
 
     def add_to(self, trainer: Trainer) -> HardAttentionCallback:
         """Add this callback to ``trainer`` before its trackers; ``Trainer(callbacks=[...])`` does the same."""
@@ -87,6 +94,23 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
         if self.driver is not None:
             self.driver.before_update()
 
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        other_weights = args.deepspeed or args.fsdp or args.fp16_full_eval or args.bf16_full_eval
+        if self.driver is None or not self.driver.selectors or eval_dataloader is None or other_weights:
+            return
+        with torch.random.fork_rng():  # a loader draws a seed when it is iterated; the training must not notice
+            batch = next(iter(eval_dataloader))
+            found = beside_random(model, batch, seed=state.global_step)
+        self.control = {f"hardattn/{name}": value for name, value in found.items()}
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -96,7 +120,8 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         if self.driver is not None and logs is not None and "loss" in logs:  # a training row, not an evaluation's
-            row = self.driver.logs()
+            row = {**self.driver.logs(), **self.control}
+            self.control = {}
             logs.update(row)
             if state.log_history:
                 state.log_history[-1].update(row)
