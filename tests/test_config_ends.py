@@ -14,7 +14,7 @@ from hf_hardattn.options import option_rules
 KINDS = {"scorer": "scorers", "estimator": "estimators", "baseline": "baselines"}
 SITES = {"conv": "vision.inputs", "scout": "vision.inputs", "query_key": "vision.self.0", "attention": "vision.self.0"}
 # Legal on a model that has room for it; here it would take gigabytes, or a thousand forward passes a step.
-TOO_LARGE = {("recurrent", "size"), ("perturbed", "draws"), ("gumbel_rao", "draws"), ("rloo", "samples"), ("sfess", "samples")}  # fmt: skip
+TOO_LARGE = {("recurrent", "size"), ("perturbed", "draws"), ("gumbel_rao", "draws"), ("rloo", "samples"), ("grpo", "samples"), ("sfess", "samples")}  # fmt: skip
 
 
 def ends():
