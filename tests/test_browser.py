@@ -149,7 +149,7 @@ def test_upload_an_image_and_move_the_slider(chromium: webdriver.Chrome, hard_vi
     wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "input[type=file]"))[0].send_keys(str(photo))
     first = wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#hard img"))[0].get_attribute("src")
     said = chromium.find_element(By.ID, "hard").text
-    assert "vision.inputs keeps 25%" in said and "of soft" in said
+    assert "vision.inputs keeps 25%" in said and "of full attention" in said
     slider = chromium.find_element(By.CSS_SELECTOR, "input[type=range]")
     ActionChains(chromium).drag_and_drop_by_offset(slider, slider.size["width"] // 3, 0).perform()
 
@@ -159,7 +159,7 @@ def test_upload_an_image_and_move_the_slider(chromium: webdriver.Chrome, hard_vi
 
     wait.until(changed)
     assert "keeps 25%" not in chromium.find_element(By.ID, "hard").text
-    assert "looking everywhere" in chromium.find_element(By.ID, "soft").text
+    assert "GFLOPs (counted)" in chromium.find_element(By.ID, "soft").text
     time.sleep(1.0)  # late requests
     assert requests(chromium) <= {"127.0.0.1", "localhost"}
     assert urllib.request.urlopen(address).headers["content-security-policy"] == POLICY

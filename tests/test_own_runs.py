@@ -85,8 +85,15 @@ def test_a_benchmark_measures_a_model_at_its_own_sites(tmp_path: Path) -> None:
 def test_a_page_needs_the_model_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(HardAttentionError, match="outputs/demo/hard holds no model.* Run 'hf-hardattn demo' first"):
-        command("demo", *words)
+        command("demo", *words, "--output", "outputs/demo")
     assert not (tmp_path / "sp").exists()
+
+
+def test_a_space_without_a_trained_model_shows_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command("demo", "--space", "sp")
+    assert "launch(['sample']" in (tmp_path / "sp" / "app.py").read_text()
+    assert (tmp_path / "sp" / "hf_hardattn" / "sample" / "model" / "model.safetensors").is_file()
 
 
 def test_a_demo_does_not_replace_what_a_folder_holds(tmp_path: Path) -> None:

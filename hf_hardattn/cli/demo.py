@@ -28,13 +28,16 @@ def command(
     ] = False,
     space: Annotated[Path | None, typer.Option(help="Write that page as a Hugging Face Space to this folder.")] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="Hard checkpoint to show on the page; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            help="Hard checkpoint to show on the page, the demo's or 'sample' by default; may be given several times."
+        ),
     ] = None,
     port: Annotated[int | None, typer.Option(help="Port of the page.")] = None,
 ) -> None:
     """Train and compare three small ViTs on cluttered digits (full attention, hard, random selection), or serve a page (--ui)."""
     if ui or space:
-        return page(model or [_trained(output or DEFAULT)], space, port)
+        return page(model or [_trained(output) if output else _newest()], space, port)
     from rich.console import Console
     from rich.table import Table
 
@@ -94,6 +97,12 @@ def _trained(output: Path) -> str:
             f"{output / 'hard'} holds no model; the page shows the demo's. Run 'hf-hardattn demo' first, or name a hard checkpoint with --model."
         )
     return str(output / "hard")
+
+
+def _newest() -> str:
+    """The demo's hard model where it was trained, else the sample of the package."""
+    trained = DEFAULT / "hard" / "config.json"
+    return str(trained.parent) if trained.is_file() else "sample"
 
 
 def page(models: list[str], space: Path | None, port: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Curves: faithfulness as places go or come, and accuracy against cost."""
+"""Curves: faithfulness as positions are removed or added, and accuracy against cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def faithfulness_curves(measured: Mapping[str, Mapping[str, Any]]) -> Any:
     Returns:
         matplotlib figure; colour and marker both tell the explanations apart.
     """
-    figure = new_figure(8.4, 3.4)
+    figure = new_figure(8.4, 3.8)
+    areas: dict[str, list[str]] = {name: [] for name in measured}
     for axis, kind, better in zip(
         figure.subplots(1, 2, sharey=True), ("deletion", "insertion"), ("lower", "higher"), strict=True
     ):
@@ -25,11 +26,14 @@ def faithfulness_curves(measured: Mapping[str, Mapping[str, Any]]) -> Any:
             curve = result["curves"][kind]
             share = [step / (len(curve) - 1) for step in range(len(curve))]
             style = {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
-            axis.plot(share, curve, markersize=4, linewidth=1.6, label=f"{name} ({result[kind]:.2f})", **style)
+            axis.plot(share, curve, markersize=4, linewidth=1.6, **style)
+            areas[name].append(f"{result[kind]:.2f}")
         plain(axis)
         axis.set_title(f"{kind}: {better} is better", fontsize=10)
-        axis.set_xlabel(f"share of places {'removed' if kind == 'deletion' else 'given'}, best first", fontsize=9)
-        axis.legend(fontsize=8, frameon=False)
+        axis.set_xlabel(f"share of positions {'removed' if kind == 'deletion' else 'given'}, best first", fontsize=9)
+    # below the axes, where it covers no curve; in brackets the areas under both curves
+    labels = [f"{name} ({', '.join(values)})" for name, values in areas.items()]
+    figure.legend(figure.axes[0].lines, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.axes[0].set_ylabel("p(answer), the model as it runs = 1", fontsize=9)
     return figure
 

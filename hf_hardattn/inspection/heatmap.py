@@ -1,4 +1,4 @@
-"""How often each place is kept, site by site."""
+"""How often each position is kept, site by site."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..recording import Recording
 from .style import MAP, new_figure
 
 
-def heat_map(recording: Recording, tower: str | None = None) -> Any:
-    """Draw the share of rows (and heads, queries) that kept each place, one line a site.
+def heat_map(recording: Recording, tower: str | None = None, grid: tuple[int, int] | None = None) -> Any:
+    """Draw the share of rows (and heads, queries) that kept each position, one line or one map a site.
 
-    A column that is bright in every line is a place kept whatever the input: position bias. A place is a token or patch of the
-    tower's input; place 0 of an image is CLS.
+    A position that is bright at every site is kept whatever the input: position bias.
 
     Args:
-        recording: of forwards over as many rows as you have. tower: whose input the places belong to; the first by default.
+        recording: of forwards over as many rows as you have. tower: whose input the positions belong to; the first by default.
+        grid: patches down and across of the images; each site is then a map of the image, without the class token.
 
     Returns:
         matplotlib figure.
@@ -31,12 +31,32 @@ def heat_map(recording: Recording, tower: str | None = None) -> Any:
         lines.append(torch.cat([torch.nn.functional.pad(k, (0, longest - k.shape[-1])) for k in kept]).mean(0))
     longest = max(len(line) for line in lines)
     rates = torch.stack([torch.nn.functional.pad(line, (0, longest - len(line))) for line in lines]).cpu()
+    if grid is not None:
+        return _maps(sites, rates[:, rates.shape[-1] - grid[0] * grid[1] :], grid)
     figure = new_figure(max(4.5, min(11.0, 0.12 * longest + 2.2)), 1.5 + 0.36 * len(sites))
     axis = figure.subplots()
     image = axis.imshow(rates.numpy(), aspect="auto", cmap=MAP, vmin=0, vmax=1, interpolation="nearest")
     axis.set_yticks(range(len(sites)), sites, fontsize=8)
-    axis.set_xlabel(f"place in the input of '{tower}'", fontsize=9)
-    bar = figure.colorbar(image, ax=axis, ticks=[0, 0.5, 1], fraction=0.05, pad=0.02)
-    bar.set_label("kept in", fontsize=8)
-    bar.ax.set_yticklabels(["no row", "half", "every row"], fontsize=8)
+    axis.set_xlabel(f"position in the input of '{tower}'", fontsize=9)
+    _bar(figure, image, axis)
     return figure
+
+
+def _maps(sites: list[str], rates: torch.Tensor, grid: tuple[int, int]) -> Any:
+    """One map of the image a site, four in a row."""
+    columns = min(4, len(sites))
+    figure = new_figure(1.0 + 2.1 * columns, 2.3 * -(-len(sites) // columns))
+    axes = figure.subplots(-(-len(sites) // columns), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, site, rate in zip(axes.flat, sites, rates, strict=False):
+        image = axis.imshow(rate.view(grid).numpy(), cmap=MAP, vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(site, fontsize=8)
+    _bar(figure, image, axes)
+    return figure
+
+
+def _bar(figure: Any, image: Any, axes: Any) -> None:
+    bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], fraction=0.05, pad=0.02)
+    bar.set_label("kept in", fontsize=8)
+    bar.ax.set_yticklabels(["no input", "half", "every input"], fontsize=8)

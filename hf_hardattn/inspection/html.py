@@ -15,10 +15,10 @@ STYLE = """
 }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid var(--line); }
-table { border-collapse: collapse; margin: .5rem 0; } th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; margin: .5rem 0; } .wide { overflow-x: auto; } th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--line); }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; border: 1px solid var(--line); border-radius: 4px; background: #fff; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 0 2rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 0 2rem; }
 figure { margin: .8rem 0; } figcaption, .note { color: var(--faint); font-size: .92rem; }
 """
 # Kept and dropped differ in ground, weight and a line through, not in colour alone. The colours fall back to the page's own.
@@ -74,7 +74,7 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
             text = f"{cell:,}" if isinstance(cell, int) else f"{cell:.3f}" if isinstance(cell, float) else str(cell)
             cells += f"<td{' class=number' if number else ''}>{escape(text)}</td>"
         body += f"<tr>{cells}</tr>"
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def picture(figure: Any, text: str, dpi: int = 90, colours: int = 128, caption: bool = True) -> str:

@@ -62,6 +62,19 @@ def layer_overlay(pixel_values: Tensor, recording: Recording, patch_size: int, r
     return _grid(image, kept, patch_size, titles, min(columns, len(kept)), "", frames=[False] + [True] * len(sites))
 
 
+def whole_image(pixel_values: Tensor) -> Any:
+    """Draw the first image of a batch as it is, at the size of an overlay.
+
+    Args:
+        pixel_values: ``[B, C, height, width]``.
+    """
+    figure = new_figure(1.55, 1.8)
+    axis = figure.subplots()
+    axis.set_axis_off()
+    axis.imshow(shown(pixel_values[0]).numpy())
+    return figure
+
+
 def difference_overlay(pixel_values: Tensor, difference: Difference, patch_size: int, rows: int = 6) -> Any:
     """Draw what two models kept differently of the same images, the most changed ones first.
 

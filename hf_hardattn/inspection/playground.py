@@ -1,4 +1,4 @@
-"""A page to play with: choose a model, give an image or a text, move the budget, and see soft and hard side by side."""
+"""A page to try a model on: give it an image or a text, move the budget, and see full and hard attention side by side."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .. import sample
 from ..budget import final_budget
 from ..efficiency.counting import count_flops
 from ..errors import HardAttentionError, missing_extra
 from ..modes import soft
 from ..recording import selectors
-from .html import paragraph
+from .html import paragraph, picture
 from .model_with_processor import ModelWithProcessor
+from .overlay import whole_image
 from .perturbation import PerturbationEvaluator
 from .report import pictures, quoted
 from .uploads import MOST_BYTES, MOST_CHARACTERS, BoundedBodies, check_text, read_image
@@ -23,6 +25,7 @@ POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "connect-src 'self'; object-src 'none'; base-uri 'self'"
 )
+WIDE = "<style>#hard img, #soft img { width: 100%; }</style>"
 _turn = threading.Lock()  # a model runs soft, then hard, then at a budget: one visitor at a time
 
 
@@ -47,7 +50,7 @@ def _load(path: str) -> ModelWithProcessor:
 
 
 def compare(path: str, image: Any, text: str, ratio: float) -> tuple[str, str]:
-    """Render what the page shows: HTML of the model run soft, and of the same weights keeping ``ratio`` of the places at every site.
+    """Render what the page shows: the model with full attention, and the same weights keeping ``ratio`` of the positions at every site.
 
     Args:
         path: of the model. image: file of a visitor, or None. text: of a visitor.
@@ -67,11 +70,13 @@ def compare(path: str, image: Any, text: str, ratio: float) -> tuple[str, str]:
         with bundle.at_budget(ratio):
             hard = bundle.predict(batch)
             cost = count_flops(bundle.model, PerturbationEvaluator(bundle.model, batch).batch)
-            shown = "\n".join(pictures(bundle, given, batch, hard))
+            shown = WIDE + "\n".join(pictures(bundle, given, batch, hard))
+        plain = [WIDE, picture(whole_image(batch["pixel_values"]), "The image, all patches computed.", dpi=180)]
     kept = "; ".join(f"{row['site']} keeps {row['kept_ratio']:.0%}" for row in hard.recording.summary())
     return (
-        paragraph(f"{quoted(loose)}, looking everywhere: {whole / 1e9:.4g} GFLOPs (counted)."),
-        paragraph(f"{quoted(hard)}, {cost / 1e9:.4g} GFLOPs (counted), {cost / whole:.0%} of soft. {kept}.") + shown,
+        paragraph(f"{quoted(loose)}, {whole / 1e9:.4g} GFLOPs (counted).") + "".join(plain * bundle.takes_images),
+        paragraph(f"{quoted(hard)}, {cost / 1e9:.4g} GFLOPs (counted), {cost / whole:.0%} of full attention. {kept}.")
+        + shown,
     )
 
 
@@ -95,13 +100,14 @@ def build(models: Sequence[str]) -> Any:
                 f"{path} has no hard-attention sites; the page compares soft and hard. Name a hard checkpoint."
             )
     first = _load(models[0])
+    examples = [str(path) for path in sample.image_paths()] if sample.NAME in models else []
     # uploads are removed after an hour
     with gr.Blocks(
-        title="Where does it look?", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
+        title="hf_hardattn: full and hard attention", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
     ) as page:
         gr.Markdown(
-            "# Where does it look?\nThe same weights twice: looking everywhere, and computing only on what their selectors keep. "
-            "Lit and framed, or marked: kept. Faded, or struck through: dropped."
+            "# Full and hard attention, side by side\nThe same weights twice: with full attention, and computing only on what the model selects. "
+            "Lit and framed, or marked: kept. Faded, or struck through: dropped. Move the budget to keep more or less."
         )
         model = gr.Dropdown(list(models), value=models[0], label="model", interactive=len(models) > 1)
         with gr.Row():
@@ -112,17 +118,20 @@ def build(models: Sequence[str]) -> Any:
                     sources=["upload", "clipboard"],
                     label="image",
                     visible=first.takes_images,
+                    value=examples[0] if first.takes_images and examples else None,
                     height=280,
                 )
+                if examples:
+                    gr.Examples(examples, image, label="examples of the sample model")
                 text = gr.Textbox(lines=5, max_length=MOST_CHARACTERS, label="text", visible=not first.takes_images)
                 ratio = gr.Slider(
-                    0.02, 1.0, value=_own_ratio(first), step=0.02, label="budget: share kept at every site"
+                    0.02, 1.0, value=_own_ratio(first), step=0.02, label="budget: share of positions kept at every site"
                 )
             with gr.Column(min_width=240):
-                gr.Markdown("## Hard")
+                gr.Markdown("## Hard attention")
                 hard = gr.HTML(elem_id="hard")
             with gr.Column(min_width=240):
-                gr.Markdown("## Soft")
+                gr.Markdown("## Full attention")
                 loose = gr.HTML(elem_id="soft")
 
         def choose(path: str) -> tuple[Any, Any, float]:
@@ -136,6 +145,8 @@ def build(models: Sequence[str]) -> Any:
         model.change(choose, model, [image, text, ratio], show_progress="hidden")
         for change in (image.change, text.submit, text.blur, ratio.release):
             change(compare, [model, image, text, ratio], [loose, hard], show_progress="minimal")
+        if examples:
+            page.load(compare, [model, image, text, ratio], [loose, hard], show_progress="minimal")
     page.queue(max_size=32, default_concurrency_limit=1)
     return page
 

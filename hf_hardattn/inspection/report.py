@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
+import html
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from ..api import status
 from ..efficiency.counting import count_flops
 from ..errors import HardAttentionError
 from ..modes import soft
-from ..recording import record
+from ..recording import record, selectors
 from ..verify import Report, verify
+from ..version import __version__
 from . import attribution
 from .alignment import selection_matrix
 from .captions import caption_grid
@@ -23,11 +31,11 @@ from .perturbation import PerturbationEvaluator
 from .sanity import randomised_weights
 from .tokens import token_highlight
 
-LIT = "Lit and framed: the patches kept at a site, and their share. Faded: dropped."
+LIT = "Lit and framed: patches kept at a site, with their share. Faded: dropped."
 MARKED = "Marked: the tokens kept at a site. Struck through: dropped."
 LIMITS = (
     "What was kept is what the model computed on from that site on. That is a fact about the computation, not a reason in a person's "
-    "sense: it does not say which of the kept places mattered, nor that another model would need them."
+    "sense: it does not say which of the kept positions mattered, nor that another model would need them."
 )
 
 
@@ -63,11 +71,37 @@ def explain(bundle: ModelWithProcessor, inputs: Sequence[Any], measure: bool = T
         bundle.model(**evaluator.batch)
     if len(inputs) > 1:
         figure = picture(
-            heat_map(recording),
-            "How often each place was kept, over these inputs. A place kept in all of them is position bias.",
+            heat_map(recording, grid=_grid(bundle, evaluator.batch)),
+            "How often each position was kept, over these inputs. A position kept in all of them is position bias.",
         )
-        parts.append(section("Where it looks in general", figure))
+        parts.append(section("What it keeps in general", figure))
+    parts.append(_provenance(bundle, len(inputs)))
     return page(title or f"What {bundle.name} kept", *parts)
+
+
+def _grid(bundle: ModelWithProcessor, batch: dict[str, Any]) -> tuple[int, int] | None:
+    """Patches down and across, for images of a vision tower whose sites keep patches."""
+    pixels = batch.get("pixel_values")
+    sites = selectors(bundle.model)
+    if pixels is None or pixels.dim() != 4 or not all(site.startswith("vision.") for site in sites):
+        return None
+    return pixels.shape[-2] // bundle.patch_size, pixels.shape[-1] // bundle.patch_size
+
+
+def _provenance(bundle: ModelWithProcessor, inputs: int) -> str:
+    """What the page is about: the model, its sites, and the versions that made it."""
+    config = bundle.model.config
+    rows: list[list[Any]] = [
+        ["model", f"{bundle.name} ({type(bundle.model).__name__})"],
+        ["revision", getattr(config, "_commit_hash", None) or "a local folder"],
+        ["parameters", sum(parameter.numel() for parameter in bundle.model.parameters())],
+        ["inputs", inputs],
+        ["hf_hardattn", __version__],
+        ["transformers", transformers.__version__],
+        ["torch", torch.__version__],
+        ["written", datetime.date.today().isoformat()],
+    ]
+    return section("About this page", table(["", ""], rows), f"<pre>{html.escape(status(bundle.model))}</pre>")
 
 
 def _one(bundle: ModelWithProcessor, given: Any) -> str:
@@ -85,10 +119,12 @@ def _one(bundle: ModelWithProcessor, given: Any) -> str:
     )  # CLS and </s> are no choice
     kept, known = (int(m.flatten(0, 2).any(0).sum()) for m in (hard.recording.kept(selection, choice=True), candidates))
     line = (
-        f"Answer: {quoted(hard)}. The same weights looking everywhere: {quoted(loose)}. It kept {kept} of {known} "
-        f"{'patches' if bundle.takes_images else 'tokens'} at {selection.site}; counted cost {cost / whole:.0%} of looking everywhere."
+        f"Answer: {quoted(hard)}. With full attention: {quoted(loose)}. It kept {kept} of {known} "
+        f"{'patches' if bundle.takes_images else 'tokens'} at {selection.site}; {cost / whole:.0%} of the FLOPs of full attention."
     )
-    return paragraph(line) + "\n".join(pictures(bundle, given, batch, hard))
+    label = Path(getattr(given, "filename", "")).name
+    heading = f"<h3>{html.escape(label)}</h3>" if label else ""
+    return heading + paragraph(line) + "\n".join(pictures(bundle, given, batch, hard))
 
 
 def pictures(bundle: ModelWithProcessor, given: Any, batch: dict[str, Any], prediction: Prediction) -> list[str]:
@@ -99,7 +135,7 @@ def pictures(bundle: ModelWithProcessor, given: Any, batch: dict[str, Any], pred
     if bundle.takes_images:
         pixels = batch["pixel_values"]
         if any(site.startswith("vision.") for site in sites):
-            found.append(picture(layer_overlay(pixels, recording, bundle.patch_size), LIT, caption=False))
+            found.append(picture(layer_overlay(pixels, recording, bundle.patch_size), LIT, dpi=140, caption=False))
         if prediction.tokens and (cross or any(site.startswith("vision.") for site in sites)):
             words = bundle.words(prediction.tokens)
             figure = caption_grid(pixels, recording, words, bundle.patch_size, cross)
@@ -127,8 +163,9 @@ def quoted(prediction: Prediction) -> str:
 def _certificate(report: Report) -> str:
     verdict = "agree" if report.parity_ok else "DISAGREE"
     lines = [paragraph(site.statement + ".") for site in report.sites]
-    note = f"Every dropped place was replaced by noise, a constant and its neighbour. Masked and gathered execution {verdict}."
-    return section("What the dropped places can still do", *lines, paragraph(note, "note"))
+    lines += [paragraph(site.end_to_end + ".", "note") for site in report.sites if site.end_to_end is not None]
+    note = f"Every dropped position was replaced by noise, by a constant and by its neighbour. Masked and gathered execution {verdict}."
+    return section("What the dropped positions can still do", *lines, paragraph(note, "note"))
 
 
 def _measured(evaluator: PerturbationEvaluator) -> str:
@@ -152,12 +189,15 @@ def _measured(evaluator: PerturbationEvaluator) -> str:
     rows = [[name, *(result.get(key, "") for key in names)] for name, result in measured.items()]
     parts = [
         table(header, rows),
-        picture(faithfulness_curves(measured), "The answer's probability as the best places go, or come."),
+        picture(
+            faithfulness_curves(measured),
+            "The probability of the answer as the best positions are removed, or added; in brackets the areas under both curves.",
+        ),
     ]
     how = "left out of the computation" if evaluator.removal == "select" else "masked or greyed"
     note = (
-        f"Means over {len(evaluator.full)} inputs; places are {how}. Sufficiency and comprehensiveness are averaged over rationales of 1, 5, 10, "
-        "20 and 50 % of the places (ERASER's AOPC)."
+        f"Means over {len(evaluator.full)} inputs; positions are {how}. Sufficiency and comprehensiveness are averaged over rationales of 1, 5, 10, "
+        "20 and 50 % of the positions (ERASER's AOPC)."
     )
     parts += [paragraph(note, "note"), *absent]
     if evaluator.removal == "select":
@@ -172,7 +212,7 @@ def _sanity(bundle: ModelWithProcessor, evaluator: PerturbationEvaluator) -> str
     rows = [[site, value["jaccard"], value["chance"]] for site, value in found.items()]
     text = "Agreement far above chance would mean that the selection does not need what the model learned."
     return section(
-        "With its weights shuffled",
+        "With shuffled weights",
         table(["site", "agreement with the shuffled model (Jaccard)", "of random choices"], rows),
         paragraph(text, "note"),
         paragraph(LIMITS, "note"),

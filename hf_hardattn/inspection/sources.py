@@ -75,4 +75,6 @@ def _image(path: Path) -> Any:
 
     with Image.open(path) as image:
         image.load()
-        return image.copy()
+        found = image.copy()
+    found.filename = str(path)  # type: ignore[attr-defined]  # a report names it
+    return found

@@ -10,14 +10,14 @@ from pathlib import Path
 from ..errors import HardAttentionError
 from ..hub.contents import check_hard, list_files
 
-APP = '''"""Soft and hard attention side by side."""
+APP = '''"""Full and hard attention side by side."""
 
 from hf_hardattn.inspection.playground import launch
 
 launch({models!r}, host="0.0.0.0")
 '''
 CARD = """---
-title: Where does it look?
+title: Full and hard attention
 colorFrom: yellow
 colorTo: blue
 sdk: gradio
@@ -30,9 +30,9 @@ tags:
 - interpretability
 ---
 
-# Where does it look?
+# Full and hard attention, side by side
 
-The same weights twice: looking everywhere, and computing only on what their selectors keep. Made with hf_hardattn by
+The same weights twice: with full attention, and computing only on what the model selects. Made with hf_hardattn by
 `hf-hardattn demo --space`; `app.py` runs it, here or at home: `pip install -r requirements.txt gradio && python app.py`.
 """
 EXTRAS = ("interpret", "plots", "vision", "text")
