@@ -41,11 +41,14 @@ def patch_overlay(
     return _grid(pixel_values, kept.bool(), patch_size, titles, columns, caption)
 
 
-def layer_overlay(pixel_values: Tensor, recording: Recording, patch_size: int, row: int = 0, columns: int = 4) -> Any:
+def layer_overlay(
+    pixel_values: Tensor, recording: Recording, patch_size: int, row: int = 0, columns: int = 4, whole: bool = True
+) -> Any:
     """Draw one image as each ``vision`` site left it, in order, beside the image itself.
 
     Args:
         pixel_values: ``[B, C, height, width]``. recording: of one forward of this batch. row: which image.
+        columns: pictures a row. whole: draw the image itself too.
 
     Returns:
         matplotlib figure; each title says the site and the share of patches kept of all.
@@ -58,8 +61,11 @@ def layer_overlay(pixel_values: Tensor, recording: Recording, patch_size: int, r
     found = [recording.kept(recording[site][0]).flatten(1, 2).any(1) for site in sites]
     kept = torch.stack([torch.ones_like(found[0][0]), *(mask[min(row, len(mask) - 1)] for mask in found)]).cpu()
     titles = ["image", *(f"{site}: {mask[1:].float().mean():.0%}" for site, mask in zip(sites, kept[1:], strict=True))]
+    frames = [False] + [True] * len(sites)
+    if not whole:
+        kept, titles, frames = kept[1:], titles[1:], frames[1:]
     image = pixel_values[row : row + 1].expand(len(kept), -1, -1, -1)
-    return _grid(image, kept, patch_size, titles, min(columns, len(kept)), "", frames=[False] + [True] * len(sites))
+    return _grid(image, kept, patch_size, titles, min(columns, len(kept)), "", frames=frames)
 
 
 def whole_image(pixel_values: Tensor) -> Any:

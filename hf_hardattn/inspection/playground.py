@@ -70,7 +70,7 @@ def compare(path: str, image: Any, text: str, ratio: float) -> tuple[str, str]:
         with bundle.at_budget(ratio):
             hard = bundle.predict(batch)
             cost = count_flops(bundle.model, PerturbationEvaluator(bundle.model, batch).batch)
-            shown = WIDE + "\n".join(pictures(bundle, given, batch, hard))
+            shown = WIDE + "\n".join(pictures(bundle, given, batch, hard, whole=False))
         plain = [WIDE, picture(whole_image(batch["pixel_values"]), "The image, all patches computed.", dpi=180)]
     kept = "; ".join(f"{row['site']} keeps {row['kept_ratio']:.0%}" for row in hard.recording.summary())
     return (

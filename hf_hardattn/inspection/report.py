@@ -127,15 +127,19 @@ def _one(bundle: ModelWithProcessor, given: Any) -> str:
     return heading + paragraph(line) + "\n".join(pictures(bundle, given, batch, hard))
 
 
-def pictures(bundle: ModelWithProcessor, given: Any, batch: dict[str, Any], prediction: Prediction) -> list[str]:
-    """Draw every picture of one prediction, as pieces of HTML."""
+def pictures(
+    bundle: ModelWithProcessor, given: Any, batch: dict[str, Any], prediction: Prediction, whole: bool = True
+) -> list[str]:
+    """Draw every picture of one prediction, as pieces of HTML; ``whole`` draws the image itself beside what was kept."""
     recording, found = prediction.recording, []
     sites = recording.sites
     cross = next((site for site in sites if ".cross." in site), None)
     if bundle.takes_images:
         pixels = batch["pixel_values"]
         if any(site.startswith("vision.") for site in sites):
-            found.append(picture(layer_overlay(pixels, recording, bundle.patch_size), LIT, dpi=140, caption=False))
+            found.append(
+                picture(layer_overlay(pixels, recording, bundle.patch_size, whole=whole), LIT, dpi=140, caption=False)
+            )
         if prediction.tokens and (cross or any(site.startswith("vision.") for site in sites)):
             words = bundle.words(prediction.tokens)
             figure = caption_grid(pixels, recording, words, bundle.patch_size, cross)
