@@ -16,18 +16,18 @@ from .api import (
     set_step,
     status,
 )
-from .collapse import Collapse, find_collapse
 from .compiling import compile
 from .config import HardAttentionConfig, SiteConfig
-from .diagnostics import Diagnosis, diagnose
 from .errors import HardAttentionError
+from .inspection.collapse import Collapse, find_collapse
+from .inspection.diagnosis import Diagnosis, diagnose
+from .inspection.verify import Report, verify
 from .integrations.transformers import register as _patch_transformers
 from .losses.score_function import auxiliary_loss
 from .modeling.selection import Selection
 from .modes import execution, sampled, soft
 from .recording import Recording, record, replay, selectors
 from .registry import register
-from .verify import Report, verify
 from .version import __version__
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from cases import harden, stock, tensors
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError, registry
-from hf_hardattn.diagnostics import _is_suspect
 from hf_hardattn.estimators import Estimator
-from hf_hardattn.random_control import beside_random, drawn_like
+from hf_hardattn.inspection.diagnosis import _is_suspect
+from hf_hardattn.inspection.random_control import beside_random, drawn_like
 
 
 def vit(**config):

@@ -15,8 +15,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError, metrics
-from hf_hardattn.collapse import find_collapse
 from hf_hardattn.inspection import attribution, measures
+from hf_hardattn.inspection.collapse import find_collapse
 from hf_hardattn.inspection.faithfulness import compare, faithfulness, own_sufficiency, plausibility, top
 from hf_hardattn.inspection.perturbation import PerturbationEvaluator
 from hf_hardattn.inspection.sanity import randomised_weights, shuffled

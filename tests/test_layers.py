@@ -44,10 +44,6 @@ LAYERS = {
     "api": 10,
     "integrations": 10,
     "compiling": 10,
-    "verify": 10,
-    "collapse": 10,
-    "random_control": 10,
-    "diagnostics": 10,
     "hub": 11,  # reads what training wrote, never its code; training's scripts push through it, inspection loads through it
     "inspection": 11,
     "inference": 12,

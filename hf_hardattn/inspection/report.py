@@ -16,7 +16,6 @@ from ..efficiency.counting import count_flops
 from ..errors import HardAttentionError
 from ..modes import soft
 from ..recording import record, selectors
-from ..verify import Report, verify
 from ..version import __version__
 from . import attribution
 from .alignment import selection_matrix
@@ -30,6 +29,7 @@ from .overlay import layer_overlay
 from .perturbation import PerturbationEvaluator
 from .sanity import randomised_weights
 from .tokens import token_highlight
+from .verify import Report, verify
 
 LIT = "Lit and framed: patches kept at a site, with their share. Faded: dropped."
 MARKED = "Marked: the tokens kept at a site. Struck through: dropped."

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from ..errors import HardAttentionError
-from ..random_control import beside_random
+from ..inspection.random_control import beside_random
 from .driver import Driver
 from .stock_trainer import prepare_trainer
 

@@ -24,8 +24,8 @@ from ..efficiency.energy import metered, total
 from ..efficiency.timing import interleaved_seconds, speedups
 from ..inspection.audit import CAUTION, Finding, audit, border_groups, position_groups
 from ..inspection.dataset_audit import kept_and_free
+from ..inspection.verify import verify
 from ..recording import record, selectors
-from ..verify import verify
 from . import tasks
 from .fitting import fit
 

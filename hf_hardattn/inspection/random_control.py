@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modeling.selection import Selection
-from .models import family_of
-from .modes import evaluating
-from .recording import record, replay
-from .unwrapping import unwrap
+from ..modeling.selection import Selection
+from ..models import family_of
+from ..modes import evaluating
+from ..recording import record, replay
+from ..unwrapping import unwrap
 
 
 def drawn_like(selection: Selection, generator: torch.Generator) -> Selection:

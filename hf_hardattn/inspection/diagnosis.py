@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from . import registry
-from .api import apply
+from .. import registry
+from ..api import apply
+from ..errors import HardAttentionError
+from ..modeling.selector import Selector
+from ..recording import record, selectors
+from ..unwrapping import refuse_offloaded, refuse_other_than_batch, refuse_sharded, unwrap
 from .collapse import Collapse, find_collapse
-from .errors import HardAttentionError
-from .modeling.selector import Selector
-from .recording import record, selectors
-from .unwrapping import refuse_offloaded, refuse_other_than_batch, refuse_sharded, unwrap
 
 _SUSPECT = 0.5  # cosine below which a mean gradient points elsewhere
 _NOISY = 0.5  # noise of a mean over its size, above which it is no reference

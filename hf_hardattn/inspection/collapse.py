@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modeling.selection import Selection
-from .models import family_of
-from .modes import evaluating
+from ..modeling.selection import Selection
+from ..models import family_of
+from ..modes import evaluating
+from ..recording import record, replay, selectors
+from ..unwrapping import refuse_other_than_batch, refuse_sharded, unwrap
 from .random_control import drawn_like
-from .recording import record, replay, selectors
-from .unwrapping import refuse_other_than_batch, refuse_sharded, unwrap
 
 # A score varies this much less between inputs than between positions: the choice does not look at the input.
 _INDEPENDENT = 1e-3

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import HardAttentionError
-from .modeling.plan import FOLLOWS
-from .models import family_of
-from .modes import evaluating, execution
-from .recording import Recording, record, replay, selectors
-from .unwrapping import refuse_other_than_batch, unwrap
+from ..errors import HardAttentionError
+from ..modeling.plan import FOLLOWS
+from ..models import family_of
+from ..modes import evaluating, execution
+from ..recording import Recording, record, replay, selectors
+from ..unwrapping import refuse_other_than_batch, unwrap
 
 REPLACEMENTS = ("noise", "zero", "swap")
 
