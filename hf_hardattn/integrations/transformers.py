@@ -1,4 +1,4 @@
-"""How Transformers learns about hard attention: four methods are wrapped, inert until a config carries ``hard_attention``.
+"""How Transformers learns about hard attention: five methods are wrapped, inert until a config carries ``hard_attention``.
 
 ``post_init``, which every model calls at the end of every way to construct it, then adds that one model's hooks and selectors. Transformers' own ``register_patch_mapping`` is not used: its ``patch_output_recorders`` rewrites class-level
 recorders, so that models of the stock classes, even those built before, return no attentions any more; and it misses
@@ -11,6 +11,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -24,9 +25,10 @@ from ..modeling.selector import Selector
 from ..models import family_of, names
 from ..recording import selectors
 from . import peft, peft_adapters
-from .peft_adapters import base_of_adapter, check_selectors
+from .peft_adapters import CONFIG, base_of_adapter, check_selectors
 from .wrapping import wrap_method
 
+SELECTORS = "hard_attention.json"  # what save(selectors_only=True) writes in place of config.json
 _ADVICE = "Pass hard_attention=... to use them, or hard_attention=None to silence this."
 
 
@@ -161,6 +163,17 @@ def _to_dict(to_dict: Callable[..., Any], self: PreTrainedConfig) -> dict[str, A
     return data
 
 
+def _get_config_dict(
+    get_config_dict: Callable[..., Any], cls: type[PreTrainedConfig], place: Any, *args: Any, **kwargs: Any
+) -> Any:
+    folder = Path(place) if isinstance(place, (str, Path)) else None
+    if folder is not None and (folder / SELECTORS).is_file() and not (folder / CONFIG).is_file():
+        raise HardAttentionError(
+            f"{place} holds selectors alone, and no model; their base is named in {SELECTORS}. Load both with hf_hardattn.load({str(place)!r})."
+        )
+    return get_config_dict(cls, place, *args, **kwargs)
+
+
 def register() -> None:
     """Wrap Transformers once; called by ``import hf_hardattn``."""
     PreTrainedConfig.hard_attention = None  # from_pretrained takes keywords its config has an attribute for
@@ -168,5 +181,6 @@ def register() -> None:
     wrap_method(PreTrainedModel, "_initialize_weights", _initialize_weights)
     wrap_method(PreTrainedModel, "from_pretrained", _from_pretrained)
     wrap_method(PreTrainedConfig, "to_dict", _to_dict)
+    wrap_method(PreTrainedConfig, "get_config_dict", _get_config_dict)
     peft.register()
     peft_adapters.register()

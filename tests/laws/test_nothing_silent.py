@@ -11,7 +11,7 @@ import copy
 import pytest
 import torch
 from cases import HEADS, close, harden, run, stock
-from transformers import SwinConfig, SwinModel, ViTForImageClassification
+from transformers import AutoConfig, AutoModel, SwinConfig, SwinModel, ViTForImageClassification
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError
@@ -294,3 +294,14 @@ def test_a_misspelt_site_is_answered_with_the_nearest():
     example = stock("vit", "ViTForImageClassification")
     with pytest.raises(HardAttentionError, match=r"no site matches 'vision.input' .* Did you mean 'vision.inputs'\?"):
         hf_hardattn.apply(example.model, {"sites": ["vision.input"]})
+
+
+@pytest.mark.parametrize("auto", [ViTForImageClassification, AutoModel, AutoConfig])
+def test_a_folder_of_selectors_alone_says_how_it_is_loaded(tmp_path, auto):
+    stock(*HEAD).model.save_pretrained(tmp_path / "base")
+    model = ViTForImageClassification.from_pretrained(tmp_path / "base", hard_attention={"budget": 0.5})
+    hf_hardattn.save(model, tmp_path / "selectors", selectors_only=True)
+    with pytest.raises(
+        HardAttentionError, match=r"holds selectors alone, and no model; .* Load both with hf_hardattn.load\("
+    ):
+        auto.from_pretrained(tmp_path / "selectors")
