@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -187,6 +188,9 @@ class Family:
                     same = sum(tower.spec is spec for tower in towers.values())
                     name = spec.name if not same else f"{spec.name}{same + 1}"
                     towers[name] = Tower(name, spec, module)
+        if heads.extends(model, self.spec.counting_heads):
+            for tower in towers.values():
+                tower.spec = replace(tower.spec, only=("self",))
         return towers
 
     def prepare(self, model: nn.Module) -> None:

@@ -51,7 +51,7 @@ def install_hooks(
             _install_tower(model, family, tower, towers, drops[name], config, idle[name] and idle_source)
             members.mark(tower)
     module: Any = model
-    module.__dict__[HANDS_DOWN] = family.owns(model) and takes_keywords(model)
+    module.__dict__[HANDS_DOWN] = family.spec.hands_down and family.owns(model) and takes_keywords(model)
     module.__dict__[NAMES] = parameter_names(model)
     tokens = [getattr(module.config, name, None) for name in family.spec.candidates] if family.owns(model) else []
     module.__dict__[CANDIDATES] = tuple(token for token in tokens if token is not None)

@@ -171,6 +171,8 @@ class ModelSpec:
         copying_heads: names of heads that feed the encoder's input to the decoder as well, shifted by one.
         candidates: configuration fields with the ids of tokens that stand for an image's rows, among which a decoder's sites then choose;
             empty where they choose among the whole prompt.
+        counting_heads: names of heads that count rows by the caller's mask, so that none may be dropped.
+        hands_down: its models pass keywords that they do not know on to their towers.
         find_towers: maps a model to its towers by name, where the class name alone does not tell which tower is which.
         functions: replacements of the functions in ``modeling/heads.py`` that read a head's labels and losses; ``prepare`` and
             ``release`` do what else a hard model of the family needs.
@@ -186,5 +188,7 @@ class ModelSpec:
     averaging_heads: tuple[str, ...] = ()
     copying_heads: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
+    counting_heads: tuple[str, ...] = ()
+    hands_down: bool = True
     find_towers: Callable[[nn.Module], dict[str, tuple[TowerSpec, nn.Module]]] | None = None
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,12 +46,16 @@ def pair_loss(
 
 
 def siglip_like(
-    name: str, classes: str, vision: TowerSpec, functions: dict[str, Callable[..., Any]] | None = None
+    name: str,
+    classes: str,
+    vision: TowerSpec,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
+    counting_heads: tuple[str, ...] = (),
 ) -> ModelSpec:
     """The row of a family whose classes start with ``classes``.
 
     Args:
-        vision: the row of its image tower. functions: of the family.
+        vision: the row of its image tower. functions, counting_heads: of the family.
     """
     text = TowerSpec(
         "text",
@@ -69,5 +73,6 @@ def siglip_like(
         recommended=("vision.tokens.25%", "text.tokens.25%"),
         averaging_heads=(f"{classes}ForImageClassification",),
         heads=tuple(f"{classes}{head}" for head in ("VisionModel", "ForImageClassification", "TextModel", "Model")),
+        counting_heads=counting_heads,
         functions={"token_loss": pair_loss, **(functions or {})},
     )

@@ -47,4 +47,11 @@ VISION = TowerSpec(
     norm="layer_norm1",
     pooling="head",
 )
-SIGLIP2 = siglip_like("siglip2", "Siglip2", VISION, {"input_rows": input_rows, "replace_inputs": replace_inputs})
+SIGLIP2 = siglip_like(
+    "siglip2",
+    "Siglip2",
+    VISION,
+    {"input_rows": input_rows, "replace_inputs": replace_inputs},
+    # it divides by the number of patches in the caller's mask
+    counting_heads=("Siglip2ForImageClassification",),
+)

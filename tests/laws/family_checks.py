@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from cases import Example, close, harden, run, stock, tensors
 from rounding import FEW, MANY, assert_rounded
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
+from transformers.integrations import flex_attention as integration
 
 import hf_hardattn
 from hf_hardattn import models
@@ -263,6 +266,36 @@ def writes(subject: Subject) -> bool:
     return hasattr(model, "generate") and model.can_generate()
 
 
+def compiles(subject: Subject) -> None:
+    """The whole call is one graph, and its outputs are the same."""
+    example = subject.hard()
+    expected = run(example)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(example.model, fullgraph=True, backend="eager")
+    close(run(Example(compiled, example.batch)), expected)
+
+
+def flex_attends(subject: Subject) -> None:
+    """Flex attention gives what SDPA gives."""
+    example = subject.hard()
+    expected = visible(subject, example)
+    example.model.set_attn_implementation("flex_attention")
+    with plain_flex():
+        close(visible(subject, example), expected)
+
+
+@contextmanager
+def plain_flex() -> Iterator[None]:
+    """Flex attention without a compiled kernel, which takes a minute to make for a CPU."""
+
+    def call(query: Tensor, key: Tensor, value: Tensor, training: bool = False, **options: Any) -> Any:
+        return flex_attention(query, key, value, **options)
+
+    torch._dynamo.reset()
+    with mock.patch.object(integration, "compile_friendly_flex_attention", call):
+        yield
+
+
 def visible(subject: Subject, example: Example) -> dict[str, Tensor]:
     """The outputs with padding rows cleared: what they hold means nothing."""
     mask = example.batch.get("attention_mask")
@@ -290,6 +323,8 @@ def applies(name: str, subject: Subject) -> bool:
     return True
 
 
+# these take seconds each: for the table in the documentation
+SLOW: dict[str, Callable[[Subject], None]] = {check.__name__: check for check in (compiles, flex_attends)}
 CHECKS: dict[str, Callable[[Subject], None]] = {
     check.__name__: check
     for check in (

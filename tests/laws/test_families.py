@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import transformers
 from cases import harden, run
-from examples import build
+from examples import IMAGE_SIZES, TEXT_SIZES, Example, build, padded_ids
 from family_checks import CHECKS, applies, subjects
+
+import hf_hardattn
+from hf_hardattn import HardAttentionError
 
 SUBJECTS = subjects()
 CASES = [(name, subject) for subject in SUBJECTS for name in CHECKS if applies(name, subject)]
@@ -15,6 +19,78 @@ CASES = [(name, subject) for subject in SUBJECTS for name in CHECKS if applies(n
 @pytest.mark.parametrize(("name", "subject"), CASES, ids=[f"{subject}-{name}" for name, subject in CASES])
 def test_a_family_keeps_its_promise(name, subject):
     CHECKS[name](subject)
+
+
+IMAGES = dict(IMAGE_SIZES, num_hidden_layers=2)
+WORDS = dict(TEXT_SIZES, num_hidden_layers=2)
+
+
+def composite(kind):
+    """A tiny model made of a ViT and BERTs, and its batch."""
+    torch.manual_seed(0)
+    ids, mask = padded_ids()
+    image, text = transformers.ViTConfig(**IMAGES), transformers.BertConfig(**WORDS)
+    reader = transformers.BertConfig(**WORDS, is_decoder=True, add_cross_attention=True)
+    images, texts = {"pixel_values": torch.randn(3, 2, 12, 12)}, {"input_ids": ids, "attention_mask": mask}
+    if kind == "VisionTextDualEncoder":
+        config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(image, text, projection_dim=14)
+        return transformers.VisionTextDualEncoderModel(config).eval(), {**images, **texts, "return_loss": True}
+    encoder = image if kind == "VisionEncoderDecoder" else text
+    cls = getattr(transformers, f"{kind}Model")
+    config = cls.config_class.from_encoder_decoder_configs(encoder, reader, decoder_start_token_id=1, pad_token_id=0)
+    return cls(config).eval(), {**(images if encoder is image else texts), "labels": torch.randint(2, 53, (3, 5))}
+
+
+def test_a_model_of_two_encoders_has_the_sites_of_both(tmp_path):
+    model, batch = composite("VisionTextDualEncoder")
+    harden(model, {"sites": ["vision.inputs", "text.inputs"], "budget": 0.5, "estimator": "reinforce"})
+    report = hf_hardattn.verify(model, batch)
+    assert report.parity_ok and all(site.certified for site in report.sites)
+    model.train()(**batch).loss.backward()
+    assert all(p.grad is not None for s in hf_hardattn.selectors(model).values() for p in s.parameters())
+    model.eval().save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(run(Example(again, batch))["logits_per_text"], run(Example(model, batch))["logits_per_text"])
+
+
+@pytest.mark.parametrize(("kind", "tower"), [("EncoderDecoder", "text"), ("VisionEncoderDecoder", "vision")])
+def test_an_encoder_whose_reader_counts_its_rows_keeps_them(kind, tower):
+    model, batch = composite(kind)
+    with pytest.raises(
+        HardAttentionError, match=f"no site matches '{tower}.tokens.0' in {kind}Model; it has: '{tower}.self.0'"
+    ):
+        hf_hardattn.apply(model, {"sites": [f"{tower}.tokens.0"], "budget": 0.5})
+    soft = run(Example(model, batch))["logits"]
+    harden(model, {"sites": [f"{tower}.self.1"], "budget": 0.5, "estimator": "straight_through"})
+    assert hf_hardattn.verify(model, batch).parity_ok
+    assert not torch.allclose(run(Example(model, batch))["logits"], soft, atol=1e-6)
+    model.train()(**batch).loss.backward()
+    assert all(p.grad is not None for s in hf_hardattn.selectors(model).values() for p in s.parameters())
+
+
+def test_a_head_that_counts_rows_by_its_mask_keeps_them():
+    model = build("siglip2", "Siglip2ForImageClassification").model
+    with pytest.raises(
+        HardAttentionError, match=r"'vision.tokens.0' in Siglip2ForImageClassification; it has: 'vision.self.0'"
+    ):
+        hf_hardattn.apply(model, {"sites": ["vision.tokens.0"], "budget": 0.5})
+
+
+def test_siglip_texts_must_not_end_in_padding():
+    example = build("siglip", "SiglipTextModel")
+    harden(example.model.eval(), {"sites": ["text.tokens.0"], "budget": 0.5})
+    mask = torch.ones_like(example.batch["input_ids"])
+    mask[1, 7:] = 0
+    with pytest.raises(HardAttentionError, match="attention_mask hides the last place of a text"):
+        example.model(**example.batch, attention_mask=mask)
+
+
+def test_a_window_counted_in_rows_is_refused():
+    example = build("modernbert", "ModernBertModel")
+    harden(example.model.eval(), {"sites": ["text.inputs"], "budget": 3})
+    example.model.config._attn_implementation_internal = "flash_attention_2"  # its setter asks for the package
+    with pytest.raises(HardAttentionError, match="'flash_attention_2' at sites of 'text', whose layers see a window"):
+        example.model(**example.batch)
 
 
 ALIGNED = (
