@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import T5ForConditionalGeneration
 from typer.testing import CliRunner
@@ -21,12 +22,14 @@ from hf_hardattn.cli import app
 from hf_hardattn.errors import HardAttentionError
 from hf_hardattn.training.compare_report import cells, markdown, summarise
 from hf_hardattn.training.comparison import CONTROLS, Comparison
+from hf_hardattn.training.tasks import load
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "scripts/configs/compare").glob("*.yaml"))
 TINY = {
     "task": "planted_rationale",
     "task_options": {"length": 12, "slots": 2, "values": 4, "fillers": 10, "test_rows": 20},
     "recipe": {"trunk_steps": 2, "branch_steps": 2, "batch": 4},
+    "controls": False,
 }
 
 
@@ -69,6 +72,24 @@ def test_results_are_complete_and_failed_runs_are_counted(tmp_path):
     for devices, said in ((["cuda"], "on a GPU."), (["cpu", "cuda"], "on 1 CPU thread or a GPU, as each run says.")):
         runs = [{**row, "device": devices[i % len(devices)]} for i, row in enumerate(results["runs"])]
         assert f"seconds {said}" in markdown({**results, "runs": runs})
+
+
+def test_controls_of_equal_cost_are_run_by_default(tmp_path):
+    results, _ = _invoke([*_write(tmp_path, {"simple": None}, controls=True), "--seeds", "1"])
+    summary = results["summary"]
+    assert list(summary) == ["soft", "random", "static", "downsampled", "simple"]
+    assert not any(row["failed"] for name, row in summary.items() if name in CONTROLS)
+    assert summary["random"]["gflops"] == pytest.approx(summary["downsampled"]["gflops"], rel=0.1)
+    assert summary["downsampled"]["gflops"] < 0.8 * summary["soft"]["gflops"]
+    assert "kept" not in summary["downsampled"]["metrics"]
+
+
+@pytest.mark.parametrize(("ratio", "side"), [(0.25, 4), (0.14, 3), (1.0, 8)])
+def test_a_downsampled_image_has_as_many_patches_as_the_budget_keeps(ratio, side):
+    task = load("cluttered_digits")
+    inputs = task.reduced({"pixel_values": torch.randn(2, 1, 64, 64)}, ratio)
+    assert inputs["pixel_values"].shape == (2, 1, 8 * side, 8 * side)
+    assert task.model_class(task.config()).eval()(**inputs).logits.shape == (2, 10)
 
 
 def test_a_killed_comparison_goes_on_where_it_stopped(tmp_path):

@@ -25,9 +25,10 @@ from tqdm.auto import tqdm
 from ..devices import default_device
 from ..efficiency.counting import count_flops
 from . import tasks
-from .comparison import Comparison
+from .comparison import REDUCE, Comparison
 from .fitting import fit
 from .results import write_json
+from .tasks._reduced import Reduced
 
 BASE_FIELDS = ("trunk_steps", "batch", "learning_rate", "weight_decay", "trunk_warmup", "ramp")
 
@@ -123,10 +124,13 @@ def train_branch(spec: dict[str, Any], folder: Path, save: bool = False) -> dict
 
 
 def _measure(spec: dict[str, Any], folder: Path, save: bool) -> dict[str, Any]:
-    task, recipe = tasks.load(spec["task"], spec["task_options"]), _recipe(spec)
+    task: Any = tasks.load(spec["task"], spec["task_options"])
+    recipe, hard_attention = _recipe(spec), spec["hard_attention"]
+    if hard_attention is not None and REDUCE in hard_attention:
+        task, hard_attention = Reduced(task, hard_attention[REDUCE]), None
     torch.manual_seed(spec["seed"] + 1)
-    model = task.model_class.from_pretrained(base_folder(spec, folder), hard_attention=spec["hard_attention"])
-    model.to(default_device())  # type: ignore[arg-type]
+    model = task.model_class.from_pretrained(base_folder(spec, folder), hard_attention=hard_attention)
+    model.to(default_device())
     started, processor = time.perf_counter(), time.process_time()
     with _bar(spec["variant"], recipe.branch_steps) as on_step:
         losses = fit(model, task, recipe, seed=spec["seed"] + 1000, branch=True, on_step=on_step)

@@ -14,14 +14,17 @@ from ..errors import HardAttentionError, unknown
 from . import tasks
 from .parsing import shipped
 
-# What every comparison should carry. A value of None is the soft model.
+REDUCE = "reduce"  # key of a variant: the ratio that a soft model's inputs are reduced to
+# Ways to choose that a learned choice has to beat. A value of None is the soft model.
 CONTROLS: dict[str, dict[str, Any] | None] = {
     "soft": None,
     "random": {"scorer": "random", "estimator": "straight_through"},
     "first": {"scorer": "first", "estimator": "straight_through"},
     "static": {"scorer": "static", "estimator": "simple", "estimator_options": {"sample": False}},
     "cls_attention": {"scorer": "cls_attention", "estimator": "straight_through"},
+    "downsampled": {REDUCE: None},  # the soft model on inputs of as many rows as the budget keeps
 }
+ALWAYS = ("soft", "random", "static", "downsampled")  # in every comparison, unless its file says `controls: false`
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Comparison:
         budget: the ratio to keep of variants that name none; None is the task's own.
         variants: name to the fields of a ``HardAttentionConfig`` that differ from the task's recommendation. Without fields a
             name stands for the control or the estimator of that name. A float ``budget`` is annealed.
+        controls: whether the controls of ``ALWAYS`` are run, where the variants do not hold them already.
         trunk_seed: of the one soft base checkpoint that all seeds start from; None trains one for each seed.
     """
 
@@ -43,6 +47,7 @@ class Comparison:
     recipe: dict[str, Any] = field(default_factory=dict)
     budget: float | None = None
     trunk_seed: int | None = None
+    controls: bool = True
 
     @classmethod
     def read(cls, path: Path) -> Comparison:
@@ -73,7 +78,19 @@ class Comparison:
                     f"{name} of {path} is a {type(data[name]).__name__}; it is a mapping, one 'name: settings' a line. A control or an "
                     "estimator stands without settings: 'simple:'."
                 )
-        return cls(**data)
+        if not isinstance(data.get("controls", True), bool):
+            raise HardAttentionError(
+                f"controls={data['controls']!r} of {path} is no choice; use true (they are run too) or false."
+            )
+        return cls(**data).with_controls()
+
+    def with_controls(self) -> Comparison:
+        """The same with the controls that its task can have, soft and random first."""
+        if not self.controls:
+            return self
+        reduces = tasks.load(self.task, self.task_options).reduces
+        added = [name for name in ALWAYS if name not in self.variants and (name != "downsampled" or reduces)]
+        return replace(self, variants={**dict.fromkeys(added), **self.variants})
 
     def only(self, names: list[str] | None) -> Comparison:
         """The same with the variants ``names`` only; all of them when None."""
@@ -102,6 +119,8 @@ def _hard(
         given = CONTROLS[name]
         if given is None:
             return None
+        if REDUCE in given:
+            return {REDUCE: budget}
     elif given is None:
         if name not in registry.names("estimators"):
             raise unknown("variant without fields:", name, {*CONTROLS, *registry.names("estimators")}, task.site)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ... import registry
@@ -91,6 +92,27 @@ class Base:
     points: ClassVar[float] = 100.0
     one_is_enough: ClassVar[bool] = False
     samples: ClassVar[int] = 0
+
+    @property
+    def reduces(self) -> bool:
+        """Whether ``reduced`` knows how to shorten its inputs: images, and rows of tokens that are read whole."""
+        return self.site in ("vision.inputs", "encoder.inputs", "text.inputs")
+
+    def reduced(self, inputs: dict[str, Any], ratio: float) -> dict[str, Any]:
+        """The inputs with as many rows as a budget of ``ratio`` keeps: images sampled down by area, texts cut off behind their beginning.
+
+        Args:
+            inputs: of the model, with ``pixel_values`` or ``input_ids``. ratio: in (0, 1].
+        """
+        if "pixel_values" not in inputs:
+            ids = inputs["input_ids"]
+            kept = max(1, round(ratio * (ids.shape[1] - 1)))
+            return {**inputs, "input_ids": torch.cat([ids[:, :kept], ids[:, -1:]], 1)}  # the last is </s>
+        config: Any = self.config()
+        patches = max(1, round(ratio**0.5 * config.image_size / config.patch_size))
+        size = (patches * config.patch_size,) * 2
+        pixels = functional.interpolate(inputs["pixel_values"], size=size, mode="area")
+        return {**inputs, "pixel_values": pixels, "interpolate_pos_encoding": True}
 
     def config(self) -> PreTrainedConfig:
         """The model's configuration."""
