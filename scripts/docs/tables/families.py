@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hf_hardattn import models
+
+from . import read
 
 
 def table() -> str:
@@ -13,6 +17,43 @@ def table() -> str:
         sites = ", ".join(f"`{tower.name}.{kind}`" for tower in spec.towers for kind in tower.kinds)
         lines.append(f"| {name} | {sites} | {', '.join(f'`{head}`' for head in spec.heads)} |")
     return "\n".join(lines)
+
+
+COLUMNS = {
+    "equals_stock": "budget 1.0 = stock",
+    "equals_oracle": "= stock with masks",
+    "rows_alone": "batch = rows",
+    "cache_changes_nothing": "cache = no cache",
+    "certified": "certificate",
+    "gates_reach_attention": "gradient",
+    "reloads": "reload",
+    "compiles": "one graph",
+    "flex_attends": "flex attention",
+}
+
+
+def checks() -> str:
+    """Which promises each family keeps, from results/families.json; below it the reasons of those that it does not."""
+    reasons: dict[str, int] = {}
+    grouped: dict[tuple[str, ...], list[str]] = {}
+    for line in sorted(read("families.json")["rows"], key=lambda line: line["family"]):
+        cells = tuple(_cell(name, line, reasons) for name in COLUMNS)
+        grouped.setdefault((line["family"], line["tower"], *cells), []).append(line["kind"])
+    head = ["family", "sites", *COLUMNS.values()]
+    rows = [
+        f"| {family} | `{tower}`: {', '.join(kinds)} | {' | '.join(cells)} |"
+        for (family, tower, *cells), kinds in grouped.items()
+    ]
+    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
+    return "\n".join([f"| {' | '.join(head)} |", "|---|---|" + ":-:|" * len(COLUMNS), *rows, "", *notes])
+
+
+def _cell(name: str, line: dict[str, Any], reasons: dict[str, int]) -> str:
+    found = line["checks"].get(name)
+    if found is None:
+        slow = name in ("compiles", "flex_attends")
+        return "not run" if slow else "–"
+    return "✓" if found == "holds" else f"({reasons.setdefault(found, len(reasons) + 1)})"
 
 
 ROLES = {  # by the towers of a family
