@@ -128,7 +128,7 @@ def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if not state.dropped:
         return None
     whole = isinstance(output, tuple)
-    hidden: Tensor = output[0] if whole else output.last_hidden_state
+    hidden: Tensor = output[0] if whole else output["last_hidden_state"]
     rows = state.final_rows(hidden, restore=plan.restores, gate=not plan.is_read)
     state.output_valid = state.kept_mask(len(hidden), hidden.device, plan.restores)
     if whole:
@@ -137,9 +137,10 @@ def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if pooled is not None and state.gates is not None:
         # the last choice may not reach what was pooled inside the tower: a gradient of zero rather than none, since distributed
         # training waits for every parameter
-        output.pooler_output = pooled + 0.0 * state.gates.sum().to(pooled.dtype)
-    if not plan.is_read:
-        output.last_hidden_state = rows
+        output["pooler_output"] = pooled + 0.0 * state.gates.sum().to(pooled.dtype)
+    # exporters have the model return a plain dict of tensors
+    if not plan.is_read or type(output) is dict:
+        output["last_hidden_state"] = rows
         return output
     return _kept_output(plan, state, output, rows)
 
