@@ -4,17 +4,20 @@ python scripts/docs/render.py            # rewrite README.md and docs/
 python scripts/docs/render.py --check    # fail if a page would change
 
 The text between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is what ``table()`` of ``scripts/docs/tables/NAME.py`` returns, and the text
-between ``<!-- NAME.PART -->`` and its end is what its function ``PART()`` returns.
+between ``<!-- NAME.PART -->`` and its end is what its function ``PART()`` returns. Two pages are written as notebooks too.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = {"quicktour.md": "quicktour.ipynb", "tutorials/auditing.md": "auditing.ipynb"}
+FENCED = re.compile(r"^```(\w+)\n(.*?)^```\n?", flags=re.S | re.M)
 MARKED = re.compile(r"<!-- ([\w.]+) -->\n.*?<!-- /\1 -->", flags=re.S)
 REPOSITORY_LINK = re.compile(r"\]\((results/[^)]+)\)")
 
@@ -35,19 +38,41 @@ def render(text: str, depth: int) -> str:
     return MARKED.sub(anew, text)
 
 
+def notebook(page: str) -> str:
+    """A page as a notebook: its words and its Python blocks, without what they print."""
+    cells: list[dict[str, object]] = []
+    end = 0
+    for block in FENCED.finditer(page):
+        if block[1] in ("python", "text"):
+            cells.append(_cell("markdown", page[end : block.start()]))
+            end = block.end()
+        if block[1] == "python":
+            cells.append({**_cell("code", block[2]), "execution_count": None, "outputs": []})
+    cells.append(_cell("markdown", page[end:]))
+    kept = [cell | {"id": f"cell-{number}"} for number, cell in enumerate(c for c in cells if c["source"])]
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    return json.dumps({"cells": kept, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, indent=1) + "\n"
+
+
+def _cell(kind: str, text: str) -> dict[str, object]:
+    return {"cell_type": kind, "metadata": {}, "source": text.strip("\n").splitlines(keepends=True)}
+
+
 def pages() -> list[Path]:
     """The README and every page of the documentation."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def main() -> None:
+    wanted = {page: render(page.read_text("utf-8"), len(page.relative_to(ROOT).parts) - 1) for page in pages()}
+    for page, name in NOTEBOOKS.items():
+        wanted[ROOT / "docs" / "notebooks" / name] = notebook(wanted[ROOT / "docs" / page])
     stale = []
-    for page in pages():
-        old = page.read_text(encoding="utf-8")
-        new = render(old, len(page.relative_to(ROOT).parts) - 1)
-        if new != old:
+    for page, new in wanted.items():
+        if not page.exists() or page.read_text(encoding="utf-8") != new:
             stale.append(str(page.relative_to(ROOT)))
             if "--check" not in sys.argv[1:]:
+                page.parent.mkdir(exist_ok=True)
                 page.write_text(new, encoding="utf-8")
     if stale and "--check" in sys.argv[1:]:
         sys.exit(f"{', '.join(stale)}: not what results/ says; run: python scripts/docs/render.py")
