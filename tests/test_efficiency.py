@@ -374,6 +374,24 @@ def test_shared_weights_are_one_copy():
     assert not hf_hardattn.selectors(stock)
 
 
+def test_bench_of_a_trained_model_measures_its_own_selectors(tmp_path):
+    """At a threshold the scores decide what is kept, and so the cost: these keep everything."""
+    model = hf_hardattn.apply(vit(), {"sites": {"vision.tokens.0": "threshold:0.5"}})
+    (selector,) = hf_hardattn.selectors(model).values()
+    with torch.no_grad():
+        selector.scorer.weight.zero_()
+        selector.scorer.bias.fill_(9.0)
+    model.save_pretrained(tmp_path / "vit")
+    common = ["--rounds", "2", "--threads", "1", "--no-fixed-allocator", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, ["bench", "--model", str(tmp_path / "vit"), *common])
+    assert result.exit_code == 0, result.output
+    (group,) = json.loads((tmp_path / "own.json").read_text())["groups"]
+    flops = {name: row["flops"]["executed"] for name, row in group["rows"].items()}
+    assert 0 <= flops["as saved"] - flops["stock"] <= 2 * 17 * D  # all layers on all rows, and the scorer
+    written = (tmp_path / "own.md").read_text()
+    assert "with its own selectors" in written and "The checkpoint's weights;" in written and "| 0.0 |" not in written
+
+
 def test_bench_of_a_users_own_checkpoint(tmp_path):
     vit().save_pretrained(tmp_path / "vit")
     arguments = [

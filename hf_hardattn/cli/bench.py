@@ -76,7 +76,7 @@ def command(
         allocator.restart_with_settings()
     import torch
 
-    from ..efficiency import bench, bench_exported, report, suites
+    from ..efficiency import bench, bench_exported, report, suites, workloads
     from ..efficiency.imported import cost_of_import
     from ..efficiency.pictures import draw
 
@@ -116,6 +116,9 @@ def command(
         else f"hf-hardattn bench --suite {suite}{as_run}",
         "title": chosen.title,
         "mode": mode,
+        "weights": "The checkpoint's weights"
+        if model is not None and model not in workloads.MODELS
+        else "Random weights",
         "picture": chosen.picture,
         "machine": bench.machine(threads),
         "groups": [],
@@ -202,7 +205,7 @@ def _own(
     """A suite of the user's own model."""
     saved = _saved(model) if not (sites or config) else None
     if saved is not None:
-        rows = [{"name": "as saved", "hard": saved["hard_attention"]}]
+        rows = [{"name": "as saved", "hard": saved["hard_attention"], "trained": True}]
         sizes = sizes or [saved["size"]]
         item = {
             "name": f"{model} {{size}}",
@@ -212,7 +215,7 @@ def _own(
             "dtype": dtype,
             "rows": rows,
         }
-        return {"title": f"{model} at its own sites (selectors of its kind, with new weights)", "groups": [item]}
+        return {"title": f"{model} at its own sites, with its own selectors", "groups": [item]}
     if not sizes or not (sites or config):
         raise HardAttentionError(
             f"--model {model!r} needs to know what to measure; give --size (pixels a side, or tokens), and --site or --config."
@@ -260,7 +263,7 @@ def _show(results: dict[str, Any]) -> None:
 
     from ..efficiency import report
 
-    table = Table(title=results["title"], caption=report.conditions(results["machine"]))
+    table = Table(title=results["title"], caption=report.conditions(results["machine"], results["weights"]))
     shown = (1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 14)
     for column in shown:
         table.add_column(report.HEAD[column], justify="left" if column == 1 else "right")

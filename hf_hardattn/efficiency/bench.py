@@ -29,7 +29,7 @@ from .memory import peak_resident_bytes
 from .overhead import later_layers, selection_overhead
 from .suites import Group
 from .timing import interleaved_seconds, ratios
-from .workloads import DTYPES, Workload, cache_bytes, share_weights
+from .workloads import DTYPES, Workload, cache_bytes, share_weights, take_trained_selectors
 
 STOCK, EXACT = "stock", "exact"
 UNCOMPILED = "stock, not compiled"
@@ -134,7 +134,11 @@ def models_of(group: Group) -> dict[str, nn.Module]:
     stock = group.workload.build()
     first = HardAttentionConfig.parse(group.rows[0].hard)
     models = {STOCK: stock, EXACT: apply(share_weights(stock), _exact(first)).eval()}
-    return models | {row.name: apply(share_weights(stock), row.hard).eval() for row in group.rows}
+    for row in group.rows:
+        models[row.name] = apply(share_weights(stock), row.hard).eval()
+        if row.trained:
+            take_trained_selectors(models[row.name], group.workload)
+    return models
 
 
 def _exact(config: HardAttentionConfig) -> HardAttentionConfig:

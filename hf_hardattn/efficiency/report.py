@@ -49,9 +49,9 @@ def cells(group: dict[str, Any]) -> Iterator[list[str]]:
             "" if row["limit"] is None or unlimited else f"{row['limit']:.2f}",
             "" if row["share_of_limit"] is None or unlimited else f"{row['share_of_limit']:.0%}",
             "" if target is None else f"{target} {'held' if row['against_stock']['median'] >= target else 'NOT HELD'}",
-            f"{row['flops']['executed'] / 1e9:,.1f}",
-            f"{row['flops']['nominal'] / 1e9:,.1f}",
-            f"{row['peak_bytes'] / 2**20:,.0f}",
+            _amount(row["flops"]["executed"] / 1e9, 1),
+            _amount(row["flops"]["nominal"] / 1e9, 1),
+            _amount(row["peak_bytes"] / 2**20, 0),
             "not measured" if row["peak_resident_bytes"] is None else f"{row['peak_resident_bytes'] / 2**20:,.0f}",
             f"{row['cross_cache_bytes'] / 2**20:,.1f}" if row.get("cross_cache_bytes") else "",
             "not measured" if row["joules"] is None else f"{row['joules']:.2f}",
@@ -81,6 +81,11 @@ def speedup(group: dict[str, Any], name: str, baseline: str) -> str:
     return f"{ratio['median']:.2f} ({low:.2f}-{high:.2f})"
 
 
+def _amount(value: float, decimals: int) -> str:
+    """A number with so many decimals, or with two digits where they would leave nothing of it."""
+    return f"{value:.2g}" if 0 < value < 10.0**-decimals / 2 else f"{value:,.{decimals}f}"
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The report of a suite."""
     m = results["machine"]
@@ -89,7 +94,7 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         f"`{results['command']}`",
         "",
-        conditions(m) + HOW[results.get("mode", "eager")],
+        conditions(m, results.get("weights", "Random weights")) + HOW[results.get("mode", "eager")],
         "",
     ]
     if results["picture"] == "break_even":
@@ -114,8 +119,8 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def conditions(machine: dict[str, Any]) -> str:
-    """The machine in a sentence."""
+def conditions(machine: dict[str, Any], weights: str = "Random weights") -> str:
+    """The machine in a sentence, and what its numbers are."""
     versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
     if machine["device"] == "cuda":
         place = f"{machine['processor']}, {versions}"
@@ -126,7 +131,7 @@ def conditions(machine: dict[str, Any]) -> str:
         kept = "glibc's allocator keeps freed pages" if fixed else "the system's default allocator"
         place = f"{machine['processor']} ({machine['cpu_capability']}{bf16}), {machine['threads']} threads, {versions}, {kept}"
     return (
-        f"{place}. Random weights; medians of interleaved rounds, quartiles in brackets. `stock` is Transformers' own path "
+        f"{place}. {weights}; medians of interleaved rounds, quartiles in brackets. `stock` is Transformers' own path "
         "(SDPA; BLIP has eager attention only), `exact` is this library's at budget 1.0. The limit is Amdahl's, from a profile of `stock` and the "
         "work left (reading weights, which few rows wait for, is no less); in decoding with a control that keeps 1, between stock's time and that control's. FLOPs count matrix products; peak MiB is the allocator's, RSS MiB the process's, both beyond the weights."
     )

@@ -28,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..compiling import compile
 from ..devices import default_device
 from ..errors import HardAttentionError, unknown
+from ..recording import selectors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,7 +65,7 @@ class Workload:
         torch.manual_seed(0)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
-        build = _MODELS.get(self.model)
+        build = MODELS.get(self.model)
         model = build(self) if build else _checkpoint(self)
         return model.to(default_device(), DTYPES[self.dtype]).eval()
 
@@ -149,7 +150,7 @@ def _blip(w: Workload) -> nn.Module:
     return BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=_blip_vision(w)))
 
 
-_MODELS: dict[str, Callable[[Workload], nn.Module]] = {
+MODELS: dict[str, Callable[[Workload], nn.Module]] = {
     "vit": _vit,
     "t5_encoder": lambda w: T5EncoderModel(_t5(w)),
     "t5_decode": lambda w: T5ForConditionalGeneration(_t5(w)),
@@ -163,11 +164,22 @@ def _checkpoint(w: Workload) -> nn.Module:
         config = AutoConfig.from_pretrained(w.model, hard_attention=None)
     except (OSError, ValueError) as error:
         raise HardAttentionError(
-            f"{w.model!r} is neither a model of the benchmark ({', '.join(map(repr, sorted(_MODELS)))}) nor a checkpoint that can be read: {error}"
+            f"{w.model!r} is neither a model of the benchmark ({', '.join(map(repr, sorted(MODELS)))}) nor a checkpoint that can be read: {error}"
         ) from None
     if config.model_type not in ("vit", "t5"):
         raise HardAttentionError(
             f"the benchmark loads checkpoints of ViT and T5; {w.model!r} is a {config.model_type}. Use 'blip_vision' or 'blip_caption'."
         )
-    cls: Any = T5EncoderModel if config.model_type == "t5" else AutoModel
-    return cls.from_pretrained(w.model, hard_attention=None)
+    return _class_of(config).from_pretrained(w.model, hard_attention=None)
+
+
+def _class_of(config: Any) -> Any:
+    return T5EncoderModel if config.model_type == "t5" else AutoModel
+
+
+def take_trained_selectors(model: nn.Module, w: Workload) -> nn.Module:
+    """Give a model that has the sites of the workload's checkpoint that checkpoint's selectors."""
+    trained = selectors(_class_of(AutoConfig.from_pretrained(w.model)).from_pretrained(w.model))
+    for site, selector in selectors(model).items():
+        selector.load_state_dict(trained[site].state_dict())
+    return model

@@ -23,12 +23,14 @@ class Row:
         name: shown. hard: the configuration.
         targets: what it should reach: speed-up against ``stock`` and ``exact``, and share of the cross-attention ``cache``.
         floor: it keeps one position: no selection is faster, and the group's limits lie between this row and stock.
+        trained: its selectors are those of the checkpoint that the workload names; where scores decide how much is kept, so does the cost.
     """
 
     name: str
     hard: dict[str, Any]
     targets: dict[str, float] = field(default_factory=dict)
     floor: bool = False
+    trained: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,7 @@ def _groups(item: dict[str, Any]) -> Iterator[Group]:
         for row in item["rows"]:
             for budget in row.get("budgets", [None]):
                 hard = dict(row["hard"]) if budget is None else {**row["hard"], "budget": budget}
-                rows.append(
-                    Row(row["name"].format(budget=budget), hard, row.get("targets", {}), row.get("floor", False))
-                )
+                options = {name: row[name] for name in ("targets", "floor", "trained") if name in row}
+                rows.append(Row(row["name"].format(budget=budget), hard, **options))
         stock = size <= item.get("stock_up_to", size)
         yield Group(item["name"].format(size=size), Workload(size=size, **shape), tuple(rows), stock)
