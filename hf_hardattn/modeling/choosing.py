@@ -13,7 +13,7 @@ from ..estimators import Choice, Sampling
 from ..scorers import Sequential
 from .candidates import Candidates, Masks, TrainingInputs
 from .context import Settings
-from .glimpses import look, read_on
+from .glimpses import look, read_on, spread
 from .offloading import weights_in_place
 from .selection import Selection
 
@@ -187,6 +187,7 @@ def _choose(
             slots=slots,
             sampling=sampling,
             halts=selector.halts,
+            adaptive=selector.config.backward_temperature == "adaptive",
         )
     if selector.scorer.monotonic:
         passed = (features[..., -1] > 0.5).expand(scores.shape[0], -1, -1)
@@ -204,7 +205,7 @@ def _sampling(
     if selector.backward_temperature is not None:
         backward = selector.now(selector.backward_temperature, settings.final)
     elif selector.config.backward_temperature == "adaptive":
-        backward = _spread(scores.detach(), free).clamp(min=temperature)
+        backward = spread(scores.detach(), free).clamp(min=temperature)
     posterior = None
     if selector.posterior is not None and inputs is not None and inputs.target is not None:
         posterior = scores.detach() + selector.posterior(inputs.keys, inputs.target, scores.shape[2])
@@ -257,11 +258,3 @@ def _count(selector: Selector, mask: Tensor, masked: bool) -> tuple[int, bool, t
     wanted = selector.data_dependent if selector.config.pack is None else selector.config.pack
     packs = wanted and not masked and kept.shape[1:].numel() == 1 and least < most
     return slots, least == slots, tuple(kept.flatten().tolist()) if packs else None
-
-
-def _spread(scores: Tensor, free: Tensor) -> Tensor:
-    """Standard deviation of each row's scores over its free positions, ``[..., 1]``."""
-    count = free.sum(-1, keepdim=True).clamp(min=1)
-    known = scores.masked_fill(~free, 0.0)
-    variance = known.square().sum(-1, keepdim=True) / count - (known.sum(-1, keepdim=True) / count).square()
-    return variance.clamp(min=0).sqrt()

@@ -21,6 +21,7 @@ def look(
     slots: int,
     sampling: Sampling | None,
     halts: bool,
+    adaptive: bool = False,
 ) -> tuple[Choice, Tensor]:
     """Choose ``k`` positions in ``min(scorer.glimpses, slots)`` looks; the estimator makes the choice of each look.
 
@@ -30,6 +31,7 @@ def look(
     Args:
         features: fp32 ``[B, H, N, F]``. k: int64 ``[B, H, 1]``. candidates: bool ``[B, H, 1, N]``. slots: static bound of ``k``.
         sampling: how to draw in training; None takes the best of each look.
+        adaptive: the gradient's temperature follows the spread of each look's scores, over what is left to choose from.
         halts: the scorer may stop before ``k``: where the probability of going on is below one half in evaluation, by a draw in training.
 
     Returns:
@@ -70,6 +72,9 @@ def look(
         count = (_ceil(k * (turn + 1), turns) - _ceil(k * turn, turns)).clamp(min=0) * (turn < turns)
         going = (alive.detach() > 0) & (turn < turns)
         scores = scorer("look", features, state)
+        if adaptive and sampling is not None:
+            wide = spread(scores.detach(), remaining).clamp(min=sampling.temperature)
+            sampling = replace(sampling, backward_temperature=wide)
         choice = estimator.choose(scores, count * going, remaining, slots=-(-slots // looks), sampling=sampling)
         made.append((choice.mask, scores))
         kept = kept | choice.mask
@@ -173,3 +178,11 @@ def _ranked(made: list[tuple[Tensor, Tensor]], candidates: Tensor) -> Tensor:
         lift = torch.where(mask.any(-1, keepdim=True), (top - low).clamp(min=0) + 1.0, 0.0)
         ranked = torch.where(mask, scores + lift, ranked)
     return ranked
+
+
+def spread(scores: Tensor, free: Tensor) -> Tensor:
+    """Standard deviation of each row's scores over its free positions, ``[..., 1]``."""
+    count = free.sum(-1, keepdim=True).clamp(min=1)
+    known = scores.masked_fill(~free, 0.0)
+    variance = known.square().sum(-1, keepdim=True) / count - (known.sum(-1, keepdim=True) / count).square()
+    return variance.clamp(min=0).sqrt()

@@ -156,6 +156,36 @@ def test_gates_are_the_choice_and_their_gradient_reaches_every_parameter():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())
 
 
+def test_an_adaptive_temperature_follows_the_scores_of_each_look():
+    """Not those of the first look: a later one that is far surer would lose its gradient."""
+    asked, states = [], torch.randn(2, 6, 7, generator=torch.Generator().manual_seed(1))
+
+    class Spy(registry.load("estimators", "simple")):
+        def choose(self, scores, k, valid, *, slots, sampling):
+            free = [scores[b, 0, 0][valid[b, 0, 0]].std(unbiased=False) for b in range(2)]
+            asked.append((sampling.backward_temperature.flatten(), torch.stack(free)))
+            return super().choose(scores, k, valid, slots=slots, sampling=sampling)
+
+    made = scorer(std=2.0, glimpses=3)
+    features = made.keys(states, torch.arange(6).expand(2, 6))
+    everywhere = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    sampling = Sampling(noise(), temperature=0.01)
+    look(
+        made,
+        Spy(),
+        features,
+        torch.full((2, 1, 1), 3),
+        everywhere,
+        slots=3,
+        sampling=sampling,
+        halts=False,
+        adaptive=True,
+    )
+    assert len(asked) == 3 and not torch.allclose(asked[0][0], asked[2][0])
+    for found, expected in asked:
+        assert_rounded(found, expected.detach().clamp(min=0.01))
+
+
 def test_the_fee_is_the_expected_share_of_looks():
     made = scorer(2, glimpses=4, halting_cost=2.0)
     with torch.no_grad():
