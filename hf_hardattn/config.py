@@ -50,7 +50,7 @@ class SiteConfig:
             up to the next ``tokens`` site, which changes what there is to choose from. One scorer, one choice, one gather.
         execution: ``auto`` | ``masked`` | ``gathered``.
         pack: rows that keep different counts are computed on end to end (gathered, one choice a row), instead of all at the length of
-            the longest. None: where the host must ask for the counts anyway (thresholds, top-p, looks that may stop); True: also
+            the longest. None: where the host must ask for the counts anyway (thresholds, top-p, glimpses that may stop); True: also
             where padding alone makes them differ, which waits for the device once a choice and does not compile; False: never.
     """
 
@@ -110,7 +110,7 @@ class SiteConfig:
             self._check_sequential(where)
         if self.soft_rate and registry.load("estimators", self.estimator).trains_gathered:
             raise HardAttentionError(
-                f"soft_rate={shown(self.soft_rate)} at {shown(where)} has rows look everywhere; estimator '{self.estimator}' computes on the "
+                f"soft_rate={shown(self.soft_rate)} at {shown(where)} computes rows with full attention; estimator '{self.estimator}' computes on the "
                 "kept positions only. Use 0, or an estimator that trains masked ('simple', 'straight_through' ...)."
             )
 
@@ -123,23 +123,23 @@ class SiteConfig:
             )
 
     def _check_sequential(self, where: str) -> None:
-        """Refuse what a scorer that spreads a count over several looks cannot serve."""
+        """Refuse what a scorer that spreads a count over several glimpses cannot serve."""
         estimator = registry.load("estimators", self.estimator)
         asks = sorted({"teacher", "choices", "target"} & set(estimator.needs))
         if asks:
             raise HardAttentionError(
-                f"scorer '{self.scorer}' chooses in several looks at {shown(where)}; estimator '{self.estimator}' (needs {', '.join(asks)}) "
+                f"scorer '{self.scorer}' selects in several glimpses at {shown(where)}; estimator '{self.estimator}' (needs {', '.join(asks)}) "
                 "reads the scores of one. Use an estimator with gates or a reward ('simple', 'rloo' ...)."
             )
         if not estimator.exact_budget and self.estimator != "soft":
             raise HardAttentionError(
                 f"estimator '{self.estimator}' at {shown(where)} keeps a number of its own in training; scorer '{self.scorer}' spreads a count "
-                "over its looks. Use halting_cost to stop early, with an estimator that keeps exactly its budget ('simple', 'rloo' ...)."
+                "over its glimpses. Use halting_cost to stop early, with an estimator that keeps exactly its budget ('simple', 'rloo' ...)."
             )
         if isinstance(self.budget, str):
             raise HardAttentionError(
                 f"budget={shown(self.budget)} at {shown(where)} counts by the scores; scorer '{self.scorer}' needs a count to spread over its "
-                "looks. Use an int or a ratio, with halting_cost to stop early."
+                "glimpses. Use an int or a ratio, with halting_cost to stop early."
             )
 
 

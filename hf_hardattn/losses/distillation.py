@@ -1,4 +1,4 @@
-"""The soft teacher: the same weights looking everywhere, for the estimator ``distil`` and for self-distillation."""
+"""The soft teacher: the same weights with full attention, for the estimator ``distil`` and for self-distillation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choices that hang on those before: several looks of one row, and queries that read on in order."""
+"""Sequential selection: several glimpses of one row, and monotonic selection over the queries of a decoder."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def look(
     halts: bool,
     adaptive: bool = False,
 ) -> tuple[Choice, Tensor]:
-    """Choose ``k`` positions in ``min(scorer.glimpses, slots)`` looks; the estimator makes the choice of each look.
+    """Choose ``k`` positions in ``min(scorer.glimpses, slots)`` glimpses; the estimator makes the choice of each.
 
-    The law of the whole is the product of the laws of the looks, so log-probabilities and entropies add up: a score function stays
-    unbiased. Gates of different looks are disjoint in the forward and add up too.
+    The law of the whole is the product of the laws of the glimpses, so log-probabilities and entropies add up: a score function stays
+    unbiased. Gates of different glimpses are disjoint in the forward and add up too.
 
     Args:
         features: fp32 ``[B, H, N, F]``. k: int64 ``[B, H, 1]``. candidates: bool ``[B, H, 1, N]``. slots: static bound of ``k``.

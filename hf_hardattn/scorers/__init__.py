@@ -46,8 +46,8 @@ class Scorer(Configurable, nn.Module):
         needs_positions: ``keys`` reads ``positions``; False saves making them.
         draws: in training its features are noise, from ``draw``.
         reads_logits: ``score`` gets the attention's logits ``[B, heads of the attention, Q, N]`` in place of features; ``keys`` is not asked.
-        sequential: looks several times (a ``Sequential``).
-        monotonic: of looks or queries in a row, none goes back behind the one before. With ``per_query`` the last feature tells
+        sequential: selects in several glimpses (a ``Sequential``).
+        monotonic: no glimpse or query selects a position in front of those before it. With ``per_query`` the last feature tells
             which positions were passed (1) in earlier steps of decoding.
         features: F, number of features per position and head.
         prefix: rows in front of the patches (CLS, registers), for scorers that read a grid or pixels; set for the tower.
@@ -106,10 +106,10 @@ class Scorer(Configurable, nn.Module):
 
 
 class Sequential(Scorer):
-    """A scorer that looks several times: ``glimpses.look`` asks it for scores glimpse by glimpse.
+    """A scorer that selects in several glimpses: ``glimpses.look`` asks it for the scores of each.
 
     Attributes:
-        glimpses: T, looks at most.
+        glimpses: T, the largest number of glimpses.
         halting_cost: what a full set of glimpses costs in the training loss when the scorer learns to stop; None: it never stops early.
     """
 
@@ -123,11 +123,11 @@ class Sequential(Scorer):
         return self.halting_cost is not None
 
     def start(self, features: Tensor) -> Tensor:
-        """The state before the first look, fp32 ``[B, H, d]``; ``features`` is ``[B, H, N, F]``."""
+        """The state before the first glimpse, fp32 ``[B, H, d]``; ``features`` is ``[B, H, N, F]``."""
         raise NotImplementedError
 
     def look(self, features: Tensor, state: Tensor) -> Tensor:
-        """Scores of this look, fp32 ``[B, H, 1, N]``."""
+        """Scores of this glimpse, fp32 ``[B, H, 1, N]``."""
         raise NotImplementedError
 
     def see(self, state: Tensor, seen: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class Sequential(Scorer):
         raise NotImplementedError
 
     def go_on(self, state: Tensor) -> Tensor:
-        """Logit of looking on, fp32 ``[B, H, 1]``, where it ``halts``."""
+        """Logit of another glimpse, fp32 ``[B, H, 1]``, where it ``halts``."""
         raise NotImplementedError
 
     def score(self, features: Tensor, queries: Tensor | None = None) -> Tensor:

@@ -19,9 +19,9 @@ class Recurrent(Sequential):
 
     Args:
         size: d, width of the keys and of the state, in [1, 4096].
-        glimpses: T, looks at most, in [1, 4096]; a budget below T makes as many looks as it has positions.
+        glimpses: T, the largest number of glimpses, in [1, 4096]; a budget below T takes as many glimpses as it has positions.
         halting_cost: number in [0, 1e6]: the model learns to stop early, and pays this for a full set of glimpses (in units of the loss, in
-            proportion to the expected glimpses); None looks T times.
+            proportion to the expected glimpses); None takes T glimpses.
         monotonic: a glimpse reads on behind the last position of the one before.
 
     Gradient and cost: through the state too (back-propagation through the glimpses); N d multiplications a glimpse.
@@ -38,7 +38,7 @@ class Recurrent(Sequential):
         query_size: int,
         heads: int = 1,
         size: Annotated[int, Range(1, 4096, "It is the width of a layer.")] = 32,
-        glimpses: Annotated[int, Range(1, 4096, "A recurrent scorer looks at least once.")] = 4,
+        glimpses: Annotated[int, Range(1, 4096, "A recurrent scorer takes at least one glimpse.")] = 4,
         halting_cost: Weight | None = None,
         monotonic: bool = False,
     ):

@@ -1,4 +1,4 @@
-"""Choices made in several looks: the naive loop, the law's log-probability, stopping early."""
+"""Choices made in several glimpses: the naive loop, the law's log-probability, stopping early."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_budget_one_keeps_all_even_if_it_could_stop():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"scorer_options": {"glimpses": 0}}, r"glimpses=0 is out of range at scorer recurrent .* at least once"),
+        ({"scorer_options": {"glimpses": 0}}, r"glimpses=0 is out of range at scorer recurrent .* at least one glimpse"),
         ({"scorer_options": {"halting_cost": -1.0}}, r"halting_cost=-1.0 is out of range .* A loss weight is >= 0"),
     ],
 )
@@ -254,14 +254,14 @@ def test_options_out_of_range_are_refused(config, message):
     [
         (
             {"estimator": "distil"},
-            r"several looks at 'the top level'; estimator 'distil' \(needs teacher\) reads the scores of one",
+            r"several glimpses at 'the top level'; estimator 'distil' \(needs teacher\) reads the scores of one",
         ),
         ({"estimator": "marginal", "budget": 1}, r"estimator 'marginal' \(needs choices\)"),
         (
             {"estimator": "hard_concrete"},
             r"'hard_concrete' .* keeps a number of its own in training; scorer 'recurrent'",
         ),
-        ({"budget": "top_p:0.5"}, r"budget='top_p:0.5' .* needs a count to spread over its looks"),
+        ({"budget": "top_p:0.5"}, r"budget='top_p:0.5' .* needs a count to spread over its glimpses"),
     ],
 )
 def test_combinations_that_need_the_scores_of_one_look_are_refused(config, message):
