@@ -79,7 +79,8 @@ class Estimator(Configurable, nn.Module):
         exact_budget: whether a training choice keeps exactly the budget (evaluation always does).
         detaches: whether the scorer's input is detached, so that the selector's loss leaves the backbone alone.
         source: paper and equation.
-        caution: option (``"name=value"``) to what is known to go wrong with it; shown by ``hf-hardattn list``.
+        caution: option (``"name=value"``), or ``"default"`` for the estimator as it stands, to what is known to go wrong with it; shown
+            by ``hf-hardattn list``.
         former_defaults: schema version of a saved configuration to the options that had another default in it and in those
             before; applied by ``saved_options``.
     """

@@ -32,6 +32,10 @@ class Distil(Estimator):
     biased = True
     needs = ("teacher",)
     detaches = True
+    caution = {
+        "default": "on cluttered digits with 14% kept it stayed 4.8 ± 2.2 points below full attention (accuracy, 3 seeds, "
+        "results/compare/cluttered_digits.md)."
+    }
     source = "DeepSeek-V3.2-Exp 2025, section 2.1"
 
     def __init__(self, weight: Weight = 1.0) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,6 +126,8 @@ def test_saved_options_keep_the_defaults_of_their_time(
 def test_cautions_and_former_defaults_name_options(name: str) -> None:
     estimator = registry.load("estimators", name)
     for option in estimator.caution:
+        if option == "default":
+            continue
         key, _, value = option.partition("=")
         assert value and estimator(**{key: value}) is not None
     for options in estimator.former_defaults.values():
@@ -132,8 +136,18 @@ def test_cautions_and_former_defaults_name_options(name: str) -> None:
 
 def test_list_shows_cautions() -> None:
     listed = CliRunner().invoke(app, ["list"]).output
-    for option, caution in registry.load("estimators", "straight_through").caution.items():
-        assert f"caution, {option}: {caution}" in listed
+    for name in NAMES:
+        for option, caution in registry.load("estimators", name).caution.items():
+            assert f"caution, {option}: {caution}" in listed
+
+
+@pytest.mark.parametrize("name", ["distil", "reinforce"])
+def test_cautions_say_what_was_measured(name: str) -> None:
+    results = Path(__file__).parents[2] / "results" / "compare" / "cluttered_digits.json"
+    summary = json.loads(results.read_text(encoding="utf-8"))["summary"]
+    distance = summary[name]["to_soft"]
+    said = registry.load("estimators", name).caution["default"]
+    assert f"{-distance['mean']:.1f} ± {distance['sd']:.1f} points below" in said and summary[name]["runs"] == 3
 
 
 @pytest.mark.parametrize(("name", "options"), LEARNING)
