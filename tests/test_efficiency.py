@@ -34,7 +34,7 @@ def vit(**config):
         hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS, num_attention_heads=4, num_labels=CLASSES
     )
     model = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **sizes))
-    return hf_hardattn.apply(model, config).eval() if config else model.eval()
+    return hf_hardattn.apply(model, {"scorer": "linear", **config}).eval() if config else model.eval()
 
 
 def t5(**config):
