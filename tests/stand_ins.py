@@ -16,6 +16,8 @@ from transformers import (
     Dinov2Config,
     Dinov2Model,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -37,6 +39,7 @@ def write_all(folder: Path) -> None:
     _t5(folder / "google-t5/t5-small")
     _blip(folder / "Salesforce/blip-image-captioning-base")
     _bert(folder / "sentence-transformers/all-MiniLM-L6-v2")
+    _qwen3(folder / "Qwen/Qwen3-0.6B")
     _photos(folder / "photos")
     rows = [f'"{DOCUMENT} {word}","a {word}"' for word in ("dog", "cat", "report", "grass")]
     (folder / "articles.csv").write_text("document,summary\n" + "\n".join(rows) + "\n")
@@ -95,6 +98,12 @@ def _blip(folder: Path) -> None:
 def _bert(folder: Path) -> None:
     BertModel(BertConfig(**WIDTH, vocab_size=40, num_hidden_layers=6)).save_pretrained(folder)
     tokenizer("[CLS]", "[SEP]").save_pretrained(folder)
+
+
+def _qwen3(folder: Path) -> None:
+    sizes = dict(**WIDTH, vocab_size=40, num_hidden_layers=4, num_key_value_heads=1, head_dim=8)
+    Qwen3ForCausalLM(Qwen3Config(**sizes, bos_token_id=3, eos_token_id=1, pad_token_id=0)).save_pretrained(folder)
+    tokenizer("[BOS]", "</s>").save_pretrained(folder)
 
 
 def _photos(folder: Path) -> None:

@@ -3,7 +3,7 @@
     python scripts/research/recall.py                          # train and test everything; --steps, --adapt, --prompts: of smaller runs
 
 A prompt is noise in which eight facts are hidden, each a token that stands for a key and its value; behind it stand questions, a key each,
-whose value is to be written. A decoder of Llama's shape is trained here on prompts that grow to 1,024 tokens. Each variant then goes on
+whose value is to be written. A decoder of Llama's shape is trained here on prompts that grow to 512 tokens. Each variant then goes on
 from it for the same number of steps: rows of the prompt dropped behind the first layer (``decoder.tokens.0``), keys left out of every
 cache (``decoder.self.*``), and the same amounts chosen at random. Exact match is the share of prompts whose answers are all right.
 
@@ -32,7 +32,7 @@ RESULTS = Path("results/recall.json")
 KINDS = 12  # keys, and values
 KEYS, VALUES, NOISE = range(4, 4 + KINDS), range(4 + KINDS, 4 + 2 * KINDS), range(28, 92)
 FACTS = range(92, 92 + KINDS**2)
-HIDDEN, LENGTH, BUDGET = 8, 1024, 0.25
+HIDDEN, BUDGET = 8, 0.25
 SHAPE: dict[str, Any] = dict(
     vocab_size=FACTS.stop,
     hidden_size=64,
@@ -120,19 +120,19 @@ def test(model: Any, length: int, prompts: int) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs=3, default=[300, 60, 30], help="at lengths of 48, 256 and 1,024")
-    parser.add_argument("--adapt", type=int, default=40, help="steps of each variant, at 1,024")
+    parser.add_argument("--steps", type=int, nargs=3, default=[260, 80, 100], help="at lengths of 48, 256 and --length")
+    parser.add_argument("--adapt", type=int, default=50, help="steps of each variant")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a prompt, in the end")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    lengths = [length for length, steps in zip((48, 256, LENGTH), args.steps, strict=True) for _ in range(steps)]
+    lengths = [length for length, steps in zip((48, 256, args.length), args.steps, strict=True) for _ in range(steps)]
     train(base, lengths, 3072, 3e-3, seed=0)
     facts = {
         "shape": SHAPE,
-        "length": LENGTH,
         "budget": BUDGET,
         "facts": HIDDEN,
         **vars(args),
@@ -143,8 +143,8 @@ def main(argv: list[str] | None = None) -> None:
         model = copy.deepcopy(base)
         if config:
             hf_hardattn.apply(model, {**config, "budget": BUDGET, "estimator": "straight_through"})
-        train(model, [LENGTH] * args.adapt, 4 * LENGTH, 1e-3, seed=1)
-        rows.append({"variant": name, **test(model, LENGTH, args.prompts)})
+        train(model, [args.length] * args.adapt, 3072, 1e-3, seed=1)
+        rows.append({"variant": name, **test(model, args.length, args.prompts)})
         print(rows[-1], flush=True)
         write_json(args.output, {"machine": machine(1), **facts, "rows": rows})
 

@@ -1,0 +1,27 @@
+"""What a selection of the prompt saves a decoder."""
+
+from __future__ import annotations
+
+from . import read
+
+
+def table() -> str:
+    r = read("prefill.json")
+    if r is None:
+        return "Not measured yet: `python scripts/research/prefill.py`."
+    shape = r["shape"]
+    lines = [
+        f"A decoder of Llama's shape with random weights ({shape['num_hidden_layers']} layers, width {shape['hidden_size']}), {r['dtype']}, "
+        f"{r['clock']}; every method keeps {r['kept']:.0%} of the prompt. Key norm and SnapKV are evictions from the cache, head by head "
+        "(`python scripts/research/prefill.py`).",
+        "",
+        "| prompt | method | prefill, s | against stock | a token, ms | against stock | keys and values, MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in r["rows"]:
+        name = f"`{row['method']}`" if row["method"].startswith("decoder.") else row["method"]
+        lines.append(
+            f"| {row['length']:,} | {name} | {row['prefill_seconds']:.2f} | {row['prefill_speedup']:.2f} × | {1e3 * row['token_seconds']:.1f} "
+            f"| {row['token_speedup']:.2f} × | {row['kv_bytes'] / 2**20:.1f} |"
+        )
+    return "\n".join(lines)
