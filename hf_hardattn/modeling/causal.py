@@ -19,7 +19,7 @@ from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
 from .plan import LAYER, LayerPlan
 from .projection import AttentionView
-from .prompt import MEMORY, CachedRows, PromptMemory, begin_rows
+from .prompt import MEMORY, CachedRows, PromptMemory, attach_memory, begin_rows
 from .prompt_masks import as_form, dense_mask, prefill_mask, step_mask
 from .rotary import tables_at
 from .rows import choose_among, keep, select_rows
@@ -189,12 +189,17 @@ class _PromptRows:
         memory = getattr(self.cache, MEMORY, None)
         if memory is None:
             memory = PromptMemory(state.length, state.valid if not state.dropped else None)
-            setattr(self.cache, MEMORY, memory)
+            self.attach(memory)
         if state.dropped:
             count = self.hidden.shape[1]
             memory.layers[self.plan.index] = state.shared(
                 _RECORD, lambda: CachedRows(count, state.candidates, state.positions)
             )
+
+    def attach(self, memory: PromptMemory) -> None:
+        """Put what is to be remembered beside the cache."""
+        drawn = self.layer.training or any(mode.sampled for mode in self.context.modes)
+        attach_memory(self.cache, memory, drawn)
 
 
 def choose_rows(rows: Any, host: nn.Module, name: str, hidden: Tensor, states: Tensor) -> Tensor | None:
@@ -244,7 +249,7 @@ def after_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     else:
         return None
     if rows.cache is not None and not hasattr(rows.cache, MEMORY):
-        setattr(rows.cache, MEMORY, PromptMemory(state.length, None))
+        rows.attach(PromptMemory(state.length, None))
     return (hidden, *output[1:]) if whole else hidden
 
 

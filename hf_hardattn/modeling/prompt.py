@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class CachedRows:
 
 
 class PromptMemory:
-    """What stands beside the cache of a prompt. The beams of one prompt share it, so it needs no reordering.
+    """What stands beside the cache of a prompt. The beams of one prompt share it, so it needs no reordering; see ``attach_memory``.
 
     Attributes:
         rows: N of the prompt. whole: the record of layers that hold all of it.
@@ -52,6 +53,29 @@ class PromptMemory:
         if known is not None or not self.layers or min(self.layers) > layer:
             return known
         return self.whole  # Transformers sizes its mask by the first layer, whose cache is shorter
+
+
+def attach_memory(cache: Any, memory: PromptMemory, drawn: bool) -> None:
+    """Put a memory beside a cache.
+
+    Args:
+        drawn: choices are drawn, so that beams of one prompt keep different rows, and the memory must follow their reordering.
+    """
+    setattr(cache, MEMORY, memory)
+    if drawn:
+        cache.__dict__["reorder_cache"] = functools.partial(_reorder, cache)
+
+
+def _reorder(cache: Any, beams: Tensor) -> None:
+    """``reorder_cache`` of a cache whose beams keep rows of their own."""
+    type(cache).reorder_cache(cache, beams)
+    memory: PromptMemory = getattr(cache, MEMORY)
+    # layers that share a record go on sharing it
+    for record in {id(rows): rows for rows in memory.layers.values()}.values():
+        for name in ("valid", "positions"):
+            rows = getattr(record, name)
+            if rows is not None:
+                setattr(record, name, rows.index_select(0, beams.to(rows.device)))
 
 
 class PromptCall:
@@ -85,6 +109,7 @@ def open_prompt(tower: Any, plan: TowerPlan, context: ForwardContext, arguments:
     else:
         if memory is not None:
             delattr(cache, MEMORY)  # of an earlier prompt, in a static cache that is used again
+            cache.__dict__.pop("reorder_cache", None)
         _read_labels(call, context, count)
         if call.answer is None and 1 < context.predictions <= count:
             # assisted decoding reads its first draft together with the prompt, and asks for logits from the prompt's last row on

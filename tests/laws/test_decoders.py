@@ -163,6 +163,24 @@ def test_a_conversation_goes_on_with_its_cache():
         assert_rounded(found.logits[0], expected[:, -1], SOME)
 
 
+def test_drawn_choices_follow_their_beams():
+    """Under ``sampled`` each beam keeps rows of its own, so what is remembered beside the cache moves with them."""
+    model = harden(
+        stock("mistral"), {**CONFIGS["inputs"], "estimator": "simple"}
+    )  # whose window asks where each kept row stood
+    order, batch = torch.tensor([2, 0, 1]), {key: value[:1].repeat(3, 1) for key, value in prompts().items()}
+    step = {"input_ids": torch.tensor([[7], [8], [9]]), "position_ids": torch.full((3, 1), 12)}
+    torch.manual_seed(1)
+    with hf_hardattn.sampled(model), hf_hardattn.record(model) as recording, torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        moved = copy.deepcopy(cache)
+        moved.reorder_cache(order)
+        expected = model(**step, past_key_values=cache).logits[order]
+        found = model(**{key: value[order] for key, value in step.items()}, past_key_values=moved).logits
+    assert not torch.equal(*kept(recording)["decoder.inputs"][:2])
+    assert_rounded(found, expected, SOME)
+
+
 def test_assisted_decoding_writes_the_same():
     model = harden(stock("llama"), CONFIGS["both"])
     one = {name: value[:1] for name, value in prompts().items()}
@@ -251,14 +269,21 @@ def test_masked_training_computes_what_gathered_does(name, config):
         assert_rounded(output.logits[row, start - 1 :].detach(), expected[0, start - 1 :], SOME)
 
 
-def test_a_classifier_reads_the_whole_text_as_a_prompt():
-    model = harden(stock("llama", "ForSequenceClassification"), CONFIGS["both"])
-    batch = {**prompts(), "labels": torch.tensor([1, 0])}
-    with torch.no_grad():
-        eager = model(**batch)
-    assert bool(eager.loss.isfinite())
-    alone = model(**{key: value[1:, 3:] for key, value in prompts().items()}).logits
-    assert_rounded(eager.logits[1], alone[0], SOME)
+@pytest.mark.parametrize("name", DECODERS)
+def test_classifiers_and_bare_towers_read_the_whole_text_as_a_prompt(name):
+    for head in ("ForSequenceClassification", "Model"):
+        model, batch = harden(stock(name, head), CONFIGS["tokens"]), prompts()
+        labels = {"labels": torch.tensor([1, 0])} if head != "Model" else {}
+        with torch.no_grad():
+            together = model(**batch, **labels)
+            alone = model(**{key: value[1:, 3:] for key, value in batch.items()})
+        if head == "Model":
+            assert together.last_hidden_state.shape[1] == 12  # full length: what left holds zeros
+            assert not bool(together.last_hidden_state[0].any(-1).all())
+            assert_rounded(together.last_hidden_state[1, 3:], alone.last_hidden_state[0], SOME)
+        else:
+            assert bool(together.loss.isfinite())
+            assert_rounded(together.logits[1], alone.logits[0], SOME)
 
 
 # ---------------------------------------------------------------- certificate, reload, refusals
