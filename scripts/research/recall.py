@@ -4,7 +4,7 @@
 
 A prompt is noise in which eight facts are hidden, each a token that stands for a key and its value; behind it stand questions, a key each,
 whose value is to be written. A decoder of Llama's shape is trained here on prompts that grow to 512 tokens. Each variant then goes on
-from it for the same number of steps: rows of the prompt dropped behind the first layer (``decoder.tokens.0``), keys left out of every
+from it for the same number of steps: rows of the prompt dropped before the first layer (``decoder.inputs``), keys left out of every
 cache (``decoder.self.*``), and the same amounts chosen at random. Exact match is the share of prompts whose answers are all right.
 
 Writes results/recall.json.
@@ -47,8 +47,8 @@ SHAPE: dict[str, Any] = dict(
 )
 VARIANTS: dict[str, dict[str, Any]] = {
     "soft": {},
-    "decoder.tokens.0": {"sites": ["decoder.tokens.0"], "scorer": "linear"},
-    "decoder.tokens.0, random": {"sites": ["decoder.tokens.0"], "scorer": "random"},
+    "decoder.inputs": {"sites": ["decoder.inputs"], "scorer": "linear"},
+    "decoder.inputs, random": {"sites": ["decoder.inputs"], "scorer": "random"},
     "decoder.self.*": {"sites": ["decoder.self.*"], "scorer": "linear"},
     "decoder.self.*, random": {"sites": ["decoder.self.*"], "scorer": "random"},
 }
@@ -82,6 +82,7 @@ def train(model: Any, lengths: list[int], tokens: int, rate: float, seed: int) -
     torch.manual_seed(seed)
     model.train()
     for step, length in enumerate(lengths):
+        hf_hardattn.set_step(model, step, len(lengths))
         loss = model(**draw(max(4, tokens // length), length, generator), use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -120,10 +121,10 @@ def test(model: Any, length: int, prompts: int) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs=3, default=[260, 80, 100], help="at lengths of 48, 256 and --length")
-    parser.add_argument("--adapt", type=int, default=50, help="steps of each variant")
+    parser.add_argument("--steps", type=int, nargs=3, default=[200, 60, 70], help="at lengths of 48, 256 and --length")
+    parser.add_argument("--adapt", type=int, default=40, help="steps of each variant")
     parser.add_argument("--length", type=int, default=512, help="tokens of a prompt, in the end")
-    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
