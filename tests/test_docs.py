@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import os
@@ -121,6 +122,15 @@ REPLACED = re.compile(r"\b(OpenPass|ClosePass|trunk|trio|arms?|shoot-out|pupil|l
 def test_replaced_words_are_gone(page: Path) -> None:
     text = re.sub(r"`[^`]*`", "", page.read_text(encoding="utf-8"))
     assert not REPLACED.findall(text)
+
+
+def test_replaced_words_are_gone_from_docstrings() -> None:
+    """Also from ``--help``, which shows docstrings and the texts of options."""
+    for path in sorted((ROOT / "hf_hardattn").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                words = set(REPLACED.findall(re.sub(r"`[^`]*`", "", ast.get_docstring(node) or "")))
+                assert not words - {"looks"}, f"{path}: {words}"
 
 
 def test_what_a_prompt_shows_is_short() -> None:

@@ -240,7 +240,10 @@ def test_budget_one_keeps_all_even_if_it_could_stop():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"scorer_options": {"glimpses": 0}}, r"glimpses=0 is out of range at scorer recurrent .* at least one glimpse"),
+        (
+            {"scorer_options": {"glimpses": 0}},
+            r"glimpses=0 is out of range at scorer recurrent .* at least one glimpse",
+        ),
         ({"scorer_options": {"halting_cost": -1.0}}, r"halting_cost=-1.0 is out of range .* A loss weight is >= 0"),
     ],
 )
