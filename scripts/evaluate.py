@@ -20,11 +20,12 @@ from hf_hardattn.errors import HardAttentionError, unknown
 from hf_hardattn.training.evaluation import folder_of_evaluation
 from hf_hardattn.training.finetuning import choose
 from hf_hardattn.training.finetuning.causal_lm import decoders
+from hf_hardattn.training.finetuning.sequence_classification import encoders
 from hf_hardattn.training.flag_help import show
 from hf_hardattn.training.parsing import expand, parse, peek, run
 from hf_hardattn.training.running import evaluate, start
 
-FAMILIES = ("vit", "t5", "blip", "decoder")
+FAMILIES = ("vit", "t5", "blip", "encoder", "decoder")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -36,7 +37,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if name is None:
         raise HardAttentionError("no model is named; give --model_name_or_path, a directory or a Hub name.")
     config = AutoConfig.from_pretrained(name, revision=peek(words, "model_revision") or "main")
-    family = "decoder" if config.model_type in decoders() else config.model_type
+    kinds = {**dict.fromkeys(encoders(), "encoder"), **dict.fromkeys(decoders(), "decoder")}
+    family = kinds.get(config.model_type, config.model_type)
     if family not in FAMILIES:
         raise unknown("model family", family, FAMILIES, name)
     task = choose(words, family, next(iter(config.architectures or []), None))

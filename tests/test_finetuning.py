@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 from test_scripts import WORDS, squares, tokenizer
 from test_videos import write_video
 from torch.utils.data import DataLoader
-from transformers import BlipConfig, LlamaConfig, T5Config, ViTConfig
+from transformers import BertConfig, BlipConfig, LlamaConfig, T5Config, ViTConfig
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.blip.processing_blip import BlipProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -49,6 +49,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
     T5Config(vocab_size=13, d_model=26, d_kv=6, d_ff=39, num_layers=2, num_heads=3, **T5).save_pretrained(path / "t5")
     tokenizer().save_pretrained(path / "t5")
+    BertConfig(**{**TEXT, **SIZES}).save_pretrained(path / "encoder")
+    tokenizer().save_pretrained(path / "encoder")
     LlamaConfig(num_key_value_heads=1, **{**TEXT, **SIZES}).save_pretrained(path / "decoder")
     tokenizer().save_pretrained(path / "decoder")
     ViTConfig(image_size=12, patch_size=4, **SIZES).save_pretrained(path / "vit")
@@ -96,10 +98,17 @@ def make(name: str, models: Path, data: Path, weights: int = 0, **flags: Any) ->
     return task(task.Arguments(**{**given, **flags}), Accelerator(cpu=True)).setup()
 
 
-SITES = {"decoder": "decoder.tokens.0", "t5": "encoder.inputs", "vit": "vision.inputs", "blip": "vision.tokens.0"}
+SITES = {
+    "decoder": "decoder.tokens.0",
+    "encoder": "text.tokens.0",
+    "t5": "encoder.inputs",
+    "vit": "vision.inputs",
+    "blip": "vision.tokens.0",
+}
 METRIC = {
     "image_classification": "accuracy",
     "text_classification": "accuracy",
+    "sequence_classification": "accuracy",
     "translation": "chrf",
     "summarisation": "rougeL",
     "extractive_question_answering": "exact_match",

@@ -8,13 +8,13 @@ import typer
 
 # the flags are the training's own, parsed as its scripts parse them; --help after the family is theirs too
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-FAMILIES = ("vit", "t5", "blip", "decoder")
+FAMILIES = ("vit", "t5", "blip", "encoder", "decoder")
 HELP = ("--help", "-h")
 
 
 def command(
     context: typer.Context,
-    family: Annotated[str | None, typer.Argument(help="vit, t5, blip or decoder.")] = None,
+    family: Annotated[str | None, typer.Argument(help="vit, t5, blip, encoder or decoder.")] = None,
 ) -> None:
     """Fine-tune a ViT, T5, BLIP or a decoder (Llama, Qwen, Mistral, Gemma): 'hf-hardattn train vit --help' lists the flags.
 

@@ -17,7 +17,7 @@ def fine_tune(family: str, argv: list[str] | None = None, command: tuple[str, ..
     """Train a model of ``family`` for the task that the flags name.
 
     Args:
-        family: vit, t5, blip or decoder. argv: flags; the command line's by default. command: words before them, for the record.
+        family: vit, t5, blip, encoder or decoder. argv: flags; the command line's by default. command: words before them, for the record.
 
     Returns:
         What ``results.json`` says.

@@ -66,7 +66,9 @@ def show(family: str | None, task: str | None = None, usage: str = "hf-hardattn 
     of_family = {name: each for name, each in found.items() if family in (None, each.family)}
     chosen = task if task in of_family else next((name for name, each in of_family.items() if each.first), None)
     lines = [
-        f"usage: {usage} {family or 'vit|t5|blip|decoder'} [--config FILE.yaml] [--flag VALUE ...]".replace("  ", " "),
+        f"usage: {usage} {family or 'vit|t5|blip|encoder|decoder'} [--config FILE.yaml] [--flag VALUE ...]".replace(
+            "  ", " "
+        ),
         "",
     ]
     lines += ["Flags come from the command line and from --config FILE.yaml; the command line wins.", ""]

@@ -37,7 +37,7 @@ class Base:
     """A task.
 
     Class attributes:
-        family: the model type it trains: vit, t5, blip; decoder for all of those. model_class: its stock Transformers class.
+        family: the model type it trains: vit, t5, blip; encoder and decoder for all of those. model_class: its stock Transformers class.
         first: the task that its family's script runs when none is named.
         Arguments: dataclass of its flags.
         processor_class: loads its tokenizer or image processor. heads: modules that may be new where the checkpoint's do not fit.

@@ -35,12 +35,10 @@ class TextArguments(TaskArguments):
     metrics: list[str] = flag(["bleu"], "bleu (with chrF) | rouge | cider | exact_match")
 
 
-class T5Task(Base):
-    """A task of T5: its tokenizer must fit the model."""
+class TokensTask(Base):
+    """A task that reads texts: the tokenizer must fit the model."""
 
-    family = "t5"
     processor_class = AutoTokenizer
-    adapters = ("q", "v")
 
     def build(self, config: PreTrainedConfig, processor: Any) -> None:
         super().build(config, processor)
@@ -60,6 +58,13 @@ class T5Task(Base):
         """Token ids of a text, at most ``longest``."""
         ids: list[int] = self.processor(words, truncation=True, max_length=longest)["input_ids"]
         return ids
+
+
+class T5Task(TokensTask):
+    """A task of T5."""
+
+    family = "t5"
+    adapters = ("q", "v")
 
 
 class TextToText(T5Task):

@@ -1,0 +1,62 @@
+"""What the tasks share that classify texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from ..arguments import flag
+from ..metrics import accuracy
+from ..rows import class_names, label_number, text
+from ..sources import column
+from . import TaskArguments
+from ._texts import TokensTask
+
+
+@dataclass(kw_only=True)
+class TextClassArguments(TaskArguments):
+    """Flags of text classification."""
+
+    text_column: str | None = flag(None, "Column of texts: text, sentence by default.")
+    label_column: str | None = flag(None, "Column of labels: label, labels by default.")
+    max_source_length: int = flag(512, "Tokens of a text, at most; longer ones are cut.")
+
+
+class TextClasses(TokensTask):
+    """A text column and a label column; the labels' names go into the model's configuration."""
+
+    def columns(self, data: Dataset) -> None:
+        self.text = column(data, self.args.text_column, ("text", "sentence"), "--text_column")
+        self.label = column(data, self.args.label_column, ("label", "labels"), "--label_column")
+        feature = data.features[self.label]
+        self.names = feature if isinstance(feature, ClassLabel) else None
+
+    def changes(self, training: Dataset | None) -> dict[str, Any]:
+        return class_names(training, self.label)
+
+    def build(self, config: PreTrainedConfig, processor: Any) -> None:
+        super().build(config, processor)
+        self.label2id = {str(name): int(i) for name, i in (config.label2id or {}).items()}
+
+    def check_row(self, row: dict[str, Any]) -> None:
+        text(row, self.text)
+        label_number(row[self.label], self.names, self.label2id)
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        labels = [label_number(row[self.label], self.names, self.label2id) for row in rows]
+        ids = [self.encode(text(row, self.text), self.args.max_source_length) for row in rows]
+        return {**self.pad(ids), "labels": torch.tensor(labels)}
+
+    def predict(self, model: nn.Module, batch: dict[str, Any]) -> tuple[list[int], list[int], list[float]]:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        losses = nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+        return logits.argmax(-1).tolist(), batch["labels"].tolist(), losses.tolist()
+
+    def score(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        return accuracy(predictions, references)
