@@ -263,7 +263,7 @@ def test_an_adapter_without_the_selectors_of_a_soft_base_is_refused(base: Path, 
     hard = ViTForImageClassification.from_pretrained(base, hard_attention=HARD)
     model = get_peft_model(hard, LoraConfig(target_modules=["q_proj"], inference_mode=True))
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(HardAttentionError, match="lacks 4 selector tensors"):
+    with pytest.raises(HardAttentionError, match="lacks 7 selector tensors"):
         WAYS[way](base, tmp_path / "adapter")
 
 
