@@ -480,7 +480,8 @@ def _is_ours(message: str) -> bool:
 
 
 def _quoted(message: str) -> str:
-    """A message with the places of this machine taken out."""
+    """A message with the places of this machine taken out, and of the families all but the first."""
+    message = re.sub(r"(known families: \w+, \w+)[^.]*", r"\1 ...", message)
     return re.sub(r"/tmp/[^\s'),]*", "FOLDER", " ".join(message.split())).replace("|", "\\|")
 
 
