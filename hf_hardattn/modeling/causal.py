@@ -73,7 +73,7 @@ def _before_step(
         later, window = state.prompt.later, plan.window
         return step_mask(rows, later, config, hidden, cache, plan.index, window, memory.rows)
 
-    arguments.set("attention_mask", state.shared(rows, make))
+    arguments.set("attention_mask", state.shared(rows, make, plan.window))
     return arguments.result()
 
 
@@ -151,7 +151,7 @@ class _PromptRows:
             allowed = dense_mask(state, self.hidden, plan.window)
             arguments.set("attention_mask", self._weighed(allowed, keys if by_answer else None, answer))
         elif state.dropped:
-            mask = state.shared(given, lambda: self._mask(given))
+            mask = state.shared(given, lambda: self._mask(given), plan.window)
             arguments.set("attention_mask", mask)
 
     def _mask(self, given: Any) -> Any:

@@ -142,7 +142,7 @@ class TowerState:
         self.keys: Selection | None = None
         self.key_leaders: dict[str, Selection] = {}
         self._steps: list[Tensor] = []
-        self._shared: list[tuple[Any, Any]] = []
+        self._shared: list[tuple[Any, int | None, Any]] = []
 
     def begin(self, length: int, mask: Any) -> None:
         """Read which rows are there, before the first selection.
@@ -223,13 +223,13 @@ class TowerState:
         self.always = None if self.always is None else self.always.expand(batch, -1).gather(1, indices)
         return indices
 
-    def shared(self, original: Any, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns for ``original``; made once for all layers until the next selection."""
-        for known, made in self._shared:
-            if known is original:
+    def shared(self, original: Any, make: Callable[[], Any], window: int | None = None) -> Any:
+        """What ``make`` returns for ``original``; made once for all layers, of one sliding window, until the next selection."""
+        for known, width, made in self._shared:
+            if known is original and width == window:
                 return made
         made = make()
-        self._shared.append((original, made))
+        self._shared.append((original, window, made))
         return made
 
     def final_rows(self, hidden: Tensor, *, restore: bool, gate: bool) -> Tensor:

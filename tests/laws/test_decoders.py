@@ -8,6 +8,7 @@ import pytest
 import torch
 from decoders import DECODERS, SIZES, WINDOW, harden, kept, oracle, prompts, stock, write, written_by_oracle
 from rounding import MANY, SOME, assert_rounded
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError
@@ -87,6 +88,27 @@ def test_a_padded_batch_is_its_rows_alone(name, config):
         assert torch.equal(alone.sequences[0], together.sequences[row, -alone.sequences.shape[1] :])
         for one, other in zip(alone.logits, together.logits, strict=True):
             assert_rounded(one[0], other[row], SOME)
+
+
+@pytest.mark.parametrize("config", ["inputs", "first keys"])
+def test_layers_with_and_without_a_window_get_masks_of_their_own(config):
+    """Behind one selection; the reference is the text in one call without steps, its labels marking what was written."""
+    mixed = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM._from_config(Qwen2Config(**SIZES, **mixed)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, 0, 0.25)
+    assert set(model.config.layer_types) == {"full_attention", "sliding_attention"}
+    harden(model, CONFIGS[config])
+    found, static = write(model, prompts()), write(model, prompts(), **STATIC)
+    assert torch.equal(found.sequences, static.sequences)
+    mask = torch.nn.functional.pad(prompts()["attention_mask"], (0, found.sequences.shape[1] - 12), value=1)
+    labels, positions = found.sequences.clone(), (mask.cumsum(-1) - 1).clamp(min=0)
+    labels[:, :12] = -100
+    with torch.no_grad():
+        whole = model(input_ids=found.sequences, attention_mask=mask, position_ids=positions, labels=labels).logits
+    assert_rounded(without_end(torch.stack(found.logits, 1)), without_end(whole[:, 11:-1]), SOME)
 
 
 def test_caches_hold_what_was_kept():
