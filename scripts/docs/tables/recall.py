@@ -1,0 +1,24 @@
+"""A small decoder trained to answer questions about its prompt."""
+
+from __future__ import annotations
+
+from . import read
+
+
+def table() -> str:
+    r = read("recall.json")
+    if r is None:
+        return "Not measured yet: `python scripts/research/recall.py`."
+    lines = [
+        f"{r['facts']} facts in a prompt of {r['length']:,} tokens of noise, {r['facts']} questions behind it; {r['prompts']} prompts, one seed. Each "
+        f"variant went on from one trained decoder for {r['adapt']} steps (`python scripts/research/recall.py`).",
+        "",
+        "| variant | kept | all answers right | answers right | prefill, ms |",
+        "|---|---|---|---|---|",
+    ]
+    for row in r["rows"]:
+        lines.append(
+            f"| {row['variant']} | {row['kept_ratio']:.0%} | {100 * row['exact_match']:.1f} % | {100 * row['answers_right']:.1f} % "
+            f"| {1e3 * row['prefill_seconds']:.1f} |"
+        )
+    return "\n".join(lines)
