@@ -23,7 +23,7 @@ def stock(seed: int = 0) -> PreTrainedModel:
 
 def harden(model: PreTrainedModel, config: dict | None = None) -> PreTrainedModel:
     """Make it hard, with selectors that choose something."""
-    hf_hardattn.apply(model, config or HARD)
+    hf_hardattn.apply(model, {"scorer": "linear", **(config or HARD)})
     torch.manual_seed(1)
     with torch.no_grad():
         for selector in hf_hardattn.selectors(model).values():
