@@ -81,7 +81,7 @@ def shaken(cls: Callable[[Any], Any], config: Any) -> Any:
 
 def harden(model: Any, **hard: Any) -> Any:
     """Apply a configuration, with selectors whose scores differ clearly between positions."""
-    hf_hardattn.apply(model, {"scorer": "linear", **hard})
+    hf_hardattn.apply(model, {"scorer": "linear", "anneal": 0, **hard})
     draw_selectors(model, 2)
     return model
 
