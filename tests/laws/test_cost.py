@@ -32,9 +32,7 @@ named = {"ids": lambda place: f"{place.architecture}-{place.group}-{place.heads[
 MOST = 12  # kernels of a site: score, sort, take, sort
 WITH_BIAS = 22  # each layer of T5 also reads its table of distances at the kept keys
 RESTORING = 8  # of a whole tower that gives its rows their places again
-COPYING = (
-    18  # of a head that shows its decoder the encoder's input once more: the copy is made of what was kept, and masked
-)
+COPYING = 22  # of a head that feeds its decoder the input again: its copy is made of what was kept
 
 
 # ----------------------------------------------------------------------------------------------------------------------- kernels
