@@ -187,6 +187,8 @@ def test_shipped_configurations_hold_what_a_comparison_needs(path):
     comparison = Comparison.read(path)
     _, recipe, variants = comparison.settle()
     assert recipe.trunk_steps >= recipe.branch_steps >= 100
+    if comparison.controls is False:
+        return  # a curve of its own script, which has its own
     assert "soft" in variants and any((fields or {}).get("scorer") == "random" for fields in variants.values())
 
 

@@ -71,10 +71,12 @@ def compare(path: str, image: Any, text: str, ratio: float) -> tuple[str, str]:
             hard = bundle.predict(batch)
             cost = count_flops(bundle.model, PerturbationEvaluator(bundle.model, batch).batch)
             shown = WIDE + "\n".join(pictures(bundle, given, batch, hard, whole=False))
-        plain = [WIDE, picture(whole_image(batch["pixel_values"]), "The image, all patches computed.", dpi=180)]
+        plain = ""
+        if bundle.takes_images:
+            plain = WIDE + picture(whole_image(batch["pixel_values"]), "The image, all patches computed.", dpi=180)
     kept = "; ".join(f"{row['site']} keeps {row['kept_ratio']:.0%}" for row in hard.recording.summary())
     return (
-        paragraph(f"{quoted(loose)}, {whole / 1e9:.4g} GFLOPs (counted).") + "".join(plain * bundle.takes_images),
+        paragraph(f"{quoted(loose)}, {whole / 1e9:.4g} GFLOPs (counted).") + plain,
         paragraph(f"{quoted(hard)}, {cost / 1e9:.4g} GFLOPs (counted), {cost / whole:.0%} of full attention. {kept}.")
         + shown,
     )

@@ -233,7 +233,7 @@ def _target(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
     labels, table = family.labels(model, inputs), family.target_table(model)
     if labels is None or table is None:
         return None
-    if table.is_meta:
+    if table.is_meta and not labels.is_meta:
         refuse_offloaded(model, "estimator 'variational' reads the classifier's weights in training, and")
     return (table.detach()[labels.clamp(min=0)] * (labels != -100).unsqueeze(-1)).float()
 

@@ -44,6 +44,7 @@ def hide_dropped(plan: TowerPlan, context: ForwardContext, arguments: Arguments)
     last_kept = torch.where(kept, place, -1).cummax(1).values
     rows = nn.functional.pad(last_kept[:, :-1] + 1, (1, 0))
     arguments.set("input_ids", ids.gather(1, rows))
-    seen = kept | (place == 0)  # the start token is no input
+    # the start token is no input, and is there once: a choice between copies of one row would hang on rounding
+    seen = (kept & (rows > 0)) | (place == 0)
     given = arguments.get("attention_mask")
     arguments.set("attention_mask", seen.long() if given is None else given * seen)

@@ -67,7 +67,7 @@ def nan_in_fresh_memory():
 @pytest.mark.parametrize(("architecture", "head"), HEADS)
 def test_every_way_in_is_hard(architecture, head, tmp_path):
     example = stock(architecture, head)
-    cls, config = type(example.model), HardAttentionConfig(sites=["*"], budget=3)
+    cls, config = type(example.model), HardAttentionConfig(sites=["*"], budget=3, scorer="linear")
     example.model.save_pretrained(tmp_path)
     sites = set(all_sites(example.model))
     for given in (config, config.to_dict()):

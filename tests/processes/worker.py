@@ -29,7 +29,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from hf_hardattn.recording import selectors
-from hf_hardattn.training import fine_tune, loop
+from hf_hardattn.training import fine_tune, loop, running
 from hf_hardattn.training.driver import Driver
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -126,7 +126,7 @@ def process(launch: dict[str, Any], rank: int, ports: list[int]) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         script = load_script(name)
         if launch.get("fsdp"):
-            fine_tune.start = lambda args: start_fsdp(loop.start, args)
+            fine_tune.start = lambda args: start_fsdp(running.start, args)
         script.main([str(flag) for flag in [*flags, "--cpu"]])
         if traces[-1].row:
             traces[-1].close()
