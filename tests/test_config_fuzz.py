@@ -202,7 +202,7 @@ def faults_together(site):
     sequential = site["scorer"] == "recurrent"
     own_count = not estimator.exact_budget and site["estimator"] != "soft"
     one_look = {"teacher", "choices", "target"} & set(estimator.needs)
-    faults = ["looks"] if sequential and (one_look or own_count or isinstance(site["budget"], str)) else []
+    faults = ["glimpses"] if sequential and (one_look or own_count or isinstance(site["budget"], str)) else []
     return [*faults, "soft_rate"] if site["soft_rate"] and "gates" not in estimator.needs else faults
 
 
