@@ -13,7 +13,7 @@ import pytest
 import torch
 from hub_server.models import answer, harden, same, stock, with_adapter
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
 import hf_hardattn
@@ -199,8 +199,8 @@ def test_a_configuration_that_takes_minutes_to_read_is_refused_at_once(tmp_path:
     assert time.process_time() - started < 2
 
 
-def test_loading_in_threads_leaves_the_verbosity_alone(tmp_path: Path) -> None:
-    model = harden(stock())
+def test_loading_in_threads_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    model, tie_weights = harden(stock()), PreTrainedModel.tie_weights
     hf_hardattn.save(model, tmp_path)
     expected, answers = answer(model), []
     logging.set_verbosity(python_logging.INFO)
@@ -213,6 +213,7 @@ def test_loading_in_threads_leaves_the_verbosity_alone(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert logging.get_verbosity() == python_logging.INFO
+        assert PreTrainedModel.tie_weights is tie_weights
     finally:
         logging.set_verbosity_warning()
     assert len(answers) == 8 and all(same(found, expected) for found in answers)

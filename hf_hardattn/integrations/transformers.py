@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -125,6 +126,11 @@ def _initialize_weights(
         module._is_hf_initialized = True
 
 
+# While Transformers loads a model it replaces functions for the whole process, weight tying among them. Of two threads that load at
+# once, the second would take the replacement for the original and leave it in place: no later model would tie its weights.
+_loading = threading.RLock()
+
+
 def _from_pretrained(
     from_pretrained: Callable[..., Any],
     cls: type[PreTrainedModel],
@@ -137,9 +143,10 @@ def _from_pretrained(
     adapter = base_of_adapter(place)
     if adapter is not None:
         kwargs = _through_base(adapter, place, kwargs)
-    model, info = from_pretrained(
-        cls, place if adapter is None else adapter["name"], *args[1:], output_loading_info=True, **kwargs
-    )
+    with _loading:
+        model, info = from_pretrained(
+            cls, place if adapter is None else adapter["name"], *args[1:], output_loading_info=True, **kwargs
+        )
     if adapter is None:
         _check_loaded(model, info, place, kwargs, asked)
     elif selectors(model) and _saved_hard_attention(adapter["name"], kwargs) is None:
