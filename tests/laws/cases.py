@@ -25,7 +25,7 @@ from hf_hardattn.models import family_of  # noqa: E402
 # Families whose attention, masks or heads differ take every scorer with every estimator; those that are another row of names for the
 # same code take turns. All families, these and the others, stand the contract of test_families.py.
 DISTINCT = ("blip", "gru", "t5", "vit")
-ALIKE = ("bert", "clip", "deit", "dinov2", "dinov2_with_registers", "siglip")
+ALIKE = ("bert", "siglip")
 ONCE = ("CLIPModel", "CLIPTextModelWithProjection", "SiglipModel", "SiglipTextModel")  # heads of that contract alone
 THOROUGH = tuple(sorted(DISTINCT + ALIKE))
 HEADS = [(name, head) for name in THOROUGH for head in models.load(name).spec.heads if head not in ONCE]

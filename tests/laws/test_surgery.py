@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hf_hardattn
+from hf_hardattn import models
 from hf_hardattn.models import family_of
 
 FIRST_HEADS = list(dict(reversed(HEADS)).items())
@@ -74,7 +75,7 @@ def test_layers_can_be_rebuilt_into_a_list(architecture, head):
 
 @pytest.mark.parametrize("architecture", ["vit", "deit", "dinov2", "clip", "siglip", "bert"])
 def test_a_slice_of_the_layers_is_a_shallower_model(architecture):
-    head = dict(FIRST_HEADS)[architecture]
+    head = models.load(architecture).spec.heads[0]
     example, shallow = hard_example(architecture, head), stock(architecture, head, num_hidden_layers=2)
     hf_hardattn.apply(shallow.model, CONFIG)
     kept = {name: value for name, value in example.model.state_dict().items() if name in shallow.model.state_dict()}
@@ -152,7 +153,7 @@ def test_a_stock_layer_in_the_place_of_another_takes_its_part_once_applied_again
 )
 def test_layers_compile_one_by_one(architecture):
     """The others' layers are made like these."""
-    head = dict(FIRST_HEADS)[architecture]
+    head = models.load(architecture).spec.heads[0]
     example = hard_example(architecture, head)
     expected = run(example)
     torch._dynamo.reset()

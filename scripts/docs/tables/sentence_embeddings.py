@@ -27,6 +27,6 @@ def table() -> str:
         "",
         f"{results['documents']:,} descriptions of {results['tokens']:.0f} tokens on average, each found by its synopsis among all others; "
         f"`{results['site']}`, {results['steps']} steps of training (seed {results['seed']}), {results['threads']} thread of {results['processor']}, "
-        f"batches of 32 (`scripts/research/sentence_embeddings.py`, hf_hardattn {results['hf_hardattn']}).",
+        f"batches of 32. Only the learned model was trained; the others have the original's weights (`scripts/research/sentence_embeddings.py`, hf_hardattn {results['hf_hardattn']}).",
     ]
     return "\n".join(lines)
