@@ -1,24 +1,5 @@
-"""Llama: rows and keys of the prompt."""
+"""Llama."""
 
-from ..modeling import heads
-from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
+from ._llama import llama_like
 
-LLAMA = ModelSpec(
-    name="llama",
-    family="transformers.models.llama.",
-    towers=(
-        TowerSpec(
-            "decoder",
-            module="LlamaModel",
-            layers="layers",
-            attention_spec=AttentionSpec(rotary="position_embeddings"),
-            norm="input_layernorm",
-            protect_last=True,
-            prompt=True,
-            restores=True,
-        ),
-    ),
-    recommended=("decoder.tokens.25%",),
-    heads=("LlamaForCausalLM", "LlamaForSequenceClassification", "LlamaModel"),
-    functions=heads.NEXT_TOKEN,
-)
+LLAMA = llama_like("llama", "Llama")

@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--constraints", type=Path, default=ROOT / "constraints.txt")
     arguments, pip = parser.parse_known_args()
     dist = ROOT / "dist"
-    shutil.rmtree(dist, ignore_errors=True)
+    if dist.exists():
+        shutil.rmtree(dist)
     run([sys.executable, "-m", "build", "--outdir", dist, ROOT])
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     check_contents(wheel)

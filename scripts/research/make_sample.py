@@ -65,7 +65,8 @@ def accuracy(model: ViTForImageClassification, recipe: dict[str, Any]) -> float:
 
 def write_model(model: ViTForImageClassification) -> None:
     """Save the model, and beside it that pixels are scaled to [-1, 1] as in the training."""
-    shutil.rmtree(sample.folder(), ignore_errors=True)
+    if sample.folder().exists():
+        shutil.rmtree(sample.folder())
     hf_hardattn.save(model, sample.folder())
     ViTImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(sample.folder())
     for path in sample.folder().iterdir():
@@ -74,13 +75,15 @@ def write_model(model: ViTForImageClassification) -> None:
 
 def write_images(scenes: ClutteredDigits) -> None:
     """Write the first scene of each of ``DIGITS``, named after what it shows."""
-    shutil.rmtree(sample.folder().parent / "images", ignore_errors=True)
-    (sample.folder().parent / "images").mkdir()
+    folder = sample.folder().parent / "images"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
     for digit in DIGITS:
         scene = next(scene for scene in scenes if int(scene["labels"]) == digit)
         grey = ((scene["pixel_values"][0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         image = Image.frombytes("L", (64, 64), grey.numpy().tobytes()).convert("RGB")
-        image.save(sample.folder().parent / "images" / f"digit_{digit}.png")
+        image.save(folder / f"digit_{digit}.png")
 
 
 def write_results(demo: dict[str, Any], sample_accuracy: float) -> None:

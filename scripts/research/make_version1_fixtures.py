@@ -82,7 +82,8 @@ def write_checkpoints(folder: Path) -> None:
 
     import hf_hardattn
 
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True)
     pixels = MODELS["vit"][1](True)["pixel_values"]
 

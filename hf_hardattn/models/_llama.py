@@ -1,0 +1,37 @@
+"""What Llama and its successors share: rows and keys of the prompt."""
+
+from typing import Any
+
+from ..modeling import heads
+from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
+
+
+def decoder(module: str, window: str | None = None, **attention: Any) -> TowerSpec:
+    """The tower of a decoder.
+
+    Args:
+        module: name of its class. window: see ``TowerSpec``. attention: names inside its attention that are not Llama's.
+    """
+    return TowerSpec(
+        "decoder",
+        module=module,
+        layers="layers",
+        attention_spec=AttentionSpec(rotary="position_embeddings", **attention),
+        norm="input_layernorm",
+        protect_last=True,
+        prompt=True,
+        restores=True,
+        window=window,
+    )
+
+
+def llama_like(name: str, classes: str, **names: Any) -> ModelSpec:
+    """The row of a family whose classes start with ``classes`` and are otherwise Llama's; ``names`` go to ``decoder``."""
+    return ModelSpec(
+        name=name,
+        family=f"transformers.models.{name}.",
+        towers=(decoder(f"{classes}Model", **names),),
+        recommended=("decoder.tokens.25%",),
+        heads=(f"{classes}ForCausalLM", f"{classes}ForSequenceClassification", f"{classes}Model"),
+        functions=heads.NEXT_TOKEN,
+    )
