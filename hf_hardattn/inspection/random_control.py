@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..functional.topk import topk_mask
 from ..modeling.selection import Selection
 from ..models import family_of
 from ..modes import evaluating
@@ -23,10 +24,9 @@ def drawn_like(selection: Selection, generator: torch.Generator) -> Selection:
     """
     free = selection.valid.expand(selection.mask.shape)
     always = torch.zeros_like(free) if selection.protected is None else selection.protected.expand(free.shape)
-    count = (selection.mask & ~always).sum(-1, keepdim=True)
-    noise = torch.rand(free.shape, generator=generator).to(free.device).masked_fill(~free | always, -1.0)
-    rank = noise.argsort(-1, descending=True).argsort(-1)
-    return selection.replace(mask=(rank < count) | (selection.mask & always))
+    count = (selection.mask & ~always).sum(-1)
+    noise = torch.rand(free.shape, generator=generator).to(free.device)
+    return selection.replace(mask=topk_mask(noise, count, free & ~always) | (selection.mask & always))
 
 
 def beside_random(model: nn.Module, batch: Mapping[str, Any], seed: int = 0) -> dict[str, float]:
