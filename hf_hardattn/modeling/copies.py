@@ -40,11 +40,12 @@ def hide_dropped(plan: TowerPlan, context: ForwardContext, arguments: Arguments)
     kept = source.kept_positions(ids.shape[0], ids.device)
     if kept is None:
         return
-    place = torch.arange(ids.shape[1], device=ids.device)
-    last_kept = torch.where(kept, place, -1).cummax(1).values
-    rows = nn.functional.pad(last_kept[:, :-1] + 1, (1, 0))
+    # counted from one, so that row 0 of the encoder's input shifted by one, the start token, is "nothing kept so far"
+    place = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    last_kept = (kept * place).cummax(1).values
+    rows = nn.functional.pad(last_kept[:, :-1], (1, 0))
     arguments.set("input_ids", ids.gather(1, rows))
     # the start token is no input, and is there once: a choice between copies of one row would hang on rounding
-    seen = (kept & (rows > 0)) | (place == 0)
+    seen = kept.logical_and(rows) | (place == 1)
     given = arguments.get("attention_mask")
     arguments.set("attention_mask", seen.long() if given is None else given * seen)

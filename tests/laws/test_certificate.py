@@ -100,6 +100,6 @@ def test_a_copy_of_kept_tokens_alone_is_the_input_without_the_others(head):
     given = torch.zeros_like(ids)  # the start token, until a kept token comes before
     given[:, 3:6], given[:, 6:] = ids[:, 2:3], ids[:, 5:6]
     seen = mask.long()
-    seen[:, 0] = 1
+    seen[:, 2], seen[:, 0] = 0, 1  # the start token is shown once, at its own place
     with hf_hardattn.replay(example.model, {"encoder.inputs": mask}):
         close(run(example), run(example, decoder_input_ids=given, decoder_attention_mask=seen))
