@@ -44,9 +44,9 @@ class Candidates:
     Attributes:
         valid: bool, broadcastable to ``[B, H, Q, N]``; None when every position is valid.
         protected: bool ``[B, 1, 1, N]``, see ``Protected``; None when nothing is, or when ``ends`` says it.
-        ends: the protected rows, where they are the same in every row of the batch.
+        ends: the protected rows; where ``protected`` places them elsewhere, how many a row has.
         bound: how many valid candidates a row has at most.
-        varied: how many rows are protected only ``protected`` tells, and it differs between the rows of the batch.
+        varied: how many rows are protected differs between the rows of the batch, and only ``protected`` tells.
     """
 
     valid: Tensor | None = None

@@ -127,6 +127,7 @@ class _PromptRows:
             state.bound,
             view.projections(),
             state.always,
+            state.varied,
         )
         if selection is None:
             return

@@ -231,6 +231,7 @@ def begin_rows(state: Any, mask: Any, count: int) -> None:
     if valid is not None and not torch.compiler.is_compiling() and bool(valid.all()):
         valid = None
     state.valid = valid
+    state.varied = True
     state.always = always_kept(state.prompt.answer, state.prompt.candidates, valid)
 
 

@@ -17,17 +17,23 @@ from .state import TowerState
 
 
 def candidates_among(
-    protected: Protected, valid: Tensor | None, states: Tensor, bound: int | None, always: Tensor | None = None
+    protected: Protected,
+    valid: Tensor | None,
+    states: Tensor,
+    bound: int | None,
+    always: Tensor | None = None,
+    varied: bool = False,
 ) -> Candidates:
     """The candidates ``[B, N]`` of a choice that serves a whole row.
 
     Args:
         valid: bool ``[B, N]`` or None. states: ``[B, N, D]``. bound: of the valid ones in a row, or None.
         always: rows that are no choice, bool ``[B, N]``, in place of ``protected``; None when that says it all.
+        varied: their number differs between the rows of the batch; otherwise ``protected`` says it.
     """
     if always is not None:
         valid = None if valid is None else valid[:, None, None]
-        return Candidates(valid, always[:, None, None], bound=bound, varied=True)
+        return Candidates(valid, always[:, None, None], Protected() if varied else protected, bound, varied)
     if valid is None:
         return Candidates(ends=protected)
     mask = protected.mask((states.shape[0], states.shape[1]), valid, states.device)
@@ -44,13 +50,14 @@ def choose_among(
     bound: int | None = None,
     projections: Projections | None = None,
     always: Tensor | None = None,
+    varied: bool = False,
 ) -> Selection | None:
     """Make one choice for each row of ``states`` ``[B, N, D]``; None where the site is switched off or keeps everything.
 
     Args:
         valid: bool ``[B, N]`` or None. bound: of the valid positions in a row.
         projections: of the host attention, for scorers that look through them.
-        always: rows that are no choice, bool ``[B, N]``, in place of ``protected``.
+        always, varied: see ``candidates_among``.
     """
     settings = context.settings(selector)
     # keeping everything needs no scores, unless somebody records or trains them
@@ -61,7 +68,7 @@ def choose_among(
         projections = None
     features = selector.keys(states, settings, valid, projections=projections)
     inputs = selector.training_inputs(states, valid, context, settings)
-    candidates = candidates_among(protected, valid, states, bound, always)
+    candidates = candidates_among(protected, valid, states, bound, always, varied)
     selection = selector(features, candidates, settings, inputs=inputs)
     context.add(selection, settings)
     return selection
@@ -91,7 +98,7 @@ def select_rows(
     if projections is not None and selector.scorer.needs_grid:
         projections = replace(projections, grid=state.grid)
     selection = choose_among(
-        context, selector, read, state.candidates, protected, state.bound, projections, state.always
+        context, selector, read, state.candidates, protected, state.bound, projections, state.always, state.varied
     )
     if selection is None:
         return None

@@ -110,8 +110,8 @@ class TowerSpec:
             takes an ``attention_mask``; None when there is none.
         pools_by_place: the tower itself reads rows of its output by their places in the input, so that they take these places again
             behind the last layer.
-        always: which rows of a call are kept besides the protected ones, ``(tower, arguments of its call)`` to bool ``[B, N]``; None
-            for no others.
+        always: where the protected rows of a call stand, if not at the ends: ``(tower, arguments of its call)`` to bool ``[B, N]``, with
+            as many True in each row as ``protect_first`` and ``protect_last`` name; None where these say it all.
         only: kinds of its sites, where not every kind is served: another part of the model may read its rows by number.
         heads: configuration field with the number of attention heads.
         inputs: name of the model input that the rows come from. patchified: it holds patches ``[B, N, P]``, not images.

@@ -115,6 +115,7 @@ class TowerState:
         output_valid: rows of the tower's output that a reader may read, bool; None when all, or while it runs.
         always: bool ``[B, K]``, rows that are no choice in this call (an answer, words beside an image); None when the tower's
             protected rows say it all.
+        varied: their number differs between the rows of the batch; otherwise it is that of the tower's protected rows.
         prompt: what a tower that reads a prompt knows of its cache; None in other towers.
         keys: the choice of the ``self`` site of the layer that is running, in such a tower.
         key_leaders: site to its choice there, for later layers that share it.
@@ -138,6 +139,7 @@ class TowerState:
         self.source_dropped = False
         self.output_valid: Tensor | None = None
         self.always: Tensor | None = None
+        self.varied = False
         self.prompt: Any = None
         self.keys: Selection | None = None
         self.key_leaders: dict[str, Selection] = {}

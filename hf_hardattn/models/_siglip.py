@@ -16,21 +16,18 @@ from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
 ATTENTION = AttentionSpec(output="out_proj", scale="scale", dropout="dropout")
 
 
-def last_place(tower: Any, arguments: Arguments) -> Tensor | None:
-    """The row that the text tower pools at, bool ``[1, N]``.
+def refuse_hidden_end(tower: Any, arguments: Arguments) -> None:
+    """Refuse a text with padding at its last place, where the tower pools it.
 
     Raises:
         HardAttentionError: a text has padding there.
     """
-    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    if ids is None:
-        return None  # Transformers says what is wrong
+    mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and not torch.compiler.is_compiling() and not mask[:, -1].all():
         raise HardAttentionError(
             "attention_mask hides the last place of a text, where SigLIP pools it, and hard attention keeps no padding; at 'text'. Pad "
             "texts to the full length and give no mask, as the model was trained."
         )
-    return (torch.arange(ids.shape[-1], device=ids.device) == ids.shape[-1] - 1)[None]
 
 
 def pair_loss(
@@ -63,7 +60,8 @@ def siglip_like(
         layers="encoder.layers",
         attention_spec=ATTENTION,
         norm="layer_norm1",
-        always=last_place,
+        protect_last=True,
+        always=refuse_hidden_end,
         pools_by_place=True,
     )
     return ModelSpec(

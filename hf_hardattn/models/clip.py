@@ -66,7 +66,8 @@ CLIP = ModelSpec(
             norm="layer_norm1",
             causal=True,
             only=("inputs", "tokens"),
-            always=end_of_text,
+            protect_last=True,
+            always=end_of_text,  # padding may stand behind it
             pools_by_place=True,
         ),
     ),

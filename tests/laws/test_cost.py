@@ -143,6 +143,18 @@ def test_a_fixed_budget_never_waits_for_the_device(place, estimator, monkeypatch
             assert found <= allowed, f"{found - allowed} waits at budget {budget}, training={training}"
 
 
+@pytest.mark.parametrize("site", ["text.inputs", "text.tokens.0"])
+def test_a_protected_row_that_moves_costs_no_wait(site, monkeypatch):
+    """CLIP keeps the end of a text wherever it stands: one row of each text, so that nobody counts."""
+    plain, example = (stock("clip", "CLIPTextModelWithProjection") for _ in range(2))
+    harden(example.model, {"sites": [site], "budget": 0.5})
+    for training in (False, True):
+        allowed, found = (
+            waits(monkeypatch, partial(each.model.train(training), **each.batch)) for each in (plain, example)
+        )
+        assert found <= allowed, f"{found - allowed} waits, training={training}"
+
+
 # ------------------------------------------------------------------------------------------------------------- one compiled graph
 
 # compiling takes seconds: a few always, all of them among the slow tests
