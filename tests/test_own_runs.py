@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from examples import build
 from hub_server.models import harden, stock
 from test_checkpoints import flags, fresh_process, run  # noqa: F401
 from typer.testing import CliRunner
 
 import hf_hardattn
 from hf_hardattn.cli import app, bench
+from hf_hardattn.efficiency import suites
+from hf_hardattn.efficiency.bench import flops, models_of, work_of
+from hf_hardattn.efficiency.workloads import Workload
 from hf_hardattn.errors import HardAttentionError
 from hf_hardattn.hub import pushing
 from hf_hardattn.hub.card_check import check_card
@@ -71,14 +76,46 @@ def test_the_suite_of_gpus_is_refused_without_one(monkeypatch: pytest.MonkeyPatc
 def test_a_benchmark_measures_a_model_at_its_own_sites(tmp_path: Path) -> None:
     config = {"sites": {"vision.tokens.1": {"scorer": "mlp"}}, "budget": {"start": 1.0, "end": 0.25, "steps": 0.4}}
     hf_hardattn.save(harden(stock(), config), tmp_path)
-    suite = bench._own(str(tmp_path), [], [], [0.5], None, 2, "float32")
+    suite = bench._own(str(tmp_path), [], [], [0.5], None, 2, "float32", 4)
     (group,) = suite["groups"]
     assert group["sizes"] == [12] and group["batch"] == 2
     (row,) = group["rows"]
     assert row["hard"]["budget"] == 0.25 and row["hard"]["sites"]["vision.tokens.1"]["scorer"] == "mlp"
     hf_hardattn.apply(stock(), row["hard"])
     with pytest.raises(HardAttentionError, match="needs to know what to measure"):
-        bench._own("vit", [], [], [0.5], None, 1, "float32")
+        bench._own("vit", [], [], [0.5], None, 1, "float32", 4)
+
+
+@pytest.mark.parametrize(
+    "family, head, size",
+    [
+        ("bert", "BertForSequenceClassification", 40),
+        ("roberta", "RobertaModel", 39),  # its positions start behind that of padding
+        ("dinov2", "Dinov2Model", 12),
+        ("siglip2", "Siglip2VisionModel", 12),
+        ("whisper", "WhisperForConditionalGeneration", 11),
+        ("t5", "T5Model", 512),
+        ("gru", "GruForConditionalGeneration", 512),
+    ],
+)
+def test_a_benchmark_measures_a_model_of_any_family(tmp_path: Path, family: str, head: str, size: int) -> None:
+    """At its own sites, on inputs that fit it, through generate() where it writes."""
+    model = hf_hardattn.apply(build(family, head).model)
+    hf_hardattn.save(model, tmp_path)
+    (group,) = suites.parse(bench._own(str(tmp_path), [], [], [0.5], None, 1, "float32", 2), "own").groups
+    assert (group.workload.size, group.workload.generates) == (size, model.can_generate())
+    group = replace(group, workload=replace(group.workload, size=min(size, 40)))
+    models = models_of(group)
+    inputs = group.workload.inputs(models["stock"])
+    counted = {name: flops(work_of(group.workload, each, inputs)) for name, each in models.items()}
+    assert 0 < counted["as saved"] < counted["stock"] == counted["exact"]
+
+
+def test_a_benchmark_of_images_and_texts_needs_their_processor(tmp_path: Path) -> None:
+    hf_hardattn.save(hf_hardattn.apply(build("clip", "CLIPModel").model), tmp_path)
+    workload = Workload(str(tmp_path), 12)
+    with pytest.raises(HardAttentionError, match="holds no processor, and CLIPModel reads images and texts"):
+        workload.inputs(workload.build())
 
 
 @pytest.mark.parametrize("words", [["--ui"], ["--space", "sp"]])

@@ -232,7 +232,7 @@ class GruDecoder(GruPreTrainedModel):
         if states is not None and states.get_seq_length():
             state = states.layers[0].keys[:, :, -1].transpose(0, 1)
         else:
-            state = self.initial.expand(-1, len(input_ids), -1)
+            state = self.initial.repeat(1, len(input_ids), 1)
         hidden, last = self.gru(self.dropout(self.embed_tokens(input_ids)), state.contiguous())
         if states is not None:  # a step's state is cached as a key is: beam search then reorders it too
             kept = last.transpose(0, 1).unsqueeze(2).expand(-1, -1, input_ids.shape[1], -1)

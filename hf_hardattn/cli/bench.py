@@ -25,7 +25,10 @@ def command(
         typer.Option(help=f"One of {', '.join(SUITES)}, or a YAML file of the same form."),
     ] = "quick",
     model: Annotated[
-        str | None, typer.Option(help="Measure this model instead of a suite: vit, t5_encoder, ... or a checkpoint.")
+        str | None,
+        typer.Option(
+            help="Measure this model instead of a suite: vit, t5_encoder, t5_decode, blip_vision, blip_caption, or a checkpoint."
+        ),
     ] = None,
     size: Annotated[
         list[int], typer.Option(help="Pixels a side of its images, or source tokens; may be given several times.")
@@ -36,6 +39,9 @@ def command(
         Path | None, typer.Option(help="JSON file with its hard-attention configuration, instead of sites and budgets.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that a model that writes is asked for; its call is generate().")
+    ] = 16,
     dtype: Annotated[str, typer.Option(help="Dtype of weights and inputs.")] = "float32",
     layers: Annotated[
         int | None, typer.Option(help="Number of layers of the models that are built here, instead of the suite's.")
@@ -93,7 +99,7 @@ def command(
     if model is None:
         chosen = suites.load(suite)
     else:
-        chosen = suites.parse(_own(model, size, site, budget, config, batch, dtype), "own")
+        chosen = suites.parse(_own(model, size, site, budget, config, batch, dtype, new_tokens), "own")
     exported, growing = chosen.runtime == "onnxruntime", chosen.picture == "growth"
     if exported or growing:
         _eagerly(chosen.name, mode)
@@ -200,55 +206,38 @@ def _host(rounds: int, seconds: float, output: Path) -> None:
 
 
 def _own(
-    model: str, sizes: list[int], sites: list[str], budgets: list[float], config: Path | None, batch: int, dtype: str
+    model: str,
+    sizes: list[int],
+    sites: list[str],
+    budgets: list[float],
+    config: Path | None,
+    batch: int,
+    dtype: str,
+    new_tokens: int,
 ) -> dict[str, Any]:
     """A suite of the user's own model."""
-    saved = _saved(model) if not (sites or config) else None
-    if saved is not None:
-        rows = [{"name": "as saved", "hard": saved["hard_attention"], "trained": True}]
-        sizes = sizes or [saved["size"]]
-        item = {
-            "name": f"{model} {{size}}",
-            "model": model,
-            "sizes": sizes,
-            "batch": batch,
-            "dtype": dtype,
-            "rows": rows,
-        }
-        return {"title": f"{model} at its own sites, with its own selectors", "groups": [item]}
-    if not sizes or not (sites or config):
+    from ..efficiency import checkpoints, workloads
+
+    built = model in workloads.MODELS
+    known = None if built else checkpoints.facts(model, new_tokens)
+    saved = None if known is None or sites or config else known.hard
+    sizes = sizes or ([] if known is None else [known.size])
+    if saved is None and not (sizes and (config or sites)):
         raise HardAttentionError(
             f"--model {model!r} needs to know what to measure; give --size (pixels a side, or tokens), and --site or --config."
         )
-    if config is not None:
+    if saved is not None:
+        rows: list[dict[str, Any]] = [{"name": "as saved", "hard": saved, "trained": True}]
+    elif config is not None:
         rows = [{"name": config.stem, "hard": json.loads(config.read_text())}]
     else:
         budgets = [int(budget) if budget > 1 else budget for budget in budgets]
         rows = [{"name": f"{', '.join(sites)} keep {{budget}}", "hard": {"sites": sites}, "budgets": budgets}]
     item = {"name": f"{model} {{size}}", "model": model, "sizes": sizes, "batch": batch, "dtype": dtype, "rows": rows}
-    return {"title": f"{model}, {', '.join(sites) or config}", "groups": [item]}
-
-
-def _saved(model: str) -> dict[str, Any] | None:
-    """What a hard checkpoint says of itself: where it selects, at the end of its schedules, and its usual size; None for others."""
-    from transformers import AutoConfig
-
-    from ..budget import final_budget, read_budget
-    from ..config import HardAttentionConfig
-
-    if not (Path(model) / "config.json").is_file() and "/" not in model:
-        return None
-    config: Any = AutoConfig.from_pretrained(model)
-    if getattr(config, "hard_attention", None) is None:
-        return None
-    hard = HardAttentionConfig.parse(config.hard_attention).to_dict()
-    for part in (hard, *(hard.get("sites") or {}).values()):
-        if "budget" in part:
-            part["budget"] = final_budget(read_budget(part["budget"], "budget"))
-        for name in ("temperature", "entropy_weight", "exploration"):
-            if isinstance(part.get(name), dict) and "end" in part[name]:
-                part[name] = part[name]["end"]
-    return {"hard_attention": hard, "size": getattr(config, "image_size", None) or 512}
+    if (known is not None and known.writes) or model in workloads.WRITERS:
+        item["new_tokens"] = new_tokens
+    title = f"{model} at its own sites, with its own selectors" if saved else f"{model}, {', '.join(sites) or config}"
+    return {"title": title, "groups": [item]}
 
 
 def _resized(group: Any, layers: int | None) -> Any:

@@ -22,6 +22,7 @@ from ..modes import execution
 from ..recording import selectors
 from ..version import __version__
 from . import allocator
+from .checkpoints import take_trained_selectors
 from .counting import work
 from .joules import joules_per_call
 from .limits import amdahl, between, profile_call, streaming_rows
@@ -29,7 +30,7 @@ from .memory import peak_resident_bytes
 from .overhead import later_layers, selection_overhead
 from .suites import Group
 from .timing import interleaved_seconds, ratios
-from .workloads import DTYPES, Workload, cache_bytes, share_weights, take_trained_selectors
+from .workloads import DTYPES, Workload, cache_bytes, share_weights
 
 STOCK, EXACT = "stock", "exact"
 UNCOMPILED = "stock, not compiled"
@@ -137,7 +138,7 @@ def models_of(group: Group) -> dict[str, nn.Module]:
     for row in group.rows:
         models[row.name] = apply(share_weights(stock), row.hard).eval()
         if row.trained:
-            take_trained_selectors(models[row.name], group.workload)
+            take_trained_selectors(models[row.name], group.workload.model)
     return models
 
 
@@ -151,7 +152,8 @@ def _exact(config: HardAttentionConfig) -> HardAttentionConfig:
 def work_of(workload: Workload, model: nn.Module, inputs: dict[str, Any], least_rows: float = 1.0) -> dict[str, Any]:
     """Work of one call by part, see ``counting.work``."""
     asks = any(selector.data_dependent or selector.config.pack for selector in selectors(model).values())
-    return work(partial(workload.run, model, inputs), fake=not (workload.generates or asks), least_rows=least_rows)
+    asks = asks or workload.generates or "spatial_shapes" in inputs
+    return work(partial(workload.run, model, inputs), fake=not asks, least_rows=least_rows)
 
 
 def limits_above_floor(group: Group, seconds: dict[str, float]) -> dict[str, float]:

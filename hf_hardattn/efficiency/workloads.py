@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModel,
     BlipConfig,
     BlipForConditionalGeneration,
     BlipVisionConfig,
@@ -27,8 +25,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..compiling import compile
 from ..devices import default_device
-from ..errors import HardAttentionError, unknown
-from ..recording import selectors
+from ..errors import unknown
+from .checkpoints import random_inputs, stock_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,12 +37,12 @@ class Workload:
 
     Attributes:
         model: ``vit``, ``t5_encoder``, ``t5_decode`` (cross-attention over given encoder states), ``blip_vision``, ``blip_caption``,
-            all of the base size with random weights; or the place of a checkpoint, a ViT or T5 that ``AutoModel`` loads.
+            all of the base size with random weights; or the place of a checkpoint of any family.
         size: pixels a side, or source tokens.
         batch: examples a call. shortest: length of its shortest row by ``size``, in (0, 1]; the others lie evenly between, padded (T5's encoder).
         dtype: ``float32`` | ``bfloat16`` | ``float16``.
         layers: of each tower (12 in the base size).
-        new_tokens: written by ``t5_decode`` and ``blip_caption``.
+        new_tokens: written by a call that is ``generate()``; 0 for a forward.
     """
 
     model: str
@@ -58,7 +56,7 @@ class Workload:
     @property
     def generates(self) -> bool:
         """Whether the call is ``generate()``."""
-        return self.model in ("t5_decode", "blip_caption")
+        return self.new_tokens > 0
 
     def build(self) -> nn.Module:
         """The stock model on the default device, in evaluation mode; the same weights at every call."""
@@ -66,17 +64,22 @@ class Workload:
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         build = MODELS.get(self.model)
-        model = build(self) if build else _checkpoint(self)
+        model = build(self) if build else stock_model(self.model)
         return model.to(default_device(), DTYPES[self.dtype]).eval()
 
     def inputs(self, model: nn.Module) -> dict[str, Any]:
         """Keyword inputs of one call, the same at every call."""
         torch.manual_seed(1)
         place = next(model.parameters())
+        if self.model not in MODELS:
+            made = random_inputs(model, self.model, self.size, self.batch)
+            return {
+                name: value.to(place if value.is_floating_point() else place.device) for name, value in made.items()
+            }
         if self.model == "t5_decode":
             states = torch.randn(self.batch, self.size, model.config.d_model).to(place)  # type: ignore[union-attr, arg-type]
             return {"encoder_outputs": BaseModelOutput(last_hidden_state=states)}
-        if self.model == "t5_encoder" or getattr(model.config, "model_type", "") == "t5":
+        if self.model == "t5_encoder":
             ids = torch.randint(2, 32000, (self.batch, self.size), device=place.device)
             if self.shortest == 1.0:
                 return {"input_ids": ids}
@@ -120,7 +123,8 @@ def cache_bytes(output: Any) -> int | None:
     cache = getattr(getattr(output, "past_key_values", None), "cross_attention_cache", None)
     if cache is None:
         return None
-    held: list[Tensor] = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    # a decoder of fewer layers than the encoder leaves the last ones empty
+    held: list[Tensor] = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
     return sum(t.numel() * t.element_size() for t in held)
 
 
@@ -157,29 +161,4 @@ MODELS: dict[str, Callable[[Workload], nn.Module]] = {
     "blip_vision": lambda w: BlipVisionModel(BlipVisionConfig(**_blip_vision(w))),
     "blip_caption": _blip,
 }
-
-
-def _checkpoint(w: Workload) -> nn.Module:
-    try:
-        config = AutoConfig.from_pretrained(w.model, hard_attention=None)
-    except (OSError, ValueError) as error:
-        raise HardAttentionError(
-            f"{w.model!r} is neither a model of the benchmark ({', '.join(map(repr, sorted(MODELS)))}) nor a checkpoint that can be read: {error}"
-        ) from None
-    if config.model_type not in ("vit", "t5"):
-        raise HardAttentionError(
-            f"the benchmark loads checkpoints of ViT and T5; {w.model!r} is a {config.model_type}. Use 'blip_vision' or 'blip_caption'."
-        )
-    return _class_of(config).from_pretrained(w.model, hard_attention=None)
-
-
-def _class_of(config: Any) -> Any:
-    return T5EncoderModel if config.model_type == "t5" else AutoModel
-
-
-def take_trained_selectors(model: nn.Module, w: Workload) -> nn.Module:
-    """Give a model that has the sites of the workload's checkpoint that checkpoint's selectors."""
-    trained = selectors(_class_of(AutoConfig.from_pretrained(w.model)).from_pretrained(w.model))
-    for site, selector in selectors(model).items():
-        selector.load_state_dict(trained[site].state_dict())
-    return model
+WRITERS = ("t5_decode", "blip_caption")  # their call is generate()

@@ -75,7 +75,8 @@ def read_model_config(source: Source, header: Header) -> tuple[PreTrainedConfig,
                 f"config.json of {where} says {key}={str(value)[:40]}; its weights hold {header.elements:,} numbers in all, so that "
                 "cannot be theirs."
             )
-        if "layers" in key and isinstance(value, int) and value > len(header.shapes):
+        # but "max_window_layers", a bound
+        if "layers" in key and "max_" not in key and isinstance(value, int) and value > len(header.shapes):
             raise HardAttentionError(
                 f"config.json of {where} says {key}={value}; its weights are {len(header.shapes)} tensors, too few for so many layers."
             )
