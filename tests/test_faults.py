@@ -39,6 +39,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
+    T5ForSequenceClassification,
+    T5Model,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -644,6 +646,25 @@ def test_a_compiled_model_with_a_strict_signature_trains_or_is_refused(how: str)
     reinforce = harden(simple, sites=["vision.inputs"], budget=4, estimator="reinforce")
     with pytest.raises(HardAttentionError, match="keywords"):
         compiled(reinforce, how)
+
+
+@pytest.mark.parametrize("head", [T5ForSequenceClassification, T5Model])
+def test_a_compiled_encoder_decoder_with_a_strict_signature_is_refused(head: Any) -> None:
+    """Its decoder would not know what the encoder kept, and a head that copies the input would show it whole."""
+
+    class Strict(head):
+        def forward(self, input_ids: Tensor, decoder_input_ids: Tensor | None = None) -> Any:  # type: ignore[override]
+            return super().forward(input_ids=input_ids, decoder_input_ids=decoder_input_ids)
+
+    torch._dynamo.reset()
+    batch = {"input_ids": texts()["input_ids"]}
+    batch["input_ids"][:, -1] = 1  # the end, where the head of a classifier looks
+    if head is T5Model:
+        batch["decoder_input_ids"] = batch["input_ids"]
+    model = shaken(Strict, T5Config(**T5_SIZES, decoder_start_token_id=0))
+    harden(model, sites=["encoder.inputs"], budget=4)(**batch)  # as it is, it runs
+    with pytest.raises(HardAttentionError, match="Strict.forward takes no keywords to hand down.* 'decoder'"):
+        in_graph(model)(**batch)
 
 
 @COMPILED

@@ -22,6 +22,7 @@ from .towers import (
     COPIES,
     HANDS_DOWN,
     NAMES,
+    SHARES,
     TRAINING_LOSS,
     close_call,
     finish_tower,
@@ -55,6 +56,11 @@ def install_hooks(
     module.__dict__[NAMES] = parameter_names(model)
     tokens = [getattr(module.config, name, None) for name in family.spec.candidates] if family.owns(model) else []
     module.__dict__[CANDIDATES] = tuple(token for token in tokens if token is not None)
+    readers = [
+        n for n, tower in towers.items() if drops.get(tower.source or "") is not None and not idle[str(tower.source)]
+    ]
+    choosers = [name for name in towers if tokens and not idle[name]]
+    module.__dict__[SHARES] = next(iter([*readers, *choosers]), None)
     module.__dict__[TRAINING_LOSS] = training_loss
     module.__dict__[COPIES] = parameter_names(model) if heads.extends(model, family.spec.copying_heads) else None
     module.__dict__[FAMILY] = family.name
@@ -237,7 +243,7 @@ def remove_hooks(model: nn.Module) -> None:
         patches.uninstall(module)
         pooling.uninstall(module)
         members.unmark(module)
-        for name in (LAYER, TOWER, HANDS_DOWN, NAMES, CANDIDATES, TRAINING_LOSS, COPIES, FAMILY):
+        for name in (LAYER, TOWER, HANDS_DOWN, NAMES, SHARES, CANDIDATES, TRAINING_LOSS, COPIES, FAMILY):
             module.__dict__.pop(name, None)
 
 

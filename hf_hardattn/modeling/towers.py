@@ -22,6 +22,7 @@ COPIES = (
     "hard_attention_copies"  # parameters of a head that feeds its decoder the encoder's input; None for other models
 )
 NAMES = "hard_attention_names"  # the parameters of a model's forward
+SHARES = "hard_attention_shares"  # a tower that needs to know what another one kept, or what the call says; None where there is none
 # a pair of functions: one adds the terms of a training loss to an output, one prepares a training call
 TRAINING_LOSS = "hard_attention_training_loss"
 
@@ -73,6 +74,14 @@ def _refuse_compiled_training(tower: str) -> None:
         f"the estimator of '{tower}' adds a term to the training loss, and the compiled model around it does not hand its keywords "
         f"down to '{tower}', so the term would be lost. Let forward take **kwargs and pass them on, train without torch.compile, "
         "or use an estimator without such a term ('simple')."
+    )
+
+
+def _refuse_compiled_call(model: str, tower: str) -> None:
+    """Raise outside of compiled code, too."""
+    raise HardAttentionError(
+        f"{model}.forward takes no keywords to hand down, and compiled code has no other way to tell '{tower}' which rows were kept, or are "
+        "an image's: it would read what was dropped. Let forward take **kwargs and pass them on, or run it without torch.compile."
     )
 
 
@@ -167,6 +176,8 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return None
     hands_down = model.__dict__[HANDS_DOWN]
     if not hands_down and torch.compiler.is_compiling():
+        if model.__dict__[SHARES] is not None:
+            torch.compiler.disable(_refuse_compiled_call)(type(model).__name__, model.__dict__[SHARES])
         return None  # compiled code cannot read a thread's context variable: each tower opens a call of its own
     context = ForwardContext(model)
     arguments = Arguments(model.__dict__[NAMES], args, kwargs)
