@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors import SafetensorError
 from transformers import ViTForImageClassification
 
+import hf_hardattn
 from hf_hardattn.errors import HardAttentionError
 from hf_hardattn.training import checkpoints, publishing
 from hf_hardattn.training.fine_tune import fine_tune
@@ -168,11 +169,15 @@ def test_the_best_model_is_kept_and_patience_ends_the_run(flags: list[str], tmp_
         run(flags, tmp_path / "other", *more, "--load_best_model_at_end", "--metric_for_best_model", "bleu")
 
 
-def test_selectors_alone_train(flags: list[str], tmp_path: Path) -> None:
+def test_selectors_alone_train(flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = run(flags, tmp_path / "base", "--max_train_steps", 1)
     assert base["data"]["train"]["rows"] == 24 and base["train"]["batch"] == 2
     model = ["--model_name_or_path", tmp_path / "base", "--train_selectors_only", "--learning_rate", 0.1]
     run(flags, tmp_path / "tuned", *model, "--max_train_steps", 2)
+    assert "gets the whole model" in caplog.text and "selectors_only=True" in caplog.text
+    tuned = hf_hardattn.load(tmp_path / "tuned")
+    with pytest.raises(HardAttentionError, match="base .* has hard attention itself.* the full model"):
+        hf_hardattn.save(tuned, tmp_path / "few", selectors_only=True, base_model=str(tmp_path / "base"))
     before, after = (
         ViTForImageClassification.from_pretrained(tmp_path / name).state_dict() for name in ("base", "tuned")
     )

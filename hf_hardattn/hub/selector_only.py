@@ -85,7 +85,11 @@ def check_base(model: Any, base_model: str, base_revision: str | None) -> None:
         )
         return
     config, _ = read_model_config(base, header)
-    config.hard_attention = None
+    if config.hard_attention is not None:
+        raise HardAttentionError(
+            f"the base {base.name} has hard attention itself, and selectors alone are put on a model with full attention; at base_model. Save "
+            "the full model (selectors_only=False), or name the stock model that the base was made of."
+        )
 
     def reload(dtype: torch.dtype) -> Any:
         found, missing = build(base, config, type(model), header, dtype=dtype)

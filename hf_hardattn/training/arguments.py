@@ -43,7 +43,9 @@ class ModelArguments:
     )
     use_rslora: bool = flag(False, "Scale adapters by the root of their rank.")
     use_dora: bool = flag(False, "Train the size of each weight apart from its direction.")
-    train_selectors_only: bool = flag(False, "Train the selectors; everything else stays as it is.")
+    train_selectors_only: bool = flag(
+        False, "Train the selectors; everything else stays as it is, and is saved with them."
+    )
 
 
 @dataclass(kw_only=True)

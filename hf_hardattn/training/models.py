@@ -154,7 +154,11 @@ def _freeze_all_but_selectors(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("selectors only: %s parameters are trained", f"{trained:,}")
+    logger.info(
+        "selectors only: %s parameters are trained; --output_dir gets the whole model, as from_pretrained wants it. For the selectors alone: "
+        "hf_hardattn.save(model, FOLDER, selectors_only=True, base_model=...)",
+        f"{trained:,}",
+    )
 
 
 def _add_lora(model: nn.Module, args: ScriptArguments, heads: Iterable[str]) -> nn.Module:
