@@ -101,7 +101,7 @@ def _bert(folder: Path) -> None:
 
 
 def _qwen3(folder: Path) -> None:
-    sizes = dict(**WIDTH, vocab_size=40, num_hidden_layers=4, num_key_value_heads=1, head_dim=8)
+    sizes = dict(**WIDTH, vocab_size=40, num_hidden_layers=6, num_key_value_heads=1, head_dim=8)
     Qwen3ForCausalLM(Qwen3Config(**sizes, bos_token_id=3, eos_token_id=1, pad_token_id=0)).save_pretrained(folder)
     tokenizer("[BOS]", "</s>").save_pretrained(folder)
 

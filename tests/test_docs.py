@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -17,7 +18,9 @@ import pytest
 import torch
 import transformers
 import typer
+from accelerate.state import AcceleratorState, GradientState
 from stand_ins import write_all
+from typer.testing import CliRunner
 
 import hf_hardattn
 from hf_hardattn.cli import app
@@ -87,6 +90,69 @@ def test_commands_exist(page: Path) -> None:
         }
         unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in known | {"--help"}]
         assert not unknown, f"{line}: {unknown}"
+
+
+# Lines that are not run here, and why.
+NOT_RUN = {
+    "hf-hardattn push digits-hard me/digits-hard --no-dry-run": "uploads; test_hub.py",
+    "hf-hardattn train vit --config scripts/configs/vit.yaml --budget 0.3": "downloads its data; test_scripts.py",
+    "hf-hardattn compare --config compare.yaml --seeds 3": "minutes; test_compare.py",
+    "hf-hardattn compare --config scripts/configs/compare/cluttered_digits.yaml": "hours; test_compare.py",
+    "hf-hardattn bench --suite competing": "minutes; test_competing_methods.py",
+    "hf-hardattn bench --suite targets": "minutes; test_efficiency.py",
+    "hf-hardattn bench --mode cuda_graphs": "a GPU; test_efficiency.py",
+    "hf-hardattn bench --model vit --size 384 --site vision.tokens.0 --budget 0.25": "a minute; test_efficiency.py",
+    "hf-hardattn train blip --task captioning": "names a command, not its flags; test_scripts.py",
+}
+# Lines that fail until the reader has done what the page asks for, and what they say.
+FAILS = {"hf-hardattn card --check outputs/vit-hard": "license='unknown' says nothing"}
+
+
+def written_commands() -> list[str]:
+    """The ``hf-hardattn`` lines of all pages that say what they work on, in order and each once."""
+    found: dict[str, None] = {}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        blocks = [line for language, code in FENCED.findall(text) if language == "bash" for line in code.splitlines()]
+        lines = [line.split(" #")[0].strip() for line in blocks if line.startswith("hf-hardattn")]
+        inline = [" ".join(words.split()) for words in re.findall(r"`(hf-hardattn [^`]*)`", text)]
+        complete = [line for line in inline if len(line.split()) > 3 or line.split()[-1] == "sample"]
+        lines += [line for line in complete if not any(word.isupper() for word in line.split())]
+        found.update(dict.fromkeys(" ".join(line.split()) for line in lines))
+    return list(found)
+
+
+@pytest.mark.slow
+def test_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command as it is written, on small models and data under the names that the pages use."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_what_pages_made(folder)
+    commands = written_commands()
+    assert len(commands) > 15 and not set(NOT_RUN) - set(commands)
+    trainings = [line for line in commands if line.startswith("hf-hardattn train")]  # others read what these write
+    for line in sorted(commands, key=lambda line: line not in trainings):
+        if line in NOT_RUN:
+            continue
+        GradientState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        result = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert bool(result.exit_code) is (line in FAILS), f"{line}: {result.exception!r}\n{result.output[-2000:]}"
+        assert FAILS.get(line, "") in result.output
+
+
+def write_what_pages_made(folder: Path) -> None:
+    """What the Python code of the pages saves, or what a reader is asked to have."""
+    hf_hardattn.save(hf_hardattn.load("sample"), folder / "digits-hard")
+    for base, name, load in (
+        ("google/vit-base-patch16-224", "vit-hard", transformers.AutoModelForImageClassification),
+        ("Salesforce/blip-image-captioning-base", "blip-hard", transformers.BlipForConditionalGeneration),
+    ):
+        load.from_pretrained(folder / base, hard_attention={}).save_pretrained(folder / name)
+        transformers.AutoProcessor.from_pretrained(folder / base).save_pretrained(folder / name)
+    rows = [{"prompt": "the report says that all is well", "completion": "a dog"}] * 4
+    for name in ("train.jsonl", "val.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_numbers_come_from_results() -> None:
