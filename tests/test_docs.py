@@ -102,6 +102,7 @@ NOT_RUN = {
     "hf-hardattn bench --suite targets": "minutes; test_efficiency.py",
     "hf-hardattn bench --mode cuda_graphs": "a GPU; test_efficiency.py",
     "hf-hardattn bench --model vit --size 384 --site vision.tokens.0 --budget 0.25": "a minute; test_efficiency.py",
+    "hf-hardattn explain blip-hard --input photos/cats": "ten seconds; test_explain.py",
     "hf-hardattn train blip --task captioning": "names a command, not its flags; test_scripts.py",
 }
 # Lines that fail until the reader has done what the page asks for, and what they say.

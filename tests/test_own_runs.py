@@ -76,14 +76,14 @@ def test_the_suite_of_gpus_is_refused_without_one(monkeypatch: pytest.MonkeyPatc
 def test_a_benchmark_measures_a_model_at_its_own_sites(tmp_path: Path) -> None:
     config = {"sites": {"vision.tokens.1": {"scorer": "mlp"}}, "budget": {"start": 1.0, "end": 0.25, "steps": 0.4}}
     hf_hardattn.save(harden(stock(), config), tmp_path)
-    suite = bench._own(str(tmp_path), [], [], [0.5], None, 2, "float32", 4)
+    suite = bench._own(str(tmp_path), [], [], [], None, 2, "float32", 4)
     (group,) = suite["groups"]
     assert group["sizes"] == [12] and group["batch"] == 2
     (row,) = group["rows"]
     assert row["hard"]["budget"] == 0.25 and row["hard"]["sites"]["vision.tokens.1"]["scorer"] == "mlp"
     hf_hardattn.apply(stock(), row["hard"])
     with pytest.raises(HardAttentionError, match="needs to know what to measure"):
-        bench._own("vit", [], [], [0.5], None, 1, "float32", 4)
+        bench._own("vit", [], [], [], None, 1, "float32", 4)
 
 
 @pytest.mark.parametrize(
@@ -102,13 +102,45 @@ def test_a_benchmark_measures_a_model_of_any_family(tmp_path: Path, family: str,
     """At its own sites, on inputs that fit it, through generate() where it writes."""
     model = hf_hardattn.apply(build(family, head).model)
     hf_hardattn.save(model, tmp_path)
-    (group,) = suites.parse(bench._own(str(tmp_path), [], [], [0.5], None, 1, "float32", 2), "own").groups
+    (group,) = suites.parse(bench._own(str(tmp_path), [], [], [], None, 1, "float32", 2), "own").groups
     assert (group.workload.size, group.workload.generates) == (size, model.can_generate())
     group = replace(group, workload=replace(group.workload, size=min(size, 40)))
     models = models_of(group)
     inputs = group.workload.inputs(models["stock"])
     counted = {name: flops(work_of(group.workload, each, inputs)) for name, each in models.items()}
     assert 0 < counted["as saved"] < counted["stock"] == counted["exact"]
+
+
+def test_a_benchmark_takes_other_budgets_at_a_models_own_sites(tmp_path: Path) -> None:
+    hf_hardattn.save(harden(stock(), {"sites": {"vision.tokens.1": {"scorer": "mlp", "budget": 0.5}}}), tmp_path)
+    suite = bench._own(str(tmp_path), [], [], [0.25, 3.0], None, 1, "float32", 4)
+    rows = suites.parse(suite, "own").groups[0].rows
+    assert [row.hard["budget"] for row in rows] == [0.25, 3] and all(row.trained for row in rows)
+    kept = [hf_hardattn.selectors(hf_hardattn.apply(stock(), row.hard))["vision.tokens.1"].config for row in rows]
+    assert [(config.budget, config.scorer) for config in kept] == [(0.25, "mlp"), (3, "mlp")]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("bench --site vision.inputs", "--site has no effect without --model"),
+        ("bench --model vit --size 32 --site vision.inputs --suite gpu", "--suite has no effect with --model"),
+        ("bench --models outputs/x", "--models has no effect on any suite but 'competing'"),
+        ("bench --model vit --config x.json --budget 0.5", "--budget has no effect with --config"),
+        ("demo --port 80", "--port has no effect without --ui"),
+        ("demo --ui --seed 1", "--seed has no effect with --ui"),
+        ("card --check . --repo-id me/x", "--repo-id has no effect with --check"),
+    ],
+)
+def test_an_option_without_effect_is_refused(words: str, message: str) -> None:
+    with pytest.raises(HardAttentionError, match=message):
+        command(*words.split())
+
+
+def test_a_benchmark_overwrites_nothing_unasked(tmp_path: Path) -> None:
+    (tmp_path / "host.json").write_text("{}")
+    with pytest.raises(HardAttentionError, match="host.json' exists already"):
+        command("bench", "--suite", "host", "--no-fixed-allocator", "--output", tmp_path)
 
 
 def test_a_benchmark_of_images_and_texts_needs_their_processor(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
-"""Where commands write: under ``outputs/``, and over nothing that is there already."""
+"""What all commands keep to: they write over nothing that is there already, and no option is left without effect."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
+
+import typer
 
 from ..errors import HardAttentionError
 
@@ -34,3 +36,17 @@ def place(wanted: Path | None, default: Path, overwrite: bool = False) -> Path:
 
 def _is_taken(path: Path) -> bool:
     return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+def refuse_unused(context: typer.Context, names: str, why: str) -> None:
+    """Raise for an option of the command line that would have no effect.
+
+    Args:
+        names: of the options, as the command's parameters are called, separated by spaces. why: they have none; ends the sentence.
+
+    Raises:
+        HardAttentionError: one was given.
+    """
+    for name in names.split():
+        if str(context.get_parameter_source(name)).endswith("COMMANDLINE"):
+            raise HardAttentionError(f"--{name.replace('_', '-')} has no effect {why}. Leave it out.")

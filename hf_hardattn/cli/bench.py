@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import HardAttentionError, unknown
+from ._output import place, refuse_unused
 
 # by the files of its folder, read without importing the package
 SUITES = sorted(
@@ -20,6 +21,7 @@ SUITES = sorted(
 
 
 def command(
+    context: typer.Context,
     suite: Annotated[
         str,
         typer.Option(help=f"One of {', '.join(SUITES)}, or a YAML file of the same form."),
@@ -34,7 +36,12 @@ def command(
         list[int], typer.Option(help="Pixels a side of its images, or source tokens; may be given several times.")
     ] = [],  # noqa: B006
     site: Annotated[list[str], typer.Option(help="Globs of its sites; may be given several times.")] = [],  # noqa: B006
-    budget: Annotated[list[float], typer.Option(help="Budgets to measure; may be given several times.")] = [0.5, 0.25],  # noqa: B006
+    budget: Annotated[
+        list[float],
+        typer.Option(
+            help="Budgets to measure, at the sites given or at a checkpoint's own; 0.5 and 0.25 at the sites given by default."
+        ),
+    ] = [],  # noqa: B006
     config: Annotated[
         Path | None, typer.Option(help="JSON file with its hard-attention configuration, instead of sites and budgets.")
     ] = None,
@@ -71,13 +78,18 @@ def command(
         Path, typer.Option(help="For the suite competing: folder with the trained models 'soft' and 'hard'.")
     ] = Path("outputs/demo"),
     task: Annotated[str, typer.Option(help="For the suite competing: the task of these models.")] = "cluttered_digits",
-    output: Annotated[Path, typer.Option(help="Folder to write the results, the table and the picture to.")] = Path(
-        "outputs/bench"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write the results, the table and the picture to; outputs/bench by default."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace earlier results in the output folder.")
+    ] = False,
 ) -> None:
     """Measure time, memory and FLOPs of selection, interleaved with the original model and with budget 1.0."""
     from ..efficiency import allocator
 
+    _check_options(context, suite, model, config, site)
     if fixed_allocator:
         allocator.restart_with_settings()
     import torch
@@ -92,10 +104,10 @@ def command(
     torch.set_num_threads(threads)
     if suite == "competing":
         _eagerly(suite, mode)
-        return _competing(models, task, rounds, threads, output)
+        return _competing(models, task, rounds, threads, output, overwrite)
     if suite == "host":
         _eagerly(suite, mode)
-        return _host(rounds, seconds, output)
+        return _host(rounds, seconds, output, overwrite)
     if model is None:
         chosen = suites.load(suite)
     else:
@@ -107,8 +119,7 @@ def command(
     if not groups:
         known = ", ".join(repr(group.name) for group in chosen.groups)
         raise HardAttentionError(f"no group of suite {chosen.name!r} matches --only {only!r}; it has: {known}.")
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / f"{chosen.name}{'' if mode == 'eager' else f'_{mode}'}.json"
+    path = _file(output, f"{chosen.name}{'' if mode == 'eager' else f'_{mode}'}.json", overwrite or only != "*")
     before = json.loads(path.read_text()) if path.exists() and only != "*" else {"groups": []}
     by_name = {group["name"]: group for group in before["groups"]}
     as_run = "" if mode == "eager" else f" --mode {mode}"
@@ -143,6 +154,31 @@ def command(
     typer.echo(f"results: {path}")
 
 
+def _file(output: Path | None, name: str, overwrite: bool) -> Path:
+    """The file of the results, in a folder that is made."""
+    path = place(None if output is None else output / name, Path("outputs/bench") / name, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _check_options(
+    context: typer.Context, suite: str, model: str | None, config: Path | None, sites: list[str]
+) -> None:
+    """Refuse options that the run would not read."""
+    if model is None:
+        refuse_unused(
+            context, "size site budget config batch new_tokens dtype", "without --model: a suite says them itself"
+        )
+    else:
+        refuse_unused(context, "suite only", "with --model, which is measured alone")
+    if config is not None:
+        refuse_unused(context, "site budget", "with --config, which says them itself")
+    if suite != "competing":
+        refuse_unused(context, "models task", "on any suite but 'competing'")
+    if suite in ("competing", "host"):
+        refuse_unused(context, "only layers import_cost", f"on suite {suite!r}")
+
+
 def _check_suite(suite: str, model: str | None) -> None:
     """Refuse a suite that there is not, or that this machine cannot measure."""
     import torch
@@ -162,12 +198,13 @@ def _eagerly(suite: str, mode: str) -> None:
         raise HardAttentionError(f"suite {suite!r} is not run by --mode {mode}, only eagerly. Leave --mode out.")
 
 
-def _competing(models: Path, name: str, rounds: int, threads: int, output: Path) -> None:
+def _competing(models: Path, name: str, rounds: int, threads: int, output: Path | None, overwrite: bool) -> None:
     """Trained models beside other methods on the test set of their task."""
     from ..efficiency import bench, compare_methods, report
     from ..efficiency.pictures import accuracy_and_speed
     from ..training import tasks
 
+    path = _file(output, "competing.json" if name == "cluttered_digits" else f"competing_{name}.json", overwrite)
     task: Any = tasks.load(name, {})
     found = compare_methods.run(models, columns := task.columns(), batch=64, rounds=rounds)
     results: dict[str, Any] = {
@@ -178,28 +215,25 @@ def _competing(models: Path, name: str, rounds: int, threads: int, output: Path)
         "machine": bench.machine(threads),
         "methods": found,
     }
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / ("competing.json" if name == "cluttered_digits" else f"competing_{name}.json")
     path.write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(report.competing(results))
     accuracy_and_speed(results, path.with_suffix(".png"))
     typer.echo(report.competing(results))
 
 
-def _host(rounds: int, seconds: float, output: Path) -> None:
+def _host(rounds: int, seconds: float, output: Path | None, overwrite: bool) -> None:
     """Kernels and processor time that sites add to narrow models."""
     from tqdm.auto import tqdm
 
     from ..efficiency import bench, host, report
 
+    path = _file(output, "host.json", overwrite)
     results: dict[str, Any] = {
         "command": " ".join(["hf-hardattn", *sys.argv[1:]]),
         "title": "What selection costs the host",
         "machine": bench.machine(threads=1),
         "groups": list(tqdm(host.run(rounds=rounds, seconds=seconds), "bench", total=len(host.WORKLOADS))),
     }
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / "host.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(report.host(results))
     typer.echo(report.host(results))
@@ -226,13 +260,18 @@ def _own(
         raise HardAttentionError(
             f"--model {model!r} needs to know what to measure; give --size (pixels a side, or tokens), and --site or --config."
         )
-    if saved is not None:
-        rows: list[dict[str, Any]] = [{"name": "as saved", "hard": saved, "trained": True}]
-    elif config is not None:
+    counts = [int(value) if value > 1 else value for value in budgets or ([] if saved else [0.5, 0.25])]
+    rows: list[dict[str, Any]]
+    if config is not None:
         rows = [{"name": config.stem, "hard": json.loads(config.read_text())}]
+    elif saved is None:
+        rows = [{"name": f"{', '.join(sites)} keep {{budget}}", "hard": {"sites": sites}, "budgets": counts}]
+    elif counts:
+        own = {site: {k: v for k, v in part.items() if k != "budget"} for site, part in saved["sites"].items()}
+        hard = {**saved, "sites": own}
+        rows = [{"name": "its sites keep {budget}", "hard": hard, "budgets": counts, "trained": True}]
     else:
-        budgets = [int(budget) if budget > 1 else budget for budget in budgets]
-        rows = [{"name": f"{', '.join(sites)} keep {{budget}}", "hard": {"sites": sites}, "budgets": budgets}]
+        rows = [{"name": "as saved", "hard": saved, "trained": True}]
     item = {"name": f"{model} {{size}}", "model": model, "sizes": sizes, "batch": batch, "dtype": dtype, "rows": rows}
     if (known is not None and known.writes) or model in workloads.WRITERS:
         item["new_tokens"] = new_tokens
@@ -242,6 +281,11 @@ def _own(
 
 def _resized(group: Any, layers: int | None) -> Any:
     from dataclasses import replace
+
+    from ..efficiency.workloads import MODELS
+
+    if layers is not None and group.workload.model not in MODELS:
+        raise HardAttentionError("--layers has no effect on a checkpoint, which has its own. Leave it out.")
 
     return group if layers is None else replace(group, workload=replace(group.workload, layers=layers))
 

@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
+from ._output import refuse_unused
+
 
 def command(
+    context: typer.Context,
     paths: Annotated[
         list[Path],
         typer.Argument(
@@ -44,6 +47,7 @@ def command(
                 refuse_foreign_card(output or source.parent)
             typer.echo(f"wrote {write_card(source, output)}")
         return
+    refuse_unused(context, "output repo_id overwrite", "with --check, which writes nothing")
     wrong = 0
     for path in paths:
         folder = path.parent if path.is_file() else path

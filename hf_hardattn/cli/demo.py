@@ -9,11 +9,13 @@ from typing import Annotated
 import typer
 
 from ..errors import HardAttentionError
+from ._output import refuse_unused
 
 DEFAULT = Path("outputs/demo")
 
 
 def command(
+    context: typer.Context,
     output: Annotated[
         Path | None, typer.Option(help="Folder for models, picture and results; outputs/demo by default.")
     ] = None,
@@ -37,7 +39,13 @@ def command(
 ) -> None:
     """Train and compare three small ViTs on cluttered digits (full attention, hard, random selection), or serve a page (--ui)."""
     if ui or space:
+        refuse_unused(context, "overwrite seed threads quick", "with --ui or --space, which train nothing")
+        if model:
+            refuse_unused(context, "output", "beside --model, which names what is shown")
+        if space:
+            refuse_unused(context, "port", "with --space, which is written and not served")
         return page(model or [_trained(output) if output else _newest()], space, port)
+    refuse_unused(context, "model port", "without --ui or --space")
     from rich.console import Console
     from rich.table import Table
 

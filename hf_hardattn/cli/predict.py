@@ -7,8 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ._output import refuse_unused
+
 
 def command(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint, hard or stock: a folder, or a name on the Hub.")],
     data: Annotated[
         str, typer.Option(help="A csv, tsv, json, jsonl or parquet file, a folder of images, or a data set on the Hub.")
@@ -46,6 +49,12 @@ def command(
         )
     kept: Any = int(budget) if budget is not None and budget > 1 else budget
     bundle = ModelWithProcessor.load_any(model, budget=kept)
+    if bundle.model.can_generate():
+        refuse_unused(context, "pooling", "on a model that writes")
+    else:
+        refuse_unused(context, "max_new_tokens", "on a model that does not write")
+    if Path(data).exists():
+        refuse_unused(context, "split streaming", "on files of this machine, which are read whole")
     bundle.model.to(processes().device)
     predictor = Predictor(bundle, pooling, max_new_tokens)
     run = {
