@@ -125,7 +125,7 @@ class SiteConfig:
     def _check_sequential(self, where: str) -> None:
         """Refuse what a scorer that spreads a count over several glimpses cannot serve."""
         estimator = registry.load("estimators", self.estimator)
-        asks = sorted({"teacher", "choices", "target"} & set(estimator.needs))
+        asks = sorted({"teacher", "choices", "target", "class"} & set(estimator.needs))
         if asks:
             raise HardAttentionError(
                 f"scorer '{self.scorer}' selects in several glimpses at {shown(where)}; estimator '{self.estimator}' (needs {', '.join(asks)}) "

@@ -68,6 +68,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "scout": {"hidden": integer(1, 8192), "cells": integer(1, 256)},
     "static": {"positions": integer(1, 2**20)},
     "distil": {"weight": number(0, 1e6)},
+    "cropr": {"weight": number(0, 1e6)},
     "entmax": {"alpha": number(1.001, 2), "hard": FLAG},
     "gumbel": {"hard": FLAG},
     "grpo": {"samples": integer(2, 1024), "law": one_of("plackett_luce", "conditional_bernoulli")},
@@ -201,7 +202,7 @@ def faults_together(site):
     estimator = registry.load("estimators", site["estimator"])
     sequential = site["scorer"] == "recurrent"
     own_count = not estimator.exact_budget and site["estimator"] != "soft"
-    one_look = {"teacher", "choices", "target"} & set(estimator.needs)
+    one_look = {"teacher", "choices", "target", "class"} & set(estimator.needs)
     faults = ["glimpses"] if sequential and (one_look or own_count or isinstance(site["budget"], str)) else []
     return [*faults, "soft_rate"] if site["soft_rate"] and "gates" not in estimator.needs else faults
 

@@ -19,6 +19,7 @@ NEEDS = {
     "choices": "a forward pass for every choice, at one site of the model",
     "teacher": "a soft forward pass a step, without gradient",
     "target": "the labels, in training",
+    "class": "the class of each example, in training",
 }
 
 
@@ -51,6 +52,8 @@ class Sampling:
         backward_temperature: > 0, a number or fp32 ``[..., 1]``; of the surrogate that only the gradient sees. None: ``temperature``.
         exploration: in [0, 1]; probability that a row keeps positions drawn uniformly.
         posterior: fp32 ``[..., N]`` scores of the inference network, for estimators that need ``target``.
+        class_loss: for estimators that need ``class``: weights fp32 ``[..., N]`` of the candidates to the loss fp32 ``[...]`` of an
+            auxiliary head that reads the candidates by them.
     """
 
     uniform: Callable[[tuple[int, ...]], Tensor]
@@ -58,6 +61,7 @@ class Sampling:
     backward_temperature: float | Tensor | None = None
     exploration: float = 0.0
     posterior: Tensor | None = None
+    class_loss: Callable[[Tensor], Tensor] | None = None
 
     @property
     def backward(self) -> float | Tensor:

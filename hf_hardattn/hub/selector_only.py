@@ -106,11 +106,12 @@ def check_base(model: Any, base_model: str, base_revision: str | None) -> None:
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """``<site>.<parameter>`` and tensor of all selectors; prefixes of compiled modules are left out."""
+    """``<site>.<parameter>`` and tensor of all selectors; prefixes of compiled modules are left out, and heads that only train."""
     return [
         (f"{site}.{name.replace('_orig_mod.', '')}", tensor)
         for site, selector in selectors(model).items()
         for name, tensor in selector.state_dict(keep_vars=True).items()
+        if not name.startswith("head.")
     ]
 
 

@@ -28,12 +28,15 @@ _TOLD = "hard_attention_told"  # attribute of a model: it was said that nothing 
 
 
 def prepare_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: ForwardContext) -> None:
-    """Before a training call: give the estimators that read the answer the states of the labels."""
+    """Before a training call: give the estimators that read the answer the labels, or their states."""
     if not model.training:
         return
     found = selectors(model)
     if not torch.compiler.is_compiling():
         _tell_of_annealing(model, found)
+    with_heads = [site for site, selector in found.items() if selector.head is not None]
+    if with_heads:
+        context.classes = _classes(model, _named(model, args, kwargs), with_heads[0])
     if not any(selector.posterior is not None for selector in found.values()):
         return
     context.target = _target(model, _named(model, args, kwargs))
@@ -97,6 +100,7 @@ class Step:
         """A context for one more forward pass on the same inputs."""
         context, known = ForwardContext(self.model), self.context
         context.target, context.source_given = known.target, known.source_given
+        context.classes = known.classes
         context.labels, context.candidates, context.predictions = known.labels, known.candidates, known.predictions
         context.kept_source, context.source_gates = known.kept_source, known.source_gates
         return context
@@ -236,6 +240,24 @@ def _target(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
     if table.is_meta and not labels.is_meta:
         refuse_offloaded(model, "estimator 'variational' reads the classifier's weights in training, and")
     return (table.detach()[labels.clamp(min=0)] * (labels != -100).unsqueeze(-1)).float()
+
+
+def _classes(model: nn.Module, inputs: dict[str, Any], site: str) -> Tensor:
+    """The class of each example, int64 ``[B]``.
+
+    Raises:
+        HardAttentionError: the call has no class for each example: no labels, several in a row, or numbers.
+    """
+    family = family_of(model)
+    labels = None if family is None else family.labels(model, inputs)
+    if labels is None or labels.shape[1] != 1:
+        given = inputs.get("labels")
+        what = "no labels" if given is None else f"labels of shape {tuple(given.shape)} and {given.dtype}"
+        raise HardAttentionError(
+            f"{type(model).__name__} was given {what} in training; estimator 'cropr' at '{site}' learns from the class of each example, one "
+            "integer label a row. Pass such labels, or use estimator 'simple' (any task) or 'rloo' (trains gathered too)."
+        )
+    return labels[:, 0]
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

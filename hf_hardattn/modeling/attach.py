@@ -11,6 +11,7 @@ from torch import nn
 from ..config import HardAttentionConfig, SiteConfig
 from ..errors import HardAttentionError, some_names
 from . import heads, members
+from .auxiliary_head import leave_heads_out
 from .build import Kinds, build_selector, name_scorers, reusable, shared_choices
 from .family import Family, Tower
 from .hooks import install_hooks, remove_hooks
@@ -64,12 +65,13 @@ def attach(
     leaders = shared_choices(resolved, kinds)
     table = family.target_table(model)
     target_size = 0 if table is None else table.shape[-1]
+    model_config: Any = model.config
     existing = _existing(towers)
     built: dict[str, Selector] = {}
     kept: dict[str, Any] = {}
     for site, site_config in resolved.items():
         tower, kind, _ = kinds[site]
-        selector = build_selector(site, site_config, tower, kind, target_size)
+        selector = build_selector(site, site_config, tower, kind, target_size, model_config.num_labels)
         if site in leaders:
             continue
         present = existing.get(site)
@@ -91,6 +93,7 @@ def attach(
     for site, leader in leaders.items():
         tower, kind, layer = kinds[site]
         tower.host(kind, layer)[0].__dict__[FOLLOWS] = leader
+    leave_heads_out(model)
     write_config(model, config)
     install_hooks(model, family, towers, config, training_loss)
     family.prepare(model)
@@ -152,6 +155,7 @@ def detach(model: nn.Module) -> None:
             held = module._modules.get(name)
             if held is not None and any(isinstance(inner, Selector) for inner in held.modules()):
                 del module._modules[name]
+    leave_heads_out(model)
 
 
 def place(selector: Selector, model: nn.Module) -> None:

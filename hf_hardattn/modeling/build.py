@@ -37,7 +37,7 @@ def _suitable_scorer(tower: Tower, kind: str) -> str:
     return "conv" if tower.has_patches else "mlp"
 
 
-def build_selector(site: str, config: SiteConfig, tower: Tower, kind: str, target_size: int) -> Selector:
+def build_selector(site: str, config: SiteConfig, tower: Tower, kind: str, target_size: int, classes: int) -> Selector:
     """A fresh selector for one site.
 
     Raises:
@@ -63,6 +63,7 @@ def build_selector(site: str, config: SiteConfig, tower: Tower, kind: str, targe
         protected=protected,
         causal=tower.causal and kind == "self",
         target_size=target_size,
+        classes=classes,
     )
     selector.scorer.prefix = tower.protected.first
     if config.estimator == "soft":
@@ -96,6 +97,11 @@ def _check_inputs(site: str, config: SiteConfig, tower: Tower, kind: str, scorer
         raise HardAttentionError(
             f"scorer '{config.scorer}' reads the pixels of an image; '{site}' has none. Use it at 'vision.inputs' of a model of images, or "
             "another scorer here."
+        )
+    if scorer.needs_pixels and "class" in registry.load("estimators", config.estimator).needs:
+        raise HardAttentionError(
+            f"scorer '{config.scorer}' reads pixels, before any patch is embedded at '{site}'; the head of estimator '{config.estimator}' reads "
+            "embedded patches. Use scorer 'conv', or another estimator."
         )
 
 

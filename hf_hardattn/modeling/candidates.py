@@ -92,8 +92,12 @@ class TrainingInputs:
         summary: fp32 ``[B, D]`` or None; mean state, detached, for a learned baseline.
         keys: fp32 ``[B, N, d]`` or None; for an inference network.
         target: states of the labels ``[B, T, D]`` or None; for an inference network.
+        values: fp32 ``[B, N, d]`` or None; for an auxiliary head.
+        classes: int64 ``[B]`` or None; what an auxiliary head predicts.
     """
 
     summary: Tensor | None = None
     keys: Tensor | None = None
     target: Tensor | None = None
+    values: Tensor | None = None
+    classes: Tensor | None = None

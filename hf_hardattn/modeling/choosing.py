@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -209,12 +210,16 @@ def _sampling(
     posterior = None
     if selector.posterior is not None and inputs is not None and inputs.target is not None:
         posterior = scores.detach() + selector.posterior(inputs.keys, inputs.target, scores.shape[2])
+    class_loss = None
+    if selector.head is not None and inputs is not None and inputs.classes is not None:
+        class_loss = partial(selector.head, inputs.values, classes=inputs.classes)
     return Sampling(
         uniform=lambda size: uniform(size, scores.device, max(0, len(size) - scores.dim())),
         temperature=temperature,
         backward_temperature=backward,
         exploration=selector.now(selector.exploration, settings.final),
         posterior=posterior,
+        class_loss=class_loss,
     )
 
 

@@ -123,6 +123,7 @@ class ForwardContext:
             the call does not tell.
         predictions: the last rows whose logits the caller asked for; 0 where the call does not say.
         target: states of the labels ``[B, T, D]``, for estimators that read the answer; None otherwise.
+        classes: of the examples, int64 ``[B]``, for estimators that learn from them; None otherwise.
         kept_source: which rows of given encoder states were kept, bool ``[B, K]``; None when all were.
         source_gates: their gates ``[B, K]``, where masked training made them; None otherwise.
         source_given: the caller gave encoder states that were computed before.
@@ -143,6 +144,7 @@ class ForwardContext:
         self.candidates: Tensor | None = None
         self.predictions = 0
         self.target: Tensor | None = None
+        self.classes: Tensor | None = None
         self.kept_source: Tensor | None = None
         self.source_gates: Tensor | None = None
         self.source_given = False

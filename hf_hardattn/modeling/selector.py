@@ -16,6 +16,7 @@ from ..config import SiteConfig
 from ..errors import HardAttentionError
 from ..schedules import Sampled, Schedule
 from ..scorers import Projections, Sequential
+from .auxiliary_head import AuxiliaryHead
 from .candidates import Candidates, Protected, TrainingInputs
 from .choosing import choose
 from .context import ForwardContext, Settings
@@ -38,6 +39,7 @@ class Selector(nn.Module):
         protected: rows that are always kept.
         causal: a query chooses among its past only.
         target_size: D of the target's states, for estimators that need the target.
+        classes: that a label can be, for estimators that need the class.
 
     Attributes:
         step, steps: optimizer step, and how many the training has, for the schedules (set by ``set_step``).
@@ -54,13 +56,14 @@ class Selector(nn.Module):
         protected: Protected | None = None,
         causal: bool = False,
         target_size: int = 0,
+        classes: int = 0,
     ):
         super().__init__()
         self.site, self.config, self.causal = site, config, causal
         self.protected = protected or Protected()
         self.heads = heads if config.per_head else 1
         # what the weights were made for: a selector is reused only where this is the same
-        self.sizes = (hidden_size, query_size, self.heads, target_size)
+        self.sizes: tuple[int, ...] = (hidden_size, query_size, self.heads, target_size)
         self.scorer = registry.load("scorers", config.scorer)(
             hidden_size=hidden_size, query_size=query_size, heads=self.heads, **config.scorer_options
         )
@@ -73,6 +76,10 @@ class Selector(nn.Module):
         self.posterior = None
         if "target" in self.estimator.needs and self.learned:
             self.posterior = Posterior(hidden_size, target_size or hidden_size)
+        self.head = None
+        if "class" in self.estimator.needs and self.learned:
+            self.head = AuxiliaryHead(hidden_size, classes)
+            self.sizes = (*self.sizes, classes)
         self.step: int | None = None
         self.steps: int | None = None
         self._read_schedules()
@@ -104,7 +111,7 @@ class Selector(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise afresh; called by Transformers for weights that no checkpoint holds."""
-        for part in (self.scorer, self.estimator, self.baseline, self.posterior):
+        for part in (self.scorer, self.estimator, self.baseline, self.posterior, self.head):
             if part is not None:
                 part.reset_parameters()
 
@@ -133,7 +140,7 @@ class Selector(nn.Module):
     def adds_terms(self) -> bool:
         """Whether a training choice may add a term to the loss: a reward's, a penalty, an entropy bonus, a teacher's."""
         estimator = self.estimator
-        reads_loss = bool({"reward", "choices", "teacher", "target"} & set(estimator.needs))
+        reads_loss = bool({"reward", "choices", "teacher", "target", "class"} & set(estimator.needs))
         entropy = not self.entropy_weight.constant or self.entropy_weight.end != 0
         return reads_loss or not estimator.exact_budget or entropy or self.halts
 
@@ -233,7 +240,7 @@ class Selector(nn.Module):
     ) -> TrainingInputs | None:
         """What else a training choice reads of the candidates ``[B, N, D]``; None when it reads nothing."""
         summarised = self.baseline is not None and self.baseline.needs_summary
-        if not settings.drawing or not (summarised or self.posterior is not None):
+        if not settings.drawing or not (summarised or self.posterior is not None or self.head is not None):
             return None
         inputs = TrainingInputs()
         if summarised:
@@ -246,6 +253,10 @@ class Selector(nn.Module):
             inputs.target = None if settings.final else context.target
             with full_precision(states.device), weights_in_place(self.posterior):
                 inputs.keys = self.posterior.keys(states)
+        if self.head is not None and context.classes is not None:
+            inputs.classes = context.classes
+            with full_precision(states.device), weights_in_place(self.head):
+                inputs.values = self.head.values(states)
         return inputs
 
     # ---------------------------------------------------------------- the choice

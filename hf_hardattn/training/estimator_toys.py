@@ -71,6 +71,7 @@ ORDERS = "plackett_luce"
 LEFT_OUT = {
     "soft": "keeps everything",
     "distil": "learns from a teacher",
+    "cropr": "learns from classes",
     "marginal": "is the enumeration",
     "variational": "without a target it is simple",
 }

@@ -30,8 +30,11 @@ ONCE = ("CLIPModel", "CLIPTextModelWithProjection", "SiglipModel", "SiglipTextMo
 THOROUGH = tuple(sorted(DISTINCT + ALIKE))
 HEADS = [(name, head) for name in THOROUGH for head in models.load(name).spec.heads if head not in ONCE]
 SCORERS, ESTIMATORS, BASELINES = map(registry.names, ("scorers", "estimators", "baselines"))
-# one that every choice serves ONE site and needs labels: test_marginal.py has its laws
-ESTIMATORS = tuple(name for name in ESTIMATORS if "choices" not in registry.load("estimators", name).needs)
+# one that tries every choice serves ONE site and needs labels, one that learns from classes refuses other labels: test_marginal.py and
+# test_cropr.py have their laws
+ESTIMATORS = tuple(
+    name for name in ESTIMATORS if not {"choices", "class"} & set(registry.load("estimators", name).needs)
+)
 BUDGETS = (1, 3, 0.5, "threshold:0.5", "top_p:0.6")
 
 
@@ -225,7 +228,7 @@ def mismatch(scorer: str, other: Any) -> bool:
     if isinstance(other, str) and other in ESTIMATORS:
         estimator = registry.load("estimators", other)
         counts = estimator.exact_budget or other == "soft"
-        return not counts or bool({"teacher", "choices", "target"} & set(estimator.needs))
+        return not counts or bool({"teacher", "choices", "target", "class"} & set(estimator.needs))
     return isinstance(other, str)  # threshold and top-p budgets
 
 
