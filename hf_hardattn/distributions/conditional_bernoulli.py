@@ -84,7 +84,8 @@ class ConditionalBernoulli(SubsetLaw):
             bool ``[..., N]`` with exactly ``min(k, valid)`` True per row, never an invalid one.
         """
         on = descend(self.levels, self.k_free, uniform.movedim(-1, 0)).movedim(0, -1) > 0
-        return on | self.forced
+        # in this order, so that the mask lies in memory like the scores and not like the tree: what reads it then rounds alike
+        return self.forced | on
 
     def outcome(self, uniform: Tensor, flat: Tensor | None = None) -> Tensor:
         """``sample``; any k positions alike in rows that are ``flat``, bool ``[...]``."""

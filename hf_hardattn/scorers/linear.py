@@ -39,9 +39,10 @@ class Linear(Scorer):
             states = nn.functional.rms_norm(states, (self.hidden_size,))
             return self._per_head([_dot(states, w) + b for w, b in self._heads()])
         # RMSNorm's factor on the scores, not on the states: training would keep what is normalised, a tensor of their size
+        scores = torch.stack([_dot(states, w) for w in self.weight.float()], 1)
         square = torch.linalg.vector_norm(states, dim=-1).square() / self.hidden_size
         scale = (square + torch.finfo(square.dtype).eps).rsqrt()
-        return self._per_head([_dot(states, w) * scale + b for w, b in self._heads()])
+        return (scores * scale.unsqueeze(1) + self.bias.float()[:, None]).unsqueeze(-1)
 
     def _heads(self) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(self.weight.float(), self.bias.float(), strict=True)
