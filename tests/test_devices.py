@@ -31,11 +31,14 @@ def learns(made, device: str) -> list[Tensor]:
     return losses
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+VIT_TOKENS = ("vit", "ViTForImageClassification", "vision.tokens.*")
+T5_CROSS = ("t5", "T5ForConditionalGeneration", "decoder.cross.*")
+
+
 @pytest.mark.parametrize(
-    "place",
-    [("vit", "ViTForImageClassification", "vision.tokens.*"), ("t5", "T5ForConditionalGeneration", "decoder.cross.*")],
-    ids=lambda p: p[1],
+    ("place", "estimator"),
+    [*((VIT_TOKENS, name) for name in ESTIMATORS), *((T5_CROSS, name) for name in ("simple", "reinforce"))],
+    ids=lambda value: value if isinstance(value, str) else value[1],
 )
 def test_every_estimator_makes_its_tensors_on_the_models_device(place, estimator):
     made = example(place, estimator=estimator)

@@ -228,7 +228,7 @@ def test_kept_keys_of_a_large_batch_take_no_more_memory_than_stock(share):
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_nothing_waits_for_the_device_and_it_compiles_whole(build, sites, budget):
+def test_nothing_waits_for_the_device(build, sites, budget):
     model = build(sites=sites, budget=budget, share_selection="self" in sites[0])
     batch = {"pixel_values": torch.randn(2, 3, 32, 32)}
     if build is t5:
@@ -237,11 +237,6 @@ def test_nothing_waits_for_the_device_and_it_compiles_whole(build, sites, budget
         expected = model(**batch).logits
         with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without values: whoever asks for one raises
             assert model(**batch).logits.shape == expected.shape
-    if build is t5 and "encoder.self.*" not in sites:
-        return  # compiled by test_common_behaviour.py
-    with torch.no_grad():
-        compiled = torch.compile(model, backend="eager", fullgraph=True)(**batch).logits
-    torch.testing.assert_close(compiled, expected)
 
 
 def test_a_threshold_does_wait():

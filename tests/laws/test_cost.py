@@ -162,12 +162,15 @@ FAST = {
     "evaluation": {("vit", "vision.self"), ("siglip", "vision.inputs")},
     "training": {("vit", "vision.tokens")},
 }
+# whose training is traced too: each kind once in an encoder, in a decoder, and in a decoder that is also an encoder
+TRAINED = ("vit-vision", "t5-encoder", "t5-decoder", "blip-text")
 
 
 def places(what):
     """Every place; the GRU's stock packs its padded rows, which Dynamo does not trace."""
     for place in PLACES:
-        if place.architecture != "gru":
+        tower = f"{place.architecture}-{place.group.split('.')[0]}"
+        if place.architecture != "gru" and (what == "evaluation" or tower in TRAINED):
             fast = (place.architecture, place.group) in FAST[what]
             yield pytest.param(place, marks=() if fast else pytest.mark.slow)
 
