@@ -2,7 +2,15 @@
 
 from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
 
-ALIGNED = ("ForMaskedLM", "ForQuestionAnswering", "ForTokenClassification")  # heads that predict for every row
+# heads that predict for every row
+ALIGNED = (
+    "ForCausalLM",
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForQuestionAnswering",
+    "ForTokenClassification",
+    "LMHeadModel",
+)
 
 
 def bert_like(name: str, classes: str) -> ModelSpec:
