@@ -27,7 +27,7 @@ HEAD = (
 
 HOW = {
     "eager": "",
-    "compiled": " All but the last row of a workload are compiled, by `torch.compile` with `TORCHINDUCTOR_FREEZING=1`, which packs weights "
+    "compiled": " All but the last row of a workload are compiled, by `torch.compile` with frozen weights, which are packed "
     "beforehand; T5 writes into a static cache, and of BLIP's caption the vision tower is compiled.",
     "cuda_graphs": " Calls are replayed as CUDA graphs; `generate()` is not.",
 }

@@ -13,7 +13,7 @@ Record = dict[str, Any]
 
 def behaviour(record: Record) -> str:
     """What the model does, loaded how: the first thing a reader must know."""
-    hard, soft = "**hard**", "**soft**: it looks everywhere, and the numbers below do not hold"
+    hard, soft = "**hard**", "**soft**: full attention, for which the numbers below do not hold"
     how = {
         "full": [
             ("`import hf_hardattn`, then `hf_hardattn.load` or `from_pretrained`", hard),
@@ -95,7 +95,7 @@ def quality(record: Record) -> str:
             "",
             table(("variant", "seed", "run", plain(task["metric_name"])), rows),
             "",
-            "`soft` is the same model looking everywhere; `random` keeps as much, chosen at random.",
+            "`soft` is the same model with full attention; `random` keeps as much, chosen at random.",
             "",
             f"External validation: {plain(record['external_validation'])}",
         ]

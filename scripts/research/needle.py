@@ -1,4 +1,4 @@
-"""Needles: large images and long documents at a fixed number of kept positions, beside the model that looks everywhere.
+"""Needles: large images and long documents at a fixed number of kept positions, beside the model with full attention.
 
     hf-hardattn compare --config scripts/configs/compare/needle.yaml --seeds 3 --save
     hf-hardattn compare --config scripts/configs/compare/long_text.yaml --seeds 3 --save
