@@ -27,6 +27,7 @@ from .towers import (
     close_call,
     finish_tower,
     open_call,
+    open_copy,
     open_tower,
 )
 
@@ -62,7 +63,11 @@ def install_hooks(
     choosers = [name for name in towers if tokens and not idle[name]]
     module.__dict__[SHARES] = next(iter([*readers, *choosers]), None)
     module.__dict__[TRAINING_LOSS] = training_loss
-    module.__dict__[COPIES] = parameter_names(model) if heads.extends(model, family.spec.copying_heads) else None
+    for part in model.modules():
+        if heads.extends(part, family.spec.copying_heads):
+            part.__dict__[COPIES] = parameter_names(part)
+            if part is not model:
+                part.register_forward_pre_hook(open_copy, with_kwargs=True)
     module.__dict__[FAMILY] = family.name
     strict = not module.__dict__[HANDS_DOWN] or bool(module.__dict__[CANDIDATES])
     model.register_forward_pre_hook(open_call, with_kwargs=True)
@@ -250,6 +255,7 @@ def remove_hooks(model: nn.Module) -> None:
 def _unhook(module: nn.Module) -> None:
     ours = (
         open_call,
+        open_copy,
         close_call,
         open_tower,
         finish_tower,

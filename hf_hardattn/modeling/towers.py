@@ -18,9 +18,7 @@ from .prompt import CANDIDATES, open_prompt
 from .state import TowerState
 
 HANDS_DOWN = "hard_attention_hands_down"  # whether a model's forward passes keywords on to its towers
-COPIES = (
-    "hard_attention_copies"  # parameters of a head that feeds its decoder the encoder's input; None for other models
-)
+COPIES = "hard_attention_copies"  # parameters of a module that feeds its decoder the encoder's input
 NAMES = "hard_attention_names"  # the parameters of a model's forward
 SHARES = "hard_attention_shares"  # a tower that needs to know what another one kept, or what the call says; None where there is none
 # a pair of functions: one adds the terms of a training loss to an output, one prepares a training call
@@ -191,8 +189,7 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         context.source_given = True
         context.kept_source = getattr(given, "kept_mask", None)
         context.source_gates = getattr(given, "kept_gates", None)
-    names = model.__dict__[COPIES]
-    context.copies_input = names is not None and copies_input(names, args, kwargs)
+    _note_copy(model, args, kwargs, context)
     by_name = kwargs.get("return_dict", getattr(model.config, "return_dict", True))
     context.as_tuple = by_name is False and (hands_down or "return_dict" in kwargs)
     if context.as_tuple and model.training:
@@ -205,6 +202,19 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return args, {**kwargs, CONTEXT: context}
     set_current(context)
     return args, kwargs
+
+
+def open_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a module inside a model that feeds its decoder the encoder's input, as BART's does under any head."""
+    context = kwargs.get(CONTEXT) or current_context()
+    if context is not None:
+        _note_copy(module, args, kwargs, context)
+
+
+def _note_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: ForwardContext) -> None:
+    names = module.__dict__.get(COPIES)
+    if names is not None and copies_input(names, args, kwargs):
+        context.copies_input = True
 
 
 def close_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

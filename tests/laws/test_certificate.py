@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import SCORERS, Example, cases, close, hard, harden, run, stock
+from torch import nn
+from transformers import BartForConditionalGeneration, BartModel, BartPreTrainedModel
 
 import hf_hardattn
 from hf_hardattn import models
@@ -86,6 +88,28 @@ def test_heads_that_show_the_decoder_the_input_are_certified(architecture, head,
     example = stock(architecture, head)
     harden(example.model, {"sites": ["encoder.inputs"], "budget": budget})
     report = hf_hardattn.verify(example.model, example.batch)
+    assert report.parity_ok and all(site.certified for site in report.sites), str(report)
+
+
+class OwnHead(BartPreTrainedModel):
+    """As a user builds one; its signature is strict."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model, self.head = BartModel(config), nn.Linear(config.d_model, 3)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask):
+        return {"logits": self.head(self.model(input_ids, attention_mask).last_hidden_state.mean(1))}
+
+
+@pytest.mark.parametrize("head", [BartForConditionalGeneration, BartModel, OwnHead])
+def test_whatever_stands_around_a_model_that_copies_the_input_is_certified(head):
+    """BART's model feeds its decoder the input where nobody else does, under any head."""
+    example = stock("bart", "BartModel")
+    torch.manual_seed(0)
+    model = harden(head(example.model.config).eval(), {"sites": ["encoder.inputs"], "budget": 3})
+    report = hf_hardattn.verify(model, {name: example.batch[name] for name in ("input_ids", "attention_mask")})
     assert report.parity_ok and all(site.certified for site in report.sites), str(report)
 
 
