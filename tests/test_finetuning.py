@@ -18,12 +18,13 @@ from PIL import Image as Pillow
 from test_scripts import WORDS, squares, tokenizer
 from test_videos import write_video
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BlipConfig, LlamaConfig, T5Config, ViTConfig
+from transformers import AutoModel, BertConfig, BertModel, BlipConfig, LlamaConfig, T5Config, ViTConfig
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.blip.processing_blip import BlipProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import hf_hardattn
+from hf_hardattn.functional.pooling import mean_rows
 from hf_hardattn.training import finetuning
 from hf_hardattn.training.evaluation import compare
 from hf_hardattn.training.loop import Task
@@ -145,6 +146,47 @@ def test_task_learns_and_is_scored(name: str, models: Path, data: Path) -> None:
         found["hard"]["examples"] == ROWS and 0 < found["hard"]["kept_ratio"][SITES[finetuning.load(name).family]] < 1
     )
     assert found["hard"][METRIC[name]] > 0.0
+
+
+def test_embeddings_learn_from_the_whole_text_and_load_as_the_encoder(models: Path, data: Path, tmp_path: Path) -> None:
+    """The loss falls towards the soft model's embeddings; what is saved is the stock class, with the pooler that it had."""
+    with pytest.raises(hf_hardattn.HardAttentionError, match="learns from the embeddings of a trained model"):
+        make(
+            "sentence_embeddings",
+            models,
+            data,
+            model_name_or_path=None,
+            config_name=str(models / "encoder"),
+            processor_name=str(models / "encoder"),
+        )
+    stock = BertModel(BertConfig(**{**TEXT, **SIZES, "initializer_range": 0.5}))
+    stock.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    flags = {
+        "model_name_or_path": str(tmp_path / "base"),
+        "sites": ["text.tokens.0"],
+        "budget": "0.5",
+        "query_column": "label",
+    }
+    task = make("sentence_embeddings", models, data, **flags)
+    batch = task.collate([task.train[i] for i in range(ROWS)])
+    model, optimizer = task.model.train(), torch.optim.AdamW(task.model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(15):
+        losses.append(model(**batch).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    found, wanted, loss = task.predict(model.eval(), batch)
+    assert task.score(found, wanted)["recall@10"] == 100.0 and len(loss) == ROWS
+    model.save_pretrained(tmp_path / "hard")
+    again = AutoModel.from_pretrained(tmp_path / "hard").eval()
+    assert type(again) is BertModel and torch.equal(again.pooler.dense.weight, stock.pooler.dense.weight)
+    hidden = again(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(mean_rows(hidden, batch["attention_mask"]), dim=-1), torch.stack(found)
+    )
 
 
 def test_registry_names_files_and_families() -> None:

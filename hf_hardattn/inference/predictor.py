@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HardAttentionError, unknown
+from ..functional.pooling import mean_rows
 from ..inspection.model_with_processor import ModelWithProcessor
 from ..inspection.perturbation import choosable
 from ..recording import Recording, record
@@ -75,16 +76,8 @@ class Predictor:
                 f"{type(self.model.model).__name__} neither classifies, nor writes, nor returns last_hidden_state; predict takes a model that "
                 "does one of these."
             )
-        return {"embedding": list(self._pool(hidden, batch.get("attention_mask")).float().cpu().numpy())}
-
-    def _pool(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """One vector a row, fp ``[B, D]``, of states ``[B, K, D]``."""
-        if self.pooling == "cls":
-            return hidden[:, 0]
-        present = (hidden != 0).any(-1)  # rows that a hard model does not use are zero
-        if mask is not None and mask.shape == present.shape:
-            present &= mask.bool()
-        return (hidden * present.unsqueeze(-1)).sum(1) / present.sum(1, keepdim=True).clamp(min=1)
+        pooled = hidden[:, 0] if self.pooling == "cls" else mean_rows(hidden, batch.get("attention_mask"))
+        return {"embedding": list(pooled.float().cpu().numpy())}
 
     def _kept(self, batch: dict[str, Tensor], recording: Recording) -> dict[str, list[Any]]:
         if not recording:

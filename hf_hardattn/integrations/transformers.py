@@ -1,4 +1,4 @@
-"""How Transformers learns about hard attention: five methods are wrapped, inert until a config carries ``hard_attention``.
+"""How Transformers learns about hard attention: six methods are wrapped, inert until a config carries ``hard_attention``.
 
 ``post_init``, which every model calls at the end of every way to construct it, then adds that one model's hooks and selectors. Transformers' own ``register_patch_mapping`` is not used: its ``patch_output_recorders`` rewrites class-level
 recorders, so that models of the stock classes, even those built before, return no attentions any more; and it misses
@@ -22,6 +22,7 @@ from ..api import attach_to, remove
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
 from ..fields import is_configuration
+from ..modeling.checkpointing import without_reentry
 from ..modeling.selector import Selector
 from ..models import family_of, names
 from ..recording import selectors
@@ -42,7 +43,7 @@ def _check_loaded(
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Selector))
     lacking = sorted(key for key in info["missing_keys"] if key.startswith(prefixes)) if prefixes else []
     # where no weight at all was found, the file is not of this model, and Transformers' own report says so
-    if lacking and len(info["missing_keys"]) < len(model.state_dict()):
+    if lacking and not info["missing_keys"] >= dict(model.named_parameters()).keys():
         saved = _saved_hard_attention(place, kwargs)
         if saved and HardAttentionConfig.parse(saved).to_dict() == model.config.hard_attention:
             raise HardAttentionError(
@@ -126,6 +127,13 @@ def _initialize_weights(
         module._is_hf_initialized = True
 
 
+def _set_gradient_checkpointing(set_checkpointing: Callable[..., Any], self: PreTrainedModel, **kwargs: Any) -> None:
+    function = kwargs.get("gradient_checkpointing_func")
+    if function is not None and selectors(self):
+        kwargs["gradient_checkpointing_func"] = without_reentry(function)
+    set_checkpointing(self, **kwargs)
+
+
 # While Transformers loads a model it replaces functions for the whole process, weight tying among them. Of two threads that load at
 # once, the second would take the replacement for the original and leave it in place: no later model would tie its weights.
 _loading = threading.RLock()
@@ -186,6 +194,7 @@ def register() -> None:
     PreTrainedConfig.hard_attention = None  # from_pretrained takes keywords its config has an attribute for
     wrap_method(PreTrainedModel, "post_init", _post_init)
     wrap_method(PreTrainedModel, "_initialize_weights", _initialize_weights)
+    wrap_method(PreTrainedModel, "_set_gradient_checkpointing", _set_gradient_checkpointing)
     wrap_method(PreTrainedModel, "from_pretrained", _from_pretrained)
     wrap_method(PreTrainedConfig, "to_dict", _to_dict)
     wrap_method(PreTrainedConfig, "get_config_dict", _get_config_dict)

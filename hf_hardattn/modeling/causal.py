@@ -232,14 +232,19 @@ def after_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if state.prompt.memory is not None and state.prompt.problem is None:
         return None
     rows = _PromptRows(layer, plan, context, state, Arguments(plan.names, args, kwargs))
-    if state.keys is not None and rows.cache is not None:
-        prune(rows.cache, plan.index, state.keys, state)
-    state.keys = None
-    if not plan.tokens:
-        return None
-    rows.begin()
+    keys, state.keys = state.keys, None
+    if keys is not None and rows.cache is not None:
+        prune(rows.cache, plan.index, keys, state)
     whole = isinstance(output, tuple)
     hidden: Tensor = output[0] if whole else output
+    if keys is not None and keys.gates is not None and state.prompt.answer is None:
+        # no row read the choice: a gradient of zero rather than none, since distributed training waits for every parameter
+        hidden = hidden + 0.0 * keys.gates.sum().to(hidden.dtype)
+    elif not plan.tokens:
+        return None
+    if not plan.tokens:
+        return (hidden, *output[1:]) if whole else hidden
+    rows.begin()
     indices = choose_rows(rows, layer, "selector", hidden, rows.hidden)
     if indices is not None:
         hidden = keep(hidden, indices)

@@ -12,7 +12,7 @@ from ..errors import HardAttentionError
 
 
 def checkpoint_without_reentry(layer: nn.Module, chooses_inside: str | None = None) -> None:
-    """Make a checkpointed layer use non-reentrant checkpointing, whatever kind was asked for.
+    """Make a checkpointed layer use non-reentrant checkpointing, where it was enabled before the model became hard.
 
     The reentrant kind follows positional tensors only. The gates of masked training travel inside the mask argument, which some
     families pass by keyword, and choices of each query add terms to the loss inside the layer: both would lose their gradient.
@@ -34,6 +34,11 @@ def checkpoint_without_reentry(layer: nn.Module, chooses_inside: str | None = No
             f"'{chooses_inside}' chooses for each query, inside the layer that is checkpointed, and preserve_rng_state=False would have it draw "
             "other choices in the backward pass than in the forward. Leave preserve_rng_state at True."
         )
-    if function.keywords.get("use_reentrant"):
-        keywords = {**function.keywords, "use_reentrant": False}
-        module._gradient_checkpointing_func = functools.partial(function.func, *function.args, **keywords)
+    module._gradient_checkpointing_func = without_reentry(function)
+
+
+def without_reentry(function: Any) -> Any:
+    """A checkpoint function that is not reentrant; what is no ``partial`` of one stays what it is."""
+    if not isinstance(function, functools.partial) or not function.keywords.get("use_reentrant"):
+        return function
+    return functools.partial(function.func, *function.args, **{**function.keywords, "use_reentrant": False})

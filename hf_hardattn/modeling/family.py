@@ -191,6 +191,9 @@ class Family:
         if heads.extends(model, self.spec.counting_heads):
             for tower in towers.values():
                 tower.spec = replace(tower.spec, only=("self",))
+        if heads.extends(model, self.spec.reading_heads):
+            for tower in towers.values():
+                tower.spec = replace(tower.spec, continues=False)
         return towers
 
     def prepare(self, model: nn.Module) -> None:

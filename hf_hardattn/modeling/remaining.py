@@ -67,7 +67,8 @@ def remaining(towers: Mapping[str, Tower], selectors: Mapping[str, Selector]) ->
 
 
 def hardly_meant(towers: Mapping[str, Tower], selectors: Mapping[str, Selector]) -> Iterator[str]:
-    """Say what in the budgets is hardly meant: sites that leave next to nothing together, a count of more than there is."""
+    """Say what in the budgets is hardly meant: sites that leave next to nothing together, keys that nobody reads, a count of more
+    than there is."""
     left = remaining(towers, selectors)
     for tower in towers.values():
         sites = list(_in_order(tower, selectors))
@@ -77,6 +78,12 @@ def hardly_meant(towers: Mapping[str, Tower], selectors: Mapping[str, Selector])
             yield (
                 f"{len(rows)} sites of '{tower.name}' leave {share:.1%} of its rows together; the budget of '{rows[1]}' is a share of what "
                 f"'{rows[0]}' left. Name fewer sites, or give each a larger budget."
+            )
+        unread = [site for site, kind in sites if kind == "self" and not tower.spec.continues]
+        if unread:
+            yield (
+                f"{', '.join(unread)} choose the keys that rows behind the prompt read, and this model writes none, so that they have no "
+                "effect. Name 'inputs' or 'tokens' sites."
             )
         total = whole(tower).total
         for site, kind in sites if total is not None else ():

@@ -99,6 +99,7 @@ class TowerSpec:
         causal: a row attends to the rows before it only, and each chooses its own keys at ``self`` sites. Such a tower drops no rows.
         prompt: the tower reads a prompt and goes on writing: its sites choose among the rows of the prompt, once, while its cache
             is filled (see ``modeling/causal.py``). Its ``causal`` is False, since one choice serves all rows.
+        continues: rows may follow the prompt; not in ``reading_heads``.
         window: configuration field with the width of a sliding window; None when the attention modules tell their own.
         reads: name of the tower whose output the cross-attention reads.
         source_protected: rows of that tower that are always kept, ``(how many at the start, whether the last)``.
@@ -131,6 +132,7 @@ class TowerSpec:
     windows: bool = False
     causal: bool = False
     prompt: bool = False
+    continues: bool = True
     window: str | None = None
     reads: str | None = None
     source_size: str = "hidden_size"
@@ -172,6 +174,8 @@ class ModelSpec:
         candidates: configuration fields with the ids of tokens that stand for an image's rows, among which a decoder's sites then choose;
             empty where they choose among the whole prompt.
         counting_heads: names of heads that count rows by the caller's mask, so that none may be dropped.
+        reading_heads: names of heads that read a prompt and never write behind it, so that no row reads the keys that a ``self`` site
+            leaves in the cache.
         hands_down: its models pass keywords that they do not know on to their towers.
         find_towers: maps a model to its towers by name, where the class name alone does not tell which tower is which.
         functions: replacements of the functions in ``modeling/heads.py`` that read a head's labels and losses; ``prepare`` and
@@ -189,6 +193,7 @@ class ModelSpec:
     copying_heads: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
     counting_heads: tuple[str, ...] = ()
+    reading_heads: tuple[str, ...] = ()
     hands_down: bool = True
     find_towers: Callable[[nn.Module], dict[str, tuple[TowerSpec, nn.Module]]] | None = None
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

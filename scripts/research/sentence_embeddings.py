@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import trange
-from transformers import AutoTokenizer, BertModel, get_linear_schedule_with_warmup
+from transformers import AutoTokenizer, BertModel
 
 import hf_hardattn
 from hf_hardattn.devices import device_name
+from hf_hardattn.functional.pooling import mean_rows
+from hf_hardattn.training.fine_tune import fine_tune
+from hf_hardattn.training.finetuning.sentence_embeddings import search
 
 BATCH = 32
 
@@ -53,11 +55,7 @@ class Encoder:
         """fp32 ``[B, D]``."""
         batch = self.batch(texts)
         hidden = self.model(**batch).last_hidden_state
-        present = (hidden.detach() != 0).any(-1)  # rows that the model does not use are zero
-        if present.shape == batch["attention_mask"].shape:
-            present &= batch["attention_mask"].bool()
-        pooled = (hidden * present.unsqueeze(-1)).sum(1) / present.sum(1, keepdim=True)
-        return nn.functional.normalize(pooled, dim=-1)
+        return nn.functional.normalize(mean_rows(hidden, batch["attention_mask"]), dim=-1)
 
     def all(self, texts: list[str]) -> Tensor:
         """``__call__`` over batches of like lengths, without gradient."""
@@ -70,38 +68,29 @@ class Encoder:
         return found
 
 
-def train(model: nn.Module, teacher: Encoder, texts: list[str], steps: int, batch: int, seed: int) -> None:
-    """Teach the hard model the embeddings that the original model makes of whole texts."""
-    torch.manual_seed(seed)
-    draw, student = random.Random(seed), Encoder(model.train(), teacher.tokenizer, longest=teacher.longest)
-    new = [p for s in hf_hardattn.selectors(model).values() for p in s.parameters()]
-    known = {id(p) for p in new}
-    old = [p for p in model.parameters() if id(p) not in known]
-    optimizer = torch.optim.AdamW([{"params": new, "lr": 2e-3}, {"params": old, "lr": 3e-5}], weight_decay=0.01)
-    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    for step in trange(steps, desc="train"):
-        hf_hardattn.set_step(model, step, steps)
-        chosen = draw.sample(texts, batch)
-        with torch.no_grad():
-            wanted = teacher(chosen)
-        loss = (1 - (student(chosen) * wanted).sum(-1)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    model.eval()
-
-
-def search(queries: Tensor, documents: Tensor) -> dict[str, float]:
-    """Recall@1, recall@10 and nDCG@10, in per cent, where document i answers query i."""
-    scores = queries @ documents.T
-    rank = (scores > scores.diagonal().unsqueeze(1)).sum(1)
-    gain = torch.where(rank < 10, 1 / torch.log2(rank + 2.0), 0.0)
-    return {
-        "recall@1": 100 * float((rank < 1).float().mean()),
-        "recall@10": 100 * float((rank < 10).float().mean()),
-        "ndcg@10": 100 * float(gain.mean()),
+def train(arguments: Any, folder: Path) -> None:
+    """Train the hard model as ``hf-hardattn train encoder --task sentence_embeddings`` does, a ratio drawn anew in each step."""
+    sampled = {"sample": [min(arguments.shares) * 0.8, min(1.0, max(arguments.shares) * 1.4)]}
+    flags = {
+        "task": "sentence_embeddings",
+        "model_name_or_path": arguments.model,
+        "train_file": arguments.data / "train.jsonl",
+        "text_column": "document",
+        "max_source_length": arguments.train_tokens,
+        "sites": arguments.site,
+        "budget": json.dumps(sampled),
+        "scorer": "mlp",
+        "estimator": "simple",
+        "learning_rate": 3e-5,
+        "selector_learning_rate": 2e-3,
+        "weight_decay": 0.01,
+        "num_warmup_steps": arguments.steps // 10,
+        "max_train_steps": arguments.steps,
+        "per_device_train_batch_size": arguments.train_batch,
+        "seed": arguments.seed,
+        "output_dir": folder,
     }
+    fine_tune("encoder", [word for name, value in flags.items() for word in (f"--{name}", str(value))] + ["--cpu"])
 
 
 def variants(soft: nn.Module, tokenizer: Any, hard: nn.Module, arguments: Any) -> Iterator[tuple[str, float, Encoder]]:
@@ -148,13 +137,10 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     soft = BertModel.from_pretrained(arguments.model, add_pooling_layer=False).eval()
-    hard = BertModel.from_pretrained(arguments.model, add_pooling_layer=False)
-    sampled = {"sample": [min(arguments.shares) * 0.8, min(1.0, max(arguments.shares) * 1.4)]}
-    hf_hardattn.apply(hard, {"sites": {arguments.site: {"budget": sampled}}, "scorer": "mlp", "estimator": "simple"})
     started = time.perf_counter()
-    texts = [row["document"] for row in read_rows(arguments.data / "train.jsonl")]
-    teacher = Encoder(soft, tokenizer, longest=arguments.train_tokens)
-    train(hard, teacher, texts, arguments.steps, arguments.train_batch, arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        train(arguments, Path(folder))
+        hard = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
     trained = time.perf_counter() - started
 
     rows = read_rows(arguments.data / "test.jsonl")[: arguments.test]

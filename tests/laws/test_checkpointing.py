@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import ESTIMATORS, Case, cases, hard, head_places, train_loss
 from rounding import SOME, tolerance
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hf_hardattn
 
@@ -43,6 +44,14 @@ def test_checkpointing_changes_no_gradient(case, use_reentrant):
         if gradient is not None:
             atol = scale * tolerance(gradient.dtype, 3 * SOME)
             torch.testing.assert_close(found[name], gradient, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_reentry_is_left_out_where_checkpointing_is_enabled():
+    """Before any call: a layer's function may be wrapped by then, and its keywords no longer be seen."""
+    model = hard(next(case for case in CASES if case.place.architecture == "vit")).model
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert layers and not any(layer._gradient_checkpointing_func.keywords["use_reentrant"] for layer in layers)
 
 
 @pytest.mark.parametrize(("head", "place"), head_places())

@@ -308,6 +308,13 @@ def test_classifiers_and_bare_towers_read_the_whole_text_as_a_prompt(name):
             assert_rounded(together.logits[1], alone.logits[0], SOME)
 
 
+def test_keys_that_nobody_reads_are_named_and_have_a_gradient():
+    with pytest.warns(UserWarning, match="decoder.self.0 choose the keys that rows behind the prompt read"):
+        model = harden(stock("llama", "ForSequenceClassification"), {"sites": ["decoder.self.0"], "budget": 0.5})
+    model.train()(**prompts(), labels=torch.tensor([1, 0])).loss.backward()
+    assert all(bool((p.grad == 0).all()) for s in hf_hardattn.selectors(model).values() for p in s.parameters())
+
+
 # ---------------------------------------------------------------- certificate, reload, refusals
 
 
