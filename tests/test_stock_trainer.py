@@ -189,3 +189,29 @@ def test_an_interrupted_training_leaves_nothing_behind(tmp_path: Path, moment: s
         model.train()(**batch()).loss.backward()
         values.append(selector.baseline.value.item())
     assert len(set(values)) > 1
+
+
+@pytest.mark.parametrize(("rate", "asked", "expected"), [(5e-5, None, 1e-3), (2e-3, None, 2e-3), (5e-5, 0.1, 0.1)])
+def test_selectors_learn_at_a_rate_of_their_own(
+    tmp_path: Path, rate: float, asked: float | None, expected: float
+) -> None:
+    """They start from nothing: at a rate for fine-tuning they stayed behind."""
+    model = build(budget=3)
+    callback = HardAttentionCallback(selector_learning_rate=asked)
+    trainer = Trainer(model, arguments(tmp_path, learning_rate=rate), callbacks=[callback])
+    trainer.create_optimizer_and_scheduler(num_training_steps=10)
+    rates = {id(p): group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(rates)
+    assert rates == {id(p): expected if "selector" in name else rate for name, p in model.named_parameters()}
+    decayed = {id(p) for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert not any(id(p) in decayed for name, p in model.named_parameters() if "bias" in name)
+
+
+def test_an_optimizer_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
+    model = build(budget=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=5e-5)
+    trainer = Trainer(model, arguments(tmp_path), callbacks=[HardAttentionCallback()], optimizers=(optimizer, None))
+    trainer.create_optimizer_and_scheduler(num_training_steps=10)
+    assert trainer.optimizer is optimizer and len(optimizer.param_groups) == 1
+    with pytest.raises(HardAttentionError, match="selector_learning_rate=0 is out of range in HardAttentionCallback"):
+        HardAttentionCallback(selector_learning_rate=0)

@@ -63,7 +63,9 @@ class HardAttentionArguments:
     baseline: str | None = flag(None, "What a score-function estimator subtracts from the reward.")
     temperature: str | None = flag(None, "Temperature of the sampling distribution: a number, or a schedule as JSON.")
     selector_warmup_steps: int = flag(0, "Optimizer steps at the start in which only the selectors learn.")
-    selector_learning_rate: float | None = flag(None, "Learning rate of the selectors; --learning_rate by default.")
+    selector_learning_rate: float | None = flag(
+        None, "Learning rate of the selectors; by default --learning_rate, 1e-3 at least."
+    )
 
 
 @dataclass(kw_only=True)

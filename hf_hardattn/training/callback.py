@@ -33,17 +33,24 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
     Args:
         selector_warmup_steps: optimizer steps, >= 0, in which only the selectors learn. The Trainer clips gradients before
             a callback can drop the backbone's, so the norm it clips by is the whole model's.
+        selector_learning_rate: > 0, of the selectors in an optimizer that the Trainer makes. None: the Trainer's, 1e-3 at least,
+            because selectors start from nothing where the model is fine-tuned.
 
     Raises:
-        HardAttentionError: a warm-up under DeepSpeed, which keeps gradients of its own.
+        HardAttentionError: a learning rate that is not positive; a warm-up under DeepSpeed, which keeps gradients of its own.
 
     Examples:
         >>> Trainer(model, callbacks=[HardAttentionCallback(selector_warmup_steps=100)], ...).train()   # doctest: +SKIP
     """
 
-    def __init__(self, selector_warmup_steps: int = 0) -> None:
+    def __init__(self, selector_warmup_steps: int = 0, selector_learning_rate: float | None = None) -> None:
+        if selector_learning_rate is not None and not selector_learning_rate > 0:
+            raise HardAttentionError(
+                f"selector_learning_rate={selector_learning_rate} is out of range in HardAttentionCallback; it is a number > 0. Leave it out "
+                "for the Trainer's, 1e-3 at least."
+            )
         prepare_trainer(HardAttentionCallback)
-        self.selector_warmup_steps = selector_warmup_steps
+        self.selector_warmup_steps, self.selector_learning_rate = selector_warmup_steps, selector_learning_rate
         self.driver: Driver | None = None
         self.baselines: dict[str, Any] = {}
         self.control: dict[str, float] = {}
@@ -139,4 +146,8 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What ``trainer_state.json`` keeps."""
         baselines = self.baselines if self.driver is None else self.driver.state_dict()
-        return {"args": {"selector_warmup_steps": self.selector_warmup_steps}, "attributes": {"baselines": baselines}}
+        args = {
+            "selector_warmup_steps": self.selector_warmup_steps,
+            "selector_learning_rate": self.selector_learning_rate,
+        }
+        return {"args": args, "attributes": {"baselines": baselines}}

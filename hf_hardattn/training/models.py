@@ -17,8 +17,8 @@ from ..api import status
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
 from ..overrides import read_sites
-from ..recording import selectors
 from .arguments import HardAttentionArguments, ScriptArguments
+from .selector_rate import selector_parameters, selector_rate
 
 logger = get_logger(__name__)
 SELECTORS = ("selector", "input_selector")  # attributes that hold selectors, for PEFT's modules_to_save
@@ -145,7 +145,7 @@ def load_model(
 
 
 def _freeze_all_but_selectors(model: nn.Module) -> None:
-    chosen = {id(p) for s in selectors(model).values() for p in s.parameters()}
+    chosen = selector_parameters(model)
     if not chosen:
         raise HardAttentionError(
             f"--train_selectors_only leaves nothing to learn; {type(model).__name__} has no selector with parameters. Give "
@@ -213,12 +213,12 @@ def _load_weights(
 
 def parameter_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
     """Optimizer groups: selectors with their own learning rate; no weight decay on biases and norms."""
-    chosen = {id(p) for s in selectors(model).values() for p in s.parameters()}
+    chosen = selector_parameters(model)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             groups.setdefault((id(parameter) in chosen, parameter.ndim > 1), []).append(parameter)
-    rate = args.learning_rate if args.selector_learning_rate is None else args.selector_learning_rate
+    rate = selector_rate(args.learning_rate, args.selector_learning_rate)
     return [
         {"params": group, "lr": rate if of_selector else args.learning_rate, "weight_decay": args.weight_decay * decays}
         for (of_selector, decays), group in groups.items()

@@ -1,7 +1,7 @@
 """Add to the stock ``Trainer`` what it does not do for a model with hard attention, when ``HardAttentionCallback`` is made.
 
-Three things: the callback's numbers reach the trackers; a checkpoint that is loaded, to resume or as the best one, brings every
-weight; and a training that ends with an error leaves nothing of the callback on the model.
+Four things: selectors learn at a rate of their own; the callback's numbers reach the trackers; a checkpoint that is loaded, to resume
+or as the best one, brings every weight; and a training that ends with an error leaves nothing of the callback on the model.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import HardAttentionError
+from .selector_rate import selector_rate, set_selector_rate
 
 _MARK = "_knows_hard_attention"
 _LOADERS = ("_load_from_checkpoint", "_load_best_model")
@@ -28,6 +30,7 @@ def prepare_trainer(ours: type) -> None:
     setattr(Trainer, _MARK, True)
     trainer: Any = Trainer
     trainer.train = _with_callbacks(trainer.train, ours)
+    trainer.create_optimizer = _with_selector_rate(trainer.create_optimizer, ours)
     for name in _LOADERS:
         setattr(trainer, name, _with_every_weight(getattr(trainer, name), ours))
 
@@ -48,6 +51,20 @@ def _with_callbacks(train: Callable[..., Any], ours: type) -> Callable[..., Any]
                 callback.close()
 
     return hard_train
+
+
+def _with_selector_rate(create: Callable[..., Any], ours: type) -> Callable[..., Any]:
+    @functools.wraps(create)
+    def create_with_rate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = self.optimizer is not None  # the user's own, with the groups that the user wants
+        optimizer = create(self, *args, **kwargs)
+        for callback in [] if given else _ours(self, ours):
+            rate = selector_rate(self.args.learning_rate, callback.selector_learning_rate)
+            if rate != self.args.learning_rate and isinstance(optimizer, torch.optim.Optimizer):
+                set_selector_rate(optimizer, self.model, rate)
+        return optimizer
+
+    return create_with_rate
 
 
 def _with_every_weight(load: Callable[..., Any], ours: type) -> Callable[..., Any]:

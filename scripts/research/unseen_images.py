@@ -7,7 +7,8 @@
 Each scene is one MNIST digit of 28 pixels, in 4 of the 64 patches of 112x112 pixels, among fragments of Tux Paint's stamps; test digits
 and test drawings are not seen in training. A small ViT is trained with full attention and the stock Trainer. From its checkpoint start
 models that are trained equally long with the same arguments, at its learning rate and at the Trainer's own: full attention, ``HardAttentionConfig(sites=["vision.inputs"], budget=0.2,
-recipe="robust")`` with nothing else named, and random selection.
+recipe="robust")`` with nothing else named, the same with selectors that learn at
+the rate of the model, and random selection.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 import hf_hardattn
 from hf_hardattn.training.mnist import mnist_bank
 from hf_hardattn.training.results import describe_run, write_json
+from hf_hardattn.training.selector_rate import LEAST
 
 BASE_RATE = 2e-3
 CANVAS, PATCH, DIGIT, FRAGMENT, DRAWN = 112, 14, 28, 21, 64
 MODELS: dict[str, Callable[[], Any]] = {
     "soft": lambda: None,
     "robust": lambda: hf_hardattn.HardAttentionConfig(sites=["vision.inputs"], budget=0.2, recipe="robust"),
+    "one rate": lambda: MODELS["robust"](),
     "random": lambda: hf_hardattn.HardAttentionConfig(sites=["vision.inputs"], budget=0.2, scorer="random"),
 }
 
@@ -96,7 +99,14 @@ def read_drawings(folder: Path) -> dict[str, Tensor]:
 
 
 def train(
-    model: Any, data: dict[str, Scenes], steps: int, rate: float, seed: int, work: Path, schedule: str = "linear"
+    model: Any,
+    data: dict[str, Scenes],
+    steps: int,
+    rate: float,
+    seed: int,
+    work: Path,
+    schedule: str = "linear",
+    callback: hf_hardattn.HardAttentionCallback | None = None,
 ) -> float:
     """Train with the stock Trainer at the learning rate ``rate``, and return the accuracy on the test scenes."""
     arguments = TrainingArguments(
@@ -119,7 +129,7 @@ def train(
         train_dataset=data["train"],
         eval_dataset=data["test"],
         compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
-        callbacks=[hf_hardattn.HardAttentionCallback()] if hf_hardattn.selectors(model) else [],
+        callbacks=[] if callback is None else [callback],
     )
     trainer.train()
     return trainer.evaluate()["eval_accuracy"]
@@ -174,11 +184,16 @@ def main() -> None:
             model.save_pretrained(base)
         for rate, name in itertools.product(args.rates, args.models):
             row = {"seed": seed, "model": name, "learning_rate": rate}
+            if name == "one rate" and rate >= LEAST:  # the rate of the selectors anyway
+                continue
             if any(row.items() <= done.items() for done in rows):
                 continue
             set_seed(seed + 1)
             model = ViTForImageClassification.from_pretrained(base, hard_attention=MODELS[name]())
-            rows.append({**row, "accuracy": train(model, data, args.steps, rate, seed + 1000, args.work)})
+            own = hf_hardattn.HardAttentionCallback(selector_learning_rate=rate if name == "one rate" else None)
+            callback = own if hf_hardattn.selectors(model) else None
+            accuracy = train(model, data, args.steps, rate, seed + 1000, args.work, callback=callback)
+            rows.append({**row, "accuracy": accuracy})
             print(rows[-1], flush=True)
             write_json(args.output, {"rows": rows, "settings": settings, **describe_run(None)})
 
