@@ -12,6 +12,7 @@ VERDICTS = {
     "gumbel": "a good second opinion",
     "straight_through": "only with its balanced surrogate",
     "reinforce": "with a baseline; noisy",
+    "cropr": "for classes, when training must be cheap",
     "rloo": "when the objective has no gradient",
     "grpo": "as `rloo`, with normalised rewards",
     "marginal": "exact; tiny problems only",
