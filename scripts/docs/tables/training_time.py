@@ -40,7 +40,7 @@ def table() -> str:
     settings = r["settings"]
     lines += [
         "",
-        f"Cluttered digits 100x100, 12 % of 100 patches kept, `vision.inputs`, a ViT of {settings['layers']} layers, {settings['width']} wide; {len(targets)} {'seed' if len(targets) == 1 else 'seeds, each'} "
+        f"Cluttered digits 100x100, 12 % of 100 patches kept, `vision.inputs`, a ViT of {settings['layers']} layers, {settings['width']} wide; {len(targets)} {'seed,' if len(targets) == 1 else 'seeds, each'} "
         f"{settings['steps']} steps of batch 32 from one checkpoint that was trained with full attention and still improves. Seconds are those of one core, "
         f"tests left out, in turns of ten steps; other jobs ran on the machine. Tested every {settings['every']} steps "
         "(`python scripts/research/training_time.py`).",
