@@ -19,8 +19,8 @@ from transformers import AutoConfig
 from hf_hardattn.errors import HardAttentionError, unknown
 from hf_hardattn.training.evaluation import folder_of_evaluation
 from hf_hardattn.training.finetuning import choose
+from hf_hardattn.training.finetuning._encoders import encoders
 from hf_hardattn.training.finetuning.causal_lm import decoders
-from hf_hardattn.training.finetuning.sequence_classification import encoders
 from hf_hardattn.training.flag_help import show
 from hf_hardattn.training.parsing import expand, parse, peek, run
 from hf_hardattn.training.running import evaluate, start
