@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, send_to_device
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,6 +23,7 @@ from transformers import get_scheduler
 
 from ..distributions.noise import keyed, mix_number
 from ..errors import HardAttentionError
+from ..inspection.random_control import beside_random
 from ..models import family_of
 from . import checkpoints
 from .arguments import ScriptArguments, schedule_settings
@@ -237,10 +239,21 @@ class Training:
     def evaluate(self) -> dict[str, Any]:
         """Measure the model where it stands, and log it."""
         found = measure_on(self.accelerator, self.args, self.task, self.model, measure)
-        row = {**self.place(), **{f"eval_{name}": value for name, value in found.items()}}
+        row = {**self.place(), **{f"eval_{name}": value for name, value in found.items()}, **self.control()}
         logger.info("%s", row)
         self.write(row)
         return found
+
+    def control(self) -> dict[str, float]:
+        """What random selections of equal size change on the first validation rows; empty where weights are sharded."""
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if sharded or self.task.validation is None or not self.driver.selectors:
+            return {}
+        rows = list(itertools.islice(iter(self.task.validation), self.args.per_device_eval_batch_size))
+        with torch.random.fork_rng():
+            batch = send_to_device(self.task.collate(rows), self.accelerator.device)
+            found = beside_random(self.inner, batch, seed=self.run.step)
+        return {f"hardattn/{name}": value for name, value in found.items()}
 
     def judge(self, found: dict[str, Any]) -> bool:
         """Update the best model after an evaluation. Returns True when the patience of early stopping is exhausted."""
