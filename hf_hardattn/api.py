@@ -25,7 +25,7 @@ from .modeling.context import is_soft_now
 from .modeling.family import Family
 from .modeling.model_config import remove_config
 from .modeling.plan import FOLLOWS
-from .modeling.remaining import hardly_meant, remaining
+from .modeling.remaining import hardly_meant, mixed_kinds, remaining
 from .modeling.selector import Selector
 from .modes import all_selectors, selectors_or_refuse
 from .recording import selectors
@@ -100,7 +100,8 @@ def attach_to(
     family = family_or_refuse(model)
     built = attach(model, config, family, TERMS, is_part, is_built=fresh)
     if not is_part:
-        for said in hardly_meant(family.towers(model), selectors(model)):
+        found = selectors(model)
+        for said in (*hardly_meant(family.towers(model), found), *mixed_kinds(config.sites or (), found)):
             warnings.warn(said, stacklevel=3)
     if not fresh:
         return built

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from .family import Tower
@@ -94,6 +95,18 @@ def hardly_meant(towers: Mapping[str, Tower], selectors: Mapping[str, Selector])
                     f"budget={selector.config.budget} at '{site}' keeps everything: there are {there} positions to choose from. Give a smaller "
                     "count, or a ratio."
                 )
+
+
+def mixed_kinds(patterns: Iterable[str], selectors: Iterable[str]) -> Iterator[str]:
+    """Say which globs name sites of several kinds; ``"*"`` alone says that everything is meant."""
+    sites = list(selectors)
+    for pattern in patterns:
+        kinds = sorted({site.split(".")[1] for site in sites if fnmatchcase(site, pattern)})
+        if len(kinds) > 1 and pattern != "*":
+            yield (
+                f"'{pattern}' names sites of {len(kinds)} kinds ({', '.join(kinds)}): rows leave at some, and keys at others. Name the kind, as "
+                f"in '{pattern.split('.')[0]}.{kinds[-1]}.*', or '*' for everything."
+            )
 
 
 def whole(tower: Tower) -> Remaining:

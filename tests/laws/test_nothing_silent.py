@@ -248,6 +248,13 @@ def test_sites_that_leave_next_to_nothing_together():
     assert "warning: 3 sites of 'vision' leave 2.8%" in hf_hardattn.status(example.model)
 
 
+def test_a_glob_of_several_kinds_of_sites(recwarn):
+    hf_hardattn.apply(stock("vit", "ViTModel").model, {"sites": ["*"], "budget": 3})
+    assert not recwarn
+    with pytest.warns(UserWarning, match="'vision.*' names sites of 3 kinds .inputs, self, tokens.*'vision.tokens.*'"):
+        hf_hardattn.apply(stock("vit", "ViTModel").model, {"sites": ["vision.*"], "budget": 3})
+
+
 def test_a_count_of_more_than_there_is():
     example = stock("vit", "ViTForImageClassification")
     with pytest.warns(UserWarning, match="budget=1000 at 'vision.inputs' keeps everything: there are 9 positions"):
