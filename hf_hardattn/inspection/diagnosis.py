@@ -108,8 +108,8 @@ class Diagnosis:
 
 
 def _draws(name: str) -> bool:
-    """Whether an estimator chooses, and not by trying everything: that is the reference."""
-    return name != "soft" and "choices" not in registry.load("estimators", name).needs
+    """Whether an estimator chooses, neither by trying everything, which is the reference, nor by a head, which is not trained here."""
+    return name != "soft" and not {"choices", "class"} & set(registry.load("estimators", name).needs)
 
 
 def _cell(value: Any) -> str:

@@ -6,7 +6,8 @@ from hf_hardattn import registry
 
 from . import read
 
-MEASURED_WITH = {"straight_through": "sigmoid surrogate"}  # the default when it was measured
+# options that were measured where they are not the default
+MEASURED_WITH = {"straight_through": "sigmoid surrogate", "simple": "`sample=False`, as in the recipe; its default {}"}
 VERDICTS = {
     "simple": 'the default; with `recipe="robust"` the first choice',
     "gumbel": "a good second opinion",
@@ -31,7 +32,8 @@ def table() -> str:
         member = registry.load("estimators", name)
         needs = ", ".join(member.needs) or "nothing more"
         measured = f"{found[name]:.1%}" if name in found else "not run"
-        measured += f" ({MEASURED_WITH[name]})" if name in MEASURED_WITH else ""
+        if name in MEASURED_WITH:
+            measured += f" ({MEASURED_WITH[name]})".format(f"{found['simple, sampled']:.1%}")
         cells = [
             "biased" if member.biased else "unbiased",
             needs,
