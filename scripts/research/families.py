@@ -38,7 +38,7 @@ def lines(slow: bool) -> Iterator[tuple[Any, dict[str, Callable[[Any], None]]]]:
         yield subject, {n: check for n, check in checks.items() if family_checks.applies(n, subject)}
     checks = decoder_checks.SLOW if slow else decoder_checks.CHECKS
     for decoder in decoder_checks.subjects():
-        yield decoder, {n: check for n, check in checks.items() if n != "certified" or decoder.kind == "inputs"}
+        yield decoder, {n: check for n, check in checks.items() if decoder_checks.applies(n, decoder)}
 
 
 def outcome(check: Callable[[Any], None], subject: Any) -> str:

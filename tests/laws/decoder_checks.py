@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import vision_language
 from decoders import DECODERS, SIZES, WINDOW, harden, kept, prompts, stock, write, written_by_oracle
 from family_checks import plain_flex
 from rounding import SOME, assert_rounded
@@ -24,55 +25,96 @@ class PromptSubject:
 
     @property
     def head(self) -> str:
-        return f"{DECODERS[self.family]}ForCausalLM"
+        return type(self.stock()).__name__
 
     @property
     def kind(self) -> str:
         return self.site.split(".")[1]
 
+    def stock(self) -> Any:
+        """The tiny model."""
+        return stock(self.family)
+
+    def batch(self) -> dict[str, Any]:
+        """Two prompts, the second padded on the left."""
+        return prompts()
+
     def hard(self, budget: Any = 0.5, **options: Any) -> Any:
-        """The tiny model with the site in place."""
-        return harden(stock(self.family), {"sites": [self.site], "budget": budget, "scorer": "linear", **options})
+        """The model with the site in place."""
+        return harden(self.stock(), {"sites": [self.site], "budget": budget, "scorer": "linear", **options})
+
+    def written_by_oracle(self, chosen: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """The text that the oracle writes, its logits, and from which token on they count."""
+        window = WINDOW if self.family == "mistral" else None
+        text, logits = written_by_oracle(self.stock(), self.batch(), chosen, window)
+        return text, logits, SIZES["eos_token_id"] + 1  # min_new_tokens forbids it
+
+
+class ImageSubject(PromptSubject):
+    """One site of one vision–language model, which chooses among the rows of an image."""
+
+    def stock(self) -> Any:
+        return vision_language.stock(self.family)[0]
+
+    def batch(self) -> dict[str, Any]:
+        return vision_language.stock(self.family)[1]
+
+    def written_by_oracle(self, chosen: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        text, logits = vision_language.written_by_oracle(self.family, self.batch(), chosen)
+        return text, logits[..., : vision_language.IMAGE], SIZES["eos_token_id"] + 1
 
 
 def subjects() -> list[PromptSubject]:
-    """Every decoder with every kind of site."""
+    """Every decoder, and every vision–language model, with every kind of site."""
+    sites = ("inputs", "tokens.0", "self.1")
     return [
-        PromptSubject(family, f"decoder.{site}") for family in DECODERS for site in ("inputs", "tokens.0", "self.1")
+        *(PromptSubject(family, f"decoder.{site}") for family in DECODERS for site in sites),
+        *(ImageSubject(family, f"decoder.{site}") for family in vision_language.BUILDERS for site in sites),
     ]
+
+
+def applies(name: str, subject: PromptSubject) -> bool:
+    """Whether a claim concerns a site: of the rows of an image nothing can be replaced, as another tower makes them."""
+    return name != "certified" or (subject.kind == "inputs" and not isinstance(subject, ImageSubject))
 
 
 def equals_stock(subject: PromptSubject) -> None:
     """A site that keeps everything changes nothing."""
-    assert torch.equal(write(subject.hard(1.0), prompts()).sequences, write(stock(subject.family), prompts()).sequences)
+    batch = subject.batch()
+    assert torch.equal(write(subject.hard(1.0), batch).sequences, write(subject.stock(), batch).sequences)
 
 
 def equals_oracle(subject: PromptSubject) -> None:
     """What is written is what the stock model writes, without a cache, when masks hide what was dropped."""
     model = subject.hard()
     with hf_hardattn.record(model) as recording:
-        found = write(model, prompts())
-    window = WINDOW if subject.family == "mistral" else None
-    text, logits = written_by_oracle(stock(subject.family), prompts(), kept(recording), window)
+        found = write(model, subject.batch())
+    text, logits, first = subject.written_by_oracle(kept(recording))
     assert torch.equal(found.sequences, text)
-    end = SIZES["eos_token_id"]  # min_new_tokens forbids it
-    assert_rounded(torch.stack(found.logits, 1)[..., end + 1 :], logits[..., end + 1 :], SOME)
+    assert_rounded(torch.stack(found.logits, 1)[..., first : logits.shape[-1]], logits[..., first:], SOME)
 
 
 def rows_alone(subject: PromptSubject) -> None:
     """A row of a padded batch is written on as it is alone, without padding."""
-    model, batch = subject.hard(), prompts()
+    model, batch = subject.hard(), subject.batch()
     together = write(model, batch)
     for row, length in enumerate(batch["attention_mask"].sum(-1)):
-        alone = write(model, {key: value[row : row + 1, -length:] for key, value in batch.items()})
+        alone = write(model, {key: one_row(key, value, row, int(length)) for key, value in batch.items()})
         assert torch.equal(alone.sequences[0], together.sequences[row, -alone.sequences.shape[1] :])
+
+
+def one_row(name: str, value: torch.Tensor, row: int, length: int) -> torch.Tensor:
+    """The part of an input that is one of two rows', without padding on the left."""
+    if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        return value[row : row + 1, -length:]
+    return value.chunk(2)[row]  # images, which stand one behind the other
 
 
 def gates_reach_attention(subject: PromptSubject) -> None:
     """In training the choice weighs the attention, so that the scorer gets a gradient."""
-    model, batch = subject.hard(estimator="straight_through").train(), prompts()
+    model, batch = subject.hard(estimator="straight_through").train(), subject.batch()
     labels = batch["input_ids"].clone()
-    labels[:, :9] = -100
+    labels[:, :-3] = -100
     model(**batch, labels=labels).loss.backward()
     gradients = [p.grad for s in hf_hardattn.selectors(model).values() for p in s.parameters()]
     assert all(g is not None and g.isfinite().all() for g in gradients)
@@ -85,39 +127,39 @@ def reloads(subject: PromptSubject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = type(model).from_pretrained(folder).eval()
-        assert torch.equal(write(again, prompts()).sequences, write(model, prompts()).sequences)
+        assert torch.equal(write(again, subject.batch()).sequences, write(model, subject.batch()).sequences)
 
 
 def certified(subject: PromptSubject) -> None:
     """What an ``inputs`` site dropped cannot change the output, bit for bit."""
-    report = hf_hardattn.verify(subject.hard(), prompts())
+    report = hf_hardattn.verify(subject.hard(), subject.batch())
     assert report.parity_ok and all(site.certified for site in report.sites), str(report)
 
 
 def cache_changes_nothing(subject: PromptSubject) -> None:
     """Dynamic and static caches write the same; without a cache, ``generate`` is refused."""
-    model = subject.hard()
-    expected = write(model, prompts(), num_beams=3).sequences
-    assert torch.equal(write(model, prompts(), num_beams=3, cache_implementation="static").sequences, expected)
+    model, batch = subject.hard(), subject.batch()
+    expected = write(model, batch, num_beams=3).sequences
+    assert torch.equal(write(model, batch, num_beams=3, cache_implementation="static").sequences, expected)
 
 
 def compiles(subject: PromptSubject) -> None:
     """Reading the prompt is one graph."""
-    model = subject.hard()
+    model, batch = subject.hard(), subject.batch()
     with torch.no_grad():
-        expected = model(**prompts()).logits
+        expected = model(**batch).logits
         torch._dynamo.reset()
         compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
-        assert_rounded(compiled(**prompts()).logits, expected, SOME)
+        assert_rounded(compiled(**batch).logits, expected, SOME)
 
 
 def flex_attends(subject: PromptSubject) -> None:
     """Flex attention gives what SDPA gives."""
     model = subject.hard()
-    expected = write(model, prompts())
+    expected = write(model, subject.batch())
     model.set_attn_implementation("flex_attention")
     with plain_flex():
-        assert torch.equal(write(model, prompts()).sequences, expected.sequences)
+        assert torch.equal(write(model, subject.batch()).sequences, expected.sequences)
 
 
 CHECKS: dict[str, Callable[[PromptSubject], None]] = {
