@@ -21,6 +21,14 @@ def takes_keywords(module: nn.Module) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
+def given(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """The value given under ``name`` in a call of a forward with the parameters ``names``, or None."""
+    if name in kwargs:
+        return kwargs[name]
+    index = names.index(name) if name in names else len(args)
+    return args[index] if index < len(args) else None
+
+
 class Arguments:
     """The arguments of one call.
 

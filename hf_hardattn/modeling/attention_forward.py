@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .arguments import parameter_names
+from .arguments import given, parameter_names
 from .attention import AttentionCall
 from .pending import attend_pending
 from .plan import ATTENTION, AttentionPlan
@@ -44,12 +44,11 @@ def uninstall(module: Any) -> None:
 def hard_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """Attend to what was chosen; the stock forward where nothing was."""
     plan: AttentionPlan = module.__dict__[ATTENTION]
-    given = dict(zip(plan.names, args, strict=False)) | kwargs
-    what = given.get(plan.spec.mask)
+    what = given(plan.names, args, kwargs, plan.spec.mask)
     if not isinstance(what, AttentionInput):
         stock = plan.stock
         return type(module).forward(module, *args, **kwargs) if stock is None else stock(*args, **kwargs)
-    call = AttentionCall(module, plan, given, what)
+    call = AttentionCall(module, plan, dict(zip(plan.names, args, strict=False)) | kwargs, what)
     if what.pending is not None:
         return call.finish(*attend_pending(call, what.pending, what.gates))
     if what.packing is not None:

@@ -8,6 +8,7 @@ its own. With labels, the prompt is what stands in front of the first one; the a
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def _before_step(
     if rows is None:
         return None
     arguments = Arguments(plan.names, args, kwargs)
-    attention: Any = layer.get_submodule(plan.attention)
+    attention: Any = attrgetter(plan.attention)(layer)
     hidden, cache, config = arguments.get(plan.names[0]), arguments.get("past_key_values"), attention.config
 
     def make() -> Any:
@@ -84,7 +85,7 @@ class _PromptRows:
         self, layer: nn.Module, plan: LayerPlan, context: ForwardContext, state: TowerState, arguments: Arguments
     ):
         self.layer, self.plan, self.context, self.state, self.arguments = layer, plan, context, state, arguments
-        self.attention: Any = layer.get_submodule(plan.attention)
+        self.attention: Any = attrgetter(plan.attention)(layer)
         self.cache = arguments.get("past_key_values")
         self.chosen: Selection | None = None  # keys of this layer's ``self`` site
 
@@ -115,7 +116,7 @@ class _PromptRows:
             return
         selector = running(self.attention.selector)
         refuse_unknown(self.context, state, selector)
-        norm = None if plan.norm is None else self.layer.get_submodule(plan.norm)
+        norm = None if plan.norm is None else attrgetter(plan.norm)(self.layer)
         states = self.hidden if norm is None else norm(self.hidden)
         view = AttentionView(self.attention, plan.attention_spec)
         selection = choose_among(
@@ -207,7 +208,7 @@ def choose_rows(rows: Any, host: nn.Module, name: str, hidden: Tensor, states: T
     """Choose among the rows of a prompt; None when all stay."""
     plan, context, state = rows.plan, rows.context, rows.state
     refuse_unknown(context, state, running(getattr(host, name)))
-    norm = None if plan.norm is None else rows.layer.get_submodule(plan.norm)
+    norm = None if plan.norm is None else attrgetter(plan.norm)(rows.layer)
     projections = AttentionView(rows.attention, plan.attention_spec).projections(norm)
     return select_rows(context, state, host, name, plan.protected, hidden, states, projections)
 

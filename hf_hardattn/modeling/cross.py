@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def hand_over_source(
         return
     valid = state.source_valid
     if plan.unmasked_source and valid is not None:
-        attention: Any = layer.get_submodule(plan.cross)
+        attention: Any = attrgetter(plan.cross)(layer)
         rows = arguments.get(plan.names[0])
         mask = state.shared(valid, lambda: padding_mask(valid, attention.config, rows, source))
         arguments.set(SOURCE_MASK, mask)
@@ -59,7 +60,7 @@ def hand_over_source(
     if what is None:
         what = _unchosen(plan, state, arguments)
     if what is not None:
-        asked = wants_weights(layer.get_submodule(plan.cross), arguments)
+        asked = wants_weights(attrgetter(plan.cross)(layer), arguments)
         arguments.set(SOURCE_MASK, what._replace(weights=True) if asked else what)
 
 
@@ -88,7 +89,7 @@ def _chosen(
     arguments: Arguments,
     source: Tensor,
 ) -> AttentionInput | None:
-    attention: Any = layer.get_submodule(str(plan.cross))
+    attention: Any = attrgetter(str(plan.cross))(layer)
     mask, cache = arguments.get(SOURCE_MASK), None if is_checkpointed(layer) else arguments.get("past_key_values")
     selector = None if plan.cross_follows is not None else running(attention.selector)
     if selector is not None and context.is_soft(selector):

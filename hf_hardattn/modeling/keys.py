@@ -6,6 +6,7 @@ layer, so that the recomputation in the backward pass does not make it again.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,13 +42,13 @@ def attention_input(
     if plan.follows is not None:
         keys = state.leaders.get(plan.follows)
         return None if keys is None else AttentionInput(mask, keys, state.gates)
-    attention: Any = layer.get_submodule(plan.attention)
+    attention: Any = attrgetter(plan.attention)(layer)
     selector = running(attention.selector)
     if context.is_soft(selector):
         return None
     if not is_checkpointed(layer):
         return AttentionInput(mask, gates=state.gates, pending=PendingChoice(plan, context, state))
-    norm = None if plan.norm is None else layer.get_submodule(plan.norm)
+    norm = None if plan.norm is None else attrgetter(plan.norm)(layer)
     states = hidden if norm is None else norm(hidden)
     view = AttentionView(attention, plan.attention_spec, tables)
     keys = choose_keys(selector, plan, context, state, view, states, mask, bias)

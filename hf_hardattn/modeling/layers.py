@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..functional import position_bias as distances
-from .arguments import Arguments
+from .arguments import Arguments, given
 from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
 from .cross import hand_over_source
@@ -35,8 +36,11 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     state = None if context is None else context.towers.get(plan.tower)
     if context is None or state is None:
         return None  # a layer called by itself computes as the stock one
-    if state.begun and not state.dropped and not state.reads_specially and _only_narrows(plan):
-        return None
+    if state.begun and _only_narrows(plan) and not state.reads_specially:
+        if not state.dropped:
+            return None
+        if plan.reads_rows_alone and state.is_dense and _mask(plan, args, kwargs) is None:
+            return None
     arguments = Arguments(plan.names, args, kwargs)
     rows = _Rows(layer, plan, context, state, arguments)
     rows.begin()
@@ -47,6 +51,10 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if chooses or state.gates is not None or state.source_gates is not None:
         checkpoint_without_reentry(layer, plan.chooses_inside)
     return arguments.result()
+
+
+def _mask(plan: LayerPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return given(plan.names, args, kwargs, "attention_mask")
 
 
 def _only_narrows(plan: LayerPlan) -> bool:
@@ -73,7 +81,7 @@ class _Rows:
             return
         self.state.begin(self.hidden.shape[1], self.arguments.get("attention_mask"))
         if self.plan.uses_table and self.arguments.get("position_bias") is None:
-            attention = self.layer.get_submodule(self.plan.attention)
+            attention = attrgetter(self.plan.attention)(self.layer)
             table = bias_table(attention, self.hidden.shape[1], self.hidden.device)
             self.arguments.set("position_bias", table)
 
@@ -82,8 +90,8 @@ class _Rows:
         plan, hidden = self.plan, self.hidden
         if not plan.inputs:
             return
-        norm = None if plan.norm is None else self.layer.get_submodule(plan.norm)
-        view = AttentionView(self.layer.get_submodule(plan.attention), plan.attention_spec)
+        norm = None if plan.norm is None else attrgetter(plan.norm)(self.layer)
+        view = AttentionView(attrgetter(plan.attention)(self.layer), plan.attention_spec)
         projections = view.projections(norm)
         indices = select_rows(
             self.context, self.state, self.layer, "input_selector", plan.protected, hidden, hidden, projections
@@ -106,7 +114,7 @@ class _Rows:
         if plan.has_bias:
             what = self._settle_bias(what, mask)
         if plan.attention_spec.own_bias and state.positions is not None:
-            module = self.layer.get_submodule(plan.attention)
+            module = attrgetter(plan.attention)(self.layer)
             what = (what or AttentionInput(mask))._replace(bias=own_bias_of_rows(module, state.positions, state.length))
         if what is not None:
             arguments.set("attention_mask", what._replace(weights=True) if self._wants_weights() else what)
@@ -160,7 +168,7 @@ class _Rows:
     def _is_masked(self, what: AttentionInput | None) -> bool:
         if what is None or what.pending is None:
             return False
-        attention: Any = self.layer.get_submodule(self.plan.attention)
+        attention: Any = attrgetter(self.plan.attention)(self.layer)
         selector = running(attention.selector)
         return not selector.once or self.context.runs_masked(selector)
 
@@ -211,8 +219,8 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 def _select_tokens(
     layer: nn.Module, plan: LayerPlan, context: ForwardContext, state: TowerState, arguments: Arguments, hidden: Tensor
 ) -> Any:
-    norm = None if plan.norm is None else layer.get_submodule(plan.norm)
-    view = AttentionView(layer.get_submodule(plan.attention), plan.attention_spec)
+    norm = None if plan.norm is None else attrgetter(plan.norm)(layer)
+    view = AttentionView(attrgetter(plan.attention)(layer), plan.attention_spec)
     states = arguments.get(plan.names[0])
     if _is_packed(arguments) and state.packing is not None:
         states = state.packing.to_padded(states)
@@ -225,5 +233,5 @@ def _is_packed(arguments: Arguments) -> bool:
 
 
 def _config(layer: nn.Module, plan: LayerPlan) -> Any:
-    attention: Any = layer.get_submodule(plan.attention)
+    attention: Any = attrgetter(plan.attention)(layer)
     return attention.config

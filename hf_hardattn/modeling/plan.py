@@ -66,6 +66,13 @@ class LayerPlan:
     unmasked_source: bool = False
 
     @property
+    def reads_rows_alone(self) -> bool:
+        """Whether its attention reads neither places nor another tower, and hides nothing of its own accord."""
+        spec = self.attention_spec
+        places = self.has_bias or spec.own_bias or spec.rotary is not None
+        return not (places or self.windows or self.causal or self.cross is not None)
+
+    @property
     def spec_of_cross(self) -> AttentionSpec:
         """The names inside its cross-attention."""
         return self.attention_spec if self.cross_spec is None else self.cross_spec

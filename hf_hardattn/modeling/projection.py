@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class AttentionView:
     def output(self, attended: Tensor) -> Tensor:
         """``[B, Q, H * d]`` to ``[B, Q, D]``."""
         for name in (self.spec.output, self.spec.output_dropout):
-            attended = attended if name is None else self.module.get_submodule(name)(attended)
+            attended = attended if name is None else attrgetter(name)(self.module)(attended)
         return attended
 
     def projections(self, norm: nn.Module | None = None) -> Projections:
@@ -91,13 +92,14 @@ class AttentionView:
         return rotate(self.module, self.spec.rotary_function, states, tables)
 
     def _normed(self, states: Tensor, name: str | None) -> Tensor:
-        return states if name is None else self.module.get_submodule(name)(states)
+        return states if name is None else attrgetter(name)(self.module)(states)
 
     def _project(self, states: Tensor, name: str, part: int) -> Tensor:
         size = getattr(self.module, self.spec.head_size)
         if self.spec.fused is None:
-            return self.module.get_submodule(name)(states).unflatten(-1, (-1, size)).transpose(1, 2)
-        fused = self.module.get_submodule(self.spec.fused)
+            states = attrgetter(name)(self.module)(states)
+            return states.view(*states.shape[:-1], -1, size).transpose(1, 2)
+        fused = attrgetter(self.spec.fused)(self.module)
         width = fused.out_features // 3
         rows = slice(part * width, (part + 1) * width)
         if type(fused) is nn.Linear and not fused.weight.is_meta and not hasattr(fused, "_hf_hook"):
@@ -106,4 +108,4 @@ class AttentionView:
         else:
             # an adapter or a hook stands around the projection: call it whole, or its part would be lost
             states = fused(states)[..., rows]
-        return states.unflatten(-1, (-1, size)).transpose(1, 2)
+        return states.view(*states.shape[:-1], -1, size).transpose(1, 2)

@@ -93,6 +93,8 @@ class Selector(nn.Module):
         self.soft_rate = Schedule.parse(config.soft_rate, site)
         self.entropy_weight = Schedule.parse(config.entropy_weight, site)
         self.budget_schedule = budget_schedule(config.budget, site)
+        final = config.budget if self.budget_schedule is None else self.budget_schedule.end
+        self.final_budget = Budget.parse(final, site)
         self.annealing = self._annealing()
 
     def _annealing(self) -> Schedule | None:
@@ -178,12 +180,11 @@ class Selector(nn.Module):
     def budget(self, *, drawing: bool, final: bool = False) -> Budget:
         """The budget in force: of the current step in training, the schedule's end in evaluation."""
         schedule = self.budget_schedule
-        if schedule is not None:
-            return Budget.parse(float(self.now(schedule, final) if drawing else schedule.end), self.site)
-        budget = Budget.parse(self.config.budget, self.site)
+        if schedule is not None and drawing:
+            return Budget.parse(float(self.now(schedule, final)), self.site)
         if not drawing or final or self.annealing is None or self.lacks_length:
-            return budget
-        return replace(budget, least=float(self.now(self.annealing)))
+            return self.final_budget
+        return replace(self.final_budget, least=float(self.now(self.annealing)))
 
     def now(self, schedule: Schedule | Sampled, final: bool = False) -> float:
         """The value of a schedule at the current step, or at its end."""

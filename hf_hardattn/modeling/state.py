@@ -171,6 +171,11 @@ class TowerState:
         return self.source_gates is not None or self.source_dropped and self.source_valid is not None
 
     @property
+    def is_dense(self) -> bool:
+        """Whether every row counts, and alike: a layer then needs to know nothing but the rows."""
+        return self.valid is None and self.chosen is None and self.gates is None and self.packing is None
+
+    @property
     def candidates(self) -> Tensor | None:
         """Rows that a selection may keep, bool ``[B, K]``; None when every row."""
         if self.chosen is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -33,25 +31,21 @@ class Linear(Scorer):
         nn.init.zeros_(self.bias)
 
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
-        states = states.float()
+        states, weight, bias = states.float(), self.weight.float(), self.bias.float()[:, None]
         if not torch.is_grad_enabled():
             # few operations: a GPU waits for each
             states = nn.functional.rms_norm(states, (self.hidden_size,))
-            return self._per_head([_dot(states, w) + b for w, b in self._heads()])
+            return (_dots(states, weight) + bias).unsqueeze(-1)
         # RMSNorm's factor on the scores, not on the states: training would keep what is normalised, a tensor of their size
-        scores = torch.stack([_dot(states, w) for w in self.weight.float()], 1)
+        scores = _dots(states, weight)
         square = torch.linalg.vector_norm(states, dim=-1).square() / self.hidden_size
         scale = (square + torch.finfo(square.dtype).eps).rsqrt()
-        return (scores * scale.unsqueeze(1) + self.bias.float()[:, None]).unsqueeze(-1)
-
-    def _heads(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.weight.float(), self.bias.float(), strict=True)
-
-    @staticmethod
-    def _per_head(scores: list[Tensor]) -> Tensor:
-        return (torch.stack(scores, 1) if len(scores) > 1 else scores[0].unsqueeze(1)).unsqueeze(-1)
+        return (scores * scale.unsqueeze(1) + bias).unsqueeze(-1)
 
 
-def _dot(states: Tensor, weight: Tensor) -> Tensor:
+def _dots(states: Tensor, weight: Tensor) -> Tensor:
+    """``[B, N, D]`` by ``[H, D]`` to ``[B, H, N]``."""
     # row by row, not as a matrix product: equal tokens then score equal to the last bit in any batch, with and without a cache
-    return (states * weight).sum(-1)
+    if len(weight) == 1:
+        return (states * weight).sum(-1).unsqueeze(1)
+    return torch.stack([(states * head).sum(-1) for head in weight], 1)
