@@ -1,0 +1,28 @@
+"""What selection costs the host, which a GPU waits for."""
+
+from __future__ import annotations
+
+from . import read
+
+
+def table() -> str:
+    """One row a selection, and under them how they were measured."""
+    r = read("bench/host.json")
+    lines = [
+        "| workload | selection | kernels added | aim | host time, × original | aim |",
+        "|---|---|---|---|---|---|",
+    ]
+    for group in r["groups"]:
+        for row in group["rows"]:
+            kernels, host = row["kernels_added"], row["host"]["median"]
+            lines.append(
+                f"| {group['name']} | {row['name']} | {kernels} | {row['most_kernels']} | {host:.2f} | {row['most_host']:.2f} |"
+            )
+    machine = r["machine"]
+    lines += [
+        "",
+        f"{machine['processor']}, one thread, torch {machine['torch']}, hf_hardattn {machine.get('hf_hardattn', '0.1.0')}; models of 12 layers, so narrow that "
+        "nothing but Python and dispatch takes time; processor time, medians of interleaved rounds (`hf-hardattn bench --suite host`). A host "
+        "time above its aim is an aim that is not reached.",
+    ]
+    return "\n".join(lines)
