@@ -72,6 +72,9 @@ def test_groups_of_places() -> None:
     border, names = border_groups(places, 4)
     inside = [place - 1 for place in range(1, 17) if border[0, place] == 1]
     assert inside == [5, 6, 9, 10] and names == ["border", "inside"]
+    for first in (0, 3):  # SigLIP has no CLS, DINOv2 may have registers behind it
+        border, _ = border_groups(torch.ones(2, first + 16, dtype=torch.bool), 4)
+        assert (border[0] == 1).nonzero().flatten().tolist() == [first + place for place in (5, 6, 9, 10)]
     ids = torch.tensor([[5, 5, 5, 5, 7, 7, 9, 1]])
     kinds, names = rarity_groups(ids, ids != 1)
     assert names[int(kinds[0, 6])] == "rare tokens" and kinds[0, 7] == -1 and kinds[0, 0] == kinds[0, 1]

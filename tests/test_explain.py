@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from examples import build as example
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessorPil,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.blip.processing_blip import BlipProcessor
@@ -181,6 +183,34 @@ def test_what_cannot_be_explained(tmp_path: Path, photos: Path) -> None:
     (photos / "table.csv").write_text("image,text\n0.png,a cat\nnone.png,a dog\n")
     first, missing = read_inputs(str(photos / "table.csv"), "image")
     assert first.size == read_inputs(str(photos / "0.png"))[0].size and missing == "none.png"
+
+
+def test_texts_and_images_of_other_families_are_explained_or_refused_in_words(tmp_path: Path, photos: Path) -> None:
+    """A text encoder, a tower without CLS that is saved with half a processor, and models without an answer of their own."""
+    tokens, tiny = tokenizer("[CLS]", "[SEP]"), {"num_hidden_layers": 2, "vocab_size": 40, "pad_token_id": 0}
+    image, text = Image.open(next(photos.rglob("*.png"))), " ".join(WORDS[:5])
+    bundles = {}
+    for family, head, processor, changes in (
+        ("bert", "BertForSequenceClassification", tokens, tiny),
+        ("bert", "BertModel", tokens, tiny),
+        ("llama", "LlamaForCausalLM", tokens, {**tiny, "num_key_value_heads": 3, "attention_dropout": 0.0}),
+        (
+            "siglip",
+            "SiglipForImageClassification",
+            ViTImageProcessorPil(size={"height": 12, "width": 12}),
+            {"num_channels": 3},
+        ),
+    ):
+        model = hf_hardattn.apply(example(family, head, **changes).model)
+        hf_hardattn.save(model, tmp_path / head)
+        processor.save_pretrained(tmp_path / head)
+        bundles[head] = ModelWithProcessor.load(str(tmp_path / head))
+    assert "text.tokens" in explain(bundles["BertForSequenceClassification"], [text])
+    assert "vision.tokens" in explain(bundles["SiglipForImageClassification"], [image], measure=False)
+    with pytest.raises(HardAttentionError, match="BertModel neither classifies nor writes"):
+        explain(bundles["BertModel"], [text])
+    with pytest.raises(HardAttentionError, match="LlamaForCausalLM goes on writing its input"):
+        explain(bundles["LlamaForCausalLM"], [text])
 
 
 def test_every_form_of_a_checkpoint_is_explained(tmp_path: Path) -> None:

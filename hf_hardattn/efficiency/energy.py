@@ -25,11 +25,13 @@ def metered(country: str | None = None) -> Iterator[dict[str, Any]]:
         ``hardware``, ``region``, as a model card takes them; ``{"not_measured": why}`` where there is no CodeCarbon or no reading.
     """
     found: dict[str, Any] = {}
-    logging.getLogger("codecarbon").setLevel(logging.ERROR)  # before its import: it logs while it starts
     make: Any = None
     try:
         from codecarbon import OfflineEmissionsTracker
 
+        logging.getLogger("codecarbon").setLevel(
+            logging.ERROR
+        )  # its import sets INFO, and it logs before it reads log_level
         make = OfflineEmissionsTracker
     except ImportError:
         found["not_measured"] = "codecarbon is not installed (pip install 'hf-hardattn[energy]')"

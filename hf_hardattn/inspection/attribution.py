@@ -107,11 +107,12 @@ def integrated_gradients(evaluator: PerturbationEvaluator, steps: int = 20) -> T
         raise HardAttentionError(
             f"{type(evaluator.model).__name__} takes no embeddings; integrated gradients of a text need them. Leave them out."
         ) from error
-    if evaluator.tower == "encoder":
+    if evaluator.tower != "vision":
         return found.sum(-1).float()
     patch = getattr(evaluator.model.config, "vision_config", evaluator.model.config).patch_size
     tiles = torch.nn.functional.avg_pool2d(found.sum(1, keepdim=True), patch, divisor_override=1).flatten(1)
-    return torch.nn.functional.pad(tiles, (1, 0)).float()
+    first = evaluator.places.shape[1] - tiles.shape[1]  # CLS and registers, where there are any
+    return torch.nn.functional.pad(tiles, (first, 0)).float()
 
 
 EXPLANATIONS: dict[str, Callable[[PerturbationEvaluator], Any]] = {

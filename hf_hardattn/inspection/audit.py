@@ -80,12 +80,13 @@ def position_groups(
 
 
 def border_groups(places: Tensor, across: int) -> tuple[Tensor, list[str]]:
-    """Border or inside, for places that are CLS and a grid of patches ``across`` wide."""
-    index = torch.arange(places.shape[1] - 1)
-    down = (places.shape[1] - 1) // across
+    """Border or inside, for places that are a grid of patches ``across`` wide, behind CLS and registers where there are any."""
+    down = places.shape[1] // across
+    index = torch.arange(down * across)
     y, x = index // across, index % across
     border = (y == 0) | (y == down - 1) | (x == 0) | (x == across - 1)
-    grid = torch.cat((torch.tensor([-1]), torch.where(border, 0, 1))).expand(places.shape)
+    first = places.shape[1] - len(index)
+    grid = torch.nn.functional.pad(torch.where(border, 0, 1), (first, 0), value=-1).expand(places.shape)
     return grid.masked_fill(~places.cpu(), -1), ["border", "inside"]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from .. import sample
 from ..api import set_budget
@@ -144,6 +144,11 @@ class ModelWithProcessor:
         if isinstance(output, Tensor):
             text = self.tokenizer.decode(output[0], skip_special_tokens=True)
             return Prediction(text, None, recording, output[0, 1:].tolist())
+        if output.get("logits") is None or output.logits.dim() != 2:
+            raise HardAttentionError(
+                f"{type(self.model).__name__} neither classifies nor writes, so there is no answer to explain. Save the model with such a head; "
+                "record() shows what any model keeps."
+            )
         probabilities = output.logits[0].float().softmax(-1)
         best = int(probabilities.argmax())
         return Prediction(str(self.model.config.id2label[best]), float(probabilities[best]), recording, [])
@@ -195,9 +200,13 @@ def _processor(place: str) -> Any:
     folder = Path(place)
     if folder.is_dir() and not [*folder.glob("*token*.json"), *folder.glob("*processor*.json")]:
         return None
-    try:
-        return AutoProcessor.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError):
-        if folder.is_dir():
-            raise
-        return None
+    error: Exception | None = None
+    # a head of one tower, such as SigLIP's classifier, is saved with a part of its family's processor
+    for auto in (AutoProcessor, AutoImageProcessor, AutoTokenizer):
+        try:
+            return auto.from_pretrained(place, trust_remote_code=False)
+        except (OSError, ValueError, ImportError) as failure:
+            error = error or failure
+    if folder.is_dir() and error is not None:
+        raise error
+    return None

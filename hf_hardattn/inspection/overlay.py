@@ -27,7 +27,7 @@ def patch_overlay(
 
     Args:
         pixel_values: ``[B, C, height, width]``, C = 1 or 3, any range (each image is stretched to its own).
-        selection: of ``vision.inputs`` or ``vision.tokens.L`` for the same batch, CLS first.
+        selection: of ``vision.inputs`` or ``vision.tokens.L`` for the same batch; rows that are no patch (CLS, registers) come first.
         patch_size: pixels.
         titles: one a image. columns: images a row. caption: below the figure.
 
@@ -35,7 +35,11 @@ def patch_overlay(
         matplotlib figure; ``figure.savefig("kept.png")``.
     """
     batch, _, height, width = pixel_values.shape
-    kept = torch.zeros(batch, 1 + (height // patch_size) * (width // patch_size), dtype=torch.int)
+    patches = (height // patch_size) * (width // patch_size)
+    protected = selection.protected
+    # a later site has fewer rows than the image, and then knows how many in front are protected
+    first = max(0, selection.valid.shape[-1] - patches) if protected is None else int(protected.flatten(0, -2)[0].sum())
+    kept = torch.zeros(batch, first + patches, dtype=torch.int)
     places = selection.places[:, 0, 0].expand(batch, -1).cpu()
     kept.scatter_reduce_(1, places, selection.slot_mask[:, 0, 0].expand(batch, -1).int().cpu(), "amax")
     return _grid(pixel_values, kept.bool(), patch_size, titles, columns, caption)
@@ -60,7 +64,9 @@ def layer_overlay(
         )
     found = [recording.kept(recording[site][0]).flatten(1, 2).any(1) for site in sites]
     kept = torch.stack([torch.ones_like(found[0][0]), *(mask[min(row, len(mask) - 1)] for mask in found)]).cpu()
-    titles = ["image", *(f"{site}: {mask[1:].float().mean():.0%}" for site, mask in zip(sites, kept[1:], strict=True))]
+    height, width = pixel_values.shape[-2:]
+    patches = kept[1:, kept.shape[1] - (height // patch_size) * (width // patch_size) :]
+    titles = ["image", *(f"{site}: {mask.float().mean():.0%}" for site, mask in zip(sites, patches, strict=True))]
     frames = [False] + [True] * len(sites)
     if not whole:
         kept, titles, frames = kept[1:], titles[1:], frames[1:]
@@ -120,10 +126,15 @@ def faded(image: Tensor) -> Tensor:
 
 
 def lit_image(image: Tensor, kept: Tensor, patch_size: int) -> Tensor:
-    """One image as ``shown`` gives it, faded where ``kept``, bool ``[1 + patches]``, is False."""
+    """One image as ``shown`` gives it, faded where ``kept``, bool ``[CLS and registers + patches]``, is False."""
     _, height, width = image.shape
     down, across = height // patch_size, width // patch_size
-    lit = kept[1:].view(down, across).repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1)
+    lit = (
+        kept[len(kept) - down * across :]
+        .view(down, across)
+        .repeat_interleave(patch_size, 0)
+        .repeat_interleave(patch_size, 1)
+    )
     lit = torch.nn.functional.pad(lit, (0, width - across * patch_size, 0, height - down * patch_size))
     image = shown(image)
     return torch.where(lit[..., None], image, faded(image))
@@ -134,7 +145,8 @@ def frame_patches(axis: Any, kept: Tensor, patch_size: int, width: int, **style:
     from matplotlib.patches import Rectangle
 
     across, style = width // patch_size, {"linewidth": 0.9, "edgecolor": KEPT, **style}
-    for place in kept[1:].nonzero().flatten().tolist():
+    first = len(kept) % across  # CLS and registers, where there are any
+    for place in kept[first:].nonzero().flatten().tolist():
         corner = (place % across * patch_size - 0.5, place // across * patch_size - 0.5)
         axis.add_patch(Rectangle(corner, patch_size, patch_size, fill=False, **style))
 

@@ -24,7 +24,7 @@ class PerturbationEvaluator:
     mean of its tokens'. The model is evaluated in evaluation mode, without gradient.
 
     Args:
-        model: T5, ViT or BLIP with a head that answers, hard or soft.
+        model: with a head that classifies, or an encoder-decoder or captioner that writes; hard or soft.
         batch: keyword inputs; labels in it are left out.
         removal: ``"select"`` computes on the given part only, through the model's ``inputs`` site: what is left out is not there.
             ``"replace"`` greys patches (0, the mean of normalised pixels) and masks tokens. None takes ``select`` where the model
@@ -41,6 +41,11 @@ class PerturbationEvaluator:
         self.model: Any = model
         self.batch = {name: value for name, value in batch.items() if name not in NOT_INPUTS and value is not None}
         self.tower, self.places, self.protected = choosable(model, self.batch)
+        if self.tower == "decoder":
+            raise HardAttentionError(
+                f"{type(model).__name__} goes on writing its input, so that there is no answer apart from it to score. record() and verify() "
+                "show what a decoder keeps of its prompt; an evaluator takes classifiers, encoder-decoders and captioners."
+            )
         self.family: Any = family_of(model)
         self.site = f"{self.tower}.inputs"
         selector = selectors(model).get(self.site)
@@ -73,7 +78,7 @@ class PerturbationEvaluator:
 
     def replaced(self, dropped: Tensor) -> dict[str, Any]:
         """The batch with ``dropped``, bool ``[B, P]``, masked (tokens) or greyed (patches)."""
-        if self.tower == "encoder":
+        if self.tower != "vision":
             mask = self.batch.get("attention_mask", torch.ones_like(dropped, dtype=torch.long))
             return {**self.batch, "attention_mask": mask * (~dropped).to(mask)}
         return self.family.replace_inputs(self.model, self.batch, {self.tower: dropped}, "zero", 0)

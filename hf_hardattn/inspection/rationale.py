@@ -103,19 +103,20 @@ def pixel_boxes(
     """Boxes (left, top, right, bottom) in pixels of the kept patches, row by row.
 
     Args:
-        kept: bool ``[1 + patches]``, CLS first.
+        kept: bool ``[CLS and registers + patches]``.
         model_size: (height, width) of what the model reads. image_size: of the original image that was resized to it, whose
             pixels the boxes then count; ``model_size`` by default.
     """
     height, width = model_size
     across, down = width // patch_size, height // patch_size
-    if len(kept) != 1 + across * down:
+    first = len(kept) - across * down
+    if not 0 <= first < max(across, 2):
         raise HardAttentionError(
             f"{len(kept)} places do not fit {down} x {across} patches of {patch_size} pixels and CLS; check patch_size and model_size."
         )
     tall, wide = image_size or model_size
     y, x = patch_size * tall / height, patch_size * wide / width
-    places = kept[1:].nonzero().flatten().tolist()
+    places = kept[first:].nonzero().flatten().tolist()
     return [(p % across * x, p // across * y, (p % across + 1) * x, (p // across + 1) * y) for p in places]
 
 

@@ -107,7 +107,7 @@ def _bars() -> Iterator[variants.OnStep]:
             bars[name] = tqdm(total=steps, desc=f"{name:>6}", unit="step", mininterval=1.0)
         bars[name].update()
         if step % 20 == 0:
-            bars[name].set_postfix(loss=f"{loss:.2f}")
+            bars[name].set_postfix(loss=f"{loss:.2f}", refresh=False)  # at once, the rate would be of no time at all
         if step + 1 == steps:
             bars[name].close()
 
