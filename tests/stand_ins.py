@@ -81,7 +81,9 @@ def _dinov2(folder: Path) -> None:
 
 def _t5(folder: Path) -> None:
     sizes = dict(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0)
-    T5ForConditionalGeneration(T5Config(**sizes, pad_token_id=0, eos_token_id=1)).save_pretrained(folder)
+    model = T5ForConditionalGeneration(T5Config(**sizes, pad_token_id=0, eos_token_id=1))
+    model.generation_config.max_length = 20  # as the published checkpoint has it
+    model.save_pretrained(folder)
     tokenizer("[BOS]", "</s>").save_pretrained(folder)
 
 

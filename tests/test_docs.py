@@ -93,15 +93,13 @@ def test_commands_exist(page: Path) -> None:
 
 
 # Lines that are not run here, and why.
+MEASURES = (
+    "bench",
+    "compare",
+)  # take minutes to hours, and bench starts the process anew; test_efficiency.py, test_compare.py
 NOT_RUN = {
     "hf-hardattn push digits-hard me/digits-hard --no-dry-run": "uploads; test_hub.py",
     "hf-hardattn train vit --config scripts/configs/vit.yaml --budget 0.3": "downloads its data; test_scripts.py",
-    "hf-hardattn compare --config compare.yaml --seeds 3": "minutes; test_compare.py",
-    "hf-hardattn compare --config scripts/configs/compare/cluttered_digits.yaml": "hours; test_compare.py",
-    "hf-hardattn bench --suite competing": "minutes; test_competing_methods.py",
-    "hf-hardattn bench --suite targets": "minutes; test_efficiency.py",
-    "hf-hardattn bench --mode cuda_graphs": "a GPU; test_efficiency.py",
-    "hf-hardattn bench --model vit --size 384 --site vision.tokens.0 --budget 0.25": "a minute; test_efficiency.py",
     "hf-hardattn explain blip-hard --input photos/cats": "ten seconds; test_explain.py",
     "hf-hardattn train blip --task captioning": "names a command, not its flags; test_scripts.py",
 }
@@ -133,13 +131,13 @@ def test_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(commands) > 15 and not set(NOT_RUN) - set(commands)
     trainings = [line for line in commands if line.startswith("hf-hardattn train")]  # others read what these write
     for line in sorted(commands, key=lambda line: line not in trainings):
-        if line in NOT_RUN:
+        if line in NOT_RUN or line.split()[1] in MEASURES:
             continue
         GradientState._reset_state()
         AcceleratorState._reset_state(reset_partial_state=True)
         result = CliRunner().invoke(app, shlex.split(line)[1:])
         assert bool(result.exit_code) is (line in FAILS), f"{line}: {result.exception!r}\n{result.output[-2000:]}"
-        assert FAILS.get(line, "") in result.output
+        assert FAILS.get(line, "") in result.output and "seem to have been set" not in result.output
 
 
 def write_what_pages_made(folder: Path) -> None:

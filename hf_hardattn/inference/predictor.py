@@ -60,7 +60,9 @@ class Predictor:
 
     def _text(self, batch: dict[str, Tensor]) -> dict[str, list[Any]]:
         model: Any = self.model.model
-        written = model.generate(**batch, max_new_tokens=self.max_new_tokens, num_beams=1, do_sample=False)
+        written = model.generate(
+            **batch, max_new_tokens=self.max_new_tokens, max_length=None, num_beams=1, do_sample=False
+        )
         if not model.config.is_encoder_decoder and "input_ids" in batch:
             written = written[:, batch["input_ids"].shape[1] :]  # a decoder repeats its prompt
         return {"text": self.model.tokenizer.batch_decode(written, skip_special_tokens=True)}

@@ -45,7 +45,7 @@ def audit_rows(
         inputs = dict(encoded)
         if bundle.model.can_generate():  # one decoder step is enough to reach every site of the input
             with record(bundle.model) as recording:
-                bundle.model.generate(**inputs, max_new_tokens=1, num_beams=1, do_sample=False)
+                bundle.model.generate(**inputs, max_new_tokens=1, max_length=None, num_beams=1, do_sample=False)
         else:
             with record(bundle.model) as recording:
                 bundle.model(**inputs)

@@ -155,7 +155,9 @@ class ModelWithProcessor:
 
     def _run(self, batch: dict[str, Any], max_new_tokens: int) -> Any:
         if self.model.can_generate():
-            return self.model.generate(**batch, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False)
+            return self.model.generate(
+                **batch, max_new_tokens=max_new_tokens, max_length=None, num_beams=1, do_sample=False
+            )
         return self.model(**batch)
 
     @property

@@ -103,7 +103,9 @@ class PerturbationEvaluator:
                 )
             self.answer = logits.argmax(-1)
             return
-        texts = self.model.generate(**self.batch, max_new_tokens=answer_tokens, num_beams=1, do_sample=False)
+        texts = self.model.generate(
+            **self.batch, max_new_tokens=answer_tokens, max_length=None, num_beams=1, do_sample=False
+        )
         prompt = self.batch["input_ids"].shape[1] if self.tower == "vision" and "input_ids" in self.batch else 1
         self.steps = texts.shape[1] - prompt + 1
         self.answer = texts[:, prompt:]

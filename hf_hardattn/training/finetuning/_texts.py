@@ -114,6 +114,7 @@ class TextToText(T5Task):
             attention_mask=batch["attention_mask"],
             num_beams=self.args.num_beams,
             max_new_tokens=self.args.max_target_length,
+            max_length=None,  # of the checkpoint, which would be warned of each time
         )
         references = labels.masked_fill(labels == -100, self.processor.pad_token_id)
         texts = [self.processor.batch_decode(ids, skip_special_tokens=True) for ids in (generated, references)]

@@ -109,6 +109,7 @@ class CausalLanguageModelling(Base):
             **{name: value.to(labels.device) for name, value in prompts.items()},
             num_beams=self.args.num_beams,
             max_new_tokens=self.args.max_target_length,
+            max_length=None,  # of the checkpoint, which would be warned of each time
             pad_token_id=self.padding,
         )
         known = batch["labels"].masked_fill(batch["labels"] == -100, self.padding)

@@ -66,6 +66,7 @@ class VisualQuestionAnswering(BlipTask):
             pixel_values=batch["pixel_values"],
             num_beams=self.args.num_beams,
             max_new_tokens=self.args.max_target_length,
+            max_length=None,  # of the checkpoint, which would be warned of each time
         )
         decode = self.processor.tokenizer.batch_decode
         texts = [decode(ids, skip_special_tokens=True) for ids in (generated, batch["decoder_input_ids"])]
