@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import importlib.util
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import HEADS, close, harden, run, stock
+from cases import HEADS, Example, close, harden, run, stock
 
 import hf_hardattn
 
@@ -111,6 +112,17 @@ def test_blocks_of_two_models_end_in_any_order(order):
     for number in order:
         blocks[number].__exit__(None, None, None)
         close(run(examples[number]), plain[number], 0)
+
+
+@pytest.mark.parametrize("mode", [hf_hardattn.record, hf_hardattn.soft])
+def test_a_copy_made_inside_a_block_is_plain(mode):
+    """A deep copy neither writes into the recording for ever, nor stays soft."""
+    example = hard_example("vit", "ViTForImageClassification")
+    expected = run(example)
+    with mode(example.model) as opened:
+        twin = Example(copy.deepcopy(example.model), example.batch)
+    close(run(twin), expected, 0)
+    assert opened is example.model or not opened
 
 
 def test_an_exception_ends_a_block():
