@@ -13,7 +13,7 @@ import pytest
 import torch
 from hub_server.models import answer, harden, same, stock, with_adapter
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
 import hf_hardattn
@@ -217,3 +217,11 @@ def test_loading_in_threads_leaves_the_process_as_it_was(tmp_path: Path) -> None
     finally:
         logging.set_verbosity_warning()
     assert len(answers) == 8 and all(same(found, expected) for found in answers)
+
+
+def test_a_bound_on_layers_is_no_number_of_layers(tmp_path: Path) -> None:
+    """Qwen's ``max_window_layers`` may be larger than the model, as it is in published configurations."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Qwen2Config(**sizes, num_hidden_layers=1, vocab_size=40, max_window_layers=80)
+    hf_hardattn.save(hf_hardattn.apply(Qwen2ForCausalLM(config), {"sites": ["decoder.inputs"]}), tmp_path)
+    assert hf_hardattn.selectors(hf_hardattn.load(tmp_path))
