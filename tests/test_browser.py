@@ -140,22 +140,28 @@ def test_report_is_one_file_that_calls_nobody(
 
 @pytest.mark.slow
 def test_upload_an_image_and_move_the_slider(chromium: webdriver.Chrome, hard_vit: Path, photo: Path) -> None:
-    """The demo page: the overlay appears, and changes with the budget; the browser sends nothing to any other host."""
+    """The demo page opens with an image; the overlay changes with the image and the budget; nothing is sent to any other host."""
     _load.cache_clear()
     requests(chromium)
     address = launch([str(hard_vit)], block=False)
     chromium.get(address)
     wait = WebDriverWait(chromium, 120)
-    wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "input[type=file]"))[0].send_keys(str(photo))
     first = wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#hard img"))[0].get_attribute("src")
-    said = chromium.find_element(By.ID, "hard").text
-    assert "vision.inputs keeps 25%" in said and "of full attention" in said
-    slider = chromium.find_element(By.CSS_SELECTOR, "input[type=range]")
-    ActionChains(chromium).drag_and_drop_by_offset(slider, slider.size["width"] // 3, 0).perform()
 
     def changed(browser: webdriver.Chrome) -> bool:
         found = browser.find_elements(By.CSS_SELECTOR, "#hard img")
         return bool(found) and found[0].get_attribute("src") != first
+
+    chromium.find_element(By.CSS_SELECTOR, "button[aria-label='Remove Image']").click()
+    wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "input[type=file]"))[0].send_keys(str(photo))
+    wait.until(changed)
+    first = chromium.find_element(By.CSS_SELECTOR, "#hard img").get_attribute("src")
+    said = chromium.find_element(By.ID, "hard").text
+    assert "vision.inputs keeps 25%" in said and "of full attention" in said
+    slider = chromium.find_element(By.CSS_SELECTOR, "input[type=range]")
+    chromium.execute_script("arguments[0].scrollIntoView({block: 'center'})", slider)
+    time.sleep(1.0)  # the page scrolls smoothly
+    ActionChains(chromium).drag_and_drop_by_offset(slider, slider.size["width"] // 3, 0).perform()
 
     wait.until(changed)
     assert "keeps 25%" not in chromium.find_element(By.ID, "hard").text

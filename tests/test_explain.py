@@ -279,3 +279,18 @@ def test_the_page_wants_hard_models(tmp_path: Path) -> None:
     hf_hardattn.remove(model).save_pretrained(tmp_path / "soft")
     with pytest.raises(HardAttentionError, match="soft has no hard_attention in its config.json: it is a soft model"):
         build([str(tmp_path / "soft")])
+
+
+def test_another_budget_is_kept_inside_the_block_and_the_own_one_behind_it() -> None:
+    bundle = ModelWithProcessor.load("sample")
+    (selector,) = hf_hardattn.selectors(bundle.model).values()
+
+    def kept() -> int:
+        with torch.inference_mode(), hf_hardattn.record(bundle.model) as selections:
+            bundle.model(pixel_values=torch.rand(1, 3, 64, 64))
+        return selections["vision.inputs"][0].slots
+
+    own = kept()
+    with bundle.at_budget(0.5):
+        assert kept() == 33 and selector.config.budget == 0.5
+    assert kept() == own == 10

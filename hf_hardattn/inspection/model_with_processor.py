@@ -173,16 +173,16 @@ class ModelWithProcessor:
     def at_budget(self, budget: float | int | None) -> Iterator[ModelWithProcessor]:
         """Keep ``budget`` at every site inside the block; None leaves the model's own."""
         found = [] if budget is None else [m for m in self.model.modules() if isinstance(m, Selector)]
-        before = [(s.config, s.budget_schedule) for s in found]
+        before = [selector.config for selector in found]
         for selector in found:
-            selector.config = SiteConfig(**{**vars(selector.config), "budget": budget})
-            selector.config.validate(selector.site)
-            selector.budget_schedule = None
+            config = SiteConfig(**{**vars(selector.config), "budget": budget})
+            config.validate(selector.site)
+            selector.config = config
         try:
             yield self
         finally:
-            for selector, (config, schedule) in zip(found, before, strict=True):
-                selector.config, selector.budget_schedule = config, schedule
+            for selector, config in zip(found, before, strict=True):
+                selector.config = config
 
 
 def _stock_config(path: str) -> Any:

@@ -25,6 +25,8 @@ POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "connect-src 'self'; object-src 'none'; base-uri 'self'"
 )
+# what a model of texts shows before anybody writes one
+TEXT = "The council approved the budget on Tuesday, after a long debate about schools, roads and the price of a new bridge."
 WIDE = "<style>#hard img, #soft img { width: 100%; }</style>"
 _turn = threading.Lock()  # a model runs soft, then hard, then at a budget: one visitor at a time
 
@@ -102,7 +104,12 @@ def build(models: Sequence[str]) -> Any:
                 f"{path} has no hard-attention sites; the page compares soft and hard. Name a hard checkpoint."
             )
     first = _load(models[0])
-    examples = [str(path) for path in sample.image_paths()] if sample.NAME in models else []
+    images = [str(path) for path in sample.image_paths()] if any(_load(path).takes_images for path in models) else []
+
+    def opening(bundle: Any) -> tuple[str | None, str]:
+        """The image and the text that a page shows before anybody gives one."""
+        return (images[0], "") if bundle.takes_images else (None, TEXT)
+
     # uploads are removed after an hour
     with gr.Blocks(
         title="hf_hardattn: full and hard attention", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
@@ -120,12 +127,14 @@ def build(models: Sequence[str]) -> Any:
                     sources=["upload", "clipboard"],
                     label="image",
                     visible=first.takes_images,
-                    value=examples[0] if first.takes_images and examples else None,
+                    value=opening(first)[0],
                     height=280,
                 )
-                if examples:
-                    gr.Examples(examples, image, label="examples of the sample model")
-                text = gr.Textbox(lines=5, max_length=MOST_CHARACTERS, label="text", visible=not first.takes_images)
+                if images:
+                    gr.Examples(images, image, label="images of the sample model")
+                text = gr.Textbox(
+                    opening(first)[1], lines=5, max_length=MOST_CHARACTERS, label="text", visible=not first.takes_images
+                )
                 ratio = gr.Slider(
                     0.02, 1.0, value=_own_ratio(first), step=0.02, label="budget: share of positions kept at every site"
                 )
@@ -139,16 +148,20 @@ def build(models: Sequence[str]) -> Any:
         def choose(path: str) -> tuple[Any, Any, float]:
             bundle = _load(path)
             return (
-                gr.update(visible=bundle.takes_images, value=None),
-                gr.update(visible=not bundle.takes_images, value=""),
+                gr.update(visible=bundle.takes_images, value=opening(bundle)[0]),
+                gr.update(visible=not bundle.takes_images, value=opening(bundle)[1]),
                 _own_ratio(bundle),
             )
 
-        model.change(choose, model, [image, text, ratio], show_progress="hidden")
+        shown: dict[str, Any] = {
+            "inputs": [model, image, text, ratio],
+            "outputs": [loose, hard],
+            "show_progress": "minimal",
+        }
+        model.change(choose, model, [image, text, ratio], show_progress="hidden").then(compare, **shown)
         for change in (image.change, text.submit, text.blur, ratio.release):
-            change(compare, [model, image, text, ratio], [loose, hard], show_progress="minimal")
-        if examples:
-            page.load(compare, [model, image, text, ratio], [loose, hard], show_progress="minimal")
+            change(compare, **shown)
+        page.load(compare, **shown)
     page.queue(max_size=32, default_concurrency_limit=1)
     return page
 

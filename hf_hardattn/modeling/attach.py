@@ -85,7 +85,7 @@ def attach(
     for site, present in kept.items():
         for selector in _copies(present):
             selector.site = site  # a tower may have another name here than in the model that it stood in alone
-            selector.set_config(resolved[site])
+            selector.config = resolved[site]
     for site, selector in {**kept, **built}.items():
         tower, kind, layer = kinds[site]
         host, name = tower.host(kind, layer, running(selector).scorer.needs_pixels)

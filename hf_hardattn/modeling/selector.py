@@ -59,7 +59,7 @@ class Selector(nn.Module):
         classes: int = 0,
     ):
         super().__init__()
-        self.site, self.config, self.causal = site, config, causal
+        self.site, self._config, self.causal = site, config, causal
         self.protected = protected or Protected()
         self.heads = heads if config.per_head else 1
         # what the weights were made for: a selector is reused only where this is the same
@@ -106,9 +106,14 @@ class Selector(nn.Module):
             return None
         return Schedule(1.0, budget if isinstance(budget, float) else 0.0, steps=float(share))
 
-    def set_config(self, config: SiteConfig) -> None:
-        """Take another configuration of the same scorer, estimator and baseline."""
-        self.config = config
+    @property
+    def config(self) -> SiteConfig:
+        """The configuration of the site; another one has the same scorer, estimator and baseline."""
+        return self._config
+
+    @config.setter
+    def config(self, config: SiteConfig) -> None:
+        self._config = config
         self._read_schedules()
 
     def reset_parameters(self) -> None:
