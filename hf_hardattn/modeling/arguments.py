@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,7 @@ def takes_keywords(module: nn.Module) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def given(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+def given(names: tuple[str, ...], args: Sequence[Any], kwargs: dict[str, Any], name: str) -> Any:
     """The value given under ``name`` in a call of a forward with the parameters ``names``, or None."""
     if name in kwargs:
         return kwargs[name]
@@ -42,10 +43,7 @@ class Arguments:
 
     def get(self, name: str) -> Any:
         """The value given under ``name``, or None."""
-        if name in self.keywords:
-            return self.keywords[name]
-        index = self._index(name)
-        return self.values[index] if index < len(self.values) else None
+        return given(self.names, self.values, self.keywords, name)
 
     def set(self, name: str, value: Any) -> None:
         """Give ``value`` under ``name``, where it was given before or as a keyword."""

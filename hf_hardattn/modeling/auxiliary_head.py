@@ -13,7 +13,7 @@ _NAME = r"selector\.head\."  # in the names of a head's tensors
 
 
 class AuxiliaryHead(nn.Module):
-    """Predict the class from positions that are weighted by a softmax of their scores:
+    """Predict the class from positions, each weighted by how likely its scores make it to be kept:
     ``logits = Wc norm(sum_n a_n V(x_n)) + bc`` with ``V(x) = W2 gelu(W1 norm(x) + b1)``.
 
     Only training uses it; it is no part of a saved model.

@@ -39,7 +39,8 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if state.begun and _only_narrows(plan) and not state.reads_specially:
         if not state.dropped:
             return None
-        if plan.reads_rows_alone and state.is_dense and _mask(plan, args, kwargs) is None:
+        mask = given(plan.names, args, kwargs, "attention_mask")
+        if plan.reads_rows_alone and state.is_dense and mask is None:
             return None
     arguments = Arguments(plan.names, args, kwargs)
     rows = _Rows(layer, plan, context, state, arguments)
@@ -51,10 +52,6 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if chooses or state.gates is not None or state.source_gates is not None:
         checkpoint_without_reentry(layer, plan.chooses_inside)
     return arguments.result()
-
-
-def _mask(plan: LayerPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return given(plan.names, args, kwargs, "attention_mask")
 
 
 def _only_narrows(plan: LayerPlan) -> bool:

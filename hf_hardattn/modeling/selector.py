@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import registry
-from ..budget import Budget, budget_schedule
+from ..budget import Budget, budget_schedule, final_budget
 from ..config import SiteConfig
 from ..errors import HardAttentionError
 from ..schedules import Sampled, Schedule
@@ -93,8 +93,7 @@ class Selector(nn.Module):
         self.soft_rate = Schedule.parse(config.soft_rate, site)
         self.entropy_weight = Schedule.parse(config.entropy_weight, site)
         self.budget_schedule = budget_schedule(config.budget, site)
-        final = config.budget if self.budget_schedule is None else self.budget_schedule.end
-        self.final_budget = Budget.parse(final, site)
+        self.final_budget = Budget.parse(final_budget(config.budget), site)
         self.annealing = self._annealing()
 
     def _annealing(self) -> Schedule | None:

@@ -120,9 +120,8 @@ def saved_names(model: PreTrainedModel) -> dict[str, str]:
 def _check_loaded(model: PreTrainedModel, seen: set[str]) -> None:
     own = model.state_dict(keep_vars=True)
     loaded = {id(tensor) for name, tensor in own.items() if name in seen}  # tied ones are saved once
-    unsaved = (
-        model._keys_to_ignore_on_save or ()
-    )  # a head of ``cropr``: a training that is resumed starts with a fresh one
+    # a head of ``cropr``: a training that is resumed starts with a fresh one
+    unsaved = model._keys_to_ignore_on_save or ()
     missing = sorted(name for name, tensor in own.items() if id(tensor) not in loaded and name not in unsaved)
     if missing:
         raise HardAttentionError(
