@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_hardattn.functional.topk import mask_to_indices, topk_mask
+from hf_hardattn.functional.topk import level_ties, mask_to_indices, topk_mask
 from hf_hardattn.modeling.selection import Selection
 
 
@@ -48,6 +48,19 @@ def test_topk_mask_equals_the_loop(case: tuple[Tensor, Tensor, Tensor]) -> None:
     slots = int(k.max())
     if slots:
         assert torch.equal(topk_mask(scores, k, valid, slots), mask)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows(), st.integers(0, 2**31))
+def test_scores_that_differ_by_rounding_tie(case: tuple[Tensor, Tensor, Tensor], seed: int) -> None:
+    exact, k, valid = case
+    exact = (exact.clamp(-4, 4) * 8).round() / 8
+    largest = exact.abs().masked_fill(~valid, 0.0).amax(-1, keepdim=True)
+    noise = torch.rand(exact.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    rounded = exact + 30 * torch.finfo(exact.dtype).eps * largest * noise
+    levelled = level_ties(rounded, torch.minimum(k, valid.sum(-1)), valid, exact.shape[-1])
+    wanted = [topk_by_loop(s.tolist(), int(c), v.tolist()) for s, c, v in zip(exact, k, valid, strict=True)]
+    assert topk_mask(levelled, k, valid).tolist() == wanted
 
 
 @settings(max_examples=100, deadline=None)

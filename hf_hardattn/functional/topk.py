@@ -24,11 +24,35 @@ def topk_mask(scores: Tensor, k: Tensor, valid: Tensor, slots: int | None = None
     slots = max(1, min(scores.shape[-1] if slots is None else slots, scores.shape[-1]))
     masked = scores.masked_fill(~valid, float("-inf"))
     k = torch.minimum(k.expand(scores.shape[:-1]), valid.sum(-1))
-    last = masked.topk(slots, dim=-1).values.gather(-1, (k - 1).clamp(min=0).unsqueeze(-1))
+    last = _lowest_kept(masked, k, slots)
     above, equal = masked > last, masked == last
     spare = k.unsqueeze(-1) - above.sum(-1, keepdim=True)
     mask = above | (equal & (equal.cumsum(-1) <= spare))
     return mask & valid
+
+
+def level_ties(scores: Tensor, k: Tensor, valid: Tensor, slots: int) -> Tensor:
+    """Give scores that differ from the lowest kept one by no more than rounding its very value, so that they tie.
+
+    Equal tokens have equal scores, but a matrix product rounds them differently in a batch, or beside a cache, of another shape.
+
+    Args:
+        scores: fp32 ``[..., N]``.
+        k, valid, slots: as in ``topk_mask``.
+
+    Returns:
+        fp32 ``[..., N]``; no score moves by more than ``128`` units in the last place of the largest valid one.
+    """
+    slots = max(1, min(slots, scores.shape[-1]))
+    last = _lowest_kept(scores.masked_fill(~valid, float("-inf")), k.expand(scores.shape[:-1]), slots)
+    largest = scores.abs().masked_fill(~valid, 0.0).amax(-1, keepdim=True)
+    rounding = 128 * torch.finfo(scores.dtype).eps * largest
+    return torch.where((scores - last).abs() <= rounding, last, scores)
+
+
+def _lowest_kept(scores: Tensor, k: Tensor, slots: int) -> Tensor:
+    """The ``k``-th largest of ``scores`` ``[..., N]``, ``[..., 1]``; ``slots`` bounds ``k``."""
+    return scores.topk(slots, dim=-1).values.gather(-1, (k - 1).clamp(min=0).unsqueeze(-1))
 
 
 def mask_to_indices(mask: Tensor, slots: int) -> Tensor:

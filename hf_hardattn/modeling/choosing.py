@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..distributions.noise import uniform
 from ..errors import HardAttentionError
 from ..estimators import Choice, Sampling
+from ..functional.topk import level_ties
 from ..scorers import Sequential
 from .candidates import Candidates, Masks, TrainingInputs
 from .context import Settings
@@ -56,6 +57,7 @@ def _is_plain(selector: Selector, candidates: Candidates, settings: Settings) ->
         and not selector.scorer.monotonic
         and not selector.runs_masked(settings)
         and not selector.data_dependent
+        and selector.once
         and selector.config.estimator != "soft"
     )
 
@@ -128,6 +130,9 @@ def _chosen_mask(
         k = torch.full(scores.shape[:-1], budget.slots(n - protected_rows), device=scores.device)
     else:
         k = budget.count(scores.detach(), masks.free)
+    if not selector.once and not settings.drawing:
+        # a query meets the same keys again, in a computation of another shape: with a cache, without, in another batch
+        scores = level_ties(scores, k, masks.free, slots)
     sampling = _sampling(selector, scores, masks.free, inputs, settings) if settings.drawing else None
     features = features.expand(scores.shape[0], -1, -1, -1)
     choice, scores = _ask_estimator(selector, scores, features, k, masks.free, slots, sampling)

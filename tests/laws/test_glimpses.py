@@ -314,7 +314,7 @@ def test_a_monotonic_query_reads_on(head, estimator):
 def test_a_cache_reads_on_from_where_the_step_before_read(head, beams, budget):
     example = reader(head, budget=budget)
     inputs = {name: example.batch[name] for name in ("input_ids", "attention_mask")}
-    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=beams, no_repeat_ngram_size=1)
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=beams)
     found = [example.model.generate(**inputs, **options, use_cache=cache) for cache in (True, False)]
     assert torch.equal(*found)
 

@@ -92,7 +92,7 @@ def test_generation_with_a_cache(architecture, head, padded, options):
     for pattern in patterns(stock(architecture, head).model):
         example = shared(architecture, head, pattern, padded, budget=3)
         inputs = {k: v for k, v in example.batch.items() if k not in ("labels", "decoder_input_ids")}
-        common = dict(do_sample=False, max_new_tokens=5, min_new_tokens=5, no_repeat_ngram_size=1)
+        common = dict(do_sample=False, max_new_tokens=5, min_new_tokens=5)
         cached = example.model.generate(**inputs, **common, **options)
         beams = {name: value for name, value in options.items() if name == "num_beams"}
         assert torch.equal(cached, example.model.generate(**inputs, **common, **beams, use_cache=False))
