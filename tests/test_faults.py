@@ -1243,3 +1243,21 @@ def test_sites_that_train_gathered_and_masked_mix_or_are_refused_when_attached(n
     loss = model.train()(**padded_texts()).loss
     loss.backward()
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("site", ["vision.inputs", "vision.self.*"])
+@pytest.mark.parametrize("place", ["embeddings.patch_embedding", "encoder.layers.0.self_attn.qkv"])
+def test_a_hook_on_a_projection_can_replace_what_it_computes(site: str, place: str) -> None:
+    model = blip(site, budget=0.5, scorer="first")
+    projection: Any = model.vision_model.get_submodule(place)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        plain = model.vision_model(pixel_values=pixels).last_hidden_state
+        hook = projection.register_forward_hook(lambda module, args, output: output * 2)
+        doubled = model.vision_model(pixel_values=pixels).last_hidden_state
+        hook.remove()
+        for parameter in projection.parameters():
+            parameter.mul_(2)
+        expected = model.vision_model(pixel_values=pixels).last_hidden_state
+    assert not torch.allclose(plain, doubled)
+    torch.testing.assert_close(doubled, expected)

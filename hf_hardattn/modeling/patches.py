@@ -14,6 +14,7 @@ from .arguments import Arguments, parameter_names
 from .context import ForwardContext
 from .offloading import weights_in_place
 from .plan import TowerPlan
+from .projection import is_bare
 from .rows import candidates_among
 from .selector import running
 from .spec import PatchSpec
@@ -173,10 +174,10 @@ def embed_patches(projection: nn.Module, pixels: Tensor, patches: Tensor, size: 
     across = tiles.shape[2]
     batch = torch.arange(len(pixels), device=pixels.device).unsqueeze(-1)
     found = tiles[batch, patches // across, patches % across]  # [B, K, C, h, w]
-    if type(projection) is nn.Conv2d:
+    if is_bare(projection, nn.Conv2d):
         with weights_in_place(projection):
             return nn.functional.linear(found.flatten(2), projection.weight.flatten(1), projection.bias)
-    # an adapter wraps the convolution: ask it for each patch as for an image, or its part would be lost
+    # an adapter or a hook stands around the convolution: ask it for each patch as for an image, or its part would be lost
     rows: Any = projection(found.flatten(0, 1))
     return rows.flatten(1).unflatten(0, patches.shape)
 

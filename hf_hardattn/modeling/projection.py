@@ -102,10 +102,18 @@ class AttentionView:
         fused = attrgetter(self.spec.fused)(self.module)
         width = fused.out_features // 3
         rows = slice(part * width, (part + 1) * width)
-        if type(fused) is nn.Linear and not fused.weight.is_meta and not hasattr(fused, "_hf_hook"):
+        if is_bare(fused, nn.Linear) and not hasattr(fused, "_hf_hook"):
             bias = None if fused.bias is None else fused.bias[rows]
             states = nn.functional.linear(states, fused.weight[rows], bias)
         else:
             # an adapter or a hook stands around the projection: call it whole, or its part would be lost
             states = fused(states)[..., rows]
         return states.view(*states.shape[:-1], -1, size).transpose(1, 2)
+
+
+def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is exactly of ``kind`` and no adapter, hook or other forward has a part in it, so that its weights tell all."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    # Accelerate's forward moves weights and nothing else
+    replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+    return type(module) is kind and not any(hooks) and not replaced
