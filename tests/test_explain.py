@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 import hf_hardattn
 from hf_hardattn import HardAttentionError
 from hf_hardattn.cli import app
+from hf_hardattn.inspection import report
 from hf_hardattn.inspection.attribution import EXPLANATIONS
 from hf_hardattn.inspection.model_with_processor import ModelWithProcessor
 from hf_hardattn.inspection.playground import build
@@ -92,7 +93,8 @@ def photos(tmp_path: Path) -> Path:
     folder.mkdir()
     for index in range(3):
         pixels = torch.randint(0, 255, (20, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
-        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+        image = Image.fromarray(pixels.numpy())
+        (image.convert("RGBA") if index == 1 else image).save(folder / f"{index}.png")
     return folder
 
 
@@ -106,7 +108,7 @@ def test_explain_a_folder_of_images(tmp_path: Path, photos: Path) -> None:
     result = run("explain", vit(tmp_path / "vit"), "--input", photos, "--output", tmp_path / "r.html")
     assert result.exit_code == 0, result.output
     made = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert made.count("<img") == 3 + 2 and "&lt;b&gt;" in made and "<b>" not in made
+    assert made.count("<img") == 2 * 3 + 2 and "&lt;b&gt;" in made and "<b>" not in made
     for expected in (
         "vision.inputs: keeps 50.0%; what it dropped (24 positions), given the selection, cannot influence the output",
         "vision.tokens.0: keeps 50.0%",
@@ -137,7 +139,7 @@ def test_explain_a_text_and_a_column(tmp_path: Path) -> None:
 def test_explain_a_caption(tmp_path: Path, photos: Path) -> None:
     bundle = ModelWithProcessor.load(str(blip(tmp_path / "blip")))
     made = explain(bundle, read_inputs(str(photos / "0.png")), measure=False)
-    assert made.count("<img") == 2 and "For each word, the patches" in made
+    assert made.count("<img") == 3 and "For each word, the patches" in made
     # so small a model may leak nothing on a batch, and its queries may keep every patch between them; the page says which
     known = (
         "the vision&#x27;s layers (they mixed it into the kept rows)",
@@ -146,13 +148,33 @@ def test_explain_a_caption(tmp_path: Path, photos: Path) -> None:
     assert "text.cross.0: keeps " in made and any(text in made for text in (*known, "none is dropped altogether"))
 
 
+def test_two_models_side_by_side(tmp_path: Path, photos: Path) -> None:
+    """Another hard model shows what differs, a stock one its answers alone; models of other inputs are refused."""
+    model = ViTForImageClassification.from_pretrained(vit(tmp_path / "one"))
+    torch.nn.init.normal_(model.vit.embeddings.patch_embeddings.projection.weight)
+    model.save_pretrained(tmp_path / "other")
+    hf_hardattn.remove(model).save_pretrained(tmp_path / "stock")
+    out = tmp_path / "r.html"
+    always = ["--input", photos, "--no-measure", "--output", out, "--overwrite"]
+    for name, images, rows in (("other", 3 * 3 + 1 + 2, 4), ("stock", 2 * 3 + 1, 3)):
+        result = run("explain", tmp_path / "one", "--beside", tmp_path / name, *always)
+        assert result.exit_code == 0, result.output
+        made = out.read_text(encoding="utf-8")
+        assert made.count("<img") == images and made.count("full attention</td>") == 4 * (rows // 2 + rows % 2)
+        assert f"About this page: {name}" in made and ("the first alone" in made) is (name == "other")
+    result = run("explain", tmp_path / "one", "--beside", t5(tmp_path / "t5"), *always)
+    assert result.exit_code and "one reads images and t5 reads texts" in str(result.exception)
+
+
 def test_a_comparison_that_is_left_out_is_named(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(evaluator: Any) -> None:
         raise ImportError("install <captum>")
 
     monkeypatch.setitem(EXPLANATIONS, "integrated gradients", absent)
+    monkeypatch.setattr(report, "rank_correlation", lambda *values: absent(values))
     made = explain(ModelWithProcessor.load(str(vit(tmp_path / "vit"))), read_inputs(str(photos / "0.png")))
     assert "Not compared with integrated gradients: install &lt;captum&gt;" in made
+    assert "Not compared with leave-one-out: install &lt;captum&gt;" in made
 
 
 def test_what_cannot_be_explained(tmp_path: Path, photos: Path) -> None:
@@ -205,7 +227,8 @@ def test_texts_and_images_of_other_families_are_explained_or_refused_in_words(tm
         hf_hardattn.save(model, tmp_path / head)
         processor.save_pretrained(tmp_path / head)
         bundles[head] = ModelWithProcessor.load(str(tmp_path / head))
-    assert "text.tokens" in explain(bundles["BertForSequenceClassification"], [text])
+    made = explain(bundles["BertForSequenceClassification"], [text])
+    assert "text.tokens" in made and "<mark>" in made
     assert "vision.tokens" in explain(bundles["SiglipForImageClassification"], [image], measure=False)
     with pytest.raises(HardAttentionError, match="BertModel neither classifies nor writes"):
         explain(bundles["BertModel"], [text])

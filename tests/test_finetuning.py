@@ -28,7 +28,7 @@ from hf_hardattn.functional.pooling import mean_rows
 from hf_hardattn.training import finetuning
 from hf_hardattn.training.evaluation import compare
 from hf_hardattn.training.loop import Task
-from hf_hardattn.training.rows import label_number
+from hf_hardattn.training.rows import label_number, label_numbers
 from hf_hardattn.training.videos import read_frames
 
 TEXT = {"vocab_size": 21, "bos_token_id": 3, "eos_token_id": 1, "sep_token_id": 1, "pad_token_id": 0}
@@ -456,6 +456,8 @@ def test_answer_outside_its_context(models: Path, data: Path, tmp_path: Path) ->
 
 def test_label_outside_the_map() -> None:
     names = ClassLabel(names=["cat", "dog"])
+    stale = ViTConfig(id2label={0: "a", 1: "dog"}, label2id={"LABEL_0": 0, "LABEL_1": 1})
+    assert label_numbers(stale) == {"a": 0, "dog": 1}  # a base's label2id does not name this model's classes
     assert label_number(1, names, {"dog": 7}) == 7 and label_number(3, None, {"3": 2}) == 2
     with pytest.raises(hf_hardattn.HardAttentionError, match="label 'cat' is none of the model's 1; it has: 'dog'"):
         label_number(0, names, {"dog": 7})

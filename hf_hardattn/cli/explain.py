@@ -28,6 +28,9 @@ def command(
     measure: Annotated[
         bool, typer.Option(help="Also measure faithfulness, which takes some hundred forward passes.")
     ] = True,
+    beside: Annotated[
+        str | None, typer.Option(help="Another checkpoint, hard or not, to show beside the first on every input.")
+    ] = None,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "",
 ) -> None:
     """Write a self-contained page that shows what a hard model kept, what that proves, and what it does not."""
@@ -43,7 +46,8 @@ def command(
         )
     named = input or map(str, sample.image_paths())
     inputs = [item for given in named for item in read_inputs(given, column, limit)][:limit]
-    page = explain(ModelWithProcessor.load(model), inputs, measure, title)
+    other = None if beside is None else ModelWithProcessor.load_any(beside)
+    page = explain(ModelWithProcessor.load(model), inputs, measure, title, other)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
     typer.echo(

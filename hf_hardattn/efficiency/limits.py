@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ def profile_call(call: Callable[[], object]) -> Profile:
     if gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile writes lines of its own into the output
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=activities, profile_memory=not gpu) as profiler:
         output = call()

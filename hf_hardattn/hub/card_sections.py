@@ -9,6 +9,16 @@ from .markdown import block, bullets, code, facts, number, plain, table
 from .record import VARIANTS, missing
 
 Record = dict[str, Any]
+# what a recipe calls its numbers, as a reader takes them in
+RECIPE_WORDS = {
+    "trunk_steps": "steps of the base checkpoint, with full attention",
+    "branch_steps": "steps of the model, from that checkpoint",
+    "trunk_warmup": "of them, warm-up (base checkpoint)",
+    "branch_warmup": "of them, warm-up (model)",
+    "ramp": "of the base checkpoint's training, until the task has its full difficulty (steps, or a share)",
+    "anneal": "of the model's training, until the budget is at its target (a share)",
+    "clutter": "pieces of clutter in an image",
+}
 
 
 def behaviour(record: Record) -> str:
@@ -47,7 +57,8 @@ def start(record: Record) -> str:
     lines += [f'model = hf_hardattn.load("{repo}")', "print(hf_hardattn.status(model))"]
     if record["form"] == "full" and auto.isidentifier():
         lines += ["", f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{repo}")  # the same']
-    return f"## Load\n{block('pip install hf-hardattn', 'bash')}\n\n{block(chr(10).join(lines), 'python')}"
+    where = f"{plain(record['availability'])}\n\n" if "availability" in record else ""
+    return f"## Load\n{where}{block('pip install hf-hardattn', 'bash')}\n\n{block(chr(10).join(lines), 'python')}"
 
 
 def selection(record: Record) -> str:
@@ -68,7 +79,7 @@ def selection(record: Record) -> str:
             "",
             "Recipe:",
             "",
-            facts(chosen["recipe"]),
+            facts({RECIPE_WORDS.get(name, name.replace("_", " ")): value for name, value in chosen["recipe"].items()}),
         ]
     )
 

@@ -28,9 +28,17 @@ class Measured:
         self.kind = kind
 
 
+class Optional:
+    """A field that may be left out."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+
 FIELDS: dict[str, Any] = {
     "name": WORDS,
     "repo_id": WORDS,
+    "availability": Optional(WORDS),  # where the weights are, while nothing can be loaded by that name
     "summary": WORDS,
     "form": WORDS,
     "model_class": WORDS,
@@ -177,11 +185,12 @@ def _problems_of_object(value: Any, kind: dict[str, Any], where: str) -> Iterato
     if not isinstance(value, dict):
         yield f"{where or 'the record'} is no object"
         return
-    for key in kind:
-        if key not in value:
+    for key, wanted in kind.items():
+        optional = isinstance(wanted, Optional)
+        if key in value:
+            yield from _problems(value[key], wanted.kind if optional else wanted, f"{where}.{key}".lstrip("."))
+        elif not optional:
             yield f"{where}.{key} is missing".lstrip(".")
-        else:
-            yield from _problems(value[key], kind[key], f"{where}.{key}".lstrip("."))
     for key in sorted(value.keys() - kind.keys()):
         yield f"{where}.{key} is unknown".lstrip(".")
 

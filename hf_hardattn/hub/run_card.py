@@ -49,7 +49,9 @@ def source_for(path: Path, repo_id: str | None = None) -> Path:
         return path
     if not path.exists() or not ((folder / SOURCE).is_file() or (folder / RESULTS).is_file()):
         raise HardAttentionError(
-            f"{path} holds neither {SOURCE} nor {RESULTS}; a card is written from what a training leaves. Name its --output_dir."
+            f"{path} holds neither {SOURCE} nor {RESULTS}; a card is written from what a training or an evaluation leaves. Name its "
+            "--output_dir. A model of another Trainer is evaluated first, into its own folder: scripts/evaluate.py --model_name_or_path "
+            f"{path} --output_dir {path}, with your validation data."
         )
     if not (folder / SOURCE).is_file():
         asked = (read_json(folder / RESULTS, str(folder)).get("arguments") or {}).get("hub_model_id")

@@ -121,13 +121,13 @@ class ModelWithProcessor:
                 raise HardAttentionError(f"{self.name} holds no tokenizer; save it beside the model to explain a text.")
             rows = self.processor(list(inputs), padding=True, truncation=True, return_tensors="pt")
             return {name: rows[name] for name in ("input_ids", "attention_mask")}
-        if self.processor is not None:
-            return {"pixel_values": self.processor(images=list(inputs), return_tensors="pt")["pixel_values"]}
         config = getattr(self.model.config, "vision_config", self.model.config)
-        side, mode = config.image_size, "L" if config.num_channels == 1 else "RGB"
+        images = [image.convert("L" if config.num_channels == 1 else "RGB") for image in inputs]  # no alpha, no palette
+        if self.processor is not None:
+            return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}
+        side = config.image_size
         pixels = [
-            torch.frombuffer(bytearray(image.convert(mode).resize((side, side)).tobytes()), dtype=torch.uint8)
-            for image in inputs
+            torch.frombuffer(bytearray(image.resize((side, side)).tobytes()), dtype=torch.uint8) for image in images
         ]
         stacked = torch.stack(pixels).view(len(inputs), side, side, config.num_channels)
         return {"pixel_values": stacked.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,6 +85,7 @@ def whole_image(pixel_values: Tensor) -> Any:
     axis = figure.subplots()
     axis.set_axis_off()
     axis.imshow(shown(pixel_values[0]).numpy())
+    axis.set_title("image", fontsize=8)  # as an overlay has one, beside which it stands
     return figure
 
 
@@ -162,7 +164,8 @@ def _grid(
 ) -> Any:
     batch = len(images)
     rows = -(-batch // columns)
-    figure = new_figure(1.55 * columns, 1.8 * rows + (0.35 if caption else 0))
+    caption = textwrap.fill(caption, 24 * columns)
+    figure = new_figure(1.55 * columns, 1.8 * rows + (0.2 + 0.15 * (caption.count("\n") + 1) if caption else 0))
     axes = figure.subplots(rows, columns, squeeze=False)
     for index, axis in enumerate(axes.flat):
         axis.set_axis_off()

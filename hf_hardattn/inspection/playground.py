@@ -17,7 +17,7 @@ from .html import paragraph, picture
 from .model_with_processor import ModelWithProcessor
 from .overlay import whole_image
 from .perturbation import PerturbationEvaluator
-from .report import pictures, quoted
+from .side_by_side import pictures, quoted
 from .uploads import MOST_BYTES, MOST_CHARACTERS, BoundedBodies, check_text, read_image
 
 # The browser itself then refuses every request to another host, whatever a library's page asks for.

@@ -106,11 +106,16 @@ def class_names(training: Any, label: str) -> dict[str, Any]:
     return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
 
 
+def label_numbers(config: Any) -> dict[str, int]:
+    """The number of each label of a classifier: ``id2label`` turned around, as ``label2id`` may still be its base checkpoint's."""
+    return {str(name): int(number) for number, name in (config.id2label or {}).items()}
+
+
 def label_number(value: Any, names: ClassLabel | None, label2id: dict[str, int]) -> int:
     """The model's number of a label.
 
     Args:
-        names: of the column, where it holds numbers for them. label2id: of the model's configuration.
+        names: of the column, where it holds numbers for them. label2id: of the model, see ``label_numbers``.
 
     Raises:
         HardAttentionError: the model has no such label.

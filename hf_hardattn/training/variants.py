@@ -61,7 +61,9 @@ def run(
     del models["base"]
     hard, inputs = models["hard"], next(task.test()).inputs
     tested = {name: task.evaluate(model) for name, model in models.items()}
-    checked = {name: value[:32] for name, value in inputs.items() if name != "labels"}
+    if not hard.config.is_encoder_decoder:  # a decoder is fed its labels
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    checked = {name: value[:32] for name, value in inputs.items()}
     own = [cost["base"], cost["hard"]]  # what this checkpoint took: the other two are there to be compared with
     rows, measured = _inference(models, {name: value[:64] for name, value in inputs.items()})
     groups, findings = _subgroups(task, models)
@@ -131,8 +133,6 @@ def _inference(
         with torch.inference_mode():
             return model(**inputs)
 
-    if not models["soft"].config.is_encoder_decoder:  # a decoder is fed its labels
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
     size = len(next(iter(inputs.values())))
     seconds = interleaved_seconds({name: partial(call, models[name]) for name in NAMES}, rounds=31)
     ratios = speedups(seconds, "soft")

@@ -10,6 +10,7 @@ reports, so that the card's table of seeds and its checkpoint stand apart.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
@@ -20,16 +21,21 @@ from typing import Any
 import torch
 import transformers
 
+from hf_hardattn.inspection.alignment import selection_matrix
 from hf_hardattn.inspection.overlay import patch_overlay
 from hf_hardattn.recording import record, selectors
 from hf_hardattn.training import tasks, variants
 from hf_hardattn.training.comparison import Comparison
+from hf_hardattn.training.tasks._texts import Texts
 
 
 @torch.no_grad()
 def draw(model: Any, task: tasks.Base, path: Path, images: int = 12) -> None:
-    """The first test images with what the model kept, each under the model's answer."""
+    """The first test images with what the model kept, each under the model's answer; of a text, which source tokens each written one read."""
     inputs = {name: value[:images] for name, value in next(task.test()).inputs.items()}
+    if isinstance(task, Texts):
+        draw_text(model, task, path)
+        return
     with record(model) as selections:
         found = model(**inputs).logits.argmax(-1).tolist()
     names, labels = model.config.id2label, inputs["labels"].tolist()
@@ -41,6 +47,17 @@ def draw(model: Any, task: tasks.Base, path: Path, images: int = 12) -> None:
         inputs["pixel_values"], selection, model.config.patch_size, titles, columns=6, caption=caption
     )
     figure.savefig(path, dpi=130)
+
+
+def draw_text(model: Any, task: Texts, path: Path) -> None:
+    """The test text in the middle of their lengths, against what the model writes."""
+    *_, batch = itertools.islice(task.test(), 1 + sum(1 for _ in task.test()) // 2)
+    source = {name: value[:1] for name, value in batch.inputs.items() if name != "labels"}
+    with record(model) as recording:
+        written = model.generate(**source, do_sample=False, num_beams=1, max_new_tokens=64)[0, 1:]
+    tokens = task.processor().convert_ids_to_tokens
+    figure = selection_matrix(recording, tokens(source["input_ids"][0]), tokens(written))
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def main() -> None:
@@ -80,6 +97,7 @@ def main() -> None:
     args.results_dir.mkdir(parents=True, exist_ok=True)
     (args.results_dir / f"{args.name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     task = tasks.load(comparison.task, comparison.task_options)
+    task.processor().save_pretrained(output / "hard")  # what a reader's inputs pass through
     draw(models["hard"], task, args.results_dir / f"{args.name}.png")
     for name, row in found["models"].items():
         print(f"{name:>6}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()))

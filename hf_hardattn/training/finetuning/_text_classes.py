@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from ..arguments import flag
 from ..metrics import accuracy
-from ..rows import class_names, label_number, text
+from ..rows import class_names, label_number, label_numbers, text
 from ..sources import column
 from . import TaskArguments
 from ._texts import TokensTask
@@ -42,7 +42,7 @@ class TextClasses(TokensTask):
 
     def build(self, config: PreTrainedConfig, processor: Any) -> None:
         super().build(config, processor)
-        self.label2id = {str(name): int(i) for name, i in (config.label2id or {}).items()}
+        self.label2id = label_numbers(config)
 
     def check_row(self, row: dict[str, Any]) -> None:
         text(row, self.text)

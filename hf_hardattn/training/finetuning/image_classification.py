@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, ViTForImageClassification
 
 from ..arguments import flag
 from ..metrics import accuracy
-from ..rows import class_names, label_number
+from ..rows import class_names, label_number, label_numbers
 from ..sources import column
 from ._images import ImageArguments, ImageTask
 
@@ -53,7 +53,7 @@ class ImageClassification(ImageTask):
 
     def build(self, config: PreTrainedConfig, processor: Any) -> None:
         super().build(config, processor)
-        self.label2id: dict[str, int] = {str(name): int(i) for name, i in (config.label2id or {}).items()}
+        self.label2id = label_numbers(config)
         self.mode = "L" if config.num_channels == 1 else "RGB"
 
     def check_row(self, row: dict[str, Any]) -> None:
