@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging as python_logging
 import threading
@@ -11,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from examples import build
 from hub_server.models import answer, harden, same, stock, with_adapter
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
 import hf_hardattn
+from hf_hardattn import models
 from hf_hardattn.errors import HardAttentionError
 from hf_hardattn.hub.fingerprints import fingerprint, fingerprint_of_format_1
 
@@ -105,6 +109,32 @@ def test_format_1_is_read_with_its_own_fingerprint(tmp_path: Path, saved: torch.
     edit(folder / "hard_attention.json", format=1, base_sha256="0" * 64)
     with pytest.raises(HardAttentionError, match=NOT_THE_BASE):
         hf_hardattn.load(folder)
+
+
+# constructors' options that no configuration holds, such as add_pooling_layer
+OPTIONS = [
+    (name, head, option.name, not option.default)
+    for name in models.names()
+    for head in models.load(name).spec.heads
+    for option in inspect.signature(getattr(transformers, head, object)).parameters.values()
+    if isinstance(option.default, bool)
+]
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["full", "selectors"])
+@pytest.mark.parametrize(("family", "head", "option", "value"), OPTIONS)
+def test_options_of_the_constructor_are_read_from_the_weights(
+    tmp_path: Path, family: str, head: str, option: str, value: bool, alone: bool
+) -> None:
+    example = build(family, head)
+    model = type(example.model)(example.model.config, **{option: value}).eval()
+    assert model.state_dict().keys() != example.model.state_dict().keys()
+    model.save_pretrained(tmp_path / "base")
+    harden(model, {"sites": ["*.tokens.0"], "budget": 0.5})
+    hf_hardattn.save(model, tmp_path / "saved", selectors_only=alone, base_model=str(tmp_path / "base"))
+    loaded = hf_hardattn.load(tmp_path / "saved")
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(model(**example.batch)[0], loaded(**example.batch)[0])
 
 
 FORMS = {"full": "model", "selectors": "selectors", "peft": "adapter_model"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,6 +122,7 @@ def build(
             f"{where} holds adapter_config.json beside the weights of a model; a base model is whole, without an adapter of its own. "
             "Merge the adapter (merge_and_unload) and save the result, or remove the file."
         )
+    kwargs = options_of(config, cls, header, where) | kwargs
     whole_numbers = {
         name.rpartition(".")[2]
         for name, buffer in blueprint(config, cls, header, where).named_buffers()
@@ -152,15 +154,37 @@ def build(
     return model, set(info["missing_keys"])
 
 
-def blueprint(config: PreTrainedConfig, cls: type[PreTrainedModel], header: Header, where: str) -> nn.Module:
+def options_of(config: PreTrainedConfig, cls: type[PreTrainedModel], header: Header, where: str) -> dict[str, bool]:
+    """What the constructor takes beside the configuration, such as ``add_pooling_layer`` and ``use_mask_token``, as the weights have it.
+
+    No file of a checkpoint names these options; each adds weights, and whether they are there says how it was set.
+    """
+    found = {}
+    for option in inspect.signature(cls).parameters.values():
+        if isinstance(option.default, bool):
+            without, added = (
+                set(blueprint(config, cls, header, where, **{option.name: value}).state_dict())
+                for value in (False, True)
+            )
+            if endings := tuple(added - without):  # a checkpoint of a larger model has a prefix in front of them
+                found[option.name] = any(name.endswith(endings) for name in header.shapes)
+    return found
+
+
+def blueprint(
+    config: PreTrainedConfig, cls: type[PreTrainedModel], header: Header, where: str, **options: bool
+) -> nn.Module:
     """The model on the meta device: names and shapes only, so whatever the configuration says, it costs nothing.
+
+    Args:
+        options: of the constructor, beside the configuration.
 
     Raises:
         HardAttentionError: a configuration that makes no model, or one much larger than its weights.
     """
     try:
         with torch.device("meta"):
-            model = cls(copy.deepcopy(config))
+            model = cls(copy.deepcopy(config), **options)
         count = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     except HardAttentionError:
         raise
