@@ -265,6 +265,28 @@ def blip_example(head: type, **changes: Any) -> Example:
     return Example(head(config), batch)
 
 
+def blip_2_example(head: Any, **changes: Any) -> Example:
+    """BLIP-2 with a T5 behind its Q-Former, whose first and third layer read the image."""
+    size = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=3)
+    vision = dict(size, intermediate_size=37, image_size=12, patch_size=4, initializer_range=0.05)
+    words = dict(TEXT_SIZES, intermediate_size=29, encoder_hidden_size=24, cross_attention_frequency=2)
+    config = head.config_class(
+        vision_config=vision,
+        qformer_config={**words, "use_qformer_text_input": head.__name__.endswith("Retrieval"), **changes},
+        text_config=t5_example(transformers.T5ForConditionalGeneration).model.config.to_dict(),  # type: ignore[operator]
+        num_query_tokens=3,
+        image_token_index=52,
+        image_text_hidden_size=13,
+    )
+    batch: dict[str, Any] = {"pixel_values": torch.randn(3, 3, 12, 12)}
+    if head.__name__.endswith(("Generation", "Retrieval")):
+        batch["input_ids"], batch["attention_mask"] = padded_ids()
+    if head.__name__.endswith("Generation"):
+        batch["input_ids"][:, :3] = 52  # where the image's rows go
+        batch["labels"] = torch.randint(2, 53, (3, 7))
+    return Example(head(config), batch)
+
+
 def gru_example(**changes: Any) -> Example:
     sizes = dict(vocab_size=53, d_model=22, num_layers=2, num_decoder_layers=2, num_attention_heads=2, dropout=0.0)
     config = GruConfig(**{**sizes, **changes})
@@ -284,4 +306,5 @@ ODD: dict[str, Callable[..., Example]] = {
     **dict.fromkeys(("t5", "mt5", "umt5"), t5_example),
     **dict.fromkeys(("bart", "mbart", "whisper"), bart_example),
     "blip": blip_example,
+    "blip_2": blip_2_example,
 }

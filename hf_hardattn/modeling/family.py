@@ -63,10 +63,12 @@ class Tower:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of its sites; a tower without cross-attention layers has no ``cross`` sites."""
-        layers = self.layers
-        has_cross = self.spec.cross is not None and len(layers) > 0 and hasattr(layers[0], _first(self.spec.cross))
-        has_cross = has_cross and _has_submodule(layers[0], self.spec.cross or "")
+        has_cross = any(self.crosses(layer) for layer in self.layers)
         return tuple(kind for kind in self.spec.kinds if kind != "cross" or has_cross)
+
+    def crosses(self, layer: nn.Module) -> bool:
+        """Whether a layer has a cross-attention; a tower may have it in some of its layers only."""
+        return self.spec.cross is not None and _has_submodule(layer, self.spec.cross)
 
     @property
     def protected(self) -> Protected:
@@ -91,8 +93,9 @@ class Tower:
         """Yield ``(site, kind, layer)``."""
         for kind in self.kinds:
             if kind != "inputs":
-                for layer in range(len(self.layers)):
-                    yield f"{self.name}.{kind}.{layer}", kind, layer
+                for index, layer in enumerate(self.layers):
+                    if kind != "cross" or self.crosses(layer):
+                        yield f"{self.name}.{kind}.{index}", kind, index
             elif len(self.layers):
                 yield f"{self.name}.inputs", kind, 0
 
@@ -128,10 +131,6 @@ def _fits(spec: TowerSpec, module: Any) -> bool:
     if spec.where:
         return all(getattr(module, name, None) == value for name, value in spec.where.items())
     return spec.causal or not getattr(module.config, "is_decoder", False)
-
-
-def _first(path: str) -> str:
-    return path.split(".")[0]
 
 
 def _has_submodule(layer: nn.Module, path: str) -> bool:

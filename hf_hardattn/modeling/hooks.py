@@ -164,8 +164,7 @@ def _own_sites(tower: Tower, plan: LayerPlan) -> tuple[str, ...]:
 
 def _layer_plan(tower: Tower, index: int) -> LayerPlan:
     spec, layer = tower.spec, tower.layers[index]
-    kinds = tower.kinds
-    has_cross = "cross" in kinds
+    kinds = [kind for kind in tower.kinds if kind != "cross" or tower.crosses(layer)]
     plan = LayerPlan(
         tower=tower.name,
         index=index,
@@ -173,7 +172,7 @@ def _layer_plan(tower: Tower, index: int) -> LayerPlan:
         attention=spec.attention,
         attention_spec=spec.attention_spec,
         norm=spec.norm,
-        cross=spec.cross if has_cross else None,
+        cross=spec.cross if "cross" in kinds else None,
         cross_spec=spec.cross_spec,
         protected=tower.protected,
         source_protected=source_protected(tower),
@@ -186,7 +185,7 @@ def _layer_plan(tower: Tower, index: int) -> LayerPlan:
     if "self" in kinds:
         plan.own = _selector_at(tower, "self", index) is not None
         plan.follows = tower.attention(layer, "self").__dict__.get(FOLLOWS)
-    if has_cross:
+    if "cross" in kinds:
         plan.crosses = _selector_at(tower, "cross", index) is not None
         plan.cross_follows = tower.attention(layer, "cross").__dict__.get(FOLLOWS)
     for kind in ("self", "cross"):

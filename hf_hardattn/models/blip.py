@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..modeling import heads
-from ..modeling.context import ForwardContext, current_context, set_current
 from ..modeling.spec import AttentionSpec, ModelSpec, PatchSpec, TowerSpec
+from . import _generate
 
 VISION = TowerSpec(
     "vision",
@@ -93,30 +92,6 @@ def target_table(model: Any) -> Tensor | None:
     return None if decoder is None else decoder.bert.embeddings.word_embeddings.weight
 
 
-def generate_in_one_call(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """``generate`` with one context around it: the text decoder then knows which image rows were kept."""
-    if current_context() is not None:
-        return type(model).generate(model, *args, **kwargs)
-    set_current(ForwardContext(model))
-    try:
-        return type(model).generate(model, *args, **kwargs)
-    finally:
-        set_current(None)
-
-
-def prepare(model: nn.Module) -> None:
-    """Wrap ``generate`` of a hard model; ``release`` undoes it."""
-    if hasattr(model, "text_decoder"):
-        model.__dict__["generate"] = functools.partial(generate_in_one_call, model)
-
-
-def release(model: nn.Module) -> None:
-    """Take the wrapper off."""
-    found = model.__dict__.get("generate")
-    if isinstance(found, functools.partial) and found.func is generate_in_one_call:
-        del model.__dict__["generate"]
-
-
 BLIP = ModelSpec(
     name="blip",
     family="transformers.models.blip.",
@@ -128,7 +103,7 @@ BLIP = ModelSpec(
         "labels": labels,
         "target_table": target_table,
         "token_loss": heads.pair_loss,
-        "prepare": prepare,
-        "release": release,
+        "prepare": _generate.prepare,
+        "release": _generate.release,
     },
 )

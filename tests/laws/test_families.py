@@ -10,6 +10,7 @@ import transformers
 from cases import harden, run
 from examples import IMAGE_SIZES, TEXT_SIZES, Example, build, padded_ids
 from family_checks import CHECKS, applies, subjects
+from rounding import MANY, assert_rounded
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError
@@ -53,6 +54,37 @@ def test_a_model_of_two_encoders_has_the_sites_of_both(tmp_path):
     model.eval().save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(run(Example(again, batch))["logits_per_text"], run(Example(model, batch))["logits_per_text"])
+
+
+@pytest.mark.parametrize("site", ["vision.inputs", "vision.tokens.0", "vision.self.1"])
+def test_blip_2_reads_images_as_blip_does(site):
+    """Its image tower is BLIP's, whose reference is a loop."""
+    found = []
+    for cls in (transformers.Blip2VisionModel, transformers.BlipVisionModel):
+        torch.manual_seed(0)
+        model = cls(cls.config_class(**dict(IMAGES, num_channels=3, initializer_range=0.3))).eval()
+        harden(model, {"sites": [site], "budget": 0.5, "scorer": "linear"})
+        if found:
+            model.load_state_dict(found[0].state_dict())
+        found.append(model)
+    batch = {"pixel_values": torch.randn(3, 3, 12, 12)}
+    expected, other = (run(Example(model, batch)) for model in found)
+    for name in expected:
+        assert_rounded(other[name], expected[name], MANY, name)
+
+
+def test_a_threshold_reaches_the_q_former_while_writing():
+    """``generate`` calls the towers one by one, and tells the Q-Former of no rows that are missing."""
+    example = build("blip_2", "Blip2ForConditionalGeneration")
+    model = example.model.eval()
+    harden(model, {"sites": ["vision.tokens.0"], "budget": "top_p:0.6", "scorer": "linear"})
+    inputs = {name: value for name, value in example.batch.items() if name != "labels"}
+    start = torch.zeros(3, 1, dtype=torch.long)
+    with hf_hardattn.record(model) as recording:
+        expected = model(**inputs, decoder_input_ids=start).logits[:, -1]
+    assert len({int(n) for n in recording[0].mask.sum(-1).flatten()}) > 1, "every row kept as many"
+    output = model.generate(**inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    assert_rounded(output.logits[0], expected, MANY, "logits")
 
 
 @pytest.mark.parametrize(("kind", "tower"), [("EncoderDecoder", "text"), ("VisionEncoderDecoder", "vision")])

@@ -1,0 +1,35 @@
+"""``generate`` of models that call their towers one by one in it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+from transformers import GenerationMixin
+
+from ..modeling.context import ForwardContext, current_context, set_current
+
+
+def generate_in_one_call(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` with one context around it: what reads the image then knows which of its rows were kept."""
+    if current_context() is not None:
+        return type(model).generate(model, *args, **kwargs)
+    set_current(ForwardContext(model))
+    try:
+        return type(model).generate(model, *args, **kwargs)
+    finally:
+        set_current(None)
+
+
+def prepare(model: nn.Module) -> None:
+    """Wrap ``generate`` of a hard model that has one of its own; ``release`` undoes it."""
+    if getattr(type(model), "generate", GenerationMixin.generate) is not GenerationMixin.generate:
+        model.__dict__["generate"] = functools.partial(generate_in_one_call, model)
+
+
+def release(model: nn.Module) -> None:
+    """Take the wrapper off."""
+    found = model.__dict__.get("generate")
+    if isinstance(found, functools.partial) and found.func is generate_in_one_call:
+        del model.__dict__["generate"]
