@@ -32,6 +32,7 @@ from hf_hardattn.cli import app
 from hf_hardattn.inspection import report
 from hf_hardattn.inspection.attribution import EXPLANATIONS
 from hf_hardattn.inspection.model_with_processor import ModelWithProcessor
+from hf_hardattn.inspection.perturbation import PerturbationEvaluator
 from hf_hardattn.inspection.playground import build
 from hf_hardattn.inspection.report import explain
 from hf_hardattn.inspection.sources import read_inputs
@@ -229,11 +230,33 @@ def test_texts_and_images_of_other_families_are_explained_or_refused_in_words(tm
         bundles[head] = ModelWithProcessor.load(str(tmp_path / head))
     made = explain(bundles["BertForSequenceClassification"], [text])
     assert "text.tokens" in made and "<mark>" in made
+    page = explain(bundles["LlamaForCausalLM"], [text, " ".join(WORDS[2:5])])
+    assert page.count('class="hfha"') == 2 and "How faithful that is, measured" in page
     assert "vision.tokens" in explain(bundles["SiglipForImageClassification"], [image], measure=False)
     with pytest.raises(HardAttentionError, match="BertModel neither classifies nor writes"):
         explain(bundles["BertModel"], [text])
-    with pytest.raises(HardAttentionError, match="LlamaForCausalLM goes on writing its input"):
-        explain(bundles["LlamaForCausalLM"], [text])
+
+
+@pytest.mark.parametrize("site", ["decoder.inputs", "decoder.tokens.0", "decoder.self.1"])
+def test_an_answer_behind_a_prompt_has_the_probability_with_which_it_was_written(site: str) -> None:
+    torch.manual_seed(0)
+    model = example("llama", "LlamaForCausalLM", pad_token_id=0, num_key_value_heads=3, attention_dropout=0.0).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    hf_hardattn.apply(model, {"sites": [site], "budget": 0.5, "scorer": "linear"})
+    ids = torch.randint(2, 40, (2, 7)).masked_fill(torch.arange(7) < torch.tensor([[0], [3]]), 0)
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    evaluator = PerturbationEvaluator(model.eval(), batch, answer_tokens=5)
+    written = model.generate(
+        **batch, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    logs = torch.stack(written.logits, 1).log_softmax(-1).gather(-1, written.sequences[:, 7:, None])[..., 0]
+    expected = ((logs * evaluator.counted).sum(-1) / evaluator.counted.sum(-1)).exp()
+    torch.testing.assert_close(evaluator.full, expected)
+    assert (evaluator(evaluator.places & False) - expected).abs().max() > 1e-3
+    if site == "decoder.inputs":
+        torch.testing.assert_close(evaluator(evaluator.own()), expected)
 
 
 def test_every_form_of_a_checkpoint_is_explained(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def random(evaluator: PerturbationEvaluator, seed: int = 0) -> Tensor:
 
 def soft_attention(evaluator: PerturbationEvaluator) -> Tensor:
     """Attention of the same weights run soft: of the decoder to the input where there is one (mean over layers, heads and steps),
-    else of CLS, or of all tokens, in the last layer (mean over heads)."""
+    else of CLS, of a prompt's last token, or of all tokens, in the last layer (mean over heads)."""
     teacher = teach(evaluator.model, lambda **keywords: evaluator.model(**evaluator.batch, **keywords), attention=True)
     towers = family_of(evaluator.model).towers(evaluator.model)  # type: ignore[union-attr]  # the evaluator knows the model
     cross = [
@@ -51,6 +51,8 @@ def soft_attention(evaluator: PerturbationEvaluator) -> Tensor:
         layer: m for (name, kind, layer), m in teacher.attention.items() if (name, kind) == (evaluator.tower, "self")
     }
     last = own[max(own)].mean(1)
+    if evaluator.goes_on:
+        return last[:, -1]
     return last[:, 0] if evaluator.tower == "vision" else last.mean(1)
 
 

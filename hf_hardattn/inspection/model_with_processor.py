@@ -96,6 +96,11 @@ class ModelWithProcessor:
         return hasattr(self.model.config, "vision_config") or hasattr(self.model.config, "patch_size")
 
     @property
+    def goes_on(self) -> bool:
+        """True if the model writes behind its input, which its output repeats."""
+        return not self.takes_images and self.model.can_generate() and not self.model.config.is_encoder_decoder
+
+    @property
     def hard(self) -> bool:
         """True if the model has sites."""
         return bool(selectors(self.model))
@@ -119,7 +124,10 @@ class ModelWithProcessor:
                 )
             if self.processor is None:
                 raise HardAttentionError(f"{self.name} holds no tokenizer; save it beside the model to explain a text.")
-            rows = self.processor(list(inputs), padding=True, truncation=True, return_tensors="pt")
+            padding: dict[str, Any] = {"padding": True}
+            if self.goes_on:  # the last token of a prompt stands at the end
+                padding = {"padding": len(inputs) > 1, "padding_side": "left"}
+            rows = self.processor(list(inputs), truncation=True, return_tensors="pt", **padding)
             return {name: rows[name] for name in ("input_ids", "attention_mask")}
         config = getattr(self.model.config, "vision_config", self.model.config)
         images = [image.convert("L" if config.num_channels == 1 else "RGB") for image in inputs]  # no alpha, no palette
@@ -142,8 +150,9 @@ class ModelWithProcessor:
         else:
             output = self._run(batch, max_new_tokens)
         if isinstance(output, Tensor):
-            text = self.tokenizer.decode(output[0], skip_special_tokens=True)
-            return Prediction(text, None, recording, output[0, 1:].tolist())
+            written = output[0, batch["input_ids"].shape[1] if self.goes_on else 0 :]
+            text = self.tokenizer.decode(written, skip_special_tokens=True)
+            return Prediction(text, None, recording, written[0 if self.goes_on else 1 :].tolist())
         if output.get("logits") is None or output.logits.dim() != 2:
             raise HardAttentionError(
                 f"{type(self.model).__name__} neither classifies nor writes, so there is no answer to explain. Save the model with such a head; "

@@ -24,7 +24,7 @@ class PerturbationEvaluator:
     mean of its tokens'. The model is evaluated in evaluation mode, without gradient.
 
     Args:
-        model: with a head that classifies, or an encoder-decoder or captioner that writes; hard or soft.
+        model: with a head that classifies, or one that writes; hard or soft.
         batch: keyword inputs; labels in it are left out.
         removal: ``"select"`` computes on the given part only, through the model's ``inputs`` site: what is left out is not there.
             ``"replace"`` greys patches (0, the mean of normalised pixels) and masks tokens. None takes ``select`` where the model
@@ -41,11 +41,7 @@ class PerturbationEvaluator:
         self.model: Any = model
         self.batch = {name: value for name, value in batch.items() if name not in NOT_INPUTS and value is not None}
         self.tower, self.places, self.protected = choosable(model, self.batch)
-        if self.tower == "decoder":
-            raise HardAttentionError(
-                f"{type(model).__name__} goes on writing its input, so that there is no answer apart from it to score. record() and verify() "
-                "show what a decoder keeps of its prompt; an evaluator takes classifiers, encoder-decoders and captioners."
-            )
+        self.goes_on = self.tower == "decoder" and self.model.can_generate()  # the answer follows the input in one row
         self.family: Any = family_of(model)
         self.site = f"{self.tower}.inputs"
         selector = selectors(model).get(self.site)
@@ -65,7 +61,10 @@ class PerturbationEvaluator:
         """``p(y^ | keep)``, fp32 ``[B]``; ``keep``: bool ``[B, P]``, to which CLS or ``</s>`` is added."""
         with torch.no_grad():
             if self.removal == "select":
-                with replay(self.model, {self.site: keep | self.protected}):
+                kept = keep | self.protected
+                if self.goes_on:
+                    kept = nn.functional.pad(kept, (0, self.answer.shape[1]), value=True)
+                with replay(self.model, {self.site: kept}):
                     return self.probability()
             return self.probability(self.replaced(~keep & self.places))
 
@@ -85,11 +84,12 @@ class PerturbationEvaluator:
 
     def probability(self, batch: Mapping[str, Any] | None = None) -> Tensor:
         """``p(y^ | batch)``, with gradient where it is enabled; the batch as it is by default."""
-        output = self.model(**(self.batch if batch is None else batch))
+        batch = self.batch if batch is None else batch
+        output = self.model(**(self._answered(batch) if self.goes_on else batch))
         logs = _logits(self.model, output).float().log_softmax(-1)
         if self.answer.dim() == 1:
             return logs.gather(-1, self.answer[:, None])[:, 0].exp()
-        logs = logs[:, -self.steps : -1] if self.tower == "vision" else logs
+        logs = logs[:, -self.steps : -1] if self.tower == "vision" or self.goes_on else logs
         tokens = logs.gather(-1, self.answer[:, :, None])[..., 0] * self.counted
         return (tokens.sum(-1) / self.counted.sum(-1).clamp(min=1)).exp()
 
@@ -106,15 +106,31 @@ class PerturbationEvaluator:
         texts = self.model.generate(
             **self.batch, max_new_tokens=answer_tokens, max_length=None, num_beams=1, do_sample=False
         )
-        prompt = self.batch["input_ids"].shape[1] if self.tower == "vision" and "input_ids" in self.batch else 1
+        in_front = self.goes_on or (self.tower == "vision" and "input_ids" in self.batch)
+        prompt = self.batch["input_ids"].shape[1] if in_front else 1
         self.steps = texts.shape[1] - prompt + 1
         self.answer = texts[:, prompt:]
         ends = torch.isin(self.answer, torch.tensor(_ends(self.model), device=texts.device))
         self.counted = ((ends.cumsum(-1) - ends.long()) == 0).float()  # up to the first end, which counts
         if self.tower == "vision":
             self.batch |= {"input_ids": texts, "attention_mask": torch.ones_like(texts)}
-        else:
+        elif not self.goes_on:
             self.batch["decoder_input_ids"] = texts[:, :-1]
+
+    def _answered(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A prompt with the answer behind it; the labels say where the prompt, from which sites choose, ends."""
+        answer = self.answer
+        name, rows = "input_ids", answer
+        if name not in batch:
+            name, rows = "inputs_embeds", self.model.get_input_embeddings()(answer)
+        prompt = batch[name]
+        mask = batch.get("attention_mask", torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device))
+        return {
+            **batch,
+            name: torch.cat((prompt, rows), 1),
+            "attention_mask": torch.cat((mask, torch.ones_like(answer)), 1),
+            "labels": torch.cat((torch.full_like(mask, -100), answer), 1),
+        }
 
 
 def choosable(model: nn.Module, batch: Mapping[str, Any]) -> tuple[str, Tensor, Tensor]:

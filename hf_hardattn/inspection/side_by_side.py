@@ -124,7 +124,9 @@ def pictures(
     row = bundle.tokenizer(given, truncation=True, return_offsets_mapping=True)
     offsets = [(int(start), int(end)) for start, end in row["offset_mapping"]]
     for site in sites:
-        if site.split(".")[1] in ("inputs", "tokens"):
+        kind = site.split(".")[1]
+        # a prompt's keys are chosen once, for all that is written behind it
+        if kind in ("inputs", "tokens") or (kind == "self" and bundle.goes_on):
             found.append(paragraph(f"{site}:", "note"))
             found.append(token_highlight(recording, given, offsets, site))
     if cross:
