@@ -1,23 +1,25 @@
 """Search by sentence embeddings with a MiniLM that reads part of each document: train it from its own embeddings, and measure.
 
     python scripts/data/prepare_summarisation.py --output outputs/data/descriptions --fewest 40 --most 120 --held-out 2000
-    python scripts/research/sentence_embeddings.py --model PATH/TO/all-MiniLM-L6-v2 --data outputs/data/descriptions
+    python scripts/research/sentence_embeddings.py quality --model PATH/TO/all-MiniLM-L6-v2 --data outputs/data/descriptions
+    python scripts/research/sentence_embeddings.py words --model ... --data ... --wordnet wordnet/usr/share/wordnet
+    python scripts/research/sentence_embeddings.py timing --model ... --data ...      # on a quiet machine
 
 The documents are long descriptions of packages, the queries their one-line synopses; training and test share no source package. The
 hard model drops tokens of the documents behind one layer, and learns from the embeddings that the original model makes of whole documents, with a
-ratio drawn anew in each step; queries are read whole. Beside it stand random tokens, the first tokens, and documents that were cut to as many
-tokens before the first layer. Nothing is chosen on the test rows. Results are added to --output, one line a variant.
+ratio drawn anew in each step; queries are read whole. Beside it stand random tokens, the first tokens, and documents that are cut to as many
+tokens before the first layer, each trained in the same way for as many steps. Nothing is chosen on the test rows. ``quality`` trains and
+tests with one seed, ``words`` counts which words the learned model of that seed kept, ``timing`` encodes with the models that ``quality``
+left in --models. Each adds its part to --output; what stands there of a seed is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
-import math
 import statistics
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +33,32 @@ from hf_hardattn.functional.pooling import mean_rows
 from hf_hardattn.training.fine_tune import fine_tune
 from hf_hardattn.training.finetuning.sentence_embeddings import search
 
-BATCH = 32
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+BATCH, LONGEST = 32, 256
+# a choice of the first tokens in front of the first layer is a text that was cut
+VARIANTS = {
+    "learned": ("text.tokens.0", "mlp"),
+    "random": ("text.tokens.0", "random"),
+    "first": ("text.tokens.0", "first"),
+    "cut text": ("text.inputs", "first"),
+}
+CLASSES = {"1": "nouns", "2": "verbs", "3": "adjectives", "4": "adverbs", "5": "adjectives"}
+FUNCTION_WORDS = frozenset(
+    """a about above after against all also an and any are as at be because been before being below between both but by can could did do does
+    each either for from had has have he her here his how i if in into is it its itself may me might must my neither no nor not of off on or
+    other our out over own same shall she should so some such than that the their them then there these they this those through to too under
+    until up upon us was we were what when where whether which while who whose will with within without would you your""".split()
+)
 
 
 class Encoder:
     """Texts to unit vectors: the mean of the rows that a model leaves, as MiniLM pools."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, share: float = 1.0, longest: int = 254):
-        self.model, self.tokenizer, self.share, self.longest = model, tokenizer, share, longest
+    def __init__(self, model: nn.Module, tokenizer: Any):
+        self.model, self.tokenizer = model, tokenizer
 
-    def batch(self, texts: list[str]) -> dict[str, Tensor]:
-        """Token ids; each text cut to ``longest`` tokens, and to ``share`` of them."""
-        rows = self.tokenizer(texts, truncation=True, max_length=self.longest, add_special_tokens=False)["input_ids"]
-        rows = [row[: math.ceil(self.share * len(row))] for row in rows]
-        ends = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        return dict(self.tokenizer.pad({"input_ids": [[ends[0], *row, ends[1]] for row in rows]}, return_tensors="pt"))
+    def batch(self, texts: list[str]) -> Any:
+        """Token ids of texts, padded."""
+        return self.tokenizer(texts, truncation=True, max_length=LONGEST, padding=True, return_tensors="pt")
 
     def __call__(self, texts: list[str]) -> Tensor:
         """fp32 ``[B, D]``."""
@@ -68,18 +77,30 @@ class Encoder:
         return found
 
 
-def train(arguments: Any, folder: Path) -> None:
-    """Train the hard model as ``hf-hardattn train encoder --task sentence_embeddings`` does, a ratio drawn anew in each step."""
-    sampled = {"sample": [min(arguments.shares) * 0.8, min(1.0, max(arguments.shares) * 1.4)]}
+def test_rows(arguments: Any) -> tuple[list[str], list[str]]:
+    """Documents and their queries."""
+    lines = (arguments.data / "test.jsonl").read_text(encoding="utf-8").splitlines()[: arguments.test]
+    rows = [json.loads(line) for line in lines]
+    return [row["document"] for row in rows], [row["summary"] for row in rows]
+
+
+def place(arguments: Any, name: str) -> Path:
+    """Where the trained model of a variant is."""
+    return Path(arguments.models) / f"{name.replace(' ', '_')}-{arguments.seed}"
+
+
+def train(arguments: Any, name: str) -> None:
+    """Train a variant as ``hf-hardattn train encoder --task sentence_embeddings`` does, a ratio drawn anew in each step."""
+    site, scorer = VARIANTS[name]
     flags = {
         "task": "sentence_embeddings",
         "model_name_or_path": arguments.model,
         "train_file": arguments.data / "train.jsonl",
         "text_column": "document",
         "max_source_length": arguments.train_tokens,
-        "sites": arguments.site,
-        "budget": json.dumps(sampled),
-        "scorer": "mlp",
+        "sites": site,
+        "budget": json.dumps({"sample": arguments.sampled}),
+        "scorer": scorer,
         "estimator": "simple",
         "learning_rate": 3e-5,
         "selector_learning_rate": 2e-3,
@@ -88,89 +109,169 @@ def train(arguments: Any, folder: Path) -> None:
         "max_train_steps": arguments.steps,
         "per_device_train_batch_size": arguments.train_batch,
         "seed": arguments.seed,
-        "output_dir": folder,
+        "output_dir": place(arguments, name),
     }
-    fine_tune("encoder", [word for name, value in flags.items() for word in (f"--{name}", str(value))] + ["--cpu"])
+    fine_tune("encoder", [word for flag, value in flags.items() for word in (f"--{flag}", str(value))] + ["--cpu"])
 
 
-def variants(soft: nn.Module, tokenizer: Any, hard: nn.Module, arguments: Any) -> Iterator[tuple[str, float, Encoder]]:
-    """Name, kept share and encoder of everything that is measured."""
-    yield "full attention", 1.0, Encoder(soft, tokenizer)
-    for share in arguments.shares:
-        hf_hardattn.set_budget(hard, share)
-        yield "learned", share, Encoder(hard, tokenizer)
-        for scorer in ("random", "first"):
-            control = BertModel.from_pretrained(arguments.model, add_pooling_layer=False)
-            config = {"sites": [arguments.site], "scorer": scorer, "budget": share}
-            yield scorer, share, Encoder(hf_hardattn.apply(control.eval(), config), tokenizer)
-        yield "cut text", share, Encoder(soft, tokenizer, share)
+def load(arguments: Any, name: str, share: float) -> nn.Module:
+    """The trained model of a variant at a share of the tokens; the original where the variant has none."""
+    folder = arguments.model if name == "full attention" else place(arguments, name)
+    model = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    if name != "full attention":
+        hf_hardattn.set_budget(model, share)
+    return model
 
 
-def seconds(encoders: dict[str, Encoder], texts: list[str], rounds: int) -> dict[str, float]:
-    """Median seconds for all texts, in interleaved rounds."""
-    found: dict[str, list[float]] = {name: [] for name in encoders}
-    for _ in range(rounds):
-        for name, encoder in encoders.items():
+def quality(arguments: Any, results: dict[str, Any]) -> None:
+    """Train every variant with one seed, and search with it."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    documents, questions = test_rows(arguments)
+    lengths = [len(ids) for ids in tokenizer(documents, truncation=True, max_length=LONGEST)["input_ids"]]
+    results |= {"model": "all-MiniLM-L6-v2", "documents": len(documents)}
+    results |= {"steps": arguments.steps, "train_batch": arguments.train_batch, "trained": list(VARIANTS)}
+    results |= {
+        "site": VARIANTS["learned"][0],
+        "tokens": statistics.mean(lengths),
+        "hf_hardattn": hf_hardattn.__version__,
+    }
+    queries = Encoder(load(arguments, "full attention", 1.0), tokenizer).all(questions)
+    for name in ("full attention", *arguments.variants):
+        if name in VARIANTS and not (place(arguments, name) / "config.json").exists():
+            train(arguments, name)
+        for share in arguments.shares if name in VARIANTS else [1.0]:
+            if not measured(arguments, results, name, share):
+                encoder = Encoder(load(arguments, name, share), tokenizer)
+                add(arguments, results, name, share, search(queries, encoder.all(documents)))
+
+
+def measured(arguments: Any, results: dict[str, Any], name: str, share: float) -> bool:
+    """Whether an earlier run of this seed measured a variant; the original has no seed."""
+    key = {"name": name, "share": share} | ({"seed": arguments.seed} if name in VARIANTS else {})
+    return any(key.items() <= line.items() for line in results.get("variants", []))
+
+
+def add(arguments: Any, results: dict[str, Any], name: str, share: float, found: dict[str, float]) -> None:
+    """Write what was found of a variant beside what is known."""
+    line = {"name": name, "share": share, "seed": arguments.seed} | found
+    results.setdefault("variants", []).append(line)
+    print(line, flush=True)
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def timing(arguments: Any, results: dict[str, Any]) -> None:
+    """How much faster a variant encodes than the original, in interleaved rounds."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    documents = test_rows(arguments)[0][: arguments.timed]
+    cases = [
+        ("full attention", 1.0),
+        *((name, share) for name in ("learned", "cut text") for share in arguments.shares),
+    ]
+    encoders = {case: Encoder(load(arguments, *case), tokenizer) for case in cases}
+    seconds: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
+    for _ in range(arguments.rounds):
+        for case, encoder in encoders.items():
             started = time.perf_counter()
-            encoder.all(texts)
-            found[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in found.items()}
+            encoder.all(documents)
+            seconds[case].append(time.perf_counter() - started)
+    median = {case: statistics.median(times) for case, times in seconds.items()}
+    lines = [
+        {"name": name, "share": share, "per_second": len(documents) / time, "speed_up": median[cases[0]] / time}
+        for (name, share), time in median.items()
+    ]
+    measured = {"documents": len(documents), "rounds": arguments.rounds, "threads": arguments.threads, "batch": BATCH}
+    results["timing"] = {**measured, "processor": device_name(), "lines": lines}
+    print(json.dumps(results["timing"], indent=1))
+
+
+def word_classes(folder: Path) -> dict[str, str]:
+    """The class in which WordNet's counts have a word most often; without counts, the first class that lists it."""
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for line in (folder / "cntlist.rev").read_text(encoding="utf-8").splitlines():
+        sense, _, count = line.split()
+        word, _, rest = sense.partition("%")
+        counts[word][CLASSES[rest[0]]] += int(count)
+    for number, part in enumerate(("noun", "verb", "adj", "adv"), start=1):
+        for line in (folder / f"index.{part}").read_text(encoding="utf-8").splitlines():
+            if not line.startswith(" "):
+                counts[line.split()[0]].setdefault(CLASSES[str(number)], 0)
+    return {word: found.most_common(1)[0][0] for word, found in counts.items()}
+
+
+def words(arguments: Any, results: dict[str, Any]) -> None:
+    """The share of word pieces that the learned model kept, by the class of their word and by how often it stands in the training texts."""
+    tokenizer, classes = AutoTokenizer.from_pretrained(arguments.model), word_classes(arguments.wordnet)
+    split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    frequency: collections.Counter[str] = collections.Counter()
+    for line in (arguments.data / "train.jsonl").read_text(encoding="utf-8").splitlines():
+        frequency.update(word for word, _ in split(json.loads(line)["document"].lower()))
+
+    def class_of(word: str) -> str:
+        if not any(letter.isalnum() for letter in word):
+            return "punctuation"
+        if word in FUNCTION_WORDS:
+            return "function words"
+        stems = (
+            word,
+            word.removesuffix("s"),
+            word.removesuffix("ed"),
+            word.removesuffix("ing"),
+            word.removesuffix("d"),
+        )
+        return next((classes[stem] for stem in stems if stem in classes), "names and others")
+
+    def band(word: str) -> str:
+        count = frequency[word]
+        return "10 times at most" if count <= 10 else "11 to 1,000 times" if count <= 1000 else "more than 1,000 times"
+
+    documents = test_rows(arguments)[0]
+    found: dict[str, dict[str, list[int]]] = {"class": {}, "frequency": {}}
+    model = load(arguments, "learned", arguments.shares[0])
+    for start in range(0, len(documents), BATCH):
+        texts = [text.lower() for text in documents[start : start + BATCH]]
+        batch = Encoder(model, tokenizer).batch(texts)
+        with torch.inference_mode(), hf_hardattn.record(model) as recording:
+            model(**batch)
+        for row, (text, mask) in enumerate(zip(texts, recording[0].mask[:, 0, 0].tolist(), strict=True)):
+            for place, kept in enumerate(mask):
+                number = batch.token_to_word(row, place)
+                if number is None:
+                    continue
+                span = batch.word_to_chars(row, number)
+                word = text[span.start : span.end]
+                for kind, value in (("class", class_of(word)), ("frequency", band(word))):
+                    found[kind].setdefault(value, []).append(int(kept))
+    results["words"] = {"share": arguments.shares[0], "seed": arguments.seed} | {
+        kind: {value: {"pieces": len(kept), "kept": statistics.mean(kept)} for value, kept in sorted(parts.items())}
+        for kind, parts in found.items()
+    }
+    print(json.dumps(results["words"], indent=1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("quality", "words", "timing"))
     parser.add_argument("--model", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--data", type=Path, required=True, help="folder that prepare_summarisation.py wrote")
-    parser.add_argument("--site", default="text.tokens.0", help="where tokens leave (default: text.tokens.0)")
+    parser.add_argument("--models", type=Path, default=Path("outputs/sentence_embeddings"), help="of what is trained")
+    parser.add_argument("--wordnet", type=Path, help="words: folder with WordNet's index files and cntlist.rev")
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), help="trained")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.3], help="kept (default: 0.5 0.3)")
-    parser.add_argument("--steps", type=int, default=300, help="of training (default: 300)")
-    parser.add_argument("--train-batch", type=int, default=16, help="documents a step (default: 16)")
+    parser.add_argument("--sampled", type=float, nargs=2, default=[0.25, 0.7], help="kept in training, from and to")
+    parser.add_argument("--steps", type=int, default=150, help="of training (default: 150)")
+    parser.add_argument("--train-batch", type=int, default=8, help="documents a step (default: 8)")
     parser.add_argument("--train-tokens", type=int, default=96, help="of a document in training (default: 96)")
     parser.add_argument("--test", type=int, default=1500, help="test documents at most (default: 1500)")
     parser.add_argument("--timed", type=int, default=320, help="documents that are timed (default: 320)")
-    parser.add_argument("--rounds", type=int, default=3, help="of timing (default: 3)")
-    parser.add_argument("--threads", type=int, default=2, help="PyTorch threads (default: 2)")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing (default: 5)")
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch threads (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results/sentence_embeddings.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    soft = BertModel.from_pretrained(arguments.model, add_pooling_layer=False).eval()
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        train(arguments, Path(folder))
-        hard = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
-    trained = time.perf_counter() - started
-
-    rows = read_rows(arguments.data / "test.jsonl")[: arguments.test]
-    documents = [row["document"] for row in rows]
-    queries = Encoder(soft, tokenizer).all([row["summary"] for row in rows])
-    results: dict[str, Any] = {
-        "model": "all-MiniLM-L6-v2",
-        "site": arguments.site,
-        "steps": arguments.steps,
-        "seed": arguments.seed,
-        "training_seconds": round(trained, 1),
-        "documents": len(rows),
-        "tokens": statistics.mean(
-            len(ids) for ids in tokenizer(documents, truncation=True, max_length=256)["input_ids"]
-        ),
-        "threads": arguments.threads,
-        "processor": device_name(),
-        "hf_hardattn": hf_hardattn.__version__,
-        "variants": [],
-    }
-    for name, share, encoder in variants(soft, tokenizer, hard, arguments):
-        line: dict[str, Any] = {"name": name, "share": share, **search(queries, encoder.all(documents))}
-        if name in ("learned", "cut text"):
-            timed = seconds(
-                {"soft": Encoder(soft, tokenizer), name: encoder}, documents[: arguments.timed], arguments.rounds
-            )
-            line["speed_up"] = timed["soft"] / timed[name]
-        results["variants"].append(line)
-        print(line, flush=True)
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    results: dict[str, Any] = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    {"quality": quality, "words": words, "timing": timing}[arguments.part](arguments, results)
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

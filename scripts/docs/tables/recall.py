@@ -17,8 +17,9 @@ def table() -> str:
         "|---|---|---|---|---|",
     ]
     for row in r["rows"]:
+        prefill = f"{1e3 * row['prefill_seconds']:.1f}" if "prefill_seconds" in row else ""
         lines.append(
             f"| {row['variant']} | {row['kept_ratio']:.0%} | {100 * row['exact_match']:.1f} % | {100 * row['answers_right']:.1f} % "
-            f"| {1e3 * row['prefill_seconds']:.1f} |"
+            f"| {prefill} |"
         )
     return "\n".join(lines)

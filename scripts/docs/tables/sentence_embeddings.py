@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+from typing import Any
+
 from . import read
 
 NAMES = {
@@ -11,22 +14,48 @@ NAMES = {
     "first": "first tokens",
     "cut text": "text cut before the model",
 }
+METRICS = ("recall@1", "recall@10", "ndcg@10")
 
 
 def table() -> str:
-    """One row a variant, and under them how they were measured."""
+    """One row a variant, the mean over its seeds; under it how they were measured, and which words were kept."""
     results = read("sentence_embeddings.json")
     if results is None:
         return "Not measured yet: `python scripts/research/sentence_embeddings.py`."
+    timing = results.get("timing", {"lines": []})
+    speed = {(line["name"], line["share"]): line["speed_up"] for line in timing["lines"]}
     lines = ["| read | kept | recall@1 | recall@10 | nDCG@10 | encoding, speed-up |", "|---|---|---|---|---|---|"]
-    for row in results["variants"]:
-        speed = f"{row['speed_up']:.2f} ×" if "speed_up" in row else ""
-        numbers = " | ".join(f"{row[name]:.1f}" for name in ("recall@1", "recall@10", "ndcg@10"))
-        lines.append(f"| {NAMES[row['name']]} | {row['share']:.0%} | {numbers} | {speed} |")
+    rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for line in results["variants"]:
+        rows.setdefault((line["name"], line["share"]), []).append(line)
+    for (name, share), found in rows.items():
+        numbers = " | ".join(f"{statistics.mean(line[metric] for line in found):.1f}" for metric in METRICS)
+        ratio = speed.get((name, share)) if name != "full attention" else None
+        lines.append(f"| {NAMES[name]} | {share:.0%} | {numbers} | {'' if ratio is None else f'{ratio:.2f} ×'} |")
+    seeds = {line["seed"] for line in results["variants"] if line["name"] == "learned"}
+    trained = [NAMES[name] for name in results["trained"]]
     lines += [
         "",
         f"{results['documents']:,} descriptions of {results['tokens']:.0f} tokens on average, each found by its synopsis among all others; "
-        f"`{results['site']}`, {results['steps']} steps of training (seed {results['seed']}), {results['threads']} thread of {results['processor']}, "
-        f"batches of 32. Only the learned model was trained; the others have the original's weights (`scripts/research/sentence_embeddings.py`, hf_hardattn {results['hf_hardattn']}).",
+        f"`{results['site']}`, {results['steps']} steps of training on {results['train_batch']} documents each, {len(seeds)} "
+        f"seed{'s' * (len(seeds) > 1)}. Trained in this way: {', '.join(trained)}; the others have the original's weights.",
     ]
+    if timing["lines"]:
+        lines[-1] += f" Encoding: {timing['threads']} thread of {timing['processor']}, batches of {timing['batch']}."
+    lines[-1] += f" (`scripts/research/sentence_embeddings.py`, hf_hardattn {results['hf_hardattn']})"
+    if "words" in results:
+        lines += ["", *words(results["words"])]
     return "\n".join(lines)
+
+
+def words(found: dict[str, Any]) -> list[str]:
+    """The kept share of word pieces, by the class of the word and by how often it stands in the training texts."""
+    parts = [
+        ", ".join(
+            f"{name} {value['kept']:.0%}" for name, value in sorted(found[kind].items(), key=lambda i: -i[1]["kept"])
+        )
+        for kind in ("class", "frequency")
+    ]
+    return [
+        f"At {found['share']:.0%} the learned selection kept of {parts[0]} (classes of WordNet); of words that stand in the training texts {parts[1]}."
+    ]
