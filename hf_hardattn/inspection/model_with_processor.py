@@ -130,14 +130,15 @@ class ModelWithProcessor:
             rows = self.processor(list(inputs), truncation=True, return_tensors="pt", **padding)
             return {name: rows[name] for name in ("input_ids", "attention_mask")}
         config = getattr(self.model.config, "vision_config", self.model.config)
-        images = [image.convert("L" if config.num_channels == 1 else "RGB") for image in inputs]  # no alpha, no palette
+        channels = getattr(config, "num_channels", 3)  # BLIP's configuration does not say
+        images = [image.convert("L" if channels == 1 else "RGB") for image in inputs]  # no alpha, no palette
         if self.processor is not None:
             return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}
         side = config.image_size
         pixels = [
             torch.frombuffer(bytearray(image.resize((side, side)).tobytes()), dtype=torch.uint8) for image in images
         ]
-        stacked = torch.stack(pixels).view(len(inputs), side, side, config.num_channels)
+        stacked = torch.stack(pixels).view(len(inputs), side, side, channels)
         return {"pixel_values": stacked.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1}
 
     @torch.no_grad()
