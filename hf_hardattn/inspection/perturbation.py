@@ -41,7 +41,6 @@ class PerturbationEvaluator:
         self.model: Any = model
         self.batch = {name: value for name, value in batch.items() if name not in NOT_INPUTS and value is not None}
         self.tower, self.places, self.protected = choosable(model, self.batch)
-        self.goes_on = self.tower == "decoder" and self.model.can_generate()  # the answer follows the input in one row
         self.family: Any = family_of(model)
         self.site = f"{self.tower}.inputs"
         selector = selectors(model).get(self.site)
@@ -67,6 +66,11 @@ class PerturbationEvaluator:
                 with replay(self.model, {self.site: kept}):
                     return self.probability()
             return self.probability(self.replaced(~keep & self.places))
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the answer follows the input in one row."""
+        return self.tower == "decoder" and self.model.can_generate()
 
     def own(self, site: str | None = None) -> Tensor:
         """What the model itself keeps at ``site`` (the ``inputs`` site by default), bool ``[B, P]``, among ``places``."""
