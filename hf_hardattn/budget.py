@@ -97,6 +97,32 @@ class Budget:
             k = torch.maximum(k, _share(self.least, available))
         return torch.minimum(k.clamp(min=1), available)
 
+    def ranks(self, slots: int, available: Tensor, protected: Tensor | int) -> Tensor:
+        """Which ranks a count or a ratio keeps where protected candidates rank first, in few operations: a GPU waits for each.
+
+        Args:
+            slots: K, ranks to tell; what ``slots`` says of the free candidates, and the protected ones.
+            available: int64 ``[..., 1]``, valid candidates of each row.
+            protected: how many of them are protected, int64 ``[..., 1]``; or 0 or 1, of each row that has any.
+
+        Returns:
+            bool ``[..., K]``; True for the protected candidates of a row, and as many others as ``count`` says.
+        """
+        device = available.device
+        if self.kind == "count":
+            if isinstance(protected, Tensor):
+                available = torch.minimum(protected + int(self.value), available)
+            return available > torch.arange(slots, device=device)
+        # rank - protected < ratio * (available - protected), in millionths: rounding up would take a division
+        share = max(1, round(self.value * _PARTS))
+        kept, start = available * share, 0
+        if isinstance(protected, Tensor):
+            kept = torch.add(kept, protected, alpha=_PARTS - share)
+        else:
+            start = -protected * (_PARTS - share)
+        ranks = torch.arange(start, start + slots * _PARTS, _PARTS, device=device)
+        return kept > (ranks.clamp(min=0) if start else ranks)
+
 
 def _share(ratio: float, n: Any) -> Any:
     """``ceil(ratio * n)`` of an int or of a tensor of them."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hf_hardattn.budget import Budget
 from hf_hardattn.functional.topk import level_ties, mask_to_indices, topk_mask
 from hf_hardattn.modeling.selection import Selection
 
@@ -61,6 +64,22 @@ def test_scores_that_differ_by_rounding_tie(case: tuple[Tensor, Tensor, Tensor],
     levelled = level_ties(rounded, torch.minimum(k, valid.sum(-1)), valid, exact.shape[-1])
     wanted = [topk_by_loop(s.tolist(), int(c), v.tolist()) for s, c, v in zip(exact, k, valid, strict=True)]
     assert topk_mask(levelled, k, valid).tolist() == wanted
+
+
+@pytest.mark.parametrize("budget", [1, 3, 40, 1e-7, 0.1, 1 / 3, 0.5, 0.999999])
+def test_ranks_keep_what_count_says_and_the_protected(budget: Any) -> None:
+    parsed, n, most = Budget.parse(budget, "here"), 30, 3
+    available = torch.arange(n + 1)[:, None].expand(-1, most + 1).flatten()
+    protected = torch.minimum(torch.arange(most + 1).repeat(n + 1), available)
+    valid = torch.arange(n) < (available - protected)[:, None]
+    count = protected + parsed.count(torch.zeros(valid.shape), valid)
+    ranks = parsed.ranks(n, available[:, None], protected[:, None])
+    assert torch.equal(ranks.sum(-1), count) and torch.equal(ranks, torch.arange(n) < count[:, None])
+    for always in (0, 1):  # of each row that has any
+        slots = parsed.slots(n - always) + always
+        ranks = parsed.ranks(slots, available[:, None], always)
+        alike = protected == available.clamp(max=always)
+        assert torch.equal(ranks.sum(-1)[alike], count[alike])
 
 
 @settings(max_examples=100, deadline=None)

@@ -316,7 +316,7 @@ WORKLOADS = (
         lambda: T5EncoderModel(_t5_config()),
         _masked_ids,
         (
-            HostRow("encoder.tokens.0 keep .25", {"sites": ["encoder.tokens.0"], "budget": 0.25}, 40, 1.08),
+            HostRow("encoder.tokens.0 keep .25", {"sites": ["encoder.tokens.0"], "budget": 0.25}, 12, 1.08),
             _everything("encoder.inputs", "encoder.tokens.*", "encoder.self.*"),
         ),
     ),
@@ -324,7 +324,7 @@ WORKLOADS = (
         "T5 encoder, 12 layers, two rows of different length",
         lambda: T5EncoderModel(_t5_config()),
         _padded_ids,
-        (HostRow("encoder.tokens.0 keep .25", {"sites": ["encoder.tokens.0"], "budget": 0.25}, 48, 1.08),),
+        (HostRow("encoder.tokens.0 keep .25", {"sites": ["encoder.tokens.0"], "budget": 0.25}, 14, 1.08),),
     ),
     HostWorkload(
         f"T5, 12 + 12 layers, {NEW_TOKENS} tokens generated",
@@ -332,7 +332,7 @@ WORKLOADS = (
         _masked_ids,
         (
             HostRow("decoder.cross.* keep .25", {"sites": ["decoder.cross.*"], "budget": 0.25}, 120, 1.15),
-            HostRow("encoder.tokens.0 keep .25", {"sites": ["encoder.tokens.0"], "budget": 0.25}, 80, 1.08),
+            HostRow("encoder.tokens.0 keep .25", {"sites": ["encoder.tokens.0"], "budget": 0.25}, 12, 1.08),
             _everything("decoder.self.*", "decoder.cross.*"),
         ),
         generates=True,

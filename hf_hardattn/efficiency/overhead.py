@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ..devices import wait_for_device
+from ..functional.attention import keep_rows
 from ..modeling.context import ForwardContext
-from ..modeling.rows import keep, select_rows
+from ..modeling.rows import select_rows
 from ..modeling.state import TowerState
 from ..models import family_of
 from ..recording import selectors
@@ -68,7 +69,7 @@ def _select(model: nn.Module, host: tuple[nn.Module, Any], hidden: torch.Tensor)
     layer, tower = host
     protected = tower.protected
     indices = select_rows(ForwardContext(model), TowerState(), layer, "selector", protected, hidden, hidden, None)
-    return hidden if indices is None else keep(hidden, indices)
+    return hidden if indices is None else keep_rows(hidden, indices)
 
 
 @contextmanager

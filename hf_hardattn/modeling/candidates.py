@@ -30,11 +30,10 @@ class Protected(NamedTuple):
         if not self.rows:
             return None
         place = torch.arange(shape[1], device=device).expand(shape)
-        protected = place < self.first
         if not self.last:
-            return protected
+            return place < self.first
         last: Any = shape[1] - 1 if valid is None else torch.where(valid, place, -1).amax(-1, keepdim=True)
-        return protected | (place == last) if self.first else place == last
+        return (place < self.first) | (place == last) if self.first else place == last
 
 
 @dataclass
@@ -62,14 +61,20 @@ class Candidates:
         valid: Tensor = scores.new_ones((1, 1, 1, n), dtype=torch.bool) if self.valid is None else self.valid
         # torch.broadcast_shapes would take longer than the choice
         shape = tuple(size if other == 1 else other for size, other in zip(scores.shape, valid.shape, strict=True))
-        valid, protected = valid.expand(shape), self.protected
-        if protected is None and self.ends.rows:
-            protected = self.ends.mask((1, n), None, scores.device)[:, None, None]  # type: ignore[index]
+        valid, protected = valid.expand(shape), self.protected_mask(n, scores.device)
         if protected is None:
             return Masks(valid, valid, None)
         if everything:
             return Masks(valid, (~protected).expand(shape), protected)
         return Masks(valid, valid & ~protected, valid & protected)
+
+    def protected_mask(self, n: int, device: torch.device) -> Tensor | None:
+        """Which of ``n`` candidates are protected, bool ``[B or 1, 1, 1, N]``; None when none is."""
+        if self.protected is not None or not self.ends.rows:
+            return self.protected
+        valid = None if self.valid is None else self.valid[:, 0, 0]
+        mask: Any = self.ends.mask((1 if valid is None else len(valid), n), valid, device)
+        return mask[:, None, None]
 
 
 class Masks(NamedTuple):

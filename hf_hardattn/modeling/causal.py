@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import HardAttentionError
-from ..functional.attention import keep_heads
+from ..functional.attention import keep_heads, keep_rows
 from .arguments import Arguments
 from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
@@ -23,7 +23,7 @@ from .projection import AttentionView
 from .prompt import MEMORY, CachedRows, PromptMemory, attach_memory, begin_rows
 from .prompt_masks import as_form, dense_mask, prefill_mask, step_mask
 from .rotary import tables_at
-from .rows import choose_among, keep, select_rows
+from .rows import choose_among, select_rows
 from .selection import Selection
 from .selector import running
 from .state import AttentionInput, KeySubset, TowerState
@@ -104,7 +104,7 @@ class _PromptRows:
             return
         indices = choose_rows(self, self.layer, "input_selector", self.hidden, self.hidden)
         if indices is not None:
-            self.arguments.set(self.plan.names[0], keep(self.hidden, indices))
+            self.arguments.set(self.plan.names[0], keep_rows(self.hidden, indices))
 
     def select_keys(self) -> None:
         """Choose the keys of the prompt that what follows it may read."""
@@ -248,7 +248,7 @@ def after_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     rows.begin()
     indices = choose_rows(rows, layer, "selector", hidden, rows.hidden)
     if indices is not None:
-        hidden = keep(hidden, indices)
+        hidden = keep_rows(hidden, indices)
     elif hidden.requires_grad and hasattr(layer, "set_reshard_after_backward"):
         hidden = (
             hidden.clone()

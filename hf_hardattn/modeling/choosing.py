@@ -17,6 +17,7 @@ from .candidates import Candidates, Masks, TrainingInputs
 from .context import Settings
 from .glimpses import look, read_on, spread
 from .offloading import weights_in_place
+from .ranking import best_of_ragged_rows, count_slots
 from .selection import Selection
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ def choose(
         features: ``[B, H, N, F]``, for scorers that take several glimpses.
         settings: of this call. inputs: what else a training choice reads.
     """
-    if _is_plain(selector, candidates, settings):
-        return _best_indices(selector, scores, candidates)
+    if _keeps_the_best(selector, settings):
+        if _is_plain(selector, candidates):
+            return _best_indices(selector, scores, candidates)
+        return best_of_ragged_rows(selector, scores, candidates)
     masks = candidates.masks(scores)
     scores = scores.expand(masks.valid.shape)
     if settings.forced is not None:
@@ -46,20 +49,22 @@ def choose(
     return _chosen_mask(selector, scores, features, candidates, masks, settings, inputs)
 
 
-def _is_plain(selector: Selector, candidates: Candidates, settings: Settings) -> bool:
-    """Whether every row keeps its best K of N: then sorting tells the indices, and no mask is made."""
+def _keeps_the_best(selector: Selector, settings: Settings) -> bool:
+    """Whether every row keeps its best and nothing is drawn: then sorting tells the indices, and no mask is made."""
     return (
-        candidates.valid is None
-        and candidates.protected is None
+        selector.once
         and settings.forced is None
         and not settings.drawing
         and not isinstance(selector.scorer, Sequential)
         and not selector.scorer.monotonic
         and not selector.runs_masked(settings)
-        and not selector.data_dependent
-        and selector.once
         and selector.config.estimator != "soft"
     )
+
+
+def _is_plain(selector: Selector, candidates: Candidates) -> bool:
+    """Whether every row keeps K of N, known from the shapes alone."""
+    return candidates.valid is None and candidates.protected is None and not selector.data_dependent
 
 
 def _best_indices(selector: Selector, scores: Tensor, candidates: Candidates) -> Selection:
@@ -81,7 +86,7 @@ def _best_indices(selector: Selector, scores: Tensor, candidates: Candidates) ->
         slots=slots,
         dense=True,
         indices=best.sort(dim=-1).values,
-        protected_ends=(first, last),
+        candidates=candidates,
     )
 
 
@@ -97,7 +102,7 @@ def _replayed(selector: Selector, scores: Tensor, masks: Masks, settings: Settin
     mask = forced.expand(shape) & masks.valid
     mask = mask if masks.protected is None else mask | masks.protected
     masked = selector.runs_masked(settings)
-    slots, full, lengths = _count(selector, mask, masked)
+    slots, full, lengths = count_slots(selector, mask, masked)
     return Selection(
         selector.site,
         mask,
@@ -152,7 +157,7 @@ def _chosen_mask(
     if selector.config.estimator == "soft" or loose or (candidates.varied and settings.drawing and masked):
         slots = bound
     elif counts and not (settings.drawing and masked):
-        slots, full, lengths = _count(selector, mask, masked)
+        slots, full, lengths = count_slots(selector, mask, masked)
     return Selection(
         selector.site,
         mask,
@@ -254,17 +259,3 @@ def _penalty(choice: Choice, inputs: TrainingInputs | None) -> Tensor | None:
         return penalty
     present = (target != 0).any(-1)[:, None]  # a padding query has no target to explain
     return penalty * present * (present.numel() / present.sum().clamp(min=1))
-
-
-def _count(selector: Selector, mask: Tensor, masked: bool) -> tuple[int, bool, tuple[int, ...] | None]:
-    """Slots that a choice needs, whether every row fills them, and the length of each row where rows are packed.
-
-    The one place that waits for the device. A replayed choice is packed where the choice itself would be, or last bits
-    would differ.
-    """
-    kept = mask.sum(-1)
-    most, least = (int(number) for number in torch.stack((kept.max(), kept.min())).tolist())
-    slots = max(1, most)
-    wanted = selector.data_dependent if selector.config.pack is None else selector.config.pack
-    packs = wanted and not masked and kept.shape[1:].numel() == 1 and least < most
-    return slots, least == slots, tuple(kept.flatten().tolist()) if packs else None

@@ -13,7 +13,7 @@ from .arguments import Arguments
 from .cache import CacheLayer, remember, remembered
 from .context import ForwardContext
 from .keys import is_checkpointed
-from .masks import padding_mask
+from .masks import padding_mask, row_of_padding
 from .plan import LayerPlan
 from .projection import AttentionView
 from .rows import choose_among
@@ -91,6 +91,8 @@ def _chosen(
 ) -> AttentionInput | None:
     attention: Any = attrgetter(str(plan.cross))(layer)
     mask, cache = arguments.get(SOURCE_MASK), None if is_checkpointed(layer) else arguments.get("past_key_values")
+    if state.source_valid is not None:
+        mask = row_of_padding(mask)
     selector = None if plan.cross_follows is not None else running(attention.selector)
     if selector is not None and context.is_soft(selector):
         return None

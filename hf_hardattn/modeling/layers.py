@@ -9,18 +9,19 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..functional import position_bias as distances
+from ..functional.attention import keep_rows
 from .arguments import Arguments, given
 from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
 from .cross import hand_over_source
 from .implementations import is_softmax
 from .keys import as_matrix, attention_input, serves_table
-from .masks import differs_between_queries, row_mask
+from .masks import differs_between_queries, row_mask, row_of_padding
 from .plan import LAYER, LayerPlan
 from .position_bias import bias_of_rows, bias_table, own_bias_of_rows
 from .projection import AttentionView
 from .rotary import tables_at
-from .rows import keep, select_rows
+from .rows import select_rows
 from .selector import running
 from .state import AttentionInput, TowerState
 
@@ -95,7 +96,7 @@ class _Rows:
         )
         if indices is None:
             return
-        self.arguments.set(plan.names[0], keep(hidden, indices))
+        self.arguments.set(plan.names[0], keep_rows(hidden, indices))
         if plan.has_bias:
             self.arguments.set("position_bias", bias_of_rows(self.arguments.get("position_bias"), indices))
 
@@ -129,6 +130,8 @@ class _Rows:
     def _attention_input(self, mask: Any) -> AttentionInput | None:
         plan, state, arguments = self.plan, self.state, self.arguments
         if plan.own or plan.follows is not None:
+            if state.mask is not None and not (plan.windows or plan.causal or state.per_query):
+                mask = row_of_padding(mask)
             bias = arguments.get("position_bias") if plan.has_bias else None
             tables = None if plan.attention_spec.rotary is None else arguments.get(plan.attention_spec.rotary)
             what = attention_input(self.layer, plan, self.context, state, self.hidden, mask, bias, tables)
@@ -196,7 +199,7 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             state.begin(hidden.shape[1], arguments.get("attention_mask"))
         indices = _select_tokens(layer, plan, context, state, arguments, hidden)
         if indices is not None:
-            hidden, changed = keep(hidden, indices), True
+            hidden, changed = keep_rows(hidden, indices), True
             bias = bias_of_rows(bias, indices)
     if plan.pools and state.chosen is not None:
         hidden, changed = state.gather_chosen(hidden), True

@@ -113,6 +113,11 @@ def causal_mask(rows: int, device: torch.device) -> Tensor:
     return torch.ones(rows, rows, dtype=torch.bool, device=device).tril()[None, None]
 
 
+def row_of_padding(mask: Any) -> Any:
+    """One query's row of a mask that hides padding alone, a view: Transformers may have made it anew for each query."""
+    return mask[:, :, :1] if isinstance(mask, Tensor) and mask.dim() == 4 else mask
+
+
 def differs_between_queries(mask: Tensor) -> bool:
     """Whether a mask ``[B, H, Q, N]`` may hide other keys from each query; one that is broadcast to all queries cannot."""
     return mask.dim() == 4 and mask.shape[2] > 1 and mask.stride(2) != 0

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..scorers import Projections
@@ -36,9 +34,7 @@ def candidates_among(
         return Candidates(valid, always[:, None, None], Protected() if varied else protected, bound, varied)
     if valid is None:
         return Candidates(ends=protected)
-    mask = protected.mask((states.shape[0], states.shape[1]), valid, states.device)
-    mask = None if mask is None else mask[:, None, None]
-    return Candidates(valid[:, None, None], mask, protected, bound)
+    return Candidates(valid[:, None, None], None, protected, bound)
 
 
 def choose_among(
@@ -104,18 +100,3 @@ def select_rows(
         return None
     selection.positions = state.positions
     return state.apply(selection, hidden.shape[0], hidden.shape[1])
-
-
-def keep(hidden: Tensor, indices: Tensor) -> Tensor:
-    """Gather rows: ``[B, N, D]`` by int64 ``[B, K]`` to ``[B, K, D]``."""
-    if hidden.is_cuda:
-        return hidden.gather(1, indices.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-    # on a CPU a gather of whole rows is ten times as fast by index_select
-    batch, n, size = hidden.shape
-    flat = indices if batch == 1 else indices + torch.arange(0, batch * n, n, device=hidden.device).unsqueeze(-1)
-    return hidden.reshape(batch * n, size).index_select(0, flat.flatten()).view(batch, -1, size)
-
-
-def first_argument(arguments: Any) -> Tensor:
-    """The hidden states, which every layer takes first."""
-    return arguments.get(arguments.names[0])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..functional.topk import mask_to_indices
+from .candidates import Candidates
 
 
 class Selection:
@@ -15,8 +16,8 @@ class Selection:
 
     Shapes: B batch, H heads (1 when shared), Q queries (1 when shared), N candidates, K slots (K >= kept).
 
-    A choice with a fixed budget knows its ``indices`` and makes ``mask``, ``valid`` and ``protected`` only when they are
-    read; any other choice knows its ``mask`` and makes ``indices`` when they are read.
+    A choice that sorting makes knows its ``indices`` and makes ``mask``, ``valid`` and ``protected`` only when they are read; any other
+    choice knows its ``mask`` and makes ``indices`` when they are read.
 
     Attributes:
         site: name of the site, ``tower.kind.layer``.
@@ -55,7 +56,8 @@ class Selection:
         positions: Tensor | None = None,
         lengths: tuple[int, ...] | None = None,
         indices: Tensor | None = None,
-        protected_ends: tuple[int, int] = (0, 0),
+        used: Tensor | None = None,
+        candidates: Candidates | None = None,
         counted: bool = False,
     ):
         self.site, self.scores, self.gates = site, scores, gates
@@ -63,8 +65,8 @@ class Selection:
         self.slots, self.dense, self.masked = slots, dense, masked
         self.positions, self.lengths, self.counted = positions, lengths, counted
         self._mask, self._valid, self._protected, self._indices = mask, valid, protected, indices
-        # number of rows at either end that a choice known by its indices keeps always
-        self._protected_ends = protected_ends
+        # of a choice known by its indices: which slots hold a kept position (None: all), and what it was made among
+        self._used, self._candidates = used, candidates
 
     def __repr__(self) -> str:
         kept = "indices" if self._mask is None else "mask"
@@ -75,18 +77,20 @@ class Selection:
         if self._mask is None:
             n, indices = self.scores.shape[-1], self.indices
             empty = torch.zeros((*indices.shape[:-1], n), dtype=torch.bool, device=self.scores.device)
-            self._mask = empty.scatter(-1, indices, True)
+            self._mask = empty.scatter(-1, indices, True if self._used is None else self.slot_mask)
         return self._mask
 
     @mask.setter
     def mask(self, mask: Tensor) -> None:
-        self._mask, self._indices = mask, None
+        self._mask, self._indices, self._used = mask, None, None
 
     @property
     def valid(self) -> Tensor:
         if self._valid is None:
             n, rows = self.scores.shape[-1], self.indices.shape[:-1]
-            self._valid = torch.ones(n, dtype=torch.bool, device=self.scores.device).expand(*rows, n)
+            valid = None if self._candidates is None else self._candidates.valid
+            valid = torch.ones(n, dtype=torch.bool, device=self.scores.device) if valid is None else valid
+            self._valid = valid.expand(*rows, n)
         return self._valid
 
     @valid.setter
@@ -95,15 +99,16 @@ class Selection:
 
     @property
     def protected(self) -> Tensor | None:
-        first, last = self._protected_ends
-        if self._protected is None and (first or last):
-            place = torch.arange(self.scores.shape[-1], device=self.scores.device)
-            self._protected = ((place < first) | (place >= len(place) - last)).view(1, 1, 1, -1)
+        if self._protected is None and self._candidates is not None:
+            protected = self._candidates.protected_mask(self.scores.shape[-1], self.scores.device)
+            if protected is not None and self._candidates.valid is not None:
+                protected = protected & self.valid
+            self._protected = protected
         return self._protected
 
     @protected.setter
     def protected(self, protected: Tensor | None) -> None:
-        self._protected, self._protected_ends = protected, (0, 0)
+        self._valid, self._protected, self._candidates = self.valid, protected, None
 
     @property
     def own(self) -> Selection:
@@ -120,7 +125,7 @@ class Selection:
     @property
     def slot_mask(self) -> Tensor:
         """Bool ``[B, H, Q, K]``: True where the slot of ``indices`` holds a kept position."""
-        return self.mask.gather(-1, self.indices)
+        return self.mask.gather(-1, self.indices) if self._used is None else self._used.expand_as(self.indices)
 
     @property
     def slot_valid(self) -> Tensor | None:

@@ -161,7 +161,7 @@ class TowerState:
                 self.per_query = True
                 self.valid = rows.any(2)[:, 0]
             else:
-                self.valid = rows[:, 0, 0] if self.mask is None else self.mask.bool()
+                self.valid = self.mask.bool() if per_query and self.mask is not None else rows[:, 0, 0]
         elif mask is not None:
             self.valid = mask.bool() if isinstance(mask, Tensor) else None if self.mask is None else self.mask.bool()
 
@@ -256,7 +256,7 @@ class TowerState:
             if restore and self.positions is None:
                 return hidden
         if restore and self.positions is None:
-            return hidden if self.valid is None else hidden.masked_fill(~self.valid.unsqueeze(-1), 0.0)
+            return hidden if self.valid is None else torch.where(self.valid.unsqueeze(-1), hidden, 0.0)
         hidden = self.gather_chosen(hidden)
         if restore and self.positions is not None:
             return restore_rows(hidden, self.positions, self.valid, self.length)
@@ -264,7 +264,7 @@ class TowerState:
             self.gates is not None and self.chosen is not None
         ):  # nothing was dropped: padding rows stay what stock makes them
             return hidden
-        return hidden if self.valid is None else hidden.masked_fill(~self.valid.unsqueeze(-1), 0.0)
+        return hidden if self.valid is None else torch.where(self.valid.unsqueeze(-1), hidden, 0.0)
 
     def gather_chosen(self, hidden: Tensor) -> Tensor:
         """Behind masked execution, the rows that gathered execution would have: ``[B, N, D]`` to ``[B, K, D]``.

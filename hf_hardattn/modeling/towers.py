@@ -97,7 +97,7 @@ def _read_source(plan: TowerPlan, context: ForwardContext, state: TowerState, ar
             kept, gates = other.output_valid, other.gates
     kept, gates = _for_beams(kept, source), _for_beams(gates, source)
     if dropped and SOURCE_MASK in plan.names:
-        arguments.set(SOURCE_MASK, None if kept is None else kept.long())
+        arguments.set(SOURCE_MASK, kept)
     mask = arguments.get(SOURCE_MASK)
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != source.shape[1]:
         raise HardAttentionError(
@@ -137,7 +137,8 @@ def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     whole = isinstance(output, tuple)
     hidden: Tensor = output[0] if whole else output["last_hidden_state"]
     rows = state.final_rows(hidden, restore=plan.restores, gate=not plan.is_read)
-    state.output_valid = state.kept_mask(len(hidden), hidden.device, plan.restores)
+    if plan.is_read:
+        state.output_valid = state.kept_mask(len(hidden), hidden.device, plan.restores)
     if whole:
         return (rows, *output[1:])
     pooled = output.get("pooler_output")

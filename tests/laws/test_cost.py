@@ -31,6 +31,8 @@ from hf_hardattn.models import family_of
 named = {"ids": lambda place: f"{place.architecture}-{place.group}-{place.heads[0]}"}
 MOST = 12  # kernels of a site: score, sort, take, sort
 WITH_BIAS = 22  # each layer of T5 also reads its table of distances at the kept keys
+PADDED = 21  # kernels of a site whose rows differ in length: which rank is kept in each, too
+BY_PARTS = 46  # and of each layer of T5, whose bias towards the keys of each text is made for some texts at a time
 RESTORING = 8  # of a whole tower that gives its rows their places again
 COPYING = 22  # of a head that feeds its decoder the input again: its copy is made of what was kept
 
@@ -72,17 +74,26 @@ def test_keeping_all_generates_with_the_kernels_of_stock(architecture, head):
     assert count_kernels(call) == expected
 
 
-@pytest.mark.parametrize(("head", "place"), head_places(lambda place: not place.causal))
-def test_a_site_without_padding_adds_few_kernels(head, place):
+def with_and_without_padding():
+    for head, place in head_places(lambda place: not place.causal):
+        yield head, place, False
+        if "attention_mask" in stock(place.architecture, head).batch:
+            yield head, place, True
+
+
+@pytest.mark.parametrize(("head", "place", "padded"), with_and_without_padding())
+def test_a_site_adds_few_kernels(head, place, padded):
     """Of causal attention each query chooses among its own past, under a mask of its own."""
     example = stock(place.architecture, head)
-    example.batch.pop("attention_mask", None)
+    if not padded:
+        example.batch.pop("attention_mask", None)
     before = kernels(example)
     harden(example.model, Case(place, head, budget=0.5).config())
     found = kernels(example)
     found.subtract(before)
     added = {name: count for name, count in found.items() if count}
-    most = WITH_BIAS if place.group == "encoder.self" else MOST
+    alone, biased = (PADDED, BY_PARTS) if padded else (MOST, WITH_BIAS)
+    most = biased if place.group == "encoder.self" else alone
     copying = head in family_of(example.model).spec.copying_heads and place.group in (
         "encoder.inputs",
         "encoder.tokens",
