@@ -115,6 +115,14 @@ def measure(
             entries[name]["cross_cache_bytes"] = cache_bytes(profiles[name].output)
         if later.get(name):
             entries[name]["later_layers_seconds"] = statistics.median(later[name])
+    for row in group.rows:
+        if row.beside is not None:
+            found, expected = (calls[name]()[0] for name in (row.name, row.beside))
+            entries[row.name]["beside"] = {
+                "row": row.beside,
+                "speed": spread(ratios(timed, row.beside)[row.name]),
+                "largest_difference": float((found - expected).abs().max()),
+            }
     result = {
         "name": group.name,
         "workload": vars(workload),

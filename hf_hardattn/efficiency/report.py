@@ -109,6 +109,7 @@ def markdown(results: dict[str, Any]) -> str:
             f"| {group}: {name} | {1e3 * o['selection']:.2f} | {1e3 * o['layer']:.1f} | {o['share']:.1%} |"
             for group, name, o in overheads
         ]
+    lines += beside(results["groups"])
     if results.get("import"):
         i = results["import"]
         lines += [
@@ -117,6 +118,21 @@ def markdown(results: dict[str, Any]) -> str:
             f"{i['rounds']} rounds), outputs {'bit-identical' if i['identical_outputs'] else 'DIFFERENT'}.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def beside(groups: list[dict[str, Any]]) -> list[str]:
+    """The table of rows that compute what another row computes in another way; no line where there are none."""
+    lines = []
+    for group in groups:
+        for name, row in group["rows"].items():
+            if "beside" in row:
+                other, speed, target = row["beside"], row["beside"]["speed"]["median"], row["targets"].get("beside")
+                held = "" if target is None else f"{target} {'held' if speed >= target else 'NOT HELD'}"
+                lines.append(
+                    f"| {group['name']} | {name} | {other['row']} | {_ratio(other['speed'])} | {held} | {other['largest_difference']:.1g} |"
+                )
+    head = ["", "| workload | row | beside | × | target | largest difference of the outputs |", "|---" * 6 + "|"]
+    return [*head, *lines] if lines else []
 
 
 def conditions(machine: dict[str, Any], weights: str = "Random weights") -> str:

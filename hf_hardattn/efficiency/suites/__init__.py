@@ -21,9 +21,10 @@ class Row:
 
     Attributes:
         name: shown. hard: the configuration.
-        targets: what it should reach: speed-up against ``stock`` and ``exact``, and share of the cross-attention ``cache``.
+        targets: what it should reach: speed-up against ``stock``, ``exact`` and the row ``beside``, and share of the cross-attention ``cache``.
         floor: it keeps one position: no selection is faster, and the group's limits lie between this row and stock.
         trained: its selectors are those of the checkpoint that the workload names; where scores decide how much is kept, so does the cost.
+        beside: a row of the group that computes the same in another way: speed and outputs are compared with its.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Row:
     targets: dict[str, float] = field(default_factory=dict)
     floor: bool = False
     trained: bool = False
+    beside: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def _groups(item: dict[str, Any]) -> Iterator[Group]:
         for row in item["rows"]:
             for budget in row.get("budgets", [None]):
                 hard = dict(row["hard"]) if budget is None else {**row["hard"], "budget": budget}
-                options = {name: row[name] for name in ("targets", "floor", "trained") if name in row}
+                options = {name: row[name] for name in ("targets", "floor", "trained", "beside") if name in row}
                 rows.append(Row(row["name"].format(budget=budget), hard, **options))
         stock = size <= item.get("stock_up_to", size)
         yield Group(item["name"].format(size=size), Workload(size=size, **shape), tuple(rows), stock)
