@@ -387,6 +387,24 @@ def test_bench_of_a_trained_model_measures_its_own_selectors(tmp_path):
     assert "with its own selectors" in written and "The checkpoint's weights;" in written and "| 0.0 |" not in written
 
 
+def test_bench_compares_rows_that_compute_the_same(tmp_path):
+    padded, packed = (
+        {"sites": ["encoder.tokens.0"], "budget": "threshold:0.5", "pack": pack} for pack in (False, True)
+    )
+    rows = [{"name": "padded", "hard": padded}, {"name": "packed", "hard": packed, "beside": "padded"}]
+    rows[1]["targets"] = {"beside": 1e-3}
+    shape = {"model": "t5_encoder", "size": 16, "batch": 4, "layers": 2, "shortest": 0.25}
+    (tmp_path / "mine.yaml").write_text(json.dumps({"groups": [{"name": "texts", **shape, "rows": rows}]}))
+    common = ["--rounds", "2", "--threads", "1", "--no-fixed-allocator", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, ["bench", "--suite", str(tmp_path / "mine.yaml"), *common])
+    assert result.exit_code == 0, result.output
+    (group,) = json.loads((tmp_path / "mine.json").read_text())["groups"]
+    beside = group["rows"]["packed"]["beside"]
+    assert beside["row"] == "padded" and beside["speed"]["median"] > 0 and beside["largest_difference"] < 1e-4
+    assert "beside" not in group["rows"]["padded"]
+    assert "| texts | packed | padded | " in (written := (tmp_path / "mine.md").read_text()) and "0.001 held" in written
+
+
 def test_bench_of_a_users_own_checkpoint(tmp_path):
     vit().save_pretrained(tmp_path / "vit")
     arguments = [

@@ -139,7 +139,7 @@ def measure(
 
 
 def models_of(group: Group) -> dict[str, nn.Module]:
-    """Stock, exact and every row's model by name, which share their weights."""
+    """Stock, exact and every row's model by name, which share their weights; a row ``beside`` another has its selectors."""
     stock = group.workload.build()
     first = HardAttentionConfig.parse(group.rows[0].hard)
     models = {STOCK: stock, EXACT: apply(share_weights(stock), _exact(first)).eval()}
@@ -147,6 +147,10 @@ def models_of(group: Group) -> dict[str, nn.Module]:
         models[row.name] = apply(share_weights(stock), row.hard).eval()
         if row.trained:
             take_trained_selectors(models[row.name], group.workload.model)
+        if row.beside is not None:  # the same scores, or it would choose otherwise
+            others = selectors(models[row.beside])
+            for site, selector in selectors(models[row.name]).items():
+                selector.load_state_dict(others[site].state_dict())
     return models
 
 
