@@ -25,7 +25,7 @@ from .modeling.context import is_soft_now
 from .modeling.family import Family
 from .modeling.model_config import remove_config
 from .modeling.plan import FOLLOWS
-from .modeling.remaining import hardly_meant, mixed_kinds, remaining
+from .modeling.remaining import hardly_meant, mixed_kinds, remaining, seldom_faster
 from .modeling.selector import Selector
 from .modes import all_selectors, selectors_or_refuse
 from .recording import selectors
@@ -185,7 +185,8 @@ def status(model: nn.Module) -> Status:
     """Return a table of the model's sites: what they keep, the scorer, the estimator, and how each runs now.
 
     ``left`` multiplies the sites of a tower that drop rows, one after the other: how many of the image's rows there are behind each,
-    or the share of a text's tokens. What is hardly meant stands below the table.
+    or the share of a text's tokens. What is hardly meant stands below the table, and from how many
+    rows on sites of keys save time where this model may have fewer.
     """
     inner = unwrap(model)
     found = selectors(inner)
@@ -211,7 +212,8 @@ def status(model: nn.Module) -> Status:
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return Status("\n".join([*lines, *(f"warning: {said}" for said in hardly_meant(towers, found))]))
+    lines += [f"warning: {said}" for said in hardly_meant(towers, found)]
+    return Status("\n".join([*lines, *(f"note: {said}" for said in seldom_faster(towers, found))]))
 
 
 def _how_it_runs(selector: Selector) -> str:

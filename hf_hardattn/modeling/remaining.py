@@ -12,6 +12,9 @@ from .heads import patch_size
 from .selector import Selector
 
 LEAST_SHARE = 0.05  # of the input; several sites are seldom meant to leave less together
+# Rows from which on a layer that chooses its keys was faster than stock at a quarter of them (``bench --suite break_even``, a CPU), by
+# whether layers share a choice. Rows that leave the stream spare whole layers, and pay from a few dozen on.
+KEYS_PAY_FROM = {False: 128, True: 64}
 DROPPING = ("inputs", "tokens")  # kinds whose choices multiply: each chooses among the rows that the last one left
 
 
@@ -94,6 +97,22 @@ def hardly_meant(towers: Mapping[str, Tower], selectors: Mapping[str, Selector])
                 yield (
                     f"budget={selector.config.budget} at '{site}' keeps everything: there are {there} positions to choose from. Give a smaller "
                     "count, or a ratio."
+                )
+
+
+def seldom_faster(towers: Mapping[str, Tower], selectors: Mapping[str, Selector]) -> Iterator[str]:
+    """Say from how many rows on sites of keys save time, where the tower has fewer, or texts of any length."""
+    for tower in towers.values():
+        for shared, rows in KEYS_PAY_FROM.items():
+            sites = [site for site, kind in _in_order(tower, selectors) if kind == "self" and not tower.spec.prompt]
+            sites = [site for site in sites if selectors[site].config.share_selection is shared]
+            sites = [site for site in sites if not selectors[site].keeps_all]
+            total = whole(tower).total
+            if sites and (total is None or total < rows):
+                there = "texts differ in length" if total is None else f"there are {total}"
+                yield (
+                    f"choosing keys ({sites[0]}{', ...' * (len(sites) > 1)}) was measured to save time from about {rows} rows on; {there}. "
+                    "Shorter inputs run no faster than without. 'hf-hardattn bench --model' measures yours."
                 )
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import collections
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from transformers import AutoConfig, AutoModel, SwinConfig, SwinModel, ViTForIma
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError
+from hf_hardattn.modeling.remaining import KEYS_PAY_FROM
 
 HEAD = ("vit", "ViTForImageClassification")
 FIRST_HEADS = list(dict(reversed(HEADS)).items())
@@ -224,11 +227,32 @@ def test_status_counts_what_is_left_behind_each_site():
     example = stock("vit", "ViTForImageClassification")
     hf_hardattn.apply(example.model, {"sites": {"vision.inputs": 0.7, "vision.self.1": 2, "vision.tokens.1": 0.5}})
     rows = [line.split() for line in hf_hardattn.status(example.model).splitlines()]
-    left = {row[0]: " ".join(row[2:5]) for row in rows[1:]}
+    left = {row[0]: " ".join(row[2:5]) for row in rows[1:] if row[0] != "note:"}
     assert left == {"vision.inputs": "8 of 10", "vision.self.1": "3 of 10", "vision.tokens.1": "5 of 10"}
     with hf_hardattn.record(example.model) as selections:
         run(example)
     assert {s.site: f"{int(s.mask.sum(-1)[0, 0, 0])} of 10" for s in selections} == left
+
+
+def test_status_says_from_how_many_rows_on_keys_save_time():
+    example = stock("vit", "ViTForImageClassification")
+    hf_hardattn.apply(example.model, {"sites": ["vision.self.*"], "budget": 0.25})
+    assert "note: choosing keys (vision.self.0, ...) was measured" in (said := str(hf_hardattn.status(example.model)))
+    assert f"from about {KEYS_PAY_FROM[False]} rows on; there are 10." in said
+    hf_hardattn.apply(example.model, {"sites": ["vision.tokens.0"], "budget": 0.25})
+    assert "note:" not in hf_hardattn.status(example.model)
+    text = stock("t5", "T5EncoderModel")
+    hf_hardattn.apply(text.model, {"sites": ["encoder.self.*"], "budget": 0.25, "share_selection": True})
+    assert f"from about {KEYS_PAY_FROM[True]} rows on; texts differ" in hf_hardattn.status(text.model)
+
+
+@pytest.mark.parametrize(("shared", "row"), [(False, "one a layer"), (True, "one selection")])
+def test_what_status_says_of_keys_was_measured(shared, row):
+    results = json.loads((Path(__file__).parents[2] / "results" / "bench" / "break_even.json").read_text())
+    name = f"encoder.self.* keep 0.25, {row}"
+    speeds = {g["workload"]["size"]: g["rows"][name]["against_stock"]["median"] for g in results["groups"]}
+    shorter = [speed for size, speed in speeds.items() if size < KEYS_PAY_FROM[shared]]
+    assert max(shorter) < 1.05 and min(set(speeds.values()) - set(shorter)) >= 1, "5 % is no difference"
 
 
 def test_status_counts_the_share_of_a_text():
