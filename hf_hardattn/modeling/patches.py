@@ -161,7 +161,7 @@ def _kernel(projection: Any) -> tuple[int, int]:
     return size
 
 
-def embed_patches(projection: nn.Module, pixels: Tensor, patches: Tensor, size: tuple[int, int]) -> Tensor:
+def embed_patches(projection: Any, pixels: Tensor, patches: Tensor, size: tuple[int, int]) -> Tensor:
     """What the convolution ``projection``, whose stride is its kernel, gives at some patches, and nothing computed elsewhere.
 
     Args:
