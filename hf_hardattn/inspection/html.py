@@ -16,11 +16,12 @@ STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid var(--line); }
 table { border-collapse: collapse; margin: .5rem 0; } .wide, pre { overflow-x: auto; } th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--line); }
-td:first-child { white-space: nowrap; vertical-align: top; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td:first-child { vertical-align: top; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; border: 1px solid var(--line); border-radius: 4px; background: #fff; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 0 2rem; }
 .panels { display: flex; flex-wrap: wrap; gap: 0 1.2rem; align-items: flex-start; } .panels > div { flex: 0 1 auto; max-width: 100%; }
 .panels h4 { margin: .6rem 0 0; font-size: .95rem; } .panels figure { margin: .3rem 0 .6rem; }
+@media (min-width: 40rem) { td:first-child { white-space: nowrap; } }
 figure { margin: .8rem 0; } figcaption, .note { color: var(--faint); font-size: .92rem; }
 """
 # Kept and dropped differ in ground, weight and a line through, not in colour alone. The colours fall back to the page's own.

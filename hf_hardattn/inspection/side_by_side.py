@@ -149,7 +149,7 @@ def in_short(asked: Sequence[Sequence[Answer]]) -> str:
         same = sum(one.prediction.text == other.prediction.text for one, other in zip(column, first, strict=True))
         cost = sum(answer.flops for answer in column) / sum(answer.flops for answer in fulls)
         rows.append([column[0].name, f"{same} of {len(asked)}", f"{cost:.0%}"])
-    header = ["", f"same answer as {first[0].name}", "FLOPs of its full attention"]
+    header = ["", "answers as in the first row", "FLOPs, of its full attention"]
     return section("In short", table(header, rows))
 
 
