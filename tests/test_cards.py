@@ -55,6 +55,7 @@ def test_writing_a_card_again_changes_nothing(source):
     assert result.exit_code == 0, result.output
     assert (card.read_bytes(), (source.parent / "card.json").read_bytes()) == first
     assert (source.parent / "images" / "kept_patches.png").is_file()
+    assert json.loads(source.read_text())["availability"] in card.read_text()
     assert CliRunner().invoke(app, ["card", "--check", str(source.parent)]).exit_code == 0
 
 
