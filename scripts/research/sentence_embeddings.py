@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.3], help="kept (default: 0.5 0.3)")
     parser.add_argument("--sampled", type=float, nargs=2, default=[0.25, 0.7], help="kept in training, from and to")
     parser.add_argument("--steps", type=int, default=150, help="of training (default: 150)")
-    parser.add_argument("--train-batch", type=int, default=8, help="documents a step (default: 8)")
+    parser.add_argument("--train-batch", type=int, default=16, help="documents a step (default: 16)")
     parser.add_argument("--train-tokens", type=int, default=96, help="of a document in training (default: 96)")
     parser.add_argument("--test", type=int, default=1500, help="test documents at most (default: 1500)")
     parser.add_argument("--timed", type=int, default=320, help="documents that are timed (default: 320)")
