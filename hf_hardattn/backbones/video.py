@@ -31,7 +31,7 @@ class VideoEmbeddings(BlipVisionEmbeddings):
 
 
 def _watch(model: Any) -> None:
-    """Give a BLIP, made just now, eyes for videos."""
+    """Replace the image embeddings of a newly built BLIP with video embeddings."""
     embeddings: Any = model.vision_model.embeddings
     if getattr(embeddings, "input_selector", None) is not None:
         raise HardAttentionError(

@@ -16,7 +16,7 @@ _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 @dataclass
 class _Keys:
-    """Who the noise of this forward pass belongs to.
+    """Keys of the random numbers of this forward pass, one for each example.
 
     Attributes:
         seed: of the run. examples: int64 ``[B]``.

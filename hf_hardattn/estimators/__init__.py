@@ -1,4 +1,4 @@
-"""Estimators: how the gradient passes the discrete choice. One file each; the file name is the registered name."""
+"""Gradient estimators for the discrete selection. One file each; the file name is the registered name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of unequal length end to end: what a batch whose rows keep different counts computes on, instead of padding all to the longest."""
+"""Pack rows of different lengths into one sequence, instead of padding all of them to the longest."""
 
 from __future__ import annotations
 

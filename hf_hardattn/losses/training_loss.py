@@ -134,7 +134,7 @@ class Step:
         output["loss"] = loss
 
     def _warn_of_lost_terms(self, selections: list[Selection]) -> None:
-        """Say which terms of the training loss have no loss to ride in."""
+        """Warn of terms of the training loss that are added to no loss, because the model returns none."""
         own = [(selection, self.selectors[selection.site]) for selection in selections]
         needs = {need for _, selector in own for need in selector.estimator.needs}
         lost = {
