@@ -96,11 +96,11 @@ def quality(record: Record) -> str:
             shown_values(values, unit) if len(values) > 1 else shown(values[0], unit) if values else "no completed run"
         )
         totals.append((plain(name), str(mean), f"{len(values)} of {len(runs)}"))
-    examples = number(task["examples"], ",")
+    examples = "" if missing(task["examples"]) else f" ({number(task['examples'], ',')} examples)"
     return "\n".join(
         [
             "## Results",
-            f"{plain(task['metric_name'])} on {plain(task['dataset_name'])}, split {code(task['split'])} ({examples} examples).",
+            f"{plain(task['metric_name'])} on {plain(task['dataset_name'])}, split {code(task['split'])}{examples}.",
             "",
             table(("variant", plain(task["metric_name"]), "completed runs"), totals),
             "",
