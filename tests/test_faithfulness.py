@@ -174,12 +174,12 @@ def test_a_planted_leak_is_caught(architecture: Any, head: str, site: str, monke
     """A double that lets every kept row have a thousandth of the mean of all rows: the certificate says so."""
     model, batch = example(architecture, head, [site], budget=0.4)
     assert hf_hardattn.verify(model, batch).sites[0].certified
-    honest = layers.keep
+    honest = layers.keep_rows
 
     def leaky(hidden: Tensor, indices: Tensor) -> Tensor:
         return honest(hidden, indices) + 1e-3 * hidden.mean(1, keepdim=True)
 
-    monkeypatch.setattr(layers, "keep", leaky)
+    monkeypatch.setattr(layers, "keep_rows", leaky)
     (found,) = hf_hardattn.verify(model, batch).sites
     assert not found.certified and "LEAKS" in found.statement and found.leak is not None and found.leak > 0
 

@@ -20,14 +20,13 @@ MEMORY = "hard_attention_prompt"  # attribute of a cache: its PromptMemory
 class CachedRows:
     """The rows of a prompt that one layer's cache holds, in front of what was written since.
 
-    A plain class: layers whose caches hold the same rows share one, and know it by its identity.
+    A plain class: layers whose caches hold the same rows share one, and know it by its identity. Without slots: an exporter takes a cache
+    apart by the attributes of what stands in it.
 
     Attributes:
         count: K. valid: bool ``[B, K]``, rows that may be read; None when all.
         positions: int64 ``[B, K]``, where they stood in the prompt; None when all of it is there.
     """
-
-    __slots__ = ("count", "valid", "positions")
 
     def __init__(self, count: int, valid: Tensor | None, positions: Tensor | None):
         self.count, self.valid, self.positions = count, valid, positions

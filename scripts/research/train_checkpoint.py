@@ -97,7 +97,9 @@ def main() -> None:
     args.results_dir.mkdir(parents=True, exist_ok=True)
     (args.results_dir / f"{args.name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     task = tasks.load(comparison.task, comparison.task_options)
-    task.processor().save_pretrained(output / "hard")  # what a reader's inputs pass through
+    processor = task.processor()
+    if processor is not None:
+        processor.save_pretrained(output / "hard")
     draw(models["hard"], task, args.results_dir / f"{args.name}.png")
     for name, row in found["models"].items():
         print(f"{name:>6}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()))

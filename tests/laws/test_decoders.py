@@ -8,7 +8,9 @@ import pytest
 import torch
 from decoders import DECODERS, SIZES, WINDOW, harden, kept, oracle, prompts, stock, write, written_by_oracle
 from rounding import MANY, SOME, assert_rounded
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.exporters.exporter_dynamo import register_pytree_node
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError
@@ -404,3 +406,20 @@ def test_later_layers_share_a_choice_of_keys():
     text, logits = written_by_oracle(stock("llama"), prompts(), chosen, None)
     assert torch.equal(found.sequences, text)
     assert_rounded(without_end(torch.stack(found.logits, 1)), without_end(logits), MANY)
+
+
+@pytest.mark.parametrize("config", ["tokens", "keys", "both"])
+def test_an_exporter_can_take_the_cache_of_a_prompt_apart(config):
+    model = harden(stock("llama"), CONFIGS[config])
+    with torch.no_grad():
+        cache = model(**prompts(), use_cache=True).past_key_values
+    register_pytree_node(type(cache))  # as every export of a decoder does, for the whole process
+    rebuilt = tree_unflatten(*tree_flatten(copy.deepcopy(cache)))
+    word = torch.full((2, 1), 7)
+    mask = torch.cat((prompts()["attention_mask"], torch.ones_like(word)), 1)
+    with torch.no_grad():
+        found, expected = (
+            model(input_ids=word, attention_mask=mask, past_key_values=each, use_cache=True).logits
+            for each in (rebuilt, cache)
+        )
+    assert torch.equal(found, expected)
