@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,9 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hf_hardattn import SiteConfig
 from hf_hardattn.budget import Budget
 from hf_hardattn.functional.topk import level_ties, mask_to_indices, topk_mask
+from hf_hardattn.modeling.candidates import Protected
+from hf_hardattn.modeling.choosing import choose
+from hf_hardattn.modeling.context import Settings
+from hf_hardattn.modeling.rows import candidates_among
 from hf_hardattn.modeling.selection import Selection
+from hf_hardattn.modeling.selector import Selector
 
 
 def topk_by_loop(scores: list[float], k: int, valid: list[bool]) -> list[bool]:
@@ -80,6 +87,30 @@ def test_ranks_keep_what_count_says_and_the_protected(budget: Any) -> None:
         ranks = parsed.ranks(slots, available[:, None], always)
         alike = protected == available.clamp(max=always)
         assert torch.equal(ranks.sum(-1)[alike], count[alike])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows(),
+    st.sampled_from([1, 3, 0.25, 0.7, "threshold:0.5", "top_p:0.6"]),
+    st.integers(0, 2),
+    st.booleans(),
+    st.booleans(),
+)
+def test_ragged_rows_keep_the_same_by_rank_as_by_mask(
+    case: tuple[Tensor, Tensor, Tensor], budget: Any, first: int, last: bool, pack: bool
+) -> None:
+    """Gathered execution ranks, masked execution counts; padding may stand anywhere, in front of the protected rows too."""
+    scores, _, valid = case
+    config = SiteConfig(budget=budget, pack=pack, scorer="linear")
+    selector = Selector(
+        "text.tokens.0", config, hidden_size=4, query_size=4, heads=1, protected=Protected(first, last)
+    ).eval()
+    candidates = candidates_among(selector.protected, valid, scores, None)
+    choose_by = partial(choose, selector, scores[:, None, None], scores[:, None, :, None], candidates)
+    gathered, masked = (choose_by(Settings(execution=name), None) for name in ("gathered", "masked"))
+    assert torch.equal(gathered.mask, masked.mask)
+    assert torch.equal(gathered.slot_mask.sum(-1), masked.mask.sum(-1))
 
 
 @settings(max_examples=100, deadline=None)
