@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -92,21 +92,24 @@ def test_ranks_keep_what_count_says_and_the_protected(budget: Any) -> None:
 @settings(max_examples=150, deadline=None)
 @given(
     rows(),
-    st.sampled_from([1, 3, 0.25, 0.7, "threshold:0.5", "top_p:0.6"]),
+    st.sampled_from([1, 3, 0.25, 0.7, 0.999, "threshold:0.5", "top_p:0.6"]),
     st.integers(0, 2),
+    st.booleans(),
     st.booleans(),
     st.booleans(),
 )
 def test_ragged_rows_keep_the_same_by_rank_as_by_mask(
-    case: tuple[Tensor, Tensor, Tensor], budget: Any, first: int, last: bool, pack: bool
+    case: tuple[Tensor, Tensor, Tensor], budget: Any, first: int, last: bool, pack: bool, bounded: bool
 ) -> None:
     """Gathered execution ranks, masked execution counts; padding may stand anywhere, in front of the protected rows too."""
     scores, _, valid = case
+    assume(first + last <= valid.shape[1])  # a tower has its protected rows
     config = SiteConfig(budget=budget, pack=pack, scorer="linear")
     selector = Selector(
         "text.tokens.0", config, hidden_size=4, query_size=4, heads=1, protected=Protected(first, last)
     ).eval()
-    candidates = candidates_among(selector.protected, valid, scores, None)
+    bound = max(int(valid.sum(-1).max()), first + last) if bounded else None
+    candidates = candidates_among(selector.protected, valid, scores, bound)
     choose_by = partial(choose, selector, scores[:, None, None], scores[:, None, :, None], candidates)
     gathered, masked = (choose_by(Settings(execution=name), None) for name in ("gathered", "masked"))
     assert torch.equal(gathered.mask, masked.mask)

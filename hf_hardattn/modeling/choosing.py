@@ -138,9 +138,11 @@ def _chosen_mask(
     if not selector.once and not settings.drawing:
         # a query meets the same keys again, in a computation of another shape: with a cache, without, in another batch
         scores = level_ties(scores, k, masks.free, slots)
+    # where padding stands in the place of a protected row, one more is free
+    most = slots if candidates.valid is None else budget.slots(bound)
     sampling = _sampling(selector, scores, masks.free, inputs, settings) if settings.drawing else None
     features = features.expand(scores.shape[0], -1, -1, -1)
-    choice, scores = _ask_estimator(selector, scores, features, k, masks.free, slots, sampling)
+    choice, scores = _ask_estimator(selector, scores, features, k, masks.free, most, sampling)
 
     mask, gates = choice.mask, _gates(selector, choice, sampling, settings)
     if gates is not None and selector.config.soft_rate and sampling is not None:
