@@ -48,6 +48,13 @@ def test_a_card_says_what_the_results_say(path):
     assert check_card(path.parent) == []
 
 
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)
+def test_what_a_card_imports_is_there(path):
+    """A task without an auto class is loaded by the model's own class, and one whose class is ours by ``load`` alone."""
+    code = (path.parent / "README.md").read_text().split("```python")[1].split("```")[0]
+    exec("\n".join(line for line in code.splitlines() if "import" in line), {})
+
+
 def test_writing_a_card_again_changes_nothing(source):
     card = write_card(source)
     first = card.read_bytes(), (source.parent / "card.json").read_bytes()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
+
 from .card_metadata import run_values, shown, shown_values
 from .markdown import block, bullets, code, facts, number, plain, table
 from .record import VARIANTS, missing
@@ -52,11 +54,13 @@ def behaviour(record: Record) -> str:
 
 def start(record: Record) -> str:
     """Code to copy."""
-    repo, auto = record["repo_id"], record["auto_class"]
+    repo, classes = record["repo_id"], (record["auto_class"], record["model_class"])
     lines = ["import hf_hardattn  # without it the model runs soft", ""]
     lines += [f'model = hf_hardattn.load("{repo}")', "print(hf_hardattn.status(model))"]
-    if record["form"] == "full" and auto.isidentifier():
-        lines += ["", f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{repo}")  # the same']
+    # a task without an auto class, like captioning, is loaded by its own class; a class of the user's own by load alone
+    name = next((name for name in classes if hasattr(transformers, name)), None)
+    if record["form"] == "full" and name:
+        lines += ["", f"from transformers import {name}", "", f'model = {name}.from_pretrained("{repo}")  # the same']
     where = f"{plain(record['availability'])}\n\n" if "availability" in record else ""
     return f"## Load\n{where}{block('pip install hf-hardattn', 'bash')}\n\n{block(chr(10).join(lines), 'python')}"
 

@@ -14,7 +14,8 @@ _AT_THE_START = re.compile(r"^(\d{0,9})([#+=.)-])(?=[#=\s-]|$)")  # heading, rul
 
 
 def plain(value: Any) -> str:
-    """One line of text; HTML, links, tables, code, emphasis, headings, lists and fences in it lose their meaning."""
+    """One line of text; HTML, links, tables, code, emphasis, headings, lists and fences in it lose their meaning. A list is its words."""
+    value = ", ".join(map(str, value)) if isinstance(value, list) else value
     text = html.escape(" ".join(str(value).split()), quote=False)
     text = _ANYWHERE.sub(lambda match: f"&#{ord(match[0])};", text)
     return _AT_THE_START.sub(lambda match: f"{match[1]}&#{ord(match[2])};", text)
