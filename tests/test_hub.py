@@ -20,6 +20,7 @@ from hf_hardattn.hub import pushing
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 TESTS = Path(__file__).parent
+FORMS = ("full", "sharded", "selectors", "peft")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def pushed(ann, folders):
     ann.do(
         f"huggingface_hub.create_repo('ann/base', private=True); huggingface_hub.upload_folder(repo_id='ann/base', folder_path={str(folders / 'base')!r})"
     )
-    for form in ("full", "sharded", "selectors", "peft"):
+    for form in FORMS:
         ann.do(f"plan = hf_hardattn.push({str(folders / form)!r}, 'ann/{form}', dry_run=False)")
     return folders
 
@@ -94,9 +95,7 @@ keep_answer(AutoModelForImageClassification.from_pretrained("ann/full").eval(), 
 
 def test_a_fresh_process_and_cache_load_every_form_hard(hub, pushed, tmp_path):
     fresh = hub.person(ANN, "fresh")
-    budget = fresh.do(
-        LOAD.format(tests=str(TESTS), forms=["full", "sharded", "selectors", "peft"], folder=str(tmp_path))
-    )
+    budget = fresh.do(LOAD.format(tests=str(TESTS), forms=FORMS, folder=str(tmp_path)))
     assert budget == {"ratio": 0.25}
     expected = torch.load(pushed / "answer.pt")
     for form in ("full", "sharded", "selectors", "stock_way"):
@@ -301,42 +300,57 @@ def test_pefts_own_ways_to_push_reload_hard(hub, ann, pushed, tmp_path):
     assert same(torch.load(tmp_path / "trained.pt"), torch.load(tmp_path / "trained2.pt"))
 
 
-@pytest.mark.parametrize("form", ["full", "sharded", "selectors", "peft"])
-def test_what_load_fetched_loads_offline(hub, pushed, tmp_path, form):
-    """By the name it was fetched by (branch, tag, commit) and by the commit that name stood for; the repository holds other files too."""
-    name = f"ann/offline-{form}"
-    ann = hub.person(ANN, f"offline-{form}")
-    commit = ann.do(
+@pytest.fixture(scope="module")
+def fetched(hub, pushed, tmp_path_factory):
+    """Each form in a repository that holds other files too, fetched by three names of its commit, then read offline: the user, and a folder."""
+    folder, ann = tmp_path_factory.mktemp("offline"), hub.person(ANN, "offline")
+    commits = ann.do(
         f"""
         import sys; sys.path.insert(0, {str(TESTS)!r})
         import hf_hardattn, huggingface_hub
         from hub_server.models import keep_answer
-        plan = hf_hardattn.push({str(pushed / form)!r}, {name!r}, dry_run=False, tag="v1")
-        for extra in (".gitattributes", "README.md", "training/notes.txt"):
-            made = huggingface_hub.upload_file(repo_id={name!r}, path_in_repo=extra, path_or_fileobj=b"words")
-        huggingface_hub.create_tag({name!r}, tag="v2")
-        commit = result = made.oid
-        for revision in (None, "v2", commit):
-            hf_hardattn.load({name!r}, revision=revision)
+        result = {{}}
+        for form in {FORMS!r}:
+            name = f"ann/offline-{{form}}"
+            hf_hardattn.push({str(pushed)!r} + "/" + form, name, dry_run=False, tag="v1")
+            for extra in (".gitattributes", "README.md", "training/notes.txt"):
+                made = huggingface_hub.upload_file(repo_id=name, path_in_repo=extra, path_or_fileobj=b"words")
+            huggingface_hub.create_tag(name, tag="v2")
+            for revision in (None, "v2", made.oid):
+                hf_hardattn.load(name, revision=revision)
+            result[form] = made.oid
         """
     )
-    expected = torch.load(pushed / ("answer_peft.pt" if form == "peft" else "answer.pt"))
     hub.forget()
-    code = f"""
-        for number, revision in enumerate((None, "main", "v2", {commit!r})):
-            keep_answer(hf_hardattn.load({name!r}, revision=revision, local_files_only=True), f"{tmp_path}/{{number}}.pt")
+    ann.do(
+        f"""
+        for form, commit in {commits!r}.items():
+            for number, revision in enumerate((None, "main", "v2", commit)):
+                model = hf_hardattn.load(f"ann/offline-{{form}}", revision=revision, local_files_only=True)
+                keep_answer(model, f"{folder}/{{form}}-{{number}}.pt")
         """
-    ann.do(code)
-    environment = hub.environment(ANN, f"offline-{form}") | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS)}
-    command = f"import hf_hardattn; from hub_server.models import keep_answer; keep_answer(hf_hardattn.load({name!r}), '{tmp_path}/4.pt')"
-    subprocess.run([sys.executable, "-c", command], env=environment, check=True)
+    )
+    environment = hub.environment(ANN, "offline") | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS)}
+    code = f"""
+import hf_hardattn
+from hub_server.models import keep_answer
+for form in {FORMS!r}:
+    keep_answer(hf_hardattn.load(f"ann/offline-{{form}}"), f"{folder}/{{form}}-4.pt")
+"""
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert hub.log() == []
-    answers = [torch.load(path) for path in tmp_path.glob("*.pt")]
+    return ann, folder
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_load_fetched_loads_offline(fetched, pushed, form):
+    """By the name it was fetched by (branch, tag, commit) and by the commit that name stood for."""
+    ann, folder = fetched
+    expected = torch.load(pushed / ("answer_peft.pt" if form == "peft" else "answer.pt"))
+    answers = [torch.load(path) for path in folder.glob(f"{form}-*.pt")]
     assert len(answers) == 5 and all(same(found, expected) for found in answers)
-    with pytest.raises(
-        Refused, match=f"{name} at revision 'v1' is not in the cache, and nothing is downloaded offline"
-    ):
-        ann.do(f"hf_hardattn.load({name!r}, revision='v1', local_files_only=True)")
+    with pytest.raises(Refused, match="at revision 'v1' is not in the cache, and nothing is downloaded offline"):
+        ann.do(f"hf_hardattn.load('ann/offline-{form}', revision='v1', local_files_only=True)")
 
 
 @pytest.mark.parametrize(

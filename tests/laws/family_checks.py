@@ -7,14 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from cases import Example, close, harden, run, stock, tensors
 from rounding import FEW, MANY, assert_rounded
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import flex_attention
-from transformers.integrations import flex_attention as integration
 
 import hf_hardattn
 from hf_hardattn import models
@@ -280,7 +277,7 @@ def flex_attends(subject: Subject) -> None:
     example = subject.hard()
     expected = visible(subject, example)
     plain = subject.stock()
-    with plain_flex():
+    with torch.compiler.set_stance("force_eager"):  # making a kernel takes a minute on a CPU
         try:
             plain.model.set_attn_implementation("flex_attention")
             run(plain)
@@ -289,18 +286,6 @@ def flex_attends(subject: Subject) -> None:
             raise NotImplementedError(f"the stock model fails as well ({reason})") from error
         example.model.set_attn_implementation("flex_attention")
         close(visible(subject, example), expected)
-
-
-@contextmanager
-def plain_flex() -> Iterator[None]:
-    """Flex attention without a compiled kernel, which takes a minute to make for a CPU."""
-
-    def call(query: Tensor, key: Tensor, value: Tensor, training: bool = False, **options: Any) -> Any:
-        return flex_attention(query, key, value, **options)
-
-    torch._dynamo.reset()
-    with mock.patch.object(integration, "compile_friendly_flex_attention", call):
-        yield
 
 
 def visible(subject: Subject, example: Example) -> dict[str, Tensor]:
