@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
+import hf_hardattn
 from hf_hardattn import HardAttentionError
 from hf_hardattn.cli import app
 from hf_hardattn.hub.card import render, write_card
@@ -53,6 +55,22 @@ def test_what_a_card_imports_is_there(path):
     """A task without an auto class is loaded by the model's own class, and one whose class is ours by ``load`` alone."""
     code = (path.parent / "README.md").read_text().split("```python")[1].split("```")[0]
     exec("\n".join(line for line in code.splitlines() if "import" in line), {})
+
+
+@pytest.mark.parametrize(
+    "folder", [path.parent for path in CARDS if path.with_name("config.json").is_file()], ids=lambda f: f.name
+)
+def test_weights_beside_a_card_are_those_it_names(folder):
+    """They load hard, and a push would send them with the card."""
+    model = hf_hardattn.load(folder)
+    assert (
+        hf_hardattn.selectors(model)
+        and type(model).__name__ == json.loads((folder / "source.json").read_text())["model_class"]
+    )
+    weights = (folder / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() in (folder / "README.md").read_text() and len(weights) < 25e6
+    plan = hf_hardattn.push(folder, f"hf-hardattn/{folder.name}")
+    assert {"model.safetensors", "README.md", "card.json"} <= set(plan.files) and not plan.card_problems
 
 
 def test_writing_a_card_again_changes_nothing(source):

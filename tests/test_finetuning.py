@@ -25,6 +25,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 import hf_hardattn
 from hf_hardattn.functional.pooling import mean_rows
+from hf_hardattn.hub.building import model_class
 from hf_hardattn.training import finetuning
 from hf_hardattn.training.evaluation import compare
 from hf_hardattn.training.loop import Task
@@ -200,6 +201,14 @@ def test_registry_names_files_and_families() -> None:
         finetuning.choose(["--task=captioning"], "vit")
     with pytest.raises(hf_hardattn.HardAttentionError, match="unknown task 'caption'; .* Did you mean 'captioning'"):
         finetuning.load("caption")
+
+
+@pytest.mark.parametrize("name", finetuning.names())
+def test_what_a_task_saves_can_be_loaded(name: str) -> None:
+    """``load`` looks a class up by the name in config.json, in few packages."""
+    trained = finetuning.load(name).model_class
+    if not trained.__name__.startswith("Auto"):  # those are Transformers' own
+        assert issubclass(trained, model_class(trained.__name__, "config.json"))
 
 
 def test_frozen_features_are_the_images(models: Path, data: Path, tmp_path: Path) -> None:

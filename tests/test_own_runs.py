@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,14 @@ def test_a_card_of_ones_own_run(trained: Path, tmp_path: Path) -> None:
     text = (trained / "README.md").read_text()
     results = json.loads((trained / "results.json").read_text())
     assert "your-name/vit-run" in text and f"{results['metrics']['hard']['examples']}" in text
+    parameters, weights = results["parameters"], trained / "model.safetensors"
+    assert (
+        parameters["all"]
+        == sum(p.numel() for p in hf_hardattn.load(trained).parameters())
+        > parameters["selectors"]
+        > 0
+    )
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == results["hashes"][weights.name] in text
     assert command("card", trained / "results.json").startswith("wrote")  # either way
     assert command("card", trained / "source.json").startswith("wrote")
     with pytest.raises(HardAttentionError, match="--repo-id has no effect"):

@@ -30,18 +30,19 @@ REFUSED = (
     "quantization_config",
     "transformers_weights",  # another file of weights than the one that was looked at
 )
+VIDEO = "hf_hardattn.backbones.video"  # BLIP that reads videos
 MOST_LABELS = 100_000  # that an adapter's own head may have beyond its base
 _lock, _loading, _verbosity = threading.Lock(), 0, logging.WARNING
 ROOM = 2**20  # integers and parameters that a configuration may name beyond what its weights hold
 
 
 def model_class(name: Any, where: str) -> type[PreTrainedModel]:
-    """The class called ``name``, if it is one of Transformers' own models that hard attention serves."""
+    """The class called ``name``, if it is one of Transformers' own models, or of ours, that hard attention serves."""
+    # looked up in these packages alone: a name must not make Transformers import whatever else it knows
+    packages = [models.load(each).spec.family.rstrip(".") for each in models.names()]
     found: Any = None
-    for each in models.names():
-        # looked up in these packages alone: a name must not make Transformers import whatever else it knows
-        package = importlib.import_module(models.load(each).spec.family.rstrip("."))
-        found = found or (getattr(package, name, None) if isinstance(name, str) else None)
+    for package in (*packages, VIDEO):
+        found = found or (getattr(importlib.import_module(package), name, None) if isinstance(name, str) else None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and _is_complete(found)):
         known = ", ".join(models.names())
         raise HardAttentionError(

@@ -83,6 +83,7 @@ def source_of_run(folder: Path, repo_id: str) -> dict[str, Any]:
             f"{folder / RESULTS} holds no evaluation of a hard model; a card needs one. Give validation data."
         )
     adapter = (folder / "adapter_config.json").is_file()
+    counted, uncounted = "parameters" in results, {"not_measured": "the results do not count them"}
     config = read_json(folder / "config.json", str(folder))
     name, arguments = (config.get("architectures") or ["PreTrainedModel"])[0], results.get("arguments") or {}
     base = next(
@@ -170,8 +171,8 @@ def source_of_run(folder: Path, repo_id: str) -> dict[str, Any]:
         "external_validation": "none known.",
         "energy": {"not_measured": "the run metered no energy"},
         "transparency": {
-            "parameters": {"not_measured": "the results do not count them"},
-            "selector_parameters": {"not_measured": "the results do not count them"},
+            "parameters": _ref("parameters", "all") if counted else uncounted,
+            "selector_parameters": _ref("parameters", "selectors") if counted else uncounted,
             "training_flop": {"not_measured": "the results do not count it"},
             "training_seconds": _ref("train", "seconds") if "train" in results else {"not_measured": "evaluated only"},
         },
@@ -179,7 +180,7 @@ def source_of_run(folder: Path, repo_id: str) -> dict[str, Any]:
         "versions": _ref("versions"),
         "reproduce": {
             "commands": [redact(str(results.get("command", "unknown")))],
-            "hashes": {"not_measured": "the run did not hash its data"},
+            "hashes": _ref("hashes") if results.get("hashes") else {"not_measured": "the results hash no weights"},
         },
     }
 

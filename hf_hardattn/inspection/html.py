@@ -19,6 +19,7 @@ table { border-collapse: collapse; margin: .5rem 0; } .wide, pre { overflow-x: a
 td:first-child { vertical-align: top; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; border: 1px solid var(--line); border-radius: 4px; background: #fff; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 0 2rem; }
+.cards th, .cards td { padding-right: .5rem; font-size: .85rem; }
 .panels { display: flex; flex-wrap: wrap; gap: 0 1.2rem; align-items: flex-start; } .panels > div { flex: 0 1 auto; max-width: 100%; }
 .panels h4 { margin: .6rem 0 0; font-size: .95rem; } .panels figure { margin: .3rem 0 .6rem; }
 @media (min-width: 40rem) { td:first-child { white-space: nowrap; } }

@@ -128,7 +128,17 @@ def cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     metric, points = results["metric"], results["points"]
     extra = [name for row in results["summary"].values() for name in row["metrics"] if name not in (metric, "kept")]
     extra = list(dict.fromkeys(extra))
-    header = ["variant", metric, "vs. full attention", "vs. random", *extra, "kept", "failed", "GFLOPs (counted)", "train s"]
+    header = [
+        "variant",
+        metric,
+        "vs. full attention",
+        "vs. random",
+        *extra,
+        "kept",
+        "failed",
+        "GFLOPs (counted)",
+        "train s",
+    ]
     rows = []
     for name, row in results["summary"].items():
         found = row["metrics"]

@@ -12,6 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from ..recording import selectors
+
 PACKAGES = ("hf-hardattn", "torch", "transformers", "accelerate", "datasets", "peft", "numpy")
 
 
@@ -41,6 +45,26 @@ def describe_run(argv: list[str] | None) -> dict[str, Any]:
     return {"command": shlex.join(words), "versions": versions, "platform": platform.platform()}
 
 
+def describe_model(model: nn.Module, folder: Path) -> dict[str, Any]:
+    """How many parameters a model has, and the sha256 of each file of weights that the run left in ``folder``."""
+    chosen = selectors(model).values()
+    return {
+        "parameters": {"all": _count(model), "selectors": sum(map(_count, chosen))},
+        "hashes": {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))},
+    }
+
+
+def _count(module: nn.Module) -> int:
+    # DeepSpeed's third stage leaves empty parameters in place, which know how large they are
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, in hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def describe_data(args: Any, splits: dict[str, Any]) -> dict[str, Any]:
     """What tells these splits from others: rows, columns and fingerprint, and the digest of the file that each came from."""
     found: dict[str, Any] = {}
@@ -51,8 +75,7 @@ def describe_data(args: Any, splits: dict[str, Any]) -> dict[str, Any]:
         found[name] = {"rows": rows, "columns": data.column_names, "fingerprint": getattr(data, "_fingerprint", None)}
         file = getattr(args, f"{name}_file", None)
         if file is not None:
-            with Path(file).expanduser().open("rb") as stream:
-                found[name]["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+            found[name]["sha256"] = sha256(Path(file).expanduser())
     return found
 
 

@@ -24,7 +24,7 @@ from .evaluation import compare
 from .interruption import Interruption
 from .loop import Task, Training, measure_on
 from .publishing import push, save_model
-from .results import describe_data, describe_run, write_json
+from .results import describe_data, describe_model, describe_run, write_json
 from .summary import summarise
 
 logger = get_logger(__name__)
@@ -101,10 +101,11 @@ def _finish(
     metrics = {} if task.validation is None else measure_on(accelerator, args, task, model, compare)
     results |= {"task": task.name, "model": args.model_name_or_path, "metrics": metrics}
     results |= {"evaluation_seconds": time.perf_counter() - started, "arguments": asdict(args)}
-    config = accelerator.unwrap_model(model).config
+    plain = accelerator.unwrap_model(model)
+    config = plain.config
     results |= {"hard_attention": config.hard_attention, "processes": accelerator.num_processes}
     results |= {"device": str(accelerator.device), "mixed_precision": accelerator.mixed_precision, **describe_run(argv)}
-    results |= {"model_commit": getattr(config, "_commit_hash", None)}
+    results |= {"model_commit": getattr(config, "_commit_hash", None), **describe_model(plain, Path(args.output_dir))}
     results |= {"data": describe_data(args, {"train": task.train, "validation": task.validation})}
     if accelerator.is_main_process:
         write_json(Path(args.output_dir) / "results.json", results)

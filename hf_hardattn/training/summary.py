@@ -31,9 +31,10 @@ def summarise(results: dict[str, Any], folder: str) -> str:
     quoted = shlex.quote(folder)
     lines += [f"results: {folder}/results.json"]
     if results.get("hard_attention") and "train" in results:
+        lines.append("next:")
+        if "video" not in results["task"]:  # no report shows videos
+            lines.append(f"  hf-hardattn explain {quoted} --input FILE   (what it keeps)")
         lines += [
-            "next:",
-            f"  hf-hardattn explain {quoted} --input FILE   (what it keeps)",
             f"  hf-hardattn card {quoted}   (its model card)",
             "  the same command with --scorer random and another --output_dir: what a random choice reaches",
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import statistics
@@ -28,6 +27,7 @@ from ..inspection.verify import verify
 from ..recording import record, selectors
 from . import tasks
 from .fitting import fit
+from .results import sha256
 
 NAMES = ("soft", "hard", "random")
 MOST_GROUPS = 30
@@ -86,7 +86,7 @@ def run(
             "seconds": sum(part["seconds"] for part in own),
             "energy": total([part["energy"] for part in own]),
         },
-        "hashes": {"hard/model.safetensors": _sha256(output / "hard" / "model.safetensors")},
+        "hashes": {"hard/model.safetensors": sha256(output / "hard" / "model.safetensors")},
         "measured": measured,
         "versions": {
             "python": platform.python_version(),
@@ -217,7 +217,3 @@ def check(folder: str, task_name: str, task_options: str) -> None:
     always = 0 if selection.protected is None else 1  # CLS or </s> is there always, and is no choice
     answer = {task.metric: task.evaluate(model)[task.metric], "patches_kept": selection.slots - always}
     print(json.dumps({**answer, "hard": bool(selectors(model))}))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

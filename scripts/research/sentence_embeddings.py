@@ -129,7 +129,7 @@ def quality(arguments: Any, results: dict[str, Any]) -> None:
     documents, questions = test_rows(arguments)
     lengths = [len(ids) for ids in tokenizer(documents, truncation=True, max_length=LONGEST)["input_ids"]]
     results |= {"model": "all-MiniLM-L6-v2", "documents": len(documents)}
-    results |= {"steps": arguments.steps, "train_batch": arguments.train_batch, "trained": list(VARIANTS)}
+    results |= {"steps": arguments.steps, "train_batch": arguments.train_batch}
     results |= {
         "site": VARIANTS["learned"][0],
         "tokens": statistics.mean(lengths),
@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), help="trained")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.3], help="kept (default: 0.5 0.3)")
     parser.add_argument("--sampled", type=float, nargs=2, default=[0.25, 0.7], help="kept in training, from and to")
-    parser.add_argument("--steps", type=int, default=150, help="of training (default: 150)")
+    parser.add_argument("--steps", type=int, default=120, help="of training (default: 120)")
     parser.add_argument("--train-batch", type=int, default=16, help="documents a step (default: 16)")
     parser.add_argument("--train-tokens", type=int, default=96, help="of a document in training (default: 96)")
     parser.add_argument("--test", type=int, default=1500, help="test documents at most (default: 1500)")

@@ -33,12 +33,11 @@ def table() -> str:
         ratio = speed.get((name, share)) if name != "full attention" else None
         lines.append(f"| {NAMES[name]} | {share:.0%} | {numbers} | {'' if ratio is None else f'{ratio:.2f} ×'} |")
     seeds = {line["seed"] for line in results["variants"] if line["name"] == "learned"}
-    trained = [NAMES[name] for name in results["trained"]]
     lines += [
         "",
         f"{results['documents']:,} descriptions of {results['tokens']:.0f} tokens on average, each found by its synopsis among all others; "
         f"`{results['site']}`, {results['steps']} steps of training on {results['train_batch']} documents each, {len(seeds)} "
-        f"seed{'s' * (len(seeds) > 1)}. Trained in this way: {', '.join(trained)}; the others have the original's weights.",
+        f"seed{'s' * (len(seeds) > 1)}; the rows below the first were trained alike.",
     ]
     if timing["lines"]:
         lines[-1] += f" Encoding: {timing['threads']} thread of {timing['processor']}, batches of {timing['batch']}."
