@@ -140,7 +140,7 @@ def timing(folder: Path, arguments: Any) -> dict[str, Any]:
         | {"command": statistics.median(w for _, w in rates)}
         for (model, processes), rates in found.items()
     ]
-    return {"rounds": arguments.rounds, "processor": device_name(), "rates": lines}
+    return {"sentences": arguments.count, "rounds": arguments.rounds, "processor": device_name(), "rates": lines}
 
 
 def main() -> None:
@@ -157,7 +157,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name), arguments)
         found = (kills if arguments.part == "kills" else timing)(Path(name), arguments)
-    results |= {"model": "all-MiniLM-L6-v2", "sites": SITES, "sentences": arguments.count, arguments.part: found}
+    results |= {"model": "all-MiniLM-L6-v2", "sites": SITES, arguments.part: found}
     results["hf_hardattn"] = hf_hardattn.__version__
     OUTPUT.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(found, indent=1))

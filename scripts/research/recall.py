@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--steps", type=int, nargs=3, default=[1000, 200, 300], help="at lengths of 48, 256 and --length"
     )
-    parser.add_argument("--adapt", type=int, default=160, help="steps of each variant")
+    parser.add_argument("--adapt", type=int, nargs=2, default=[120, 20], help="of each variant: at 256 and --length")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of a variant")
     parser.add_argument("--selector-rate", type=float, default=1e-2, help="learning rate of its selectors")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt, in the end")
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         if config:
             hf_hardattn.apply(model, {**config, "budget": BUDGET, "estimator": "straight_through"})
         place = args.models / name.replace(", ", "-")
-        models[name] = model = trained(place, model, [args.length] * args.adapt, **rates)
+        models[name] = model = trained(place, model, [256] * args.adapt[0] + [args.length] * args.adapt[1], **rates)
         if not args.timing:
             rows.append({"variant": name, **test(model, args.length, args.prompts, args.test_seed)})
             print(rows[-1], flush=True)

@@ -30,6 +30,7 @@ def table() -> str:
         ]
         lines += [
             "",
-            f"One thread a process of {found['timing']['processor']}, median of {found['timing']['rounds']} runs in turn.",
+            f"{found['timing']['sentences']:,} sentences, one thread a process of {found['timing']['processor']}, median of "
+            f"{found['timing']['rounds']} runs in turn.",
         ]
     return "\n".join(lines)

@@ -10,8 +10,9 @@ def table() -> str:
     if r is None:
         return "Not measured yet: `python scripts/research/recall.py`."
     lines = [
-        f"{r['facts']} facts in a prompt of {r['length']:,} tokens of noise, {r['facts']} questions behind it; {r['prompts']} prompts, one seed. Each "
-        f"variant went on from one trained decoder for {r['adapt']} steps (`python scripts/research/recall.py`).",
+        f"{r['facts']} facts in a prompt of {r['length']:,} tokens of noise, {r['facts']} questions behind it; {r['prompts']} prompts, one seed. The "
+        f"decoder's first layer reads a window of {r['shape']['sliding_window']} tokens, so that the facts are found behind it. Each "
+        f"variant went on from one trained decoder for {sum(r['adapt'])} steps (`python scripts/research/recall.py`).",
         "",
         "| variant | kept | all answers right | answers right | prefill, ms |",
         "|---|---|---|---|---|",
