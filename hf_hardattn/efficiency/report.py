@@ -48,7 +48,7 @@ def cells(group: dict[str, Any]) -> Iterator[list[str]]:
             exact,
             "" if row["limit"] is None or unlimited else f"{row['limit']:.2f}",
             "" if row["share_of_limit"] is None or unlimited else f"{row['share_of_limit']:.0%}",
-            "" if target is None else f"{target} {'held' if row['against_stock']['median'] >= target else 'NOT HELD'}",
+            "" if target is None else f"{target} {'met' if row['against_stock']['median'] >= target else 'missed'}",
             _amount(row["flops"]["executed"] / 1e9, 1),
             _amount(row["flops"]["nominal"] / 1e9, 1),
             _amount(row["peak_bytes"] / 2**20, 0),
@@ -127,7 +127,7 @@ def beside(groups: list[dict[str, Any]]) -> list[str]:
         for name, row in group["rows"].items():
             if "beside" in row:
                 other, speed, target = row["beside"], row["beside"]["speed"]["median"], row["targets"].get("beside")
-                held = "" if target is None else f"{target} {'held' if speed >= target else 'NOT HELD'}"
+                held = "" if target is None else f"{target} {'met' if speed >= target else 'missed'}"
                 lines.append(
                     f"| {group['name']} | {name} | {other['row']} | {_ratio(other['speed'])} | {held} | {other['largest_difference']:.1g} |"
                 )
@@ -238,7 +238,7 @@ def host(results: dict[str, Any]) -> str:
         + " Models of 12 layers, so narrow that nothing but Python and dispatch takes time; processor time of the calling thread, medians of "
         "interleaved rounds, quartiles in brackets.",
         "",
-        "| workload | sites | kernels added | at most | time by stock's | at most | held |",
+        "| workload | sites | kernels added | at most | time by stock's | at most | aims |",
         "|---" * 7 + "|",
     ]
     for group in results["groups"]:
@@ -246,7 +246,7 @@ def host(results: dict[str, Any]) -> str:
         lines.append(f"| {name} | stock, timed again | | | {_ratio(group['again'])} | | |")
         for row in group["rows"]:
             kernels, time = (_limit(row["most_kernels"]), _limit(row["most_host"]))
-            held = "held" if row["held"] else "NOT HELD"
+            held = "met" if row["held"] else "missed"
             lines.append(
                 f"| {name} | {row['name']} | {row['kernels_added']:+,} | {kernels} | {_ratio(row['host'])} | {time} | {held} |"
             )
