@@ -1,6 +1,6 @@
 """What a selection of the prompt saves a decoder: prefill, time a token and bytes of keys and values, beside stock and two evictions.
 
-    python scripts/research/prefill.py                         # 1,024 to 8,192 tokens; --lengths, --rounds: of some
+    python scripts/research/prefill.py                         # 1,024 to 16,384 tokens; --lengths, --rounds: of some
 
 The decoder has Llama's shape and random weights: the figures are costs, not accuracies. Time is that of one thread's processor, so that a
 busy machine does not count. The evictions prune every layer's cache behind the prefill, head by head, as their papers do: keys of the smallest
@@ -137,7 +137,7 @@ def compare(length: int, rounds: int) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)

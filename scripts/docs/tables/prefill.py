@@ -9,10 +9,13 @@ def table() -> str:
     r = read("prefill.json")
     if r is None:
         return "Not measured yet: `python scripts/research/prefill.py`."
-    shape = r["shape"]
+    shape, rounds = r["shape"], {row["length"]: row["rounds"] for row in r["rows"]}
+    fewer = [f"{length:,}" for length, number in rounds.items() if number < max(rounds.values())]
+    once = f", one round at {' and '.join(fewer)} tokens" if fewer else ""
     lines = [
         f"A decoder of Llama's shape with random weights ({shape['num_hidden_layers']} layers, width {shape['hidden_size']}), {r['dtype']}, "
-        f"{r['clock']}; every method keeps {r['kept']:.0%} of the prompt. Key norm and SnapKV are evictions from the cache, head by head "
+        f"{r['clock']}; every method keeps {r['kept']:.0%} of the prompt. Key norm and SnapKV are evictions from the cache, head by head. "
+        f"Medians of {max(rounds.values())} rounds{once} "
         "(`python scripts/research/prefill.py`).",
         "",
         "| prompt | method | prefill, s | against stock | a token, ms | against stock | keys and values, MB |",
