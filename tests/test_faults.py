@@ -386,13 +386,13 @@ def test_a_registered_attention_function_is_called_at_sites_or_refused_when_atta
         assert len(calls) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0.5, "threshold:0.5"])
 @pytest.mark.parametrize("site", ["vision.tokens.0", "vision.self.0", "vision.inputs"])
 def test_flex_attention_gives_what_sdpa_gives_or_is_refused_when_attached(site: str, budget: Any) -> None:
     size = {"hidden_size": 48}
     expected = logits(vit(site, budget=budget, config=size))
-    # by PyTorch's reference: a kernel is made in laws/test_implementations.py
-    with allowing_refusal(), torch.compiler.set_stance("force_eager"):
+    with allowing_refusal():
         model = vit(site, budget=budget, config={**size, "attn_implementation": "flex_attention"})
         assert differ(logits(model), expected) <= TOLERANCE
 
