@@ -223,12 +223,12 @@ def bart_example(head: Any, **changes: Any) -> Example:
     return Example(head(config), batch)
 
 
-def blip_example(head: type, text_layers: int = 2, vision_layers: int = 3, **changes: Any) -> Example:
+def blip_example(head: type, **changes: Any) -> Example:
     text = dict(
         vocab_size=47,
         hidden_size=24,
         intermediate_size=29,
-        num_hidden_layers=text_layers,
+        num_hidden_layers=2,
         num_attention_heads=3,
         max_position_embeddings=31,
         hidden_dropout_prob=0.0,
@@ -242,7 +242,7 @@ def blip_example(head: type, text_layers: int = 2, vision_layers: int = 3, **cha
     vision = dict(
         hidden_size=24,
         intermediate_size=37,
-        num_hidden_layers=vision_layers,
+        num_hidden_layers=3,
         num_attention_heads=4,
         image_size=12,
         patch_size=4,

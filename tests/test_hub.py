@@ -349,8 +349,11 @@ def test_what_load_fetched_loads_offline(fetched, pushed, form):
     expected = torch.load(pushed / ("answer_peft.pt" if form == "peft" else "answer.pt"))
     answers = [torch.load(path) for path in folder.glob(f"{form}-*.pt")]
     assert len(answers) == 5 and all(same(found, expected) for found in answers)
-    with pytest.raises(Refused, match="at revision 'v1' is not in the cache, and nothing is downloaded offline"):
-        ann.do(f"hf_hardattn.load('ann/offline-{form}', revision='v1', local_files_only=True)")
+    name = f"ann/offline-{form}"
+    with pytest.raises(
+        Refused, match=f"{name} at revision 'v1' is not in the cache, and nothing is downloaded offline"
+    ):
+        ann.do(f"hf_hardattn.load({name!r}, revision='v1', local_files_only=True)")
 
 
 @pytest.mark.parametrize(

@@ -134,9 +134,8 @@ def assert_flex_is_sdpa(place, budget):
     )
     for each in (found, expected):
         harden(each.model, Case(place, place.heads[0], budget=budget).config())
-        if (
-            place.architecture == "t5"
-        ):  # Transformers' flex attention takes T5's bias, which all texts share, for one text alone
+        # Transformers' flex attention takes T5's bias, which all texts share, for one text alone
+        if place.architecture == "t5":
             each.batch = {name: x[:1] for name, x in each.batch.items()}
     close(run(found), run(expected))
 
