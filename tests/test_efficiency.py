@@ -402,7 +402,7 @@ def test_bench_compares_rows_that_compute_the_same(tmp_path):
     beside = group["rows"]["packed"]["beside"]
     assert beside["row"] == "padded" and beside["speed"]["median"] > 0 and beside["largest_difference"] < 1e-4
     assert "beside" not in group["rows"]["padded"]
-    assert "| texts | packed | padded | " in (written := (tmp_path / "mine.md").read_text()) and "0.001 held" in written
+    assert "| texts | packed | padded | " in (written := (tmp_path / "mine.md").read_text()) and "0.001 met" in written
 
 
 def test_bench_of_a_users_own_checkpoint(tmp_path):
