@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image as Pillow
 from test_scripts import WORDS, squares, tokenizer
 from test_videos import write_video
 from torch.utils.data import DataLoader
-from transformers import AutoModel, BertConfig, BertModel, BlipConfig, LlamaConfig, T5Config, ViTConfig
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, BlipConfig, LlamaConfig, T5Config, ViTConfig
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.blip.processing_blip import BlipProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -28,8 +29,11 @@ from hf_hardattn.functional.pooling import mean_rows
 from hf_hardattn.hub.building import model_class
 from hf_hardattn.training import finetuning
 from hf_hardattn.training.evaluation import compare
+from hf_hardattn.training.finetuning._encoders import encoders
+from hf_hardattn.training.finetuning.causal_lm import decoders
 from hf_hardattn.training.loop import Task
 from hf_hardattn.training.rows import label_number, label_numbers
+from hf_hardattn.training.sharding import without_peft
 from hf_hardattn.training.videos import read_frames
 
 TEXT = {"vocab_size": 21, "bos_token_id": 3, "eos_token_id": 1, "sep_token_id": 1, "pad_token_id": 0}
@@ -90,10 +94,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make(name: str, models: Path, data: Path, weights: int = 0, **flags: Any) -> Task:
-    """Set the task up as its script does."""
+def make(name: str, models: Path, data: Path, weights: int = 0, family: str | None = None, **flags: Any) -> Task:
+    """Set the task up as the script of a family does, its first by default."""
     task = finetuning.load(name)
-    given = {"model_name_or_path": str(models / task.family), "train_file": str(data / "rows.jsonl")}
+    given = {"model_name_or_path": str(models / (family or task.families[0])), "train_file": str(data / "rows.jsonl")}
     given |= {"validation_file": given["train_file"], "cache_dir": str(data / "cache"), "cpu": True}
     given |= {"max_target_length": 9} if hasattr(task.Arguments, "max_target_length") else {}
     torch.manual_seed(weights)
@@ -110,7 +114,6 @@ SITES = {
 METRIC = {
     "image_classification": "accuracy",
     "text_classification": "accuracy",
-    "sequence_classification": "accuracy",
     "translation": "chrf",
     "summarisation": "rougeL",
     "extractive_question_answering": "exact_match",
@@ -122,12 +125,14 @@ METRIC = {
 }
 
 
-@pytest.mark.parametrize("name", METRIC)
-def test_task_learns_and_is_scored(name: str, models: Path, data: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for name in METRIC for family in finetuning.load(name).families]
+)
+def test_task_learns_and_is_scored(family: str, name: str, models: Path, data: Path) -> None:
     """Six examples are learned by heart: the loss falls, and the metric says so, hard and soft."""
     flags = {"metrics": ["cider"]} if name == "captioning" else {}
     weights = 4 if name == "image_text_retrieval" else 0  # of seeds 0 to 4, 2 and 4 learn it in 30 epochs
-    task = make(name, models, data, weights, sites=[SITES[finetuning.load(name).family]], budget="0.7", **flags)
+    task = make(name, models, data, weights, family, sites=[SITES[family]], budget="0.7", **flags)
     assert task.name == name
     loader = DataLoader(task.train, batch_size=3, collate_fn=task.collate)
     model, optimizer = task.model.train(), torch.optim.AdamW(task.model.parameters(), lr=1e-2)
@@ -143,9 +148,7 @@ def test_task_learns_and_is_scored(name: str, models: Path, data: Path) -> None:
     accelerator = Accelerator(cpu=True)
     found = compare(accelerator, model, accelerator.prepare(loader), task.predict, task.score)
     assert set(found) == {"hard", "soft"} and METRIC[name] in found["soft"]
-    assert (
-        found["hard"]["examples"] == ROWS and 0 < found["hard"]["kept_ratio"][SITES[finetuning.load(name).family]] < 1
-    )
+    assert found["hard"]["examples"] == ROWS and 0 < found["hard"]["kept_ratio"][SITES[family]] < 1
     assert found["hard"][METRIC[name]] > 0.0
 
 
@@ -193,6 +196,13 @@ def test_embeddings_learn_from_the_whole_text_and_load_as_the_encoder(models: Pa
 def test_registry_names_files_and_families() -> None:
     assert set(METRIC) <= set(finetuning.names())
     assert finetuning.choose([], "t5") is finetuning.load("translation")
+    assert finetuning.choose([], "encoder") is finetuning.load("text_classification")
+    for family, architecture, name in (
+        ("t5", "T5ForSequenceClassification", "text_classification"),
+        ("encoder", "DistilBertForSequenceClassification", "text_classification"),
+        ("encoder", "BertModel", "sentence_embeddings"),
+    ):
+        assert finetuning.choose([], family, architecture) is finetuning.load(name)
     assert finetuning.choose(["--task", "summarisation"], "t5") is finetuning.load("summarisation")
     assert finetuning.choose([], "blip", "BlipForImageTextRetrieval") is finetuning.load("image_text_retrieval")
     with pytest.raises(
@@ -203,12 +213,50 @@ def test_registry_names_files_and_families() -> None:
         finetuning.load("caption")
 
 
+def test_the_model_types_of_a_command_are_those_of_configurations() -> None:
+    """A family's name is ours, a model type is Transformers': XLM-RoBERTa has both."""
+    assert "xlm-roberta" in encoders() and "llama" in decoders()
+    for model_type in (*encoders(), *decoders()):
+        assert AutoConfig.for_model(model_type).model_type == model_type
+    for name in ("text_classification", "sentence_embeddings"):
+        task = finetuning.load(name)
+        assert set(task.model_types()) <= set(task.classes)
+
+
 @pytest.mark.parametrize("name", finetuning.names())
 def test_what_a_task_saves_can_be_loaded(name: str) -> None:
     """``load`` looks a class up by the name in config.json, in few packages."""
     trained = finetuning.load(name).model_class
     if not trained.__name__.startswith("Auto"):  # those are Transformers' own
         assert issubclass(trained, model_class(trained.__name__, "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for name in finetuning.names() for family in finetuning.load(name).families]
+)
+def test_an_adapter_that_a_task_saves_can_be_loaded(
+    family: str, name: str, models: Path, data: Path, videos: Path, tmp_path: Path
+) -> None:
+    """LoRA, whatever the task does to the model: the folder alone gives back the hard model with the trained weights."""
+    shutil.copytree(models / family, tmp_path / "base")
+    flags: dict[str, Any] = {"model_name_or_path": str(tmp_path / "base"), "family": family}
+    if name.startswith("video"):
+        data, flags = videos, flags | {"num_frames": 4}
+    if name == "sentence_embeddings":
+        BertModel(BertConfig(**TEXT, **SIZES)).save_pretrained(tmp_path / "base")
+    else:
+        make(name, models, data, **flags).model.save_pretrained(tmp_path / "base")
+    task = make(name, models, data, **flags, use_peft=True, sites=[SITES[family]], budget="0.7", scorer="linear")
+    for parameter in task.model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    task.model.save_pretrained(tmp_path / "adapter")
+    loaded = hf_hardattn.load(tmp_path / "adapter")
+    assert list(hf_hardattn.selectors(loaded)) == [SITES[family]]
+    found, saved = dict(without_peft(loaded).named_parameters()), dict(without_peft(task.model).named_parameters())
+    assert found.keys() == saved.keys()
+    for key, value in saved.items():  # PEFT's original_module is what it would go back to
+        assert torch.equal(found[key], value) or ".original_module." in key, key
 
 
 def test_frozen_features_are_the_images(models: Path, data: Path, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def command() -> None:
         typer.echo(f"  {name:<24}{towers}")
     typer.echo("tasks of hf-hardattn train:")
     for name, task in sorted(flag_help.tasks().items()):
-        typer.echo(f"  {name:<32}{task.family}{' (the first)' if task.first else ''}")
+        families = ", ".join(f"{each}{' (the first)' if each == task.first else ''}" for each in task.families)
+        typer.echo(f"  {name:<32}{families}")
     typer.echo(NEEDS.strip())
 
 

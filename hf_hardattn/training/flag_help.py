@@ -63,8 +63,10 @@ def show(family: str | None, task: str | None = None, usage: str = "hf-hardattn 
         task: that the user names; the flags of the family's first task otherwise.
     """
     found = tasks()
-    of_family = {name: each for name, each in found.items() if family in (None, each.family)}
-    chosen = task if task in of_family else next((name for name, each in of_family.items() if each.first), None)
+    of_family = {name: each for name, each in found.items() if family is None or family in each.families}
+    chosen = (
+        task if task in of_family else next((name for name, each in of_family.items() if each.first == family), None)
+    )
     lines = [
         f"usage: {usage} {family or 'vit|t5|blip|encoder|decoder'} [--config FILE.yaml] [--flag VALUE ...]".replace(
             "  ", " "
@@ -127,8 +129,8 @@ def _kind(annotation: str) -> str:
 class TaskFile:
     """What the source of a task says."""
 
-    family: str
-    first: bool
+    families: tuple[str, ...]
+    first: str | None
     arguments: str
 
 
@@ -138,10 +140,10 @@ def tasks() -> dict[str, TaskFile]:
     found = {}
     for path in sorted(TASKS.glob("[a-z]*.py")):
         own = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
-        task = next((node.name for node in reversed(own) if _value(classes, node.name, "family")), None)
+        task = next((node.name for node in reversed(own) if _value(classes, node.name, "families")), None)
         if task is not None:
-            family, first = _value(classes, task, "family"), _value(classes, task, "first") or False
-            found[path.stem] = TaskFile(family, first, _value(classes, task, "Arguments") or "TaskArguments")
+            families, first = _value(classes, task, "families"), _value(classes, task, "first")
+            found[path.stem] = TaskFile(families, first, _value(classes, task, "Arguments") or "TaskArguments")
     return found
 
 
@@ -172,7 +174,7 @@ def _ancestors(classes: dict[str, ast.ClassDef], name: str) -> Iterator[str]:
 
 
 def _value(classes: dict[str, ast.ClassDef], name: str, wanted: str) -> Any:
-    """What a class says of ``wanted``, itself or by its bases: a constant, or the name of a class."""
+    """What a class says of ``wanted``, itself or by its bases: a constant, a tuple of constants, or the name of a class."""
     for each in _ancestors(classes, name):
         for node in classes[each].body:
             if isinstance(node, ast.Assign):
@@ -187,4 +189,6 @@ def _value(classes: dict[str, ast.ClassDef], name: str, wanted: str) -> Any:
                     return value.value
                 if isinstance(value, ast.Name):
                     return value.id
+                if isinstance(value, ast.Tuple) and all(isinstance(element, ast.Constant) for element in value.elts):
+                    return ast.literal_eval(value)
     return None

@@ -8,15 +8,15 @@
 The documents are long descriptions of packages, the queries their one-line synopses; training and test share no source package. The
 hard model drops tokens of the documents behind one layer, and learns from the embeddings that the original model makes of whole documents, with a
 ratio drawn anew in each step; queries are read whole. Beside it stand random tokens, the first tokens, and documents that are cut to as many
-tokens before the first layer, each trained in the same way for as many steps. Nothing is chosen on the test rows. ``quality`` trains and
-tests with one seed, ``words`` counts which words the learned model of that seed kept, ``timing`` encodes with the models that ``quality``
-left in --models. Each adds its part to --output; what stands there of a seed is not measured again.
+tokens before the first layer, each trained in the same way for as many steps; and the hard model as a LoRA adapter. Nothing is chosen on the test rows. ``quality`` trains and
+tests with one seed, ``words`` counts which words the learned model of that seed kept, ``timing`` encodes. Each adds its part to --output; what stands there of a seed is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import statistics
 import time
@@ -34,13 +34,16 @@ from hf_hardattn.training.fine_tune import fine_tune
 from hf_hardattn.training.finetuning.sentence_embeddings import search
 
 BATCH, LONGEST = 32, 256
-# a choice of the first tokens in front of the first layer is a text that was cut
+# name: site, scorer; a choice of the first tokens in front of the first layer is a text that was cut
 VARIANTS = {
     "learned": ("text.tokens.0", "mlp"),
+    "learned, LoRA": ("text.tokens.0", "mlp"),
     "random": ("text.tokens.0", "random"),
     "first": ("text.tokens.0", "first"),
     "cut text": ("text.inputs", "first"),
 }
+# an adapter is small enough to lie beside its card; it learns faster, as adapters do
+LORA = {"use_peft": True, "lora_target_modules": ("query", "key", "value", "dense"), "learning_rate": 5e-4}
 CLASSES = {"1": "nouns", "2": "verbs", "3": "adjectives", "4": "adverbs", "5": "adjectives"}
 FUNCTION_WORDS = frozenset(
     """a about above after against all also an and any are as at be because been before being below between both but by can could did do does
@@ -66,9 +69,9 @@ class Encoder:
         hidden = self.model(**batch).last_hidden_state
         return nn.functional.normalize(mean_rows(hidden, batch["attention_mask"]), dim=-1)
 
-    def all(self, texts: list[str]) -> Tensor:
-        """``__call__`` over batches of like lengths, without gradient."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    def all(self, texts: list[str], like_lengths: bool = True) -> Tensor:
+        """``__call__`` over batches of like lengths, or in the order given, without gradient."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]) if like_lengths else i)
         found = torch.empty(len(texts), self.model.config.hidden_size)
         with torch.inference_mode():
             for start in range(0, len(order), BATCH):
@@ -86,7 +89,7 @@ def test_rows(arguments: Any) -> tuple[list[str], list[str]]:
 
 def place(arguments: Any, name: str) -> Path:
     """Where the trained model of a variant is."""
-    return Path(arguments.models) / f"{name.replace(' ', '_')}-{arguments.seed}"
+    return Path(arguments.models) / f"{name.replace(',', '').replace(' ', '_')}-{arguments.seed}"
 
 
 def train(arguments: Any, name: str) -> None:
@@ -110,8 +113,11 @@ def train(arguments: Any, name: str) -> None:
         "per_device_train_batch_size": arguments.train_batch,
         "seed": arguments.seed,
         "output_dir": place(arguments, name),
+        **(LORA if "LoRA" in name else {}),
     }
-    fine_tune("encoder", [word for flag, value in flags.items() for word in (f"--{flag}", str(value))] + ["--cpu"])
+    values = {flag: value if isinstance(value, tuple) else (value,) for flag, value in flags.items()}
+    words = [word for flag, value in values.items() for word in (f"--{flag}", *map(str, value))]
+    fine_tune("encoder", [*words, "--cpu"])
 
 
 def load(arguments: Any, name: str, share: float) -> nn.Module:
@@ -137,7 +143,7 @@ def quality(arguments: Any, results: dict[str, Any]) -> None:
     }
     queries = Encoder(load(arguments, "full attention", 1.0), tokenizer).all(questions)
     for name in ("full attention", *arguments.variants):
-        if name in VARIANTS and not (place(arguments, name) / "config.json").exists():
+        if name in VARIANTS and not (place(arguments, name) / "results.json").exists():
             train(arguments, name)
         for share in arguments.shares if name in VARIANTS else [1.0]:
             if not measured(arguments, results, name, share):
@@ -160,24 +166,35 @@ def add(arguments: Any, results: dict[str, Any], name: str, share: float, found:
 
 
 def timing(arguments: Any, results: dict[str, Any]) -> None:
-    """How much faster a variant encodes than the original, in interleaved rounds."""
+    """How much faster a variant encodes than the original, in interleaved rounds: batches of like lengths, and of lengths as they come.
+
+    Where lengths differ within a batch, what is kept is packed end to end. No choice depends on what the scorers learned: they are fresh.
+    """
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     documents = test_rows(arguments)[0][: arguments.timed]
-    cases = [
-        ("full attention", 1.0),
-        *((name, share) for name in ("learned", "cut text") for share in arguments.shares),
-    ]
-    encoders = {case: Encoder(load(arguments, *case), tokenizer) for case in cases}
-    seconds: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
+    encoders = {("full attention", 1.0): Encoder(BertModel.from_pretrained(arguments.model).eval(), tokenizer)}
+    for name, share in itertools.product(("learned", "cut text"), arguments.shares):
+        site, scorer = VARIANTS[name]
+        hard = {"sites": [site], "budget": share, "scorer": scorer, "pack": True}
+        model = BertModel.from_pretrained(arguments.model, hard_attention=hard).eval()
+        encoders[name, share] = Encoder(model, tokenizer)
+    cases = [(*case, like) for like in (True, False) for case in encoders]
+    seconds: dict[tuple[str, float, bool], list[float]] = {case: [] for case in cases}
     for _ in range(arguments.rounds):
-        for case, encoder in encoders.items():
+        for name, share, like in cases:
             started = time.perf_counter()
-            encoder.all(documents)
-            seconds[case].append(time.perf_counter() - started)
+            encoders[name, share].all(documents, like)
+            seconds[name, share, like].append(time.perf_counter() - started)
     median = {case: statistics.median(times) for case, times in seconds.items()}
     lines = [
-        {"name": name, "share": share, "per_second": len(documents) / time, "speed_up": median[cases[0]] / time}
-        for (name, share), time in median.items()
+        {
+            "name": name,
+            "share": share,
+            "like_lengths": like,
+            "per_second": len(documents) / time,
+            "speed_up": median["full attention", 1.0, like] / time,
+        }
+        for (name, share, like), time in median.items()
     ]
     measured = {"documents": len(documents), "rounds": arguments.rounds, "threads": arguments.threads, "batch": BATCH}
     results["timing"] = {**measured, "processor": device_name(), "lines": lines}

@@ -37,8 +37,8 @@ class Base:
     """A task.
 
     Class attributes:
-        family: the model type it trains: vit, t5, blip; encoder and decoder for all of those. model_class: its stock Transformers class.
-        first: the task that its family's script runs when none is named.
+        families: whose command has it: vit, t5, blip, encoder, decoder. model_class: its stock Transformers class.
+        first: the family whose command runs this task when none is named.
         Arguments: dataclass of its flags.
         processor_class: loads its tokenizer or image processor. heads: modules that may be new where the checkpoint's do not fit.
         adapters: modules that get a LoRA adapter by default.
@@ -47,9 +47,9 @@ class Base:
         args: the parsed flags. accelerator: of the run.
     """
 
-    family: ClassVar[str]
+    families: ClassVar[tuple[str, ...]]
     model_class: ClassVar[Any]
-    first: ClassVar[bool] = False
+    first: ClassVar[str | None] = None
     Arguments: ClassVar[type[TaskArguments]] = TaskArguments
     processor_class: ClassVar[Any] = AutoProcessor
     heads: ClassVar[tuple[str, ...]] = ()
@@ -58,6 +58,12 @@ class Base:
 
     def __init__(self, args: Any, accelerator: Accelerator) -> None:
         self.args, self.accelerator = args, accelerator
+
+    @classmethod
+    def trains(cls, architecture: str | None) -> bool:
+        """Whether the class that a saved model names in its config.json is one that this task trains."""
+        name: str = cls.model_class.__name__
+        return name == architecture
 
     def columns(self, data: Dataset) -> None:
         """Find the columns, by their flags or by their usual names.
@@ -156,7 +162,7 @@ def freeze(model: nn.Module, modules: Sequence[str]) -> None:
 def names(family: str | None = None) -> tuple[str, ...]:
     """Names of the tasks, or of those of a model family."""
     found = registry.names("training.finetuning")
-    return found if family is None else tuple(name for name in found if load(name).family == family)
+    return found if family is None else tuple(name for name in found if family in load(name).families)
 
 
 def load(name: str) -> type[Base]:
@@ -185,5 +191,5 @@ def choose(words: Sequence[str], family: str, architecture: str | None = None) -
         if wanted not in known:
             raise unknown(f"task of {family}", wanted, known)
         return load(wanted)
-    tasks = sorted(map(load, known), key=lambda task: not task.first)
-    return next((task for task in tasks if task.model_class.__name__ == architecture), tasks[0])
+    tasks = sorted(map(load, known), key=lambda task: task.first != family)
+    return next((task for task in tasks if task.trains(architecture)), tasks[0])

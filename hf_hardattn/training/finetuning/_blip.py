@@ -33,7 +33,7 @@ class BlipArguments(ImageArguments):
 class BlipTask(ImageTask):
     """A task of BLIP."""
 
-    family = "blip"
+    families = ("blip",)
     Arguments = BlipArguments
     processor_class: ClassVar[Any] = AutoProcessor
     adapters = ("qkv", "query", "value")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import transformers
 from accelerate import Accelerator
 from transformers import AutoConfig
 
@@ -16,12 +18,12 @@ class EncoderTask(TokensTask):
     """A task of an encoder of texts.
 
     Class attributes:
-        classes: the stock class of each configuration class.
+        classes: name of the stock class of each model type.
     """
 
-    family = "encoder"
-    adapters = ("query", "value", "q_lin", "v_lin", "Wqkv")
-    classes: ClassVar[Any]
+    families: ClassVar[tuple[str, ...]] = ("encoder",)
+    adapters: ClassVar[tuple[str, ...]] = ("query", "value", "q_lin", "v_lin", "Wqkv")
+    classes: ClassVar[Mapping[str, Any]]
 
     def __init__(self, args: Any, accelerator: Accelerator) -> None:
         super().__init__(args, accelerator)
@@ -29,25 +31,32 @@ class EncoderTask(TokensTask):
         if name is None:
             return  # the set-up says so
         config = AutoConfig.from_pretrained(name, revision=args.model_revision, cache_dir=args.cache_dir)
-        if config.model_type not in encoders():
+        if config.model_type not in self.model_types():
             task = type(self).__module__.rpartition(".")[2]
             raise HardAttentionError(
-                f"{name} is a {config.model_type!r} model; {task} trains encoders of texts: {', '.join(encoders())}. Use the command of its "
+                f"{name} is a {config.model_type!r} model; {task} trains {', '.join(self.model_types())}. Use the command of its "
                 "family."
             )
         # in place of the Auto class, which builds no model from scratch
-        self.__dict__["model_class"] = self.class_of(self.classes[type(config)])
+        self.__dict__["model_class"] = getattr(transformers, self.classes[config.model_type])
 
-    def class_of(self, stock: Any) -> Any:
-        """The class that is trained."""
-        return stock
+    @classmethod
+    def trains(cls, architecture: str | None) -> bool:
+        return architecture in {cls.classes[model_type] for model_type in cls.model_types()}
+
+    @classmethod
+    def model_types(cls) -> tuple[str, ...]:
+        """The model types that are trained."""
+        return encoders()
 
 
 def encoders() -> tuple[str, ...]:
     """The model types that read a text and classify it."""
-    specs = {name: models.load(name).spec for name in models.names()}
+    specs = (models.load(name).spec for name in models.names())
+    heads = (head for spec in specs if spec.towers[0].name == "text" for head in spec.heads)
+    # the configuration's word, which is not always the family's: xlm-roberta
     return tuple(
-        name
-        for name, spec in specs.items()
-        if any(h.endswith("ForSequenceClassification") for h in spec.heads) and spec.towers[0].name == "text"
+        getattr(transformers, head).config_class.model_type
+        for head in heads
+        if head.endswith("ForSequenceClassification")
     )

@@ -63,7 +63,7 @@ class TokensTask(Base):
 class T5Task(TokensTask):
     """A task of T5."""
 
-    family = "t5"
+    families = ("t5",)
     adapters = ("q", "v")
 
 

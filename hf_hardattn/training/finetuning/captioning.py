@@ -8,4 +8,4 @@ from ._captions import CaptionTask
 class Captioning(CaptionTask):
     """An image column and a caption column."""
 
-    first = True
+    first = "blip"

@@ -39,8 +39,8 @@ class CausalArguments(TaskArguments):
 class CausalLanguageModelling(Base):
     """A prompt column and a completion column; only the completion has labels, so that sites choose among the prompt alone."""
 
-    family = "decoder"
-    first = True
+    families = ("decoder",)
+    first = "decoder"
     model_class = AutoModelForCausalLM
     Arguments = CausalArguments
     processor_class = AutoTokenizer

@@ -31,8 +31,8 @@ class ClassArguments(ImageArguments):
 class ImageClassification(ImageTask):
     """An image column and a label column; the labels' names go into the model's configuration."""
 
-    family = "vit"
-    first = True
+    families = ("vit",)
+    first = "vit"
     model_class = ViTForImageClassification
     Arguments = ClassArguments
     heads = ("classifier",)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoModel
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
 from ...errors import HardAttentionError
@@ -35,54 +34,36 @@ class EmbeddingOutput(ModelOutput):
 
 
 class Embedder:
-    """An encoder with the mean of its rows as the embedding; the loss is one minus the cosine to the teacher's.
+    """Makes an encoder give the mean of its rows as the embedding, and how far it is from the teacher's as the loss.
 
-    Class attributes:
-        base: class of the encoder.
+    Hooks, and no class of its own: the model stays the stock one, so that what it saves, whole or as an adapter, is the stock model's.
 
-    Attributes:
-        teacher: a tuple of the original model, which is no part of this one; empty until there is one.
+    Args:
+        model: the encoder. teacher: the original model.
     """
 
-    base: Any
-    base_model_prefix: str
-    base_model: nn.Module
+    def __init__(self, model: nn.Module, teacher: nn.Module):
+        self.teacher = teacher.eval().requires_grad_(False)
+        model.register_forward_pre_hook(self.without_queries, with_kwargs=True)
+        model.register_forward_hook(self.embed, with_kwargs=True)  # behind those of the sites, which restore rows
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
-        setattr(self, self.base_model_prefix, self.base(config))
-        self.teacher: tuple[nn.Module, ...] = ()
-        self.post_init()  # type: ignore[attr-defined]
+    @staticmethod
+    def without_queries(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Take out what only an evaluation reads."""
+        return args, {name: value for name, value in kwargs.items() if not name.startswith("query_")}
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        query_ids: Tensor | None = None,
-        query_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> EmbeddingOutput:
-        """Embed texts; queries, which only an evaluation reads, are left alone."""
-        hidden = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
-        embeddings = normalize(mean_rows(hidden, attention_mask), dim=-1)
-        if not self.teacher:
-            return EmbeddingOutput(embeddings=embeddings)
-        loss = (1 - (embeddings * self.teach(input_ids, attention_mask)).sum(-1)).mean()
-        return EmbeddingOutput(loss=loss, embeddings=embeddings)
+    def embed(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> EmbeddingOutput:
+        """The embeddings of texts, and one minus their cosine to the teacher's."""
+        embeddings = normalize(mean_rows(output.last_hidden_state, kwargs["attention_mask"]), dim=-1)
+        wanted = self.teach(kwargs["input_ids"], kwargs["attention_mask"])
+        return EmbeddingOutput(loss=(1 - (embeddings * wanted).sum(-1)).mean(), embeddings=embeddings)
 
     @torch.no_grad()
-    def teach(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def teach(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The original model's embeddings."""
-        teacher = self.teacher[0].to(input_ids.device)
+        teacher = self.teacher.to(input_ids.device)
         hidden = teacher(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return normalize(mean_rows(hidden, attention_mask), dim=-1)
-
-
-@functools.cache
-def embedder(base: Any) -> Any:
-    """The embedder of an encoder's class; it has that class's name, by which what it saves is loaded."""
-    start = next(cls for cls in base.__mro__ if cls.__name__.endswith("PreTrainedModel"))
-    return type(base.__name__, (Embedder, start), {"base": base, "__module__": __name__})
 
 
 @dataclass(kw_only=True)
@@ -101,11 +82,8 @@ class SentenceEmbeddings(EncoderTask):
     """A text column, and for evaluation a column of queries; no labels."""
 
     model_class = AutoModel
-    classes = MODEL_MAPPING
+    classes = MODEL_MAPPING_NAMES
     Arguments = EmbeddingArguments
-
-    def class_of(self, stock: Any) -> Any:
-        return embedder(stock)
 
     def columns(self, data: Dataset) -> None:
         self.text = column(data, self.args.text_column, ("text", "document", "sentence"), "--text_column")
@@ -122,8 +100,7 @@ class SentenceEmbeddings(EncoderTask):
             )
         revision, cache = self.args.model_revision, self.args.cache_dir
         teacher = AutoModel.from_pretrained(name, revision=revision, cache_dir=cache, hard_attention=None)
-        student: Any = without_peft(task.model)
-        student.teacher = (teacher.eval().requires_grad_(False),)
+        self.embedder = Embedder(without_peft(task.model), teacher)
         if any(".pooler." in f".{name}" for name, _ in task.model.named_parameters()):
             freeze(task.model, ["pooler"])  # nothing reads it
         return task
@@ -141,11 +118,11 @@ class SentenceEmbeddings(EncoderTask):
         return {**batch, "query_ids": queries["input_ids"], "query_mask": queries["attention_mask"]}
 
     def predict(self, model: nn.Module, batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[float]]:
-        inner: Any = without_peft(self.accelerator.unwrap_model(model))
+        teach = self.embedder.teach
         embeddings = model(**batch).embeddings.float()
-        whole = inner.teach(batch["input_ids"], batch["attention_mask"]).float()
+        whole = teach(batch["input_ids"], batch["attention_mask"]).float()
         losses = 1 - (embeddings * whole).sum(-1)
-        wanted = whole if self.query is None else inner.teach(batch["query_ids"], batch["query_mask"]).float()
+        wanted = whole if self.query is None else teach(batch["query_ids"], batch["query_mask"]).float()
         return list(embeddings.cpu()), list(wanted.cpu()), losses.tolist()
 
     def score(self, predictions: Sequence[Tensor], references: Sequence[Tensor]) -> dict[str, float]:

@@ -8,4 +8,4 @@ from ._texts import TextToText
 class Translation(TextToText):
     """Two columns, or one ``translation`` column of texts by language (``--source_lang en --target_lang fr``)."""
 
-    first = True
+    first = "t5"

@@ -10,6 +10,7 @@ from . import read
 NAMES = {
     "full attention": "all tokens",
     "learned": "hard, learned",
+    "learned, LoRA": "hard, learned, as a LoRA adapter",
     "random": "random tokens",
     "first": "first tokens",
     "cut text": "text cut before the model",
@@ -23,15 +24,19 @@ def table() -> str:
     if results is None:
         return "Not measured yet: `python scripts/research/sentence_embeddings.py`."
     timing = results.get("timing", {"lines": []})
-    speed = {(line["name"], line["share"]): line["speed_up"] for line in timing["lines"]}
-    lines = ["| read | kept | recall@1 | recall@10 | nDCG@10 | encoding, speed-up |", "|---|---|---|---|---|---|"]
+    speed = {(line["name"], line["share"], line["like_lengths"]): line["speed_up"] for line in timing["lines"]}
+    lines = [
+        "| read | kept | recall@1 | recall@10 | nDCG@10 | encoding, batches of like lengths | of lengths as they come |",
+        "|---|---|---|---|---|---|---|",
+    ]
     rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for line in results["variants"]:
         rows.setdefault((line["name"], line["share"]), []).append(line)
     for (name, share), found in rows.items():
         numbers = " | ".join(f"{statistics.mean(line[metric] for line in found):.1f}" for metric in METRICS)
-        ratio = speed.get((name, share)) if name != "full attention" else None
-        lines.append(f"| {NAMES[name]} | {share:.0%} | {numbers} | {'' if ratio is None else f'{ratio:.2f} ×'} |")
+        ratios = (speed.get((name, share, like)) if name != "full attention" else None for like in (True, False))
+        shown = " | ".join("" if ratio is None else f"{ratio:.2f} ×" for ratio in ratios)
+        lines.append(f"| {NAMES[name]} | {share:.0%} | {numbers} | {shown} |")
     seeds = {line["seed"] for line in results["variants"] if line["name"] == "learned"}
     lines += [
         "",
