@@ -6,8 +6,9 @@ Modes belong to the thread that switched them on. Compiled models run eagerly in
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -38,24 +39,37 @@ def selectors_or_refuse(model: nn.Module) -> list[Selector]:
     return found
 
 
-def site_names(model: nn.Module) -> dict[int, str]:
-    """The site of every selector in a model, by the selector's id; PEFT's copies of one selector share a name.
+def named_selectors(model: nn.Module) -> list[tuple[str, Selector, bool]]:
+    """The site of every selector in a model, the selector, and whether it runs now: PEFT's copies of one selector share a name.
 
     A model attached as a whole numbers its towers of one kind itself. Where several models stand in one container, the second
-    tower of a name is numbered here in the same way: ``vision2.inputs``.
+    tower of a name is numbered here in the same way: ``vision2.inputs``. One walk, since every training step takes it.
     """
-    model = unwrap(model)
-    names: dict[int, str] = {}
-    towers: set[str] = set()
-    for tower in unwrap(model).modules():
-        if TOWER in tower.__dict__:
-            name = _free_name(tower.__dict__[TOWER].name, towers)
-            towers.add(name)
-            for selector in all_selectors(tower):
-                names[id(selector)] = f"{name}.{selector.site.split('.', 1)[1]}"
-    for selector in all_selectors(model):
-        names.setdefault(id(selector), selector.site)
-    return names
+    found: list[tuple[str, Selector, bool]] = []
+    towers: dict[str, str] = {}  # name to the path before its modules
+    idle: set[int] = set()
+    for path, module in unwrap(model).named_modules():
+        if isinstance(module, Selector):
+            tower = next((name for name in reversed(towers) if path.startswith(towers[name])), None)
+            site = module.site if tower is None else f"{tower}.{module.site.split('.', 1)[1]}"
+            found.append((site, module, id(module) not in idle))
+        elif TOWER in module.__dict__:
+            towers[_free_name(module.__dict__[TOWER].name, towers)] = f"{path}." if path else ""
+        elif isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
+            idle |= _idle(module)  # PEFT's wrapper comes before what it wraps
+    return found
+
+
+def _idle(wrapper: Any) -> set[int]:
+    """Ids of the modules in PEFT's wrapper that do not run now: the copies of other adapters, and the original beside an active one."""
+    active = [] if wrapper.disable_adapters else [n for n in wrapper.active_adapters if n in wrapper.modules_to_save]
+    idle = {id(module) for name, module in wrapper.modules_to_save.items() if name not in active}
+    return idle | {id(wrapper.original_module)} if active else idle
+
+
+def site_names(model: nn.Module) -> dict[int, str]:
+    """The site of every selector in a model, by the selector's id; PEFT's copies of one selector share a name."""
+    return {id(selector): site for site, selector, _ in named_selectors(model)}
 
 
 def sites_or_refuse(model: nn.Module) -> dict[int, str]:
@@ -64,7 +78,7 @@ def sites_or_refuse(model: nn.Module) -> dict[int, str]:
     return site_names(model)
 
 
-def _free_name(name: str, taken: set[str]) -> str:
+def _free_name(name: str, taken: Collection[str]) -> str:
     """``name``, or with the first number that is not taken."""
     kind = name.rstrip("0123456789")
     numbered = (f"{kind}{number}" for number in itertools.count(2))

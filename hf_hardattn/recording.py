@@ -17,28 +17,13 @@ from .modeling.context import Mode, active
 from .modeling.selection import Selection
 from .modeling.selector import Selector
 from .models import family_of
-from .modes import selectors_or_refuse, site_names
+from .modes import named_selectors, selectors_or_refuse, site_names
 from .unwrapping import unwrap
 
 
 def selectors(model: nn.Module) -> dict[str, Selector]:
     """The selectors of a model by site name (the active copies, where PEFT keeps several)."""
-    found: dict[str, Selector] = {}
-    names = site_names(model)
-    idle: set[int] = set()
-    for module in unwrap(model).modules():
-        if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
-            idle |= _idle(module)  # PEFT's wrapper comes before what it wraps
-        if isinstance(module, Selector) and id(module) not in idle:
-            found[names[id(module)]] = module
-    return found
-
-
-def _idle(wrapper: Any) -> set[int]:
-    """Ids of the modules in PEFT's wrapper that do not run now: the copies of other adapters, and the original beside an active one."""
-    active = [] if wrapper.disable_adapters else [n for n in wrapper.active_adapters if n in wrapper.modules_to_save]
-    idle = {id(module) for name, module in wrapper.modules_to_save.items() if name not in active}
-    return idle | {id(wrapper.original_module)} if active else idle
+    return {site: selector for site, selector, runs in named_selectors(model) if runs}
 
 
 class Recorded(Selection):

@@ -47,6 +47,11 @@ def command(
     named = input or map(str, sample.image_paths())
     inputs = [item for given in named for item in read_inputs(given, column, limit)][:limit]
     other = None if beside is None else ModelWithProcessor.load_any(beside)
+    if measure:
+        typer.echo(
+            f"measuring faithfulness on {len(inputs)} input{'s' * (len(inputs) != 1)}: some hundred forward passes, which --no-measure leaves out",
+            err=True,
+        )
     page = explain(ModelWithProcessor.load(model), inputs, measure, title, other)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")

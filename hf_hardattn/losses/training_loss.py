@@ -31,7 +31,7 @@ def prepare_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Before a training call: give the estimators that read the answer the labels, or their states."""
     if not model.training:
         return
-    found = selectors(model)
+    found = context.selectors = selectors(model)
     if not torch.compiler.is_compiling():
         _tell_of_annealing(model, found)
     with_heads = [site for site, selector in found.items() if selector.head is not None]
@@ -79,7 +79,7 @@ class Step:
         self.context = ForwardContext(model) if context is None else context
         self.kwargs = {name: value for name, value in kwargs.items() if name != CONTEXT}
         self.hands_down = CONTEXT in kwargs or context is None
-        self.selectors = selectors(model)
+        self.selectors = self.context.selectors or selectors(model)
         self.inputs = _named(model, args, self.kwargs)
 
     def forward(self, context: ForwardContext | None = None, **changes: Any) -> Any:

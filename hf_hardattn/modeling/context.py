@@ -131,6 +131,7 @@ class ForwardContext:
         as_tuple: the caller asked for a tuple.
         finished: the call is over; a layer that runs again is being recomputed in the backward pass.
         terms: what the estimators added to the task loss; None when they added nothing.
+        selectors: of the model by site, in a training call; a walk through all modules finds them, so it is taken once a step.
     """
 
     def __init__(self, owner: nn.Module | None = None):
@@ -152,6 +153,7 @@ class ForwardContext:
         self.as_tuple = False
         self.finished = False
         self.terms: Tensor | None = None
+        self.selectors: dict[str, Selector] = {}
 
     def settings(self, selector: Selector) -> Settings:
         """How ``selector`` works in this call."""

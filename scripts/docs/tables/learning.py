@@ -13,6 +13,12 @@ TASKS = {  # results file to what the README calls it
     "cluttered_fashion": "cluttered Fashion-MNIST 84x84, 25 %",
 }
 
+BARE = {  # results file to its column
+    "defaults_digits": "cluttered digits",
+    "defaults_fashion": "cluttered Fashion-MNIST",
+    "defaults_text": "planted rationale (T5)",
+}
+
 
 def table() -> str:
     lines = [
@@ -47,6 +53,38 @@ def table() -> str:
         f"5 seeds, mean ± standard deviation; *difference* is hard minus full attention. All estimators on the first task, {len(every['seeds'])} seeds, with "
         f"equal budget, steps and data, best first: {', '.join(shown)}; full attention {every['summary']['soft']['metrics'][every['metric']]['mean']:.1%}. "
         f"Failed (raised, diverged or within 2 points of random): {', '.join(failed) or 'none'}.",
+    ]
+    return "\n".join(lines)
+
+
+def bare_names() -> str:
+    """Every estimator by its name alone: what a user gets who sets nothing else."""
+    found = {title: r for name, title in BARE.items() if (r := read(f"compare/{name}.json")) is not None}
+    first = next(iter(found.values()))["summary"]
+    names = sorted(first, key=lambda name: -first[name]["metrics"]["accuracy"]["mean"])
+
+    def cell(r: dict[str, Any], name: str) -> str:
+        row = r["summary"].get(name)
+        if row is None:
+            return ""
+        if name == "soft":
+            return spread(row["metrics"]["accuracy"], 100)
+        difference = row["to_soft"]
+        failed = f", {row['failed']} of {row['runs']} failed" if row["failed"] else ""
+        sd = "" if difference["sd"] is None else f" ± {difference['sd']:.1f}"
+        return f"{difference['mean']:+.1f}{sd}{failed}"
+
+    lines = [f"| estimator | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|"]
+    lines += [
+        f"| `{name}` | {' | '.join(cell(r, name) for r in found.values())} |"
+        for name in ("soft", *(name for name in names if name != "soft"))
+    ]
+    seeds = ", ".join(f"{len(r['seeds'])} on {title}" for title, r in found.items())
+    lines += [
+        "",
+        "Points of accuracy beside full attention, whose accuracy the first row gives; mean ± standard deviation over the seeds "
+        f"({seeds}). Each estimator by its bare name: the library's own scorer for the site, its own annealing, and the options that it has by default; `robust` is "
+        "`recipe=\"robust\"`. `downsampled` is full attention on a smaller image of equal cost, `random` and `static` choose without looking.",
     ]
     return "\n".join(lines)
 
