@@ -33,8 +33,8 @@ class Distil(Estimator):
     needs = ("teacher",)
     detaches = True
     caution = {
-        "default": "on cluttered digits with 14% kept it stayed 4.8 ± 2.2 points below full attention (accuracy, 3 seeds, "
-        "results/compare/cluttered_digits.md)."
+        "default": "on cluttered digits with 14% kept it stayed 4.6 ± 2.6 points below full attention (accuracy, 5 seeds, "
+        "results/compare/defaults_digits.md)."
     }
     source = "DeepSeek-V3.2-Exp 2025, section 2.1"
 

@@ -33,10 +33,6 @@ class Reinforce(Estimator):
 
     biased = False
     needs = ("reward",)
-    caution = {
-        "default": "on cluttered digits with 14% kept it stayed 2.9 ± 2.9 points below full attention, 'rloo' 0.1 ± 1.0 (accuracy, 3 seeds, "
-        "results/compare/cluttered_digits.md)."
-    }
     source = "Williams 1992; subsets: Kool et al. 2019, arXiv:1903.06059; Wijk et al. 2025 (SFESS)"
 
     def __init__(self, law: Literal["plackett_luce", "conditional_bernoulli"] = "plackett_luce") -> None:

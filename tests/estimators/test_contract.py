@@ -141,13 +141,18 @@ def test_list_shows_cautions() -> None:
             assert f"caution, {option}: {caution}" in listed
 
 
-@pytest.mark.parametrize("name", ["distil", "reinforce"])
-def test_cautions_say_what_was_measured(name: str) -> None:
-    results = Path(__file__).parents[2] / "results" / "compare" / "cluttered_digits.json"
-    summary = json.loads(results.read_text(encoding="utf-8"))["summary"]
-    distance = summary[name]["to_soft"]
-    said = registry.load("estimators", name).caution["default"]
-    assert f"{-distance['mean']:.1f} ± {distance['sd']:.1f} points below" in said and summary[name]["runs"] == 3
+@pytest.mark.parametrize("name", NAMES)
+def test_an_estimator_that_stayed_below_says_so(name: str) -> None:
+    """By its bare name, over five seeds: two points below full attention, or a failed run, is told by ``hf-hardattn list``."""
+    results = Path(__file__).parents[2] / "results" / "compare" / "defaults_digits.json"
+    row = json.loads(results.read_text(encoding="utf-8"))["summary"].get(name)
+    if row is None or name == "soft":
+        assert name in ("marginal", "soft")  # every choice of so many patches cannot be tried
+        return
+    distance, caution = row["to_soft"], registry.load("estimators", name).caution.get("default")
+    assert row["runs"] == 5 and row["failed"] == 0
+    assert (caution is not None) == (distance["mean"] < -2)
+    assert caution is None or f"{-distance['mean']:.1f} ± {distance['sd']:.1f} points below" in caution
 
 
 @pytest.mark.parametrize(("name", "options"), LEARNING)

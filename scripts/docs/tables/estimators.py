@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from hf_hardattn import registry
 
-from . import read
+from . import read, spread
 
-# options that were measured where they are not the default
-MEASURED_WITH = {"straight_through": "sigmoid surrogate", "simple": "`sample=False`, as in the recipe; its default {}"}
 VERDICTS = {
     "simple": 'the default; with `recipe="robust"` the first choice',
     "gumbel": "a good second opinion",
-    "straight_through": "only with its balanced surrogate",
+    "straight_through": "with its balanced surrogate, the default",
     "reinforce": "with a baseline; noisy",
     "cropr": "for classes, when training must be cheap",
     "rloo": "when the objective has no gradient",
@@ -22,8 +20,8 @@ VERDICTS = {
 
 
 def table() -> str:
-    every = read("compare/cluttered_digits.json")
-    found = {name: row["metrics"][every["metric"]]["mean"] for name, row in every["summary"].items()}
+    every = read("compare/defaults_digits.json")
+    found = {name: row["metrics"][every["metric"]] for name, row in every["summary"].items()}
     lines = [
         "| estimator | gradient | needs | training runs | measured | use | paper |",
         "|---|---|---|---|---|---|---|",
@@ -31,9 +29,7 @@ def table() -> str:
     for name in registry.names("estimators"):
         member = registry.load("estimators", name)
         needs = ", ".join(member.needs) or "nothing more"
-        measured = f"{found[name]:.1%}" if name in found else "not run"
-        if name in MEASURED_WITH:
-            measured += f" ({MEASURED_WITH[name]})".format(f"{found['simple, sampled']:.1%}")
+        measured = spread(found[name], 100) if name in found else "not run"
         cells = [
             "biased" if member.biased else "unbiased",
             needs,

@@ -84,7 +84,7 @@ def bare_names() -> str:
         "",
         "Points of accuracy beside full attention, whose accuracy the first row gives; mean ± standard deviation over the seeds "
         f"({seeds}). Each estimator by its bare name: the library's own scorer for the site, its own annealing, and the options that it has by default; `robust` is "
-        "`recipe=\"robust\"`. `downsampled` is full attention on a smaller image of equal cost, `random` and `static` choose without looking.",
+        '`recipe="robust"`. `gumbel_decoupled` is `gumbel` as long as its two temperatures are the same, as they are by default. `downsampled` is full attention on a smaller image of equal cost, `random` and `static` choose without looking.',
     ]
     return "\n".join(lines)
 
