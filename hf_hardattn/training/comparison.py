@@ -120,11 +120,13 @@ def _hard(
         if given is None:
             return None
         if REDUCE in given:
-            return {REDUCE: budget}
+            given = {REDUCE: budget}
     elif given is None:
         if name not in registry.names("estimators"):
             raise unknown("variant without fields:", name, {*CONTROLS, *registry.names("estimators")}, task.site)
         given = {"estimator": name}
+    if REDUCE in given:
+        return _reduced(name, given, task)
     base: dict[str, Any] = {"sites": [task.site], "budget": budget, "scorer": task.scorer}
     if given.get("scorer", task.scorer) == task.scorer:
         base["scorer_options"] = task.scorer_options
@@ -133,3 +135,22 @@ def _hard(
         fields["budget"] = {"start": 1.0, "end": fields["budget"], "steps": recipe.anneal}
     HardAttentionConfig.from_dict(fields)  # raises now, not after the first base checkpoint
     return fields
+
+
+def _reduced(name: str, given: dict[str, Any], task: tasks.Base) -> dict[str, Any]:
+    """The fields of a variant that reads smaller inputs.
+
+    Raises:
+        HardAttentionError: no ratio, or something beside it; a task whose inputs cannot be made smaller.
+    """
+    if not task.reduces:
+        raise HardAttentionError(
+            f"variant {name!r} reads smaller inputs, and those of the site '{task.site}' cannot be made smaller: images can, and rows of tokens. "
+            "Leave the variant out."
+        )
+    ratio = given[REDUCE]
+    if given.keys() != {REDUCE} or isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        raise HardAttentionError(
+            f"variant {name!r} is {given!r}; full attention on smaller inputs is {{reduce: RATIO}}, a number in (0, 1], and nothing else."
+        )
+    return {REDUCE: float(ratio)}
