@@ -201,7 +201,10 @@ def test_shipped_configurations_hold_what_a_comparison_needs(path):
         ({"recipe": {"steps": 3}}, "unknown key of recipe: 'steps'"),
         ({"variants": {"half": {"reduce": 1.5}}}, "variant 'half' is {'reduce': 1.5}; .*a number in \\(0, 1\\]"),
         ({"variants": {"half": {"reduce": 0.5, "budget": 0.5}}}, "and nothing else"),
-        ({"task": "associative_recall", "task_options": {}, "variants": {"half": {"reduce": 0.5}}}, "cannot be made smaller"),
+        (
+            {"task": "associative_recall", "task_options": {}, "variants": {"half": {"reduce": 0.5}}},
+            "cannot be made smaller",
+        ),
         ({"variants": {"simpel": None}}, "unknown variant without fields: 'simpel'.*Did you mean 'simple'"),
         ({"variants": {"x": {"estimator": "simpel"}}}, "unknown estimator 'simpel'"),
         ({"variants": {"x": {"budget": 1.5}}}, "budget=1.5|1.5"),

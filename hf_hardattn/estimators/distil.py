@@ -33,8 +33,10 @@ class Distil(Estimator):
     needs = ("teacher",)
     detaches = True
     caution = {
-        "default": "on cluttered digits with 14% kept it stayed 4.6 ± 2.6 points below full attention (accuracy, 5 seeds, "
-        "results/compare/defaults_digits.md)."
+        "default": "on cluttered digits with 14% kept it stayed 4.6 ± 2.6 points below full attention "
+        "(accuracy, 5 seeds, results/compare/defaults_digits.md); "
+        "on the planted rationale with 6% kept it stayed 45.8 ± 43.4 points below full attention, 1 of 5 runs failed "
+        "(accuracy, 5 seeds, results/compare/defaults_text.md)."
     }
     source = "DeepSeek-V3.2-Exp 2025, section 2.1"
 

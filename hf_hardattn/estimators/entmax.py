@@ -42,6 +42,10 @@ class Entmax(Estimator):
 
     biased = True
     needs = ("gates",)
+    caution = {
+        "default": "on the planted rationale with 6% kept it stayed 2.9 ± 6.4 points below full attention "
+        "(accuracy, 5 seeds, results/compare/defaults_text.md)."
+    }
     source = "Peters, Niculae & Martins 2019, arXiv:1905.05702; k > 1: its mean over the k-subset polytope"
 
     def __init__(self, alpha: Annotated[float, _ALPHA] = 1.5, hard: bool = True) -> None:

@@ -28,6 +28,10 @@ class LogGate(Estimator):
 
     biased = True
     needs = ("gates",)
+    caution = {
+        "default": "on the planted rationale with 6% kept it stayed 96.7 ± 1.1 points below full attention, 5 of 5 runs failed "
+        "(accuracy, 5 seeds, results/compare/defaults_text.md)."
+    }
     source = "SAS 2026, arXiv:2609.13141"
 
     def __init__(self, hard: bool = True) -> None:

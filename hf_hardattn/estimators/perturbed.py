@@ -42,6 +42,10 @@ class Perturbed(Estimator):
 
     biased = True
     needs = ("gates",)
+    caution = {
+        "default": "on the planted rationale with 6% kept it stayed 2.8 ± 5.8 points below full attention "
+        "(accuracy, 5 seeds, results/compare/defaults_text.md)."
+    }
     source = "Berthet et al. 2020, arXiv:2002.08676; Cordonnier et al. 2021, arXiv:2104.03059"
 
     def __init__(self, draws: Annotated[int, _DRAWS] = 100, sigma: Positive = 1.0, hard: bool = True) -> None:

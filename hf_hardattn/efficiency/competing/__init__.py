@@ -17,6 +17,11 @@ class CompetingMethod(nn.Module):
         super().__init__()
         self.model = model
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
     @torch.no_grad()
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> ImageClassifierOutput:
         vit = self.model.vit

@@ -11,6 +11,8 @@ VERDICTS = {
     "gumbel": "a good second opinion",
     "straight_through": "with its balanced surrogate, the default",
     "reinforce": "with a baseline; noisy",
+    "distil": "to warm up a scorer",
+    "log_gate": "after a warm-up: dropped positions get no gradient",
     "cropr": "for classes, when training must be cheap",
     "rloo": "when the objective has no gradient",
     "grpo": "as `rloo`, with normalised rewards",
