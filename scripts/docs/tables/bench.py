@@ -47,6 +47,8 @@ def cpu() -> str:
         "compiled. *✓ compiled* marks a target that compiled models reach against a compiled original. *× uncompiled original* is not the effect of selection "
         "alone: the compiler also replaces BLIP's eager attention by SDPA.",
     ]
+    if processor(compiled) != processor(found):
+        lines[-1] += f" The compiled columns were measured on another machine: {processor(compiled)}"
     if found.get("import"):
         i = found["import"]
         lines[-1] += (
