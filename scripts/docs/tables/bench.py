@@ -47,8 +47,10 @@ def cpu() -> str:
         "compiled. *✓ compiled* marks a target that compiled models reach against a compiled original. *× uncompiled original* is not the effect of selection "
         "alone: the compiler also replaces BLIP's eager attention by SDPA.",
     ]
-    if processor(compiled) != processor(found):
-        lines[-1] += f" The compiled columns were measured on another machine: {processor(compiled)}"
+    rows = {f"rows of the suite `{name}`": read(f"bench/{name}.json") for name in ("packing", "eviction")}
+    for what, other in {"compiled columns": compiled, **rows}.items():
+        if other is not None and processor(other) != processor(found):
+            lines[-1] += f" The {what} were measured on another machine: {processor(other)}"
     if found.get("import"):
         i = found["import"]
         lines[-1] += (
