@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURES = ("kept_patches.png", "needle.png", "photo.png")
+PICTURE = re.compile(r"\]\((?:\.\./)*assets/results/([\w.]+)\)")
 PAGES = ("CHANGELOG.md", "MIGRATION.md", "CONTRIBUTING.md", "SECURITY.md")
 
 
@@ -33,9 +34,12 @@ def _without_missing(nav: list[Any]) -> list[Any]:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    for picture in PICTURES:
-        path = str(ROOT / "results" / picture)
-        files.append(File.generated(config, f"assets/results/{picture}", abs_src_path=path))
+    pages = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").rglob("*.md"))]
+    for picture in sorted({name for page in pages for name in PICTURE.findall(page)}):
+        path = ROOT / "results" / picture
+        if not path.is_file():
+            raise PluginError(f"a page shows {picture}, which is not in results/.")
+        files.append(File.generated(config, f"assets/results/{picture}", abs_src_path=str(path)))
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         text = re.sub(r"\]\(docs/", "](", text)  # links as they are on the repository's page

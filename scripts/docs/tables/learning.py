@@ -72,7 +72,8 @@ def bare_names() -> str:
         difference = row["to_soft"]
         failed = f", {row['failed']} of {row['runs']} failed" if row["failed"] else ""
         sd = "" if difference["sd"] is None else f" ± {difference['sd']:.1f}"
-        return f"{difference['mean']:+.1f}{sd}{failed}"
+        mean = round(difference["mean"], 1) or 0.0  # no -0.0
+        return f"{mean:+.1f}{sd}{failed}"
 
     lines = [f"| estimator | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|"]
     lines += [
