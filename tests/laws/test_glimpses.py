@@ -346,7 +346,8 @@ def test_the_monotonic_likelihood_is_the_sum_over_alignments():
     assert loss.item() == pytest.approx(-math.log(total) / t, abs=1e-5)
     loss.backward()
     selector = hf_hardattn.selectors(model)["decoder.cross.0"]
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in selector.scorer.parameters())
+    # a bias moves all scores alike, so that its gradient is 0 but for rounding
+    assert max(p.grad.abs().max() for p in selector.scorer.parameters()) > 1e-6
 
 
 def test_the_monotonic_likelihood_of_a_batch_is_that_of_its_rows():

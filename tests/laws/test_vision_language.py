@@ -52,6 +52,12 @@ def test_keeping_all_and_a_prompt_of_words_are_the_stock_model(name):
     assert torch.equal(write(model, words).sequences, alone)
 
 
+def learns(selector):
+    """Every parameter has a finite gradient, and the scores move. A bias moves them all alike, so that its gradient is 0 but for rounding."""
+    gradients = [parameter.grad for parameter in selector.parameters()]
+    return all(bool(g.isfinite().all()) for g in gradients) and max(g.abs().max() for g in gradients) > 1e-6
+
+
 @pytest.mark.parametrize("estimator", ["straight_through", "rloo"])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_training_reaches_every_selector(name, estimator, tmp_path):
@@ -64,7 +70,7 @@ def test_training_reaches_every_selector(name, estimator, tmp_path):
         model(**batch, labels=labels).loss.backward()
     assert bool(kept(recording)["decoder.tokens.1"][:, -3:].all())
     for selector in hf_hardattn.selectors(model).values():
-        assert all(bool(p.grad.isfinite().all()) and bool(p.grad.abs().max() > 0) for p in selector.parameters())
+        assert learns(selector)
     model.eval().save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(write(again, batch).sequences, write(model, batch).sequences)
@@ -83,7 +89,7 @@ def test_the_image_tower_of_llava_chooses_keys():
     )
     model.train()(**batch, labels=labels).loss.backward()
     for site, selector in hf_hardattn.selectors(model).items():
-        assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in selector.parameters()), site
+        assert learns(selector), site
     with pytest.raises(HardAttentionError, match="vision.tokens"):
         hf_hardattn.apply(model, {"sites": ["vision.tokens.0"], "budget": 5})
 
