@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -191,6 +192,24 @@ def test_embeddings_learn_from_the_whole_text_and_load_as_the_encoder(models: Pa
     torch.testing.assert_close(
         torch.nn.functional.normalize(mean_rows(hidden, batch["attention_mask"]), dim=-1), torch.stack(found)
     )
+
+
+def test_estimators_add_their_terms_to_the_loss_of_embeddings(models: Path, data: Path, tmp_path: Path) -> None:
+    """The loss comes from a hook; a score-function estimator finds it there, and what needs further passes is refused before training."""
+    BertModel(BertConfig(**{**TEXT, **SIZES, "initializer_range": 0.5})).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    flags: dict[str, Any] = {"model_name_or_path": str(tmp_path), "sites": ["text.tokens.0"], "budget": "0.5"}
+    flags |= {"scorer": "linear", "baseline": "none"}
+    task = make("sentence_embeddings", models, data, **flags, estimator="reinforce")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output = task.model.train()(**task.collate([task.train[i] for i in range(ROWS)]))
+    output.loss.backward()
+    (selector,) = hf_hardattn.selectors(task.model).values()
+    assert selector.scorer.weight.grad.abs().max() > 1e-6
+    for other in ("rloo", "distil"):
+        with pytest.raises(hf_hardattn.HardAttentionError, match="further forward passes of one step"):
+            make("sentence_embeddings", models, data, **flags, estimator=other)
 
 
 def test_registry_names_files_and_families() -> None:

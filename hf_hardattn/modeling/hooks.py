@@ -239,6 +239,12 @@ def _install_tower(
     tower.module.register_forward_hook(finish_tower, with_kwargs=True, always_call=tower.spec.pooling is not None)
 
 
+def end_behind_later_hooks(model: nn.Module) -> None:
+    """Let the hook that ends a call run behind those that came after it: one of them may give the output its loss."""
+    for key in [key for key, hook in model._forward_hooks.items() if hook is close_call]:
+        model._forward_hooks.move_to_end(key)  # type: ignore[attr-defined]
+
+
 def remove_hooks(model: nn.Module) -> None:
     """Take every hook and plan off a model; selectors stay."""
     for module in model.modules():

@@ -16,6 +16,8 @@ from transformers.utils import ModelOutput
 
 from ...errors import HardAttentionError
 from ...functional.pooling import mean_rows
+from ...modeling.hooks import end_behind_later_hooks
+from ...recording import selectors
 from ..arguments import flag
 from ..loop import Task
 from ..rows import text
@@ -45,7 +47,9 @@ class Embedder:
     def __init__(self, model: nn.Module, teacher: nn.Module):
         self.teacher = teacher.eval().requires_grad_(False)
         model.register_forward_pre_hook(self.without_queries, with_kwargs=True)
-        model.register_forward_hook(self.embed, with_kwargs=True)  # behind those of the sites, which restore rows
+        # behind the hooks of the sites, which restore rows, and before the end of the call, where estimators add to the loss
+        model.register_forward_hook(self.embed, with_kwargs=True)
+        end_behind_later_hooks(model)
 
     @staticmethod
     def without_queries(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -95,6 +99,7 @@ class SentenceEmbeddings(EncoderTask):
 
     def setup(self) -> Task:
         task = super().setup()
+        refuse_further_passes(without_peft(task.model))
         name = self.args.model_name_or_path
         if name is None:
             raise HardAttentionError(
@@ -132,6 +137,25 @@ class SentenceEmbeddings(EncoderTask):
         if self.query is None:
             return {"cosine": float((documents * queries).sum(-1).mean())}
         return search(queries, documents)
+
+
+def refuse_further_passes(model: nn.Module) -> None:
+    """Refuse what runs the encoder's own forward again, which knows no embedding.
+
+    Raises:
+        HardAttentionError: an estimator with several passes, one that needs a soft pass or a greedy one, or self-distillation.
+    """
+    for site, selector in selectors(model).items():
+        greedy = selector.baseline is not None and selector.baseline.needs_greedy
+        if greedy or {"passes", "choices", "teacher"} & set(selector.estimator.needs):
+            raise HardAttentionError(
+                f"the estimator or baseline at '{site}' computes further forward passes of one step; sentence_embeddings takes its loss from a single one. "
+                "Take 'simple', another estimator with gates, or 'reinforce' with baseline 'moving_average'."
+            )
+    if (getattr(model.config, "hard_attention", None) or {}).get("self_distillation"):
+        raise HardAttentionError(
+            "self_distillation computes a further forward pass; sentence_embeddings learns from the original model's embeddings already. Leave it out."
+        )
 
 
 def search(queries: Tensor, documents: Tensor) -> dict[str, float]:
