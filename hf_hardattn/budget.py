@@ -73,7 +73,7 @@ class Budget:
         if self.data_dependent:
             return n
         wanted = int(self.value) if self.kind == "count" else max(1, _share(self.value, n))
-        return min(n, max(wanted, _share(self.least, n)))
+        return min(n, max(wanted, _share(self.least, n)) if self.least else wanted)
 
     def count(self, scores: Tensor, valid: Tensor) -> Tensor:
         """Positions to keep per row, int64 ``[...]`` in [0, valid]: 0 only where nothing is valid.

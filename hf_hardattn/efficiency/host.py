@@ -324,7 +324,10 @@ WORKLOADS = (
         "T5 encoder, 12 layers, two rows of different length",
         lambda: T5EncoderModel(_t5_config()),
         _padded_ids,
-        (HostRow("encoder.tokens.0 keep .25", {"sites": ["encoder.tokens.0"], "budget": 0.25}, 14, 1.08),),
+        (
+            HostRow("encoder.tokens.0 keep .25", {"sites": ["encoder.tokens.0"], "budget": 0.25}, 14, 1.08),
+            HostRow("encoder.self.* keep .25", {"sites": ["encoder.self.*"], "budget": 0.25}, 17 * LAYERS),
+        ),
     ),
     HostWorkload(
         f"T5, 12 + 12 layers, {NEW_TOKENS} tokens generated",

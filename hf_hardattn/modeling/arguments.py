@@ -26,7 +26,9 @@ def given(names: tuple[str, ...], args: Sequence[Any], kwargs: dict[str, Any], n
     """The value given under ``name`` in a call of a forward with the parameters ``names``, or None."""
     if name in kwargs:
         return kwargs[name]
-    index = names.index(name) if name in names else len(args)
+    if not args or name not in names:
+        return None
+    index = names.index(name)
     return args[index] if index < len(args) else None
 
 
@@ -59,3 +61,9 @@ class Arguments:
 
     def _index(self, name: str) -> int:
         return self.names.index(name) if name in self.names else len(self.values)
+
+
+def wants_weights(config: Any, arguments: Arguments) -> bool:
+    """Whether the caller of a layer asked for attention weights, in the call or by the configuration."""
+    asked = arguments.get("output_attentions")
+    return bool(getattr(config, "output_attentions", False) if asked is None else asked)

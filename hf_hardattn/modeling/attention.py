@@ -62,10 +62,9 @@ class AttentionCall:
             self.bias = given.get("position_bias")
         cache = given.get("past_key_values")
         self.cache = None if cache is None else CacheLayer(cache, plan.layer, cross=plan.cross)
-        config = module.config
-        asked = bool(given.get("output_attentions", getattr(config, "output_attentions", False)))
-        self.implementation: str = config._attn_implementation
-        self.wants_weights = (asked or what.weights) and (self.implementation == "eager" or not spec.interface)
+        self.implementation: str = module.config._attn_implementation
+        asked = what.weights or bool(given.get("output_attentions"))
+        self.wants_weights = asked and (self.implementation == "eager" or not spec.interface)
         # a function of the user's is called, where a known one may be computed in another way
         self.replaceable = not spec.interface or is_softmax(self.implementation)
         self._whole_bias = self._own_bias()

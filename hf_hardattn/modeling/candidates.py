@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ class Candidates:
         ends: the protected rows; where ``protected`` places them elsewhere, how many a row has.
         bound: how many valid candidates a row has at most.
         varied: how many rows are protected differs between the rows of the batch, and only ``protected`` tells.
+        notes: what was worked out of ``valid``, shared by all choices among the same rows.
     """
 
     valid: Tensor | None = None
@@ -53,6 +55,13 @@ class Candidates:
     ends: Protected = Protected()
     bound: int | None = None
     varied: bool = False
+    notes: dict[Any, Tensor] = field(default_factory=dict)
+
+    def noted(self, name: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` works out of ``valid``; made once for all choices among the same rows, since a GPU waits for each operation."""
+        if name not in self.notes:
+            self.notes[name] = make()
+        return self.notes[name]
 
     def masks(self, scores: Tensor) -> Masks:
         """The masks of a choice by ``scores`` ``[B, H, Q, N]``, of one shape."""

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..errors import HardAttentionError
 from ..functional.attention import keep_heads, keep_rows
-from .arguments import Arguments
+from .arguments import Arguments, wants_weights
 from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
 from .plan import LAYER, LayerPlan
-from .projection import AttentionView
+from .projection import AttentionView, projections_of
 from .prompt import MEMORY, CachedRows, PromptMemory, attach_memory, begin_rows
 from .prompt_masks import as_form, dense_mask, prefill_mask, step_mask
 from .rotary import tables_at
@@ -126,7 +126,7 @@ class _PromptRows:
             state.candidates,
             plan.protected,
             state.bound,
-            view.projections(),
+            view.projections,
             state.always,
             state.varied,
         )
@@ -178,7 +178,8 @@ class _PromptRows:
             config = self.attention.config
             return as_form(allowed, config._attn_implementation, self.hidden.dtype, self._site())
         subset = None if gates is None else KeySubset(gates=gates, total=gates.shape[-1])
-        return AttentionInput(allowed, subset, state.gates)
+        weights = wants_weights(self.attention.config, self.arguments)
+        return AttentionInput(allowed, subset, state.gates, weights=weights)
 
     def _site(self) -> str:
         return f"{self.plan.tower}.self.{self.plan.index}"
@@ -208,8 +209,7 @@ def choose_rows(rows: Any, host: nn.Module, name: str, hidden: Tensor, states: T
     """Choose among the rows of a prompt; None when all stay."""
     plan, context, state = rows.plan, rows.context, rows.state
     refuse_unknown(context, state, running(getattr(host, name)))
-    norm = None if plan.norm is None else attrgetter(plan.norm)(rows.layer)
-    projections = AttentionView(rows.attention, plan.attention_spec).projections(norm)
+    projections = projections_of(rows.layer, plan)
     return select_rows(context, state, host, name, plan.protected, hidden, states, projections)
 
 

@@ -51,15 +51,7 @@ def choose(
 
 def _keeps_the_best(selector: Selector, settings: Settings) -> bool:
     """Whether every row keeps its best and nothing is drawn: then sorting tells the indices, and no mask is made."""
-    return (
-        selector.once
-        and settings.forced is None
-        and not settings.drawing
-        and not isinstance(selector.scorer, Sequential)
-        and not selector.scorer.monotonic
-        and not selector.runs_masked(settings)
-        and selector.config.estimator != "soft"
-    )
+    return selector.sorts and not settings.drawing and settings.forced is None and not selector.runs_masked(settings)
 
 
 def _is_plain(selector: Selector, candidates: Candidates) -> bool:
@@ -70,7 +62,7 @@ def _is_plain(selector: Selector, candidates: Candidates) -> bool:
 def _best_indices(selector: Selector, scores: Tensor, candidates: Candidates) -> Selection:
     first, last = candidates.ends.first, int(candidates.ends.last)
     n = scores.shape[-1]
-    slots = selector.budget(drawing=False).slots(n - first - last) + first + last
+    slots = selector.final_budget.slots(n - first - last) + first + last
     ranked = scores
     if first or last:
         # protected rows rank above all others, so that one sort places them too

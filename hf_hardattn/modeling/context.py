@@ -66,6 +66,8 @@ class Mode:
         self.recorder, self.replayed = recorder, replayed or {}
 
 
+_EVALUATING, _TRAINING = Settings(), Settings(drawing=True)
+
 _MODES: ContextVar[tuple[Mode, ...]] = ContextVar("hard_attention_modes", default=())
 _CURRENT: ContextVar[Any] = ContextVar("hard_attention_current", default=None)
 _traced: Any = None  # the same while Dynamo traces a call, which follows no ContextVar; None again when the call ends
@@ -158,7 +160,7 @@ class ForwardContext:
     def settings(self, selector: Selector) -> Settings:
         """How ``selector`` works in this call."""
         if not self.modes:
-            return Settings(drawing=selector.training)
+            return _TRAINING if selector.training else _EVALUATING
         modes = [(mode, mode.sites[id(selector)]) for mode in self.modes if id(selector) in mode.sites]
         sampled = any(mode.sampled for mode, _ in modes)
         executions = [mode.execution for mode, _ in modes if mode.execution is not None]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from .arguments import Arguments
+from .arguments import Arguments, wants_weights
 from .cache import CacheLayer, remember, remembered
 from .context import ForwardContext
 from .keys import is_checkpointed
@@ -45,12 +45,12 @@ def hand_over_source(
 
     Key and value projections, the attention and its cache then only ever see the rows that its site keeps.
     """
-    source = arguments.get(SOURCE)
-    if plan.cross is None or source is None:
+    source = None if plan.cross is None else arguments.get(SOURCE)
+    if source is None:
         return
     valid = state.source_valid
     if plan.unmasked_source and valid is not None:
-        attention: Any = attrgetter(plan.cross)(layer)
+        attention: Any = attrgetter(str(plan.cross))(layer)
         rows = arguments.get(plan.names[0])
         mask = state.shared(valid, lambda: padding_mask(valid, attention.config, rows, source))
         arguments.set(SOURCE_MASK, mask)
@@ -60,13 +60,8 @@ def hand_over_source(
     if what is None:
         what = _unchosen(plan, state, arguments)
     if what is not None:
-        asked = wants_weights(attrgetter(plan.cross)(layer), arguments)
-        arguments.set(SOURCE_MASK, what._replace(weights=True) if asked else what)
-
-
-def wants_weights(attention: Any, arguments: Arguments) -> bool:
-    """Whether the caller asked for attention weights."""
-    return bool(arguments.keywords.get("output_attentions", getattr(attention.config, "output_attentions", False)))
+        attention = attrgetter(str(plan.cross))(layer)
+        arguments.set(SOURCE_MASK, what._replace(weights=True) if wants_weights(attention.config, arguments) else what)
 
 
 def _unchosen(plan: LayerPlan, state: TowerState, arguments: Arguments) -> AttentionInput | None:
@@ -128,7 +123,15 @@ def choose_source_keys(
         mask: of the source, as the layer was given it. cache: of the model, which later steps read, or None.
     """
     valid = source_candidates(state, mask)
-    selection = choose_among(context, selector, source, valid, plan.source_protected, projections=view.projections())
+    selection = choose_among(
+        context,
+        selector,
+        source,
+        valid,
+        plan.source_protected,
+        projections=view.projections,
+        notes=state.notes_of(valid),
+    )
     if selection is None:
         return None
     keys = KeySubset.of(selection)

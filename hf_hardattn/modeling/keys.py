@@ -25,6 +25,7 @@ from .state import AttentionInput, KeySubset, PendingChoice, TowerState
 
 def attention_input(
     layer: nn.Module,
+    attention: Any,
     plan: LayerPlan,
     context: ForwardContext,
     state: TowerState,
@@ -36,13 +37,13 @@ def attention_input(
     """What the self-attention of a layer with a ``self`` site gets in place of the mask; None where the stock one serves.
 
     Args:
+        attention: of the layer.
         hidden: the layer's rows ``[B, N, D]``. mask: over them, in the form of the attention implementation.
         bias: position bias as the layer was given it. tables: of a rotary embedding, for the rows.
     """
     if plan.follows is not None:
         keys = state.leaders.get(plan.follows)
         return None if keys is None else AttentionInput(mask, keys, state.gates)
-    attention: Any = attrgetter(plan.attention)(layer)
     selector = running(attention.selector)
     if context.is_soft(selector):
         return None
@@ -74,7 +75,10 @@ def choose_keys(
     if not selector.once:
         return _choose_per_query(selector, context, state, view, states, mask)
     valid = state.candidates
-    selection = choose_among(context, selector, states, valid, plan.protected, projections=view.projections())
+    notes = state.notes_of(valid)
+    selection = choose_among(
+        context, selector, states, valid, plan.protected, projections=view.projections, notes=notes
+    )
     if selection is None:
         return None
     selection.positions = state.positions

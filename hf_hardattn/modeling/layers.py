@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..functional import position_bias as distances
 from ..functional.attention import keep_rows
-from .arguments import Arguments, given
+from .arguments import Arguments, given, wants_weights
 from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
 from .cross import hand_over_source
@@ -19,7 +19,7 @@ from .keys import as_matrix, attention_input, serves_table
 from .masks import differs_between_queries, row_mask, row_of_padding
 from .plan import LAYER, LayerPlan
 from .position_bias import bias_of_rows, bias_table, own_bias_of_rows
-from .projection import AttentionView
+from .projection import projections_of
 from .rotary import tables_at
 from .rows import select_rows
 from .selector import running
@@ -37,7 +37,7 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     state = None if context is None else context.towers.get(plan.tower)
     if context is None or state is None:
         return None  # a layer called by itself computes as the stock one
-    if state.begun and _only_narrows(plan) and not state.reads_specially:
+    if state.begun and plan.only_narrows and not _reads_specially(plan, state):
         if not state.dropped:
             return None
         mask = given(plan.names, args, kwargs, "attention_mask")
@@ -55,9 +55,10 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return arguments.result()
 
 
-def _only_narrows(plan: LayerPlan) -> bool:
-    chooses = plan.inputs or plan.own or plan.crosses or plan.follows or plan.cross_follows
-    return not (chooses or plan.uses_table or plan.eager_only)
+def _reads_specially(plan: LayerPlan, state: TowerState) -> bool:
+    """Whether a cross-attention without a site of its own has gates to weigh, or slots to hide that its tower's mask does not tell."""
+    hides = plan.unmasked_source and state.source_dropped and state.source_valid is not None
+    return plan.cross is not None and (hides or state.source_gates is not None)
 
 
 class _Rows:
@@ -67,11 +68,10 @@ class _Rows:
         self, layer: nn.Module, plan: LayerPlan, context: ForwardContext, state: TowerState, arguments: Arguments
     ):
         self.layer, self.plan, self.context, self.state, self.arguments = layer, plan, context, state, arguments
-        self.config: Any = _config(layer, plan) if plan.attention else None
-
-    @property
-    def hidden(self) -> Tensor:
-        return self.arguments.get(self.plan.names[0])
+        self.hidden: Tensor = arguments.get(plan.names[0])
+        self.attention: Any = attrgetter(plan.attention)(layer) if plan.attention else None
+        self.config: Any = None if self.attention is None else self.attention.config
+        self._asked: bool | None = None
 
     def begin(self) -> None:
         """At the first hooked layer: read which rows are there, and make T5's bias as a table of distances."""
@@ -79,8 +79,7 @@ class _Rows:
             return
         self.state.begin(self.hidden.shape[1], self.arguments.get("attention_mask"))
         if self.plan.uses_table and self.arguments.get("position_bias") is None:
-            attention = attrgetter(self.plan.attention)(self.layer)
-            table = bias_table(attention, self.hidden.shape[1], self.hidden.device)
+            table = bias_table(self.attention, self.hidden.shape[1], self.hidden.device)
             self.arguments.set("position_bias", table)
 
     def select_inputs(self) -> None:
@@ -88,15 +87,14 @@ class _Rows:
         plan, hidden = self.plan, self.hidden
         if not plan.inputs:
             return
-        norm = None if plan.norm is None else attrgetter(plan.norm)(self.layer)
-        view = AttentionView(attrgetter(plan.attention)(self.layer), plan.attention_spec)
-        projections = view.projections(norm)
+        projections = projections_of(self.layer, plan)
         indices = select_rows(
             self.context, self.state, self.layer, "input_selector", plan.protected, hidden, hidden, projections
         )
         if indices is None:
             return
-        self.arguments.set(plan.names[0], keep_rows(hidden, indices))
+        self.hidden = keep_rows(hidden, indices)
+        self.arguments.set(plan.names[0], self.hidden)
         if plan.has_bias:
             self.arguments.set("position_bias", bias_of_rows(self.arguments.get("position_bias"), indices))
 
@@ -112,10 +110,10 @@ class _Rows:
         if plan.has_bias:
             what = self._settle_bias(what, mask)
         if plan.attention_spec.own_bias and state.positions is not None:
-            module = attrgetter(plan.attention)(self.layer)
-            what = (what or AttentionInput(mask))._replace(bias=own_bias_of_rows(module, state.positions, state.length))
+            bias = own_bias_of_rows(self.attention, state.positions, state.length)
+            what = (what or AttentionInput(mask))._replace(bias=bias)
         if what is not None:
-            arguments.set("attention_mask", what._replace(weights=True) if self._wants_weights() else what)
+            arguments.set("attention_mask", what._replace(weights=True) if self._wants_weights else what)
         elif mask is not given:
             arguments.set("attention_mask", mask)
 
@@ -134,12 +132,14 @@ class _Rows:
                 mask = row_of_padding(mask)
             bias = arguments.get("position_bias") if plan.has_bias else None
             tables = None if plan.attention_spec.rotary is None else arguments.get(plan.attention_spec.rotary)
-            what = attention_input(self.layer, plan, self.context, state, self.hidden, mask, bias, tables)
+            what = attention_input(
+                self.layer, self.attention, plan, self.context, state, self.hidden, mask, bias, tables
+            )
             if what is not None:
                 return what
         if state.gates is not None:
             return AttentionInput(mask, gates=state.gates)
-        if state.packing is not None and not self._wants_weights() and self._may_pack(mask):
+        if state.packing is not None and not self._wants_weights and self._may_pack(mask):
             arguments.set(plan.names[0], state.packing.to_packed(self.hidden))
             return AttentionInput(packing=state.packing)
         return AttentionInput(mask) if plan.eager_only and plan.attention and self._serves_sdpa(mask) else None
@@ -153,14 +153,14 @@ class _Rows:
 
     def _serves_sdpa(self, mask: Any) -> bool:
         """Whether the attention of a family without an attention function is to run here: only the stock one tells weights."""
-        return not self._wants_weights() or mask is not None
+        return not self._wants_weights or mask is not None
 
     def _settle_bias(self, what: AttentionInput | None, mask: Any) -> AttentionInput | None:
         """Keep T5's bias a table of distances where this layer can read one; else make the matrix, for all later layers."""
         bias = self.arguments.get("position_bias")
         if bias is None or not distances.is_table(bias):
             return what
-        if serves_table(what, mask, self.config._attn_implementation, self._wants_weights(), self._is_masked(what)):
+        if serves_table(what, mask, self.config._attn_implementation, self._wants_weights, self._is_masked(what)):
             return AttentionInput(mask) if what is None else what
         self.arguments.set("position_bias", as_matrix(bias))
         return what
@@ -168,12 +168,14 @@ class _Rows:
     def _is_masked(self, what: AttentionInput | None) -> bool:
         if what is None or what.pending is None:
             return False
-        attention: Any = attrgetter(self.plan.attention)(self.layer)
-        selector = running(attention.selector)
+        selector = running(self.attention.selector)
         return not selector.once or self.context.runs_masked(selector)
 
+    @property
     def _wants_weights(self) -> bool:
-        return bool(self.arguments.keywords.get("output_attentions", getattr(self.config, "output_attentions", False)))
+        if self._asked is None:  # a configuration is slow to read
+            self._asked = wants_weights(self.config, self.arguments)
+        return self._asked
 
 
 def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -219,19 +221,12 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 def _select_tokens(
     layer: nn.Module, plan: LayerPlan, context: ForwardContext, state: TowerState, arguments: Arguments, hidden: Tensor
 ) -> Any:
-    norm = None if plan.norm is None else attrgetter(plan.norm)(layer)
-    view = AttentionView(attrgetter(plan.attention)(layer), plan.attention_spec)
     states = arguments.get(plan.names[0])
     if _is_packed(arguments) and state.packing is not None:
         states = state.packing.to_padded(states)
-    return select_rows(context, state, layer, "selector", plan.protected, hidden, states, view.projections(norm))
+    return select_rows(context, state, layer, "selector", plan.protected, hidden, states, projections_of(layer, plan))
 
 
 def _is_packed(arguments: Arguments) -> bool:
     what = arguments.get("attention_mask")
     return isinstance(what, AttentionInput) and what.packing is not None
-
-
-def _config(layer: nn.Module, plan: LayerPlan) -> Any:
-    attention: Any = attrgetter(plan.attention)(layer)
-    return attention.config

@@ -66,6 +66,12 @@ class LayerPlan:
     unmasked_source: bool = False
 
     @property
+    def only_narrows(self) -> bool:
+        """Whether it has nothing to do before it but to hand on what belongs to the rows that are left."""
+        chooses = self.inputs or self.own or self.crosses or self.follows or self.cross_follows
+        return not (chooses or self.uses_table or self.eager_only)
+
+    @property
     def reads_rows_alone(self) -> bool:
         """Whether its attention reads neither places nor another tower, and hides nothing of its own accord."""
         spec = self.attention_spec

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..scorers import Projections
+from .plan import LayerPlan
 from .rotary import Tables, rotate
 from .spec import AttentionSpec
 
@@ -109,6 +111,16 @@ class AttentionView:
             # an adapter or a hook stands around the projection: call it whole, or its part would be lost
             states = fused(states)[..., rows]
         return states.view(*states.shape[:-1], -1, size).transpose(1, 2)
+
+
+def projections_of(layer: nn.Module, plan: LayerPlan) -> Callable[[], Projections]:
+    """The projections of a layer's self-attention behind its norm, made where a scorer asks for them."""
+
+    def make() -> Projections:
+        norm = None if plan.norm is None else attrgetter(plan.norm)(layer)
+        return AttentionView(attrgetter(plan.attention)(layer), plan.attention_spec).projections(norm)
+
+    return make
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -35,7 +35,7 @@ def best_of_ragged_rows(selector: Selector, scores: Tensor, candidates: Candidat
         count = budget.count(scores.detach().expand(free.shape), free).unsqueeze(-1)
         kept = torch.minimum(count + protected, available) > torch.arange(slots, device=scores.device)
     else:
-        kept = budget.ranks(slots, available, protected)
+        kept = candidates.noted((budget, slots, candidates.ends), lambda: budget.ranks(slots, available, protected))
     full, lengths = candidates.valid is None, None
     if counted or selector.config.pack or candidates.varied:
         slots, full, lengths = count_slots(selector, kept.expand(order.shape), masked=False)
@@ -69,16 +69,19 @@ def _rank(scores: Tensor, candidates: Candidates) -> tuple[Tensor, Tensor, Tenso
         if masks.protected is not None:
             ranked, protected = ranked.masked_fill(masks.protected, torch.inf), masks.protected.sum(-1, keepdim=True)
         return ranked, masks.valid.sum(-1, keepdim=True), protected
-    seen = valid.cumsum(-1)
+    seen = candidates.noted("seen", lambda: valid.cumsum(-1))
     available, protected = seen[..., -1:], int(ends.last)
     if ends.first:
         ranked = nn.functional.pad(ranked[..., ends.first :], (ends.first, 0), value=torch.inf)
         protected = seen[..., ends.first - 1 : ends.first]
     ranked = torch.where(valid, ranked, -torch.inf)
     if ends.last:
-        last = seen.argmax(-1, keepdim=True)  # of equal counts the first: where the last valid candidate stands
+        # of equal counts the first: where the last valid candidate stands
+        last = candidates.noted("last", lambda: seen.argmax(-1, keepdim=True))
         ranked = ranked.scatter(-1, last.expand(*ranked.shape[:-1], 1), torch.inf)
-        protected = torch.minimum(protected + 1, available) if isinstance(protected, Tensor) else protected
+        if isinstance(protected, Tensor):
+            first = protected
+            protected = candidates.noted(("protected", ends), lambda: torch.minimum(first + 1, available))
     return ranked, available, protected
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ def candidates_among(
     bound: int | None,
     always: Tensor | None = None,
     varied: bool = False,
+    notes: dict[Any, Tensor] | None = None,
 ) -> Candidates:
     """The candidates ``[B, N]`` of a choice that serves a whole row.
 
@@ -28,13 +31,14 @@ def candidates_among(
         valid: bool ``[B, N]`` or None. states: ``[B, N, D]``. bound: of the valid ones in a row, or None.
         always: rows that are no choice, bool ``[B, N]``, in place of ``protected``; None when that says it all.
         varied: their number differs between the rows of the batch; otherwise ``protected`` says it.
+        notes: see ``Candidates``; of ``valid``.
     """
     if always is not None:
         valid = None if valid is None else valid[:, None, None]
         return Candidates(valid, always[:, None, None], Protected() if varied else protected, bound, varied)
     if valid is None:
         return Candidates(ends=protected)
-    return Candidates(valid[:, None, None], None, protected, bound)
+    return Candidates(valid[:, None, None], None, protected, bound, notes={} if notes is None else notes)
 
 
 def choose_among(
@@ -44,27 +48,30 @@ def choose_among(
     valid: Tensor | None,
     protected: Protected,
     bound: int | None = None,
-    projections: Projections | None = None,
+    projections: Callable[[], Projections] | None = None,
     always: Tensor | None = None,
     varied: bool = False,
+    grid: tuple[int, int] | None = None,
+    notes: dict[Any, Tensor] | None = None,
 ) -> Selection | None:
     """Make one choice for each row of ``states`` ``[B, N, D]``; None where the site is switched off or keeps everything.
 
     Args:
         valid: bool ``[B, N]`` or None. bound: of the valid positions in a row.
-        projections: of the host attention, for scorers that look through them.
-        always, varied: see ``candidates_among``.
+        projections: makes those of the host attention, for scorers that look through them.
+        always, varied, notes: see ``candidates_among``. grid: of the image, see ``Projections``.
     """
     settings = context.settings(selector)
     # keeping everything needs no scores, unless somebody records or trains them
     idle = selector.keeps_all and not settings.drawing and not settings.recorders
     if settings.soft or (idle and settings.forced is None):
         return None
-    if not (selector.scorer.needs_projections or selector.scorer.needs_grid):
-        projections = None
-    features = selector.keys(states, settings, valid, projections=projections)
+    looks = None
+    if projections is not None and (selector.scorer.needs_projections or selector.scorer.needs_grid):
+        looks = replace(projections(), grid=grid)
+    features = selector.keys(states, settings, valid, projections=looks)
     inputs = selector.training_inputs(states, valid, context, settings)
-    candidates = candidates_among(protected, valid, states, bound, always, varied)
+    candidates = candidates_among(protected, valid, states, bound, always, varied, notes)
     selection = selector(features, candidates, settings, inputs=inputs)
     context.add(selection, settings)
     return selection
@@ -78,7 +85,7 @@ def select_rows(
     protected: Protected,
     hidden: Tensor,
     states: Tensor,
-    projections: Projections | None,
+    projections: Callable[[], Projections] | None,
 ) -> Tensor | None:
     """Choose among the rows that are left, and note what later layers need to know.
 
@@ -91,10 +98,17 @@ def select_rows(
     """
     selector = running(getattr(host, name))
     read = states if selector.scorer.needs_projections else hidden
-    if projections is not None and selector.scorer.needs_grid:
-        projections = replace(projections, grid=state.grid)
     selection = choose_among(
-        context, selector, read, state.candidates, protected, state.bound, projections, state.always, state.varied
+        context,
+        selector,
+        read,
+        state.candidates,
+        protected,
+        state.bound,
+        projections,
+        state.always,
+        state.varied,
+        state.grid,
     )
     if selection is None:
         return None

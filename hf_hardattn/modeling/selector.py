@@ -15,7 +15,7 @@ from ..budget import Budget, budget_schedule, final_budget
 from ..config import SiteConfig
 from ..errors import HardAttentionError
 from ..schedules import Sampled, Schedule
-from ..scorers import Projections, Sequential
+from ..scorers import Projections, Scorer, Sequential
 from .auxiliary_head import AuxiliaryHead
 from .candidates import Candidates, Protected, TrainingInputs
 from .choosing import choose
@@ -43,6 +43,12 @@ class Selector(nn.Module):
 
     Attributes:
         step, steps: optimizer step, and how many the training has, for the schedules (set by ``set_step``).
+        once: one choice serves all queries of a row.
+        learned: there is something to learn; a control without parameters can train gathered under any estimator.
+        keeps_all: nothing can be dropped here, whatever the scores.
+        halts: a scorer of several glimpses may stop before the budget is spent.
+        data_dependent: only the scores tell how many positions are kept.
+        sorts: outside training every row keeps its best candidates, which sorting finds.
     """
 
     def __init__(
@@ -67,6 +73,8 @@ class Selector(nn.Module):
         self.scorer = registry.load("scorers", config.scorer)(
             hidden_size=hidden_size, query_size=query_size, heads=self.heads, **config.scorer_options
         )
+        self.once = not causal and not self.scorer.per_query
+        self.learned = next(self.scorer.parameters(), None) is not None
         self.estimator = registry.load("estimators", config.estimator)(**config.estimator_options)
         self.baseline = None
         # several samples are each other's baseline
@@ -82,10 +90,11 @@ class Selector(nn.Module):
             self.sizes = (*self.sizes, classes)
         self.step: int | None = None
         self.steps: int | None = None
-        self._read_schedules()
+        self._read_config()
 
-    def _read_schedules(self) -> None:
-        config, site = self.config, self.site
+    def _read_config(self) -> None:
+        # Read once: a call asks for these facts at every site, and a lookup in a module costs as much as a small kernel.
+        config, site, scorer = self._config, self.site, self.scorer
         self.temperature = Schedule.parse(config.temperature, site)
         adaptive = config.backward_temperature in (None, "adaptive")
         self.backward_temperature = None if adaptive else Schedule.parse(config.backward_temperature, site)
@@ -94,6 +103,11 @@ class Selector(nn.Module):
         self.entropy_weight = Schedule.parse(config.entropy_weight, site)
         self.budget_schedule = budget_schedule(config.budget, site)
         self.final_budget = Budget.parse(final_budget(config.budget), site)
+        soft = config.estimator == "soft"
+        self.keeps_all = soft or (isinstance(config.budget, float) and config.budget == 1.0)
+        self.halts = isinstance(scorer, Sequential) and scorer.halts and not self.keeps_all
+        self.data_dependent = (self.final_budget.data_dependent or self.halts) and not soft
+        self.sorts = self.once and not (soft or scorer.monotonic or isinstance(scorer, Sequential))
         self.annealing = self._annealing()
 
     def _annealing(self) -> Schedule | None:
@@ -113,7 +127,7 @@ class Selector(nn.Module):
     @config.setter
     def config(self, config: SiteConfig) -> None:
         self._config = config
-        self._read_schedules()
+        self._read_config()
 
     def reset_parameters(self) -> None:
         """Initialise afresh; called by Transformers for weights that no checkpoint holds."""
@@ -126,16 +140,6 @@ class Selector(nn.Module):
         return f"'{self.site}', scorer={config.scorer}, budget={config.budget}, estimator={config.estimator}"
 
     # ---------------------------------------------------------------- facts of the configuration
-
-    @property
-    def once(self) -> bool:
-        """Whether one choice serves all queries of a row."""
-        return not self.causal and not self.scorer.per_query
-
-    @property
-    def learned(self) -> bool:
-        """Whether there is anything to learn; a control without parameters can train gathered under any estimator."""
-        return next(self.scorer.parameters(), None) is not None
 
     @property
     def lacks_length(self) -> bool:
@@ -151,28 +155,13 @@ class Selector(nn.Module):
         return reads_loss or not estimator.exact_budget or entropy or self.halts
 
     @property
-    def keeps_all(self) -> bool:
-        """Whether nothing can be dropped here, whatever the scores."""
-        return self.config.estimator == "soft" or (isinstance(self.config.budget, float) and self.config.budget == 1.0)
-
-    @property
-    def data_dependent(self) -> bool:
-        """Whether only the scores tell how many positions are kept."""
-        return (self.budget(drawing=False).data_dependent or self.halts) and self.config.estimator != "soft"
-
-    @property
-    def halts(self) -> bool:
-        """Whether a scorer of several glimpses may stop before the budget is spent."""
-        return isinstance(self.scorer, Sequential) and self.scorer.halts and not self.keeps_all
-
-    @property
     def masked(self) -> bool:
         """Whether a forward in the module's present mode runs masked rather than gathered."""
         return self.runs_masked(Settings(drawing=self.training))
 
     def runs_masked(self, settings: Settings) -> bool:
         """Whether the choice weighs all candidates (pathwise estimators need it to train) instead of dropping some."""
-        execution = settings.execution or self.config.execution
+        execution = settings.execution or self._config.execution
         if execution == "auto":
             return settings.drawing and not self.estimator.trains_gathered and self.learned
         return execution == "masked"
@@ -230,22 +219,25 @@ class Selector(nn.Module):
             past: positions already cached.
             projections: the host attention's.
         """
-        if settings.drawing and self.scorer.draws:
-            return self.scorer("draw", states)
-        positions = _places(states, valid, past) if self.scorer.needs_positions else None
+        scorer = self.scorer
+        if settings.drawing and scorer.draws:
+            return scorer("draw", states)
+        positions = _places(states, valid, past) if scorer.needs_positions else None
         if self.estimator.detaches:
             states = states.detach()
         if projections is not None:
             projections = replace(projections, valid=valid)
         with full_precision(states.device):
-            return self.scorer("keys", states, positions, projections)
+            return scorer("keys", states, positions, projections)
 
     def training_inputs(
         self, states: Tensor, valid: Tensor | None, context: ForwardContext, settings: Settings
     ) -> TrainingInputs | None:
         """What else a training choice reads of the candidates ``[B, N, D]``; None when it reads nothing."""
+        if not settings.drawing:
+            return None
         summarised = self.baseline is not None and self.baseline.needs_summary
-        if not settings.drawing or not (summarised or self.posterior is not None or self.head is not None):
+        if not (summarised or self.posterior is not None or self.head is not None):
             return None
         inputs = TrainingInputs()
         if summarised:
@@ -289,7 +281,9 @@ class Selector(nn.Module):
         if queries is not None and self.estimator.detaches:
             queries = queries.detach()
         with full_precision(features.device):
-            scores = self.scorer("score", features, queries)
+            # most scorers' features are their scores: nothing to call a module for
+            plain = type(self.scorer).score is Scorer.score
+            scores = Scorer.score(self.scorer, features) if plain else self.scorer("score", features, queries)
             return choose(self, scores, features, candidates, settings, inputs)
 
 

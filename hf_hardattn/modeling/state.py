@@ -145,6 +145,7 @@ class TowerState:
         self.key_leaders: dict[str, Selection] = {}
         self._steps: list[Tensor] = []
         self._shared: list[tuple[Any, int | None, Any]] = []
+        self._notes: list[tuple[Tensor | None, dict[Any, Tensor]]] = []
 
     def begin(self, length: int, mask: Any) -> None:
         """Read which rows are there, before the first selection.
@@ -164,11 +165,6 @@ class TowerState:
                 self.valid = self.mask.bool() if per_query and self.mask is not None else rows[:, 0, 0]
         elif mask is not None:
             self.valid = mask.bool() if isinstance(mask, Tensor) else None if self.mask is None else self.mask.bool()
-
-    @property
-    def reads_specially(self) -> bool:
-        """Whether a cross-attention without a site of its own has gates to weigh or slots to hide."""
-        return self.source_gates is not None or self.source_dropped and self.source_valid is not None
 
     @property
     def is_dense(self) -> bool:
@@ -238,6 +234,14 @@ class TowerState:
         made = make()
         self._shared.append((original, window, made))
         return made
+
+    def notes_of(self, valid: Tensor | None) -> dict[Any, Tensor]:
+        """What the choices of all layers note of one mask of candidates, see ``Candidates``."""
+        for known, notes in self._notes:
+            if known is valid:
+                return notes
+        self._notes.append((valid, {}))
+        return self._notes[-1][1]
 
     def final_rows(self, hidden: Tensor, *, restore: bool, gate: bool) -> Tensor:
         """The tower's output: unused slots hold zeros.
