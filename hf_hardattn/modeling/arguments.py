@@ -61,9 +61,3 @@ class Arguments:
 
     def _index(self, name: str) -> int:
         return self.names.index(name) if name in self.names else len(self.values)
-
-
-def wants_weights(config: Any, arguments: Arguments) -> bool:
-    """Whether the caller of a layer asked for attention weights, in the call or by the configuration."""
-    asked = arguments.get("output_attentions")
-    return bool(getattr(config, "output_attentions", False) if asked is None else asked)

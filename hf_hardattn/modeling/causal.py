@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import HardAttentionError
 from ..functional.attention import keep_heads, keep_rows
-from .arguments import Arguments, wants_weights
+from .arguments import Arguments
 from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
 from .plan import LAYER, LayerPlan
@@ -178,7 +178,7 @@ class _PromptRows:
             config = self.attention.config
             return as_form(allowed, config._attn_implementation, self.hidden.dtype, self._site())
         subset = None if gates is None else KeySubset(gates=gates, total=gates.shape[-1])
-        weights = wants_weights(self.attention.config, self.arguments)
+        weights = state.wants_weights(self.attention, self.arguments)
         return AttentionInput(allowed, subset, state.gates, weights=weights)
 
     def _site(self) -> str:

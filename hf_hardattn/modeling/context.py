@@ -185,7 +185,7 @@ class ForwardContext:
 
     def is_soft(self, selector: Selector) -> bool:
         """Whether ``selector`` is switched off in this call."""
-        return any(mode.soft and id(selector) in mode.sites for mode in self.modes)
+        return bool(self.modes) and any(mode.soft and id(selector) in mode.sites for mode in self.modes)
 
     def add(self, selection: Selection, settings: Settings) -> None:
         """Note a selection. A recomputation in the backward pass makes no new one."""

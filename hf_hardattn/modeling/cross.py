@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from .arguments import Arguments, wants_weights
+from .arguments import Arguments
 from .cache import CacheLayer, remember, remembered
 from .context import ForwardContext
 from .keys import is_checkpointed
@@ -60,8 +60,8 @@ def hand_over_source(
     if what is None:
         what = _unchosen(plan, state, arguments)
     if what is not None:
-        attention = attrgetter(str(plan.cross))(layer)
-        arguments.set(SOURCE_MASK, what._replace(weights=True) if wants_weights(attention.config, arguments) else what)
+        asked = state.wants_weights(attrgetter(str(plan.cross))(layer), arguments)
+        arguments.set(SOURCE_MASK, what._replace(weights=True) if asked else what)
 
 
 def _unchosen(plan: LayerPlan, state: TowerState, arguments: Arguments) -> AttentionInput | None:

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..functional import position_bias as distances
 from ..functional.attention import keep_rows
-from .arguments import Arguments, given, wants_weights
+from .arguments import Arguments, given
 from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
 from .cross import hand_over_source
@@ -69,9 +69,10 @@ class _Rows:
     ):
         self.layer, self.plan, self.context, self.state, self.arguments = layer, plan, context, state, arguments
         self.hidden: Tensor = arguments.get(plan.names[0])
-        self.attention: Any = attrgetter(plan.attention)(layer) if plan.attention else None
-        self.config: Any = None if self.attention is None else self.attention.config
-        self._asked: bool | None = None
+
+    @property
+    def attention(self) -> Any:
+        return attrgetter(self.plan.attention)(self.layer)
 
     def begin(self) -> None:
         """At the first hooked layer: read which rows are there, and make T5's bias as a table of distances."""
@@ -105,7 +106,9 @@ class _Rows:
             return
         self._narrow_tables()
         given = arguments.get("attention_mask")
-        mask = row_mask(state, plan, self.config, self.hidden, given)
+        mask = given
+        if state.dropped or plan.windows:
+            mask = row_mask(state, plan, self.attention.config, self.hidden, given)
         what = self._attention_input(mask)
         if plan.has_bias:
             what = self._settle_bias(what, mask)
@@ -149,7 +152,7 @@ class _Rows:
         differs = isinstance(mask, Tensor) and differs_between_queries(mask)
         if differs or self.plan.causal or (self.plan.windows and isinstance(mask, BlockMask)):
             return False
-        return not self.plan.attention_spec.interface or is_softmax(self.config._attn_implementation)
+        return not self.plan.attention_spec.interface or is_softmax(self.attention.config._attn_implementation)
 
     def _serves_sdpa(self, mask: Any) -> bool:
         """Whether the attention of a family without an attention function is to run here: only the stock one tells weights."""
@@ -160,7 +163,8 @@ class _Rows:
         bias = self.arguments.get("position_bias")
         if bias is None or not distances.is_table(bias):
             return what
-        if serves_table(what, mask, self.config._attn_implementation, self._wants_weights, self._is_masked(what)):
+        implementation = self.attention.config._attn_implementation
+        if serves_table(what, mask, implementation, self._wants_weights, self._is_masked(what)):
             return AttentionInput(mask) if what is None else what
         self.arguments.set("position_bias", as_matrix(bias))
         return what
@@ -173,9 +177,7 @@ class _Rows:
 
     @property
     def _wants_weights(self) -> bool:
-        if self._asked is None:  # a configuration is slow to read
-            self._asked = wants_weights(self.config, self.arguments)
-        return self._asked
+        return self.state.wants_weights(self.attention, self.arguments)
 
 
 def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

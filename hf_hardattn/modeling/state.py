@@ -11,6 +11,7 @@ from torch import Tensor
 from ..functional.attention import as_bool, keep_rows, restore_rows
 from ..functional.topk import mask_to_indices
 from ..functional.varlen import Packing
+from .arguments import Arguments
 from .context import ForwardContext
 from .plan import LayerPlan
 from .selection import Selection
@@ -145,6 +146,7 @@ class TowerState:
         self.key_leaders: dict[str, Selection] = {}
         self._steps: list[Tensor] = []
         self._shared: list[tuple[Any, int | None, Any]] = []
+        self._asked: bool | None = None
         self._notes: list[tuple[Tensor | None, dict[Any, Tensor]]] = []
 
     def begin(self, length: int, mask: Any) -> None:
@@ -234,6 +236,13 @@ class TowerState:
         made = make()
         self._shared.append((original, window, made))
         return made
+
+    def wants_weights(self, attention: Any, arguments: Arguments) -> bool:
+        """Whether the caller of a layer asked for attention weights, in the call or by the configuration; the same for all layers."""
+        if self._asked is None:  # a configuration is slow to read
+            asked = arguments.get("output_attentions")
+            self._asked = bool(getattr(attention.config, "output_attentions", False) if asked is None else asked)
+        return self._asked
 
     def notes_of(self, valid: Tensor | None) -> dict[Any, Tensor]:
         """What the choices of all layers note of one mask of candidates, see ``Candidates``."""
