@@ -8,6 +8,7 @@ Also checks that the wheel holds the sample model and what users run, and none o
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -38,6 +39,7 @@ def main() -> None:
     run([sys.executable, "-m", "build", "--outdir", dist, ROOT])
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     check_contents(wheel)
+    check_addresses(wheel)
     for built in (wheel, sdist):
         with tempfile.TemporaryDirectory() as folder:
             try_in_an_empty_environment(built, Path(folder), ["-c", arguments.constraints.resolve(), *pip])
@@ -52,6 +54,17 @@ def check_contents(wheel: Path) -> None:
     if extra := [name for name in names if UNWANTED.search(name)]:
         sys.exit(f"{wheel.name} holds what only this repository needs: {', '.join(extra)}")
     print(f"{wheel.name}: {len(names)} files, {wheel.stat().st_size / 1e6:.1f} MB")
+
+
+def check_addresses(wheel: Path) -> None:
+    """Stop when the wheel does not name the addresses of the repository that it was built in, or names others."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    found = re.findall(r"^Project-URL: (.*?), (.*)$", archive.read(name).decode(), flags=re.M)
+    address = os.environ.get("PROJECT_URL", "").rstrip("/")
+    if bool(found) != bool(address) or not all(url.startswith(address) for _, url in found):
+        sys.exit(f"{wheel.name} names the addresses {found}; PROJECT_URL is {address!r}")
+    print(f"{wheel.name}: {len(found)} addresses of the project")
 
 
 def try_in_an_empty_environment(built: Path, folder: Path, pip: list[str | Path]) -> None:
