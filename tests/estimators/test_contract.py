@@ -146,7 +146,7 @@ def test_an_estimator_that_stayed_below_says_so(name: str) -> None:
     """By its bare name, over five seeds: two points below full attention, or a failed run, is told by ``hf-hardattn list``."""
     results = Path(__file__).parents[2] / "results" / "compare"
     expected = []
-    for task in ("digits", "text"):
+    for task in ("digits", "fashion", "text"):
         row = json.loads((results / f"defaults_{task}.json").read_text(encoding="utf-8"))["summary"].get(name)
         if row is None or name == "soft":  # marginal tries every choice, cropr needs a class
             assert name in ("marginal", "soft") or (name, task) == ("cropr", "text")
