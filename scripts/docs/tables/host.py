@@ -15,8 +15,9 @@ def table() -> str:
     for group in r["groups"]:
         for row in group["rows"]:
             kernels, host = row["kernels_added"], row["host"]["median"]
+            aim = "" if row["most_host"] is None else f"{row['most_host']:.2f}"
             lines.append(
-                f"| {group['name']} | {row['name']} | {kernels} | {row['most_kernels']} | {host:.2f} | {row['most_host']:.2f} |"
+                f"| {group['name']} | {row['name']} | {kernels} | {row['most_kernels']} | {host:.2f} | {aim} |"
             )
     machine = r["machine"]
     lines += [
