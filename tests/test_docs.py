@@ -175,6 +175,13 @@ def test_links_and_pictures_exist(page: Path) -> None:
             assert path.stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "results").rglob("*.md"))], ids=name)
+def test_names_of_sites_stay_whole(page: Path) -> None:
+    """Markdown takes two asterisks outside of code for emphasis, and shows neither."""
+    text = re.sub(r"^```.*?^```$|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    assert not [line for line in text.splitlines() if line.count(".*") > 1]
+
+
 def test_readme_is_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 160 and len(text.split()) <= 1300

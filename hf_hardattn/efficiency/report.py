@@ -248,7 +248,7 @@ def host(results: dict[str, Any]) -> str:
             kernels, time = (_limit(row["most_kernels"]), _limit(row["most_host"]))
             held = "met" if row["held"] else "missed"
             lines.append(
-                f"| {name} | {row['name']} | {row['kernels_added']:+,} | {kernels} | {_ratio(row['host'])} | {time} | {held} |"
+                f"| {name} | `{row['name']}` | {row['kernels_added']:+,} | {kernels} | {_ratio(row['host'])} | {time} | {held} |"
             )
     return "\n".join(lines) + "\n"
 

@@ -17,7 +17,7 @@ def table() -> str:
             kernels, host = row["kernels_added"], row["host"]["median"]
             aim = "" if row["most_host"] is None else f"{row['most_host']:.2f}"
             lines.append(
-                f"| {group['name']} | {row['name']} | {kernels} | {row['most_kernels']} | {host:.2f} | {aim} |"
+                f"| {group['name']} | `{row['name']}` | {kernels} | {row['most_kernels']} | {host:.2f} | {aim} |"
             )
     machine = r["machine"]
     lines += [
