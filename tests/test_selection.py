@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from examples import build
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import hf_hardattn
 from hf_hardattn import SiteConfig
 from hf_hardattn.budget import Budget
 from hf_hardattn.functional.topk import level_ties, mask_to_indices, topk_mask
@@ -157,3 +159,35 @@ def test_selection_properties() -> None:
     assert selection.kept_ratio.flatten().tolist() == [0.5, 0.0]
     selection.protected = None
     assert selection.kept_ratio.flatten().tolist() == pytest.approx([0.6, 0.5])
+
+
+class Wrapped(nn.Module):
+    """A module around another one that passes on its attributes, as sharding and adapters do."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("scorer", ["linear", "mlp", "recurrent"])
+def test_a_scorer_may_be_wrapped_later(scorer: str) -> None:
+    """The facts that a selector reads once are those of the scorer, also when its budget changes behind a wrapper."""
+    torch.manual_seed(0)
+    made = build("vit", "ViTForImageClassification")
+    model = hf_hardattn.apply(made.model, {"sites": ["vision.tokens.0"], "budget": 4, "scorer": scorer}).eval()
+    batch = made.batch
+    expected = model(**batch).logits
+    for selector in hf_hardattn.selectors(model).values():
+        selector.scorer = Wrapped(selector.scorer)
+    assert torch.equal(model(**batch).logits, expected)
+    again = hf_hardattn.set_budget(hf_hardattn.set_budget(model, 2), 4)
+    assert torch.equal(again(**batch).logits, expected)

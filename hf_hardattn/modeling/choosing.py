@@ -12,7 +12,6 @@ from ..distributions.noise import uniform
 from ..errors import HardAttentionError
 from ..estimators import Choice, Sampling
 from ..functional.topk import level_ties
-from ..scorers import Sequential
 from .candidates import Candidates, Masks, TrainingInputs
 from .context import Settings
 from .glimpses import look, read_on, spread
@@ -182,7 +181,7 @@ def _ask_estimator(
 def _choose(
     selector: Selector, scores: Tensor, features: Tensor, k: Tensor, free: Tensor, slots: int, sampling: Sampling | None
 ) -> tuple[Choice, Tensor]:
-    if isinstance(selector.scorer, Sequential):
+    if selector.scorer.sequential:
         return look(
             selector.scorer,
             selector.estimator,

@@ -15,7 +15,7 @@ from ..budget import Budget, budget_schedule, final_budget
 from ..config import SiteConfig
 from ..errors import HardAttentionError
 from ..schedules import Sampled, Schedule
-from ..scorers import Projections, Scorer, Sequential
+from ..scorers import Projections, Scorer
 from .auxiliary_head import AuxiliaryHead
 from .candidates import Candidates, Protected, TrainingInputs
 from .choosing import choose
@@ -44,6 +44,7 @@ class Selector(nn.Module):
     Attributes:
         step, steps: optimizer step, and how many the training has, for the schedules (set by ``set_step``).
         once: one choice serves all queries of a row.
+        scores_features: the scorer's features are its scores.
         learned: there is something to learn; a control without parameters can train gathered under any estimator.
         keeps_all: nothing can be dropped here, whatever the scores.
         halts: a scorer of several glimpses may stop before the budget is spent.
@@ -74,6 +75,7 @@ class Selector(nn.Module):
             hidden_size=hidden_size, query_size=query_size, heads=self.heads, **config.scorer_options
         )
         self.once = not causal and not self.scorer.per_query
+        self.scores_features = type(self.scorer).score is Scorer.score
         self.learned = next(self.scorer.parameters(), None) is not None
         self.estimator = registry.load("estimators", config.estimator)(**config.estimator_options)
         self.baseline = None
@@ -105,9 +107,9 @@ class Selector(nn.Module):
         self.final_budget = Budget.parse(final_budget(config.budget), site)
         soft = config.estimator == "soft"
         self.keeps_all = soft or (isinstance(config.budget, float) and config.budget == 1.0)
-        self.halts = isinstance(scorer, Sequential) and scorer.halts and not self.keeps_all
+        self.halts = scorer.sequential and scorer.halts and not self.keeps_all
         self.data_dependent = (self.final_budget.data_dependent or self.halts) and not soft
-        self.sorts = self.once and not (soft or scorer.monotonic or isinstance(scorer, Sequential))
+        self.sorts = self.once and not (soft or scorer.monotonic or scorer.sequential)
         self.annealing = self._annealing()
 
     def _annealing(self) -> Schedule | None:
@@ -281,9 +283,10 @@ class Selector(nn.Module):
         if queries is not None and self.estimator.detaches:
             queries = queries.detach()
         with full_precision(features.device):
-            # most scorers' features are their scores: nothing to call a module for
-            plain = type(self.scorer).score is Scorer.score
-            scores = Scorer.score(self.scorer, features) if plain else self.scorer("score", features, queries)
+            if self.scores_features:  # nothing to call a module for
+                scores = Scorer.score(self.scorer, features)
+            else:
+                scores = self.scorer("score", features, queries)
             return choose(self, scores, features, candidates, settings, inputs)
 
 
