@@ -145,9 +145,8 @@ class TowerState:
         self.keys: Selection | None = None
         self.key_leaders: dict[str, Selection] = {}
         self._steps: list[Tensor] = []
-        self._shared: list[tuple[Any, int | None, Any]] = []
+        self._shared: list[tuple[Any, Any, Any]] = []
         self._asked: bool | None = None
-        self._notes: list[tuple[Tensor | None, dict[Any, Tensor]]] = []
 
     def begin(self, length: int, mask: Any) -> None:
         """Read which rows are there, before the first selection.
@@ -228,13 +227,17 @@ class TowerState:
         self.always = None if self.always is None else self.always.expand(batch, -1).gather(1, indices)
         return indices
 
-    def shared(self, original: Any, make: Callable[[], Any], window: int | None = None) -> Any:
-        """What ``make`` returns for ``original``; made once for all layers, of one sliding window, until the next selection."""
-        for known, width, made in self._shared:
-            if known is original and width == window:
+    def shared(self, original: Any, make: Callable[[], Any], purpose: Any = None) -> Any:
+        """What ``make`` returns for ``original``; made once for all layers until the next selection.
+
+        Args:
+            purpose: tells several things apart that are made of one original, such as the masks of several sliding windows.
+        """
+        for known, use, made in self._shared:
+            if known is original and use == purpose:
                 return made
         made = make()
-        self._shared.append((original, window, made))
+        self._shared.append((original, purpose, made))
         return made
 
     def wants_weights(self, attention: Any, arguments: Arguments) -> bool:
@@ -246,11 +249,7 @@ class TowerState:
 
     def notes_of(self, valid: Tensor | None) -> dict[Any, Tensor]:
         """What the choices of all layers note of one mask of candidates, see ``Candidates``."""
-        for known, notes in self._notes:
-            if known is valid:
-                return notes
-        self._notes.append((valid, {}))
-        return self._notes[-1][1]
+        return self.shared(valid, dict, "notes")
 
     def final_rows(self, hidden: Tensor, *, restore: bool, gate: bool) -> Tensor:
         """The tower's output: unused slots hold zeros.
