@@ -182,6 +182,14 @@ def test_names_of_sites_stay_whole(page: Path) -> None:
     assert not [line for line in text.splitlines() if line.count(".*") > 1]
 
 
+def test_results_name_no_path_of_a_machine() -> None:
+    """What a stranger does not have: a command that made a figure must run in a clone."""
+    for folder in ("results", "model_cards", "docs"):
+        for path in (path for kind in ("*.json", "*.md") for path in (ROOT / folder).rglob(kind)):
+            found = re.findall(r"(?<![\w.])/(?:tmp|home|root|work|Users)/\S*", path.read_text(encoding="utf-8"))
+            assert not found, f"{name(path)} names {found[0]}"
+
+
 def test_readme_is_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 160 and len(text.split()) <= 1300
