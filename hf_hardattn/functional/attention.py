@@ -221,3 +221,23 @@ def gated_attend(
     weights = weights / weights.sum(-1, keepdim=True)
     probabilities = nn.functional.dropout(weights.to(query.dtype), dropout)
     return probabilities @ value, probabilities
+
+
+def multiply_gates(chosen: Tensor | None, upstream: Tensor | None) -> Tensor | None:
+    """Gates of a choice ``[B, H, Q, N]`` times those from upstream ``[B, N]``; None stands for all ones."""
+    if upstream is None:
+        return chosen
+    upstream = upstream[:, None, None, :]
+    return upstream if chosen is None else chosen * upstream
+
+
+def gates_at(gates: Tensor, indices: Tensor) -> Tensor:
+    """Gates ``[B, H or 1, 1, N]`` at the kept positions ``[B, H, K]``, as ``[B, H, 1, K]``."""
+    return gates.expand(len(indices), indices.shape[1], 1, -1).gather(-1, indices.unsqueeze(2))
+
+
+def spread_weights(weights: Tensor, indices: Tensor, n: int) -> Tensor:
+    """Attention weights over the kept slots ``[B, H, Q, K]`` to all keys ``[B, H, Q, n]``, zero where nothing was kept."""
+    positions = indices.unsqueeze(2).expand(-1, weights.shape[1], weights.shape[2], -1)
+    # unused slots repeat a position; their weight is zero, so adding is safe
+    return weights.new_zeros(*weights.shape[:3], n).scatter_add(-1, positions, weights)

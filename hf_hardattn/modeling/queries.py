@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import HardAttentionError
-from ..functional.attention import gated_attend, keep_columns, keep_heads
-from .attention import AttentionCall, gates_at, multiply_gates, spread_weights
+from ..functional.attention import gated_attend, gates_at, keep_columns, keep_heads, multiply_gates, spread_weights
+from .attention import AttentionCall
 from .cache import pack_features, unpack_features
 from .candidates import Candidates
 from .context import ForwardContext, Settings
