@@ -1,6 +1,6 @@
 """Token selection (hard attention) for pretrained Hugging Face Transformers.
 
-Importing the package registers it; models stay as they are until a configuration carries ``hard_attention``.
+Importing the package registers it with Transformers. A model changes only if its configuration contains ``hard_attention``.
 """
 
 import importlib
@@ -75,7 +75,7 @@ __all__ = [
 _patch_transformers()
 
 
-# Imported when first used: the Trainer takes seconds, and not everybody trains or publishes.
+# Imported on first use: importing the Trainer takes seconds, and not everyone trains or publishes a model.
 _LAZY = {
     "HardAttentionCallback": "training.callback",
     "load": "hub.loading",
@@ -96,5 +96,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, those that are imported when first used among them."""
+    """Return the public names, including those that are imported on first use."""
     return sorted([*__all__, *_LAZY_MODULES])

@@ -1,4 +1,4 @@
-"""``python -m hf_hardattn``, for launchers that start modules."""
+"""Entry point of ``python -m hf_hardattn``, for launchers that run a module."""
 
 from .cli import main
 

@@ -1,7 +1,7 @@
-"""Counts and ratios, told apart in JSON.
+"""Counts and ratios, and their distinct forms in JSON.
 
-In Python ``8`` is a count and ``1.0`` a ratio. Many JSON writers print 1.0 as 1, so a file says ``{"count": 8}`` and
-``{"ratio": 1.0}``: what prints a number otherwise does not change what it means.
+In Python, ``8`` is a count and ``1.0`` is a ratio. Many JSON writers print 1.0 as 1, so a file contains ``{"count": 8}`` and
+``{"ratio": 1.0}``. The meaning then does not depend on how a number is printed.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ from typing import Any
 
 from .errors import HardAttentionError, shown
 
-MOST_COUNT = 2**31 - 1  # positions or steps: what fits into int32, and more than any model or training has
+MOST_COUNT = 2**31 - 1  # positions or steps: the largest int32, more than any model or training has
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is an int or a float; a bool is neither."""
+    """Return whether ``value`` is an int or a float; a bool is neither."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def is_marked(value: Any) -> bool:
-    """Whether ``value`` is ``{"count": ...}`` or ``{"ratio": ...}``."""
+    """Return whether ``value`` is ``{"count": ...}`` or ``{"ratio": ...}``."""
     return isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in ("count", "ratio")
 
 
 def write_amount(value: Any) -> Any:
-    """Return the JSON form of an int (a count) or a float (a ratio); anything else as it is."""
+    """Return the JSON form of an int (a count) or a float (a ratio); anything else is returned unchanged."""
     if not is_number(value):
         return value
     return {"count" if isinstance(value, int) else "ratio": value}
 
 
 def read_amount(value: Any, name: str, where: str) -> Any:
-    """Return the int of ``{"count": n}`` or the float of ``{"ratio": r}``; anything else as it is.
+    """Return the int of ``{"count": n}`` or the float of ``{"ratio": r}``; anything else is returned unchanged.
 
     Args:
-        name, where: field and place, for the error.
+        name, where: field and place, for the error message.
 
     Raises:
-        HardAttentionError: a count that is not a whole number, a ratio that is not a number in [0, 1].
+        HardAttentionError: if a count is not a whole number, or a ratio is not a number in [0, 1].
     """
     if not is_marked(value):
         return value

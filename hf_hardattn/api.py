@@ -1,6 +1,6 @@
 """Hard attention on a model in memory: apply, remove, status, budgets, schedules and rewards.
 
-Every function takes the model however it is wrapped.
+Every function also accepts a wrapped model, see ``unwrapping``.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ def apply(
     *,
     reward: Callable[[dict[str, Any], Any], Tensor] | None = None,
 ) -> Model:
-    """Apply hard attention to a model, in place; ``remove`` undoes it.
+    """Apply hard attention to a model in place; ``remove`` undoes it.
 
-    Applied again, it keeps trained selectors at the sites whose scorer, estimator and baseline stay the same. A configuration
-    that is refused leaves the model as it was.
+    If it is applied again, it keeps trained selectors at the sites whose scorer, estimator and baseline are unchanged. A refused
+    configuration leaves the model as it was.
 
     Args:
-        model: a supported model with any head, or one of your own around it.
-        config: a ``HardAttentionConfig`` or its dict; None takes the defaults at the recommended sites.
+        model: a supported model with any head, or your own module around one.
+        config: a ``HardAttentionConfig`` or its dict; None uses the defaults at the recommended sites.
         reward: see ``set_reward``.
 
     Returns:
         ``model``.
 
     Raises:
-        HardAttentionError: an unsupported model, or a site that does not exist.
+        HardAttentionError: if the model is not supported, or a site does not exist.
     """
     inner = unwrap(model)
     built = attach_to(inner, HardAttentionConfig.parse(config if config is not None else {}), fresh=True)
@@ -66,7 +66,7 @@ def apply(
 
 
 def _warn_of_lonely_selectors(model: Any, built: Mapping[str, Selector]) -> None:
-    """Say so where nothing averages the gradients of new selectors over the processes: what wraps the model came first."""
+    """Warn if the gradients of new selectors are not averaged over the processes because the model was wrapped before."""
     many = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     learned = [site for site, selector in built.items() if selector.learned]
     if not many or not learned:
@@ -86,16 +86,16 @@ def _warn_of_lonely_selectors(model: Any, built: Mapping[str, Selector]) -> None
 def attach_to(
     model: nn.Module, config: HardAttentionConfig, *, fresh: bool = False, is_part: bool = False
 ) -> dict[str, Selector]:
-    """Attach a configuration to a model that is being built, or (``fresh``) to one whose weights are there.
+    """Attach a configuration to a model that is being built or, with ``fresh``, to one that already has its weights.
 
     Args:
-        is_part: the model is being built inside another one, which has all the sites: here some may be missing.
+        is_part: the model is being built inside another one, which has all the sites; some may be missing here.
 
     Returns:
-        The selectors that were made, by site.
+        The newly created selectors, by site.
 
     Raises:
-        HardAttentionError: no family knows the model.
+        HardAttentionError: if no family supports the model.
     """
     family = family_or_refuse(model)
     built = attach(model, config, family, TERMS, is_part, is_built=fresh)
@@ -115,10 +115,10 @@ def attach_to(
 
 
 def family_or_refuse(model: nn.Module) -> Family:
-    """The family of a model.
+    """Return the family of a model.
 
     Raises:
-        HardAttentionError: no family knows it.
+        HardAttentionError: if no family supports it.
     """
     family = models.family_of(model)
     if family is None:
@@ -143,16 +143,16 @@ def remove(model: Model) -> Model:
 
 
 def set_budget(model: Model, budget: BudgetLike | Mapping[str, BudgetLike]) -> Model:
-    """Change how much the sites of a model keep; trained selectors stay.
+    """Change how much the sites of a model keep; trained selectors are preserved.
 
     Args:
-        budget: for all sites; or a dict of site names, each with its own budget.
+        budget: one budget for all sites, or a dict from site name to budget.
 
     Returns:
         ``model``.
 
     Raises:
-        HardAttentionError: a budget out of range, or a site that the model does not have.
+        HardAttentionError: if a budget is out of range, or the model does not have a site.
     """
     inner: Any = unwrap(model)
     known = selectors(inner)
@@ -172,7 +172,7 @@ def _overrides(config: HardAttentionConfig, site: str) -> dict[str, Any]:
 
 
 class Status(str):
-    """The text of ``status``; a prompt and a notebook show it as a table, without ``print``."""
+    """The text returned by ``status``. An interactive prompt or a notebook shows it as a table, without ``print``."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -182,11 +182,11 @@ class Status(str):
 
 
 def status(model: nn.Module) -> Status:
-    """Return a table of the model's sites: what they keep, the scorer, the estimator, and how each runs now.
+    """Return a table of the model's sites: what each one keeps, its scorer and estimator, and how it runs now.
 
-    ``left`` multiplies the sites of a tower that drop rows, one after the other: how many of the image's rows there are behind each,
-    or the share of a text's tokens. What is hardly meant stands below the table, and from how many
-    rows on sites of keys save time where this model may have fewer.
+    The column ``left`` combines the sites of a tower that drop rows: it shows how many rows of an image are left after each site, or the
+    share of a text's tokens. Below the table are warnings about settings that are probably unintended, and notes on the number of rows
+    from which sites that select keys save time, if this model may have fewer.
     """
     inner = unwrap(model)
     found = selectors(inner)
@@ -226,7 +226,7 @@ def set_step(model: nn.Module, step: int, steps: int | None = None) -> None:
     """Set the optimizer step, counted from 0, that schedules follow; ``HardAttentionCallback`` does it for the Trainer.
 
     Args:
-        steps: how many the whole training has; needed by schedules (and recipes) that give their length as a share of it.
+        steps: total number of training steps; needed by schedules (and recipes) whose length is a share of the training.
     """
     selector: Any
     for selector in all_selectors(model):
@@ -238,10 +238,10 @@ def set_reward(model: nn.Module, reward: Callable[[dict[str, Any], Any], Tensor]
 
     Args:
         reward: maps the model's keyword inputs and its output to fp32 ``[B]``, higher = better; it need not be differentiable.
-            None restores the default, minus the task loss of each example.
+            None restores the default, which is minus the task loss of each example.
 
     Raises:
-        HardAttentionError: the model has no sites.
+        HardAttentionError: if the model has no sites.
     """
     found: Any = selectors_or_refuse(model) if reward is not None else []
     if found and not any("reward" in selector.estimator.needs for selector in found):
@@ -256,10 +256,10 @@ def set_reward(model: nn.Module, reward: Callable[[dict[str, Any], Any], Tensor]
 
 @contextmanager
 def freeze_backbone(model: nn.Module) -> Iterator[nn.Module]:
-    """Train only the selectors inside the block, and with an optimizer that is built inside it.
+    """Train only the selectors inside the block; build the optimizer inside it as well.
 
     Raises:
-        HardAttentionError: the model has no sites.
+        HardAttentionError: if the model has no sites.
     """
     trained = {id(p) for s in selectors_or_refuse(model) for p in s.parameters()}
     whole = model if isinstance(model, nn.Module) else unwrap(model)  # PEFT's own parameters lie outside its base

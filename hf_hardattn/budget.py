@@ -14,9 +14,9 @@ from .amounts import MOST_COUNT, is_marked, read_amount, write_amount
 from .errors import HardAttentionError, shown
 from .schedules import Sampled, Schedule, read_schedule, write_schedule
 
-# What a user may write for a budget: a count, a ratio, "threshold:t", "top_p:p", a schedule, or the JSON form of one of them.
+# What a user may write as a budget: a count, a ratio, "threshold:t", "top_p:p", a schedule, or the JSON form of one of them.
 BudgetLike: TypeAlias = int | float | str | Mapping[str, Any]
-_PARTS = 1_000_000  # ratios are held in millionths, so that ceil(0.1 * 30) is 3 and not 4
+_PARTS = 1_000_000  # ratios are stored in millionths, so that ceil(0.1 * 30) is 3 and not 4
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Budget:
         kind: ``count`` (int >= 1 positions), ``ratio`` (share of the valid positions in (0, 1], at least one position),
             ``threshold`` (positions with sigmoid(score) > value), ``top_p`` (smallest set whose softmax mass reaches value).
         value: the number.
-        least: ratio in [0, 1] that is kept at least, while a count or a ratio is annealed.
+        least: ratio in [0, 1]; minimum share to keep while a count or a ratio is annealed.
     """
 
     kind: str
@@ -39,10 +39,10 @@ class Budget:
         """Read ``8``, ``0.25``, ``"threshold:0.5"``, ``"top_p:0.9"``, or JSON's ``{"count": 8}``, ``{"ratio": 0.25}``.
 
         Args:
-            where: place, for an error.
+            where: place, for the error message.
 
         Raises:
-            HardAttentionError: none of these, or out of range.
+            HardAttentionError: if the budget is none of these, or out of range.
         """
         budget = read_amount(budget, "budget", where)
         if isinstance(budget, int) and not isinstance(budget, bool):
@@ -65,18 +65,18 @@ class Budget:
 
     @property
     def data_dependent(self) -> bool:
-        """Whether the number kept depends on the scores (then no static bound below N exists)."""
+        """Whether the number of kept positions depends on the scores; no static bound below N exists then."""
         return self.kind in ("threshold", "top_p")
 
     def slots(self, n: int) -> int:
-        """Static upper bound of positions kept among ``n`` candidates."""
+        """Return a static upper bound of the number of positions kept among ``n`` candidates."""
         if self.data_dependent:
             return n
         wanted = int(self.value) if self.kind == "count" else max(1, _share(self.value, n))
         return min(n, max(wanted, _share(self.least, n)) if self.least else wanted)
 
     def count(self, scores: Tensor, valid: Tensor) -> Tensor:
-        """Positions to keep per row, int64 ``[...]`` in [0, valid]: 0 only where nothing is valid.
+        """Return the number of positions to keep per row, int64 ``[...]`` in [0, valid]; it is 0 only if no position is valid.
 
         Args:
             scores: fp32 ``[..., N]``.
@@ -98,22 +98,22 @@ class Budget:
         return torch.minimum(k.clamp(min=1), available)
 
     def ranks(self, slots: int, available: Tensor, protected: Tensor | int) -> Tensor:
-        """Which ranks a count or a ratio keeps where protected candidates rank first, in few operations: a GPU waits for each.
+        """Return which ranks a count or a ratio keeps if protected candidates rank first, with few operations for the GPU to launch.
 
         Args:
-            slots: K, ranks to tell; what ``slots`` says of the free candidates, and the protected ones.
-            available: int64 ``[..., 1]``, valid candidates of each row.
-            protected: how many of them are protected, int64 ``[..., 1]``; or 0 or 1, of each row that has any.
+            slots: K, number of ranks: ``slots`` of the free candidates, plus the protected ones.
+            available: int64 ``[..., 1]``, number of valid candidates of each row.
+            protected: how many of them are protected, int64 ``[..., 1]``; or 0 or 1 for every row that has valid candidates.
 
         Returns:
-            bool ``[..., K]``; True for the protected candidates of a row, and as many others as ``count`` says.
+            bool ``[..., K]``; True for the protected candidates of a row, and for as many others as ``count`` returns.
         """
         device = available.device
         if self.kind == "count":
             if isinstance(protected, Tensor):
                 available = torch.minimum(protected + int(self.value), available)
             return available > torch.arange(slots, device=device)
-        # rank - protected < ratio * (available - protected), in millionths: rounding up would take a division
+        # rank - protected < ratio * (available - protected), in millionths; rounding up would need a division
         share = max(1, round(self.value * _PARTS))
         kept, start = available * share, 0
         if isinstance(protected, Tensor):
@@ -125,19 +125,19 @@ class Budget:
 
 
 def _share(ratio: float, n: Any) -> Any:
-    """``ceil(ratio * n)`` of an int or of a tensor of them."""
+    """Return ``ceil(ratio * n)`` for an int or an integer tensor."""
     return (n * round(ratio * _PARTS) + _PARTS - 1) // _PARTS
 
 
 def read_budget(budget: Any, where: str) -> Any:
-    """Return the form that a configuration holds: an int, a float, a string, a schedule of ratios, or a range of them.
+    """Return a budget in the form that a configuration stores: an int, a float, a string, a schedule of ratios, or a range of ratios.
 
     Args:
-        budget: in memory or from JSON.
-        where: place, for an error.
+        budget: a Python value, or its JSON form.
+        where: place, for the error message.
 
     Raises:
-        HardAttentionError: no budget, out of range, or a schedule or range of something else than ratios.
+        HardAttentionError: if it is not a budget or out of range, or if a schedule or range does not consist of ratios.
     """
     if not isinstance(budget, Mapping) or is_marked(budget):
         Budget.parse(budget, where)
@@ -155,25 +155,25 @@ def read_budget(budget: Any, where: str) -> Any:
 
 
 def is_sampled(budget: Any) -> bool:
-    """Whether every step of a training draws a ratio of its own: ``{"sample": [0.1, 1.0]}``."""
+    """Return whether every training step draws its own ratio: ``{"sample": [0.1, 1.0]}``."""
     return isinstance(budget, Mapping) and "sample" in budget
 
 
 def budget_schedule(budget: Any, where: str) -> Schedule | Sampled | None:
-    """The ratio over optimizer steps of a budget that a configuration holds; None where it stays the same."""
+    """Return the ratio over optimizer steps of a budget in a configuration; None if the budget is constant."""
     if not isinstance(budget, Mapping) or is_marked(budget):
         return None
     return Sampled.parse(budget, where) if is_sampled(budget) else Schedule.parse(budget, where)
 
 
 def final_budget(budget: Any) -> Any:
-    """What evaluation keeps: the end of a schedule, the least of a range, else the budget itself."""
+    """Return the budget in evaluation: the end of a schedule, the lower end of a range, or otherwise the budget itself."""
     schedule = budget_schedule(budget, "budget")
     return budget if schedule is None else float(schedule.end)
 
 
 def write_budget(budget: Any) -> Any:
-    """Return the JSON form: a count and a ratio marked as such, a schedule with marked steps, a string and a range as they are."""
+    """Return the JSON form: counts, ratios and the steps of schedules are marked as such; strings and ranges are unchanged."""
     if is_sampled(budget):
         return {"sample": list(budget["sample"])}
     return write_schedule(budget) if isinstance(budget, Mapping) else write_amount(budget)

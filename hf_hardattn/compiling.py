@@ -1,4 +1,4 @@
-"""Compile a hard model in one call, in the way that is fastest where it stands."""
+"""Compile a hard model in one call, in the mode that is fastest on its device."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def compile(model: Model, batch: Mapping[str, Any] | None = None, *, mode: str | None = None) -> Model:  # noqa: A001
-    """Compile a model for inference, in place.
+    """Compile a model for inference in place.
 
-    The model keeps its class, so that saving, ``status`` and every other function take it as before. A forward under ``record``,
-    ``soft``, ``sampled`` or ``replay`` runs eagerly. Each new shape of a batch is compiled once, except that the counts of kept
-    positions that only the scores tell are compiled as dynamic sizes.
+    The model keeps its class, so that saving, ``status`` and every other function work as before. A forward inside ``record``, ``soft``,
+    ``sampled`` or ``replay`` runs eagerly. Each new batch shape is compiled once; numbers of kept positions that depend on the scores are
+    compiled as dynamic sizes.
 
-    Weights are laid out beforehand only for calls without gradients, inside ``torch.inference_mode()`` or ``torch.no_grad()``, as
-    ``generate()`` makes them.
+    Mode ``"packed"`` lays out the weights in advance only for calls without gradients, inside ``torch.inference_mode()`` or
+    ``torch.no_grad()``, as ``generate()`` makes them.
 
-    Models that write with ``generate()`` get a static cache, and the encoder is compiled beside the decoder. Where a model has no static
-    cache, as BLIP, only its vision tower is compiled.
+    Models with ``generate()`` get a static cache, and an encoder is compiled as well as the decoder. If a model supports no static cache,
+    such as BLIP, only its vision tower is compiled.
 
     Args:
-        model: a hard or a stock model, in evaluation mode.
-        batch: keyword inputs of one call. The model is run on it twice, so that the first call of yours finds it compiled. None: the first
-            calls compile.
-        mode: ``"packed"`` has Inductor lay the weights out for the processor beforehand, which costs their memory a second time;
-            ``"cuda_graphs"`` replays kernels without the host; ``"default"`` is plain Inductor; ``"eager"`` undoes an earlier call.
-            None: ``"packed"`` on a CPU, ``"cuda_graphs"`` on a GPU, or ``"default"`` there where only the scores tell how many
-            positions are kept, since a graph has no place to wait for that number.
+        model: a hard or an original model, in evaluation mode.
+        batch: keyword inputs of one call. The model is run on it twice, so that it is compiled before your first call. None: your first
+            calls compile it.
+        mode: ``"packed"`` lets Inductor lay out the weights for the processor in advance, which takes their memory a second time;
+            ``"cuda_graphs"`` replays kernels without the host; ``"default"`` is plain Inductor; ``"eager"`` undoes an earlier call. None
+            selects ``"packed"`` on a CPU and ``"cuda_graphs"`` on a GPU, or ``"default"`` on a GPU if the number of kept positions
+            depends on the scores, since a graph cannot wait for that number.
 
     Returns:
         ``model``.
 
     Raises:
-        HardAttentionError: an unknown mode, a model in training mode, or weights that are sharded or offloaded.
+        HardAttentionError: if the mode is unknown, the model is in training mode, or its weights are sharded or offloaded.
     """
     inner: Any = unwrap(model)
     if mode is not None and mode not in MODES:
@@ -74,7 +74,7 @@ def compile(model: Model, batch: Mapping[str, Any] | None = None, *, mode: str |
 
 
 class CompiledCall:
-    """The call of a compiled module, under the settings that its mode needs whenever a new shape is compiled.
+    """The call of a compiled module, with the settings that its mode needs whenever a new shape is compiled.
 
     Args:
         function: the compiled call. mode: one of ``MODES``.
@@ -86,11 +86,11 @@ class CompiledCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.mode != "packed":
             output = self.function(*args, **kwargs)
-            # the next replay writes into the memory of this output
+            # the next replay overwrites the memory of this output
             return tree_map_only(Tensor, torch.clone, output) if self.mode == "cuda_graphs" else output
-        from torch._inductor import config as inductor  # only where something is compiled
+        from torch._inductor import config as inductor  # only if something is compiled
 
-        # torch.compile's options do not hand this one on: Dynamo reads it too, to see the weights as constants
+        # not among torch.compile's options, because Dynamo must read it too, to treat the weights as constants
         with inductor.patch(freezing=True):
             return self.function(*args, **kwargs)
 
@@ -106,7 +106,7 @@ def _refuse(model: nn.Module) -> None:
 
 
 def fastest(model: nn.Module) -> str:
-    """The mode for the device that a model is on."""
+    """Return the fastest mode on the device of a model."""
     if _device(model) != "cuda":
         return "packed"
     asking = [site for site, selector in selectors(model).items() if selector.data_dependent or selector.config.pack]
@@ -131,7 +131,7 @@ def _generates(model: Any) -> bool:
 
 
 def _parts(model: Any) -> list[nn.Module]:
-    """What is compiled: modules whose call the model, or its ``generate()``, makes."""
+    """Return the modules to compile: those that the model, or its ``generate()``, calls."""
     if not _generates(model):
         return [model]
     if getattr(model, "_can_compile_fullgraph", False):

@@ -1,4 +1,4 @@
-"""The configuration: one dict in config.json, validated once, names and numbers only."""
+"""The configuration: one dict in config.json with names and numbers only, validated once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .schedules import write_schedule
 from .schemas import SCHEMA_VERSION, check_schema_version, with_former_defaults
 
 TOP = "the top level"
-AUTO = "auto"  # the scorer that suits the kind of site; a name when the configuration is attached
+AUTO = "auto"  # the scorer that suits the kind of site; replaced by a name when the configuration is attached
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,30 +28,30 @@ class SiteConfig:
     Attributes:
         budget: positions kept per row: int >= 1, float in (0, 1] of the valid positions, ``"threshold:t"``, ``"top_p:p"``,
             or a schedule of floats over optimizer steps (evaluation uses its end). In JSON ``{"count": 8}`` and ``{"ratio": 0.5}``.
-            ``{"sample": [0.1, 1.0]}`` draws a ratio a training step, so that the model serves all of them: evaluation keeps the
-            lower one until ``set_budget`` says otherwise.
-        anneal: number in [0, 1]; share of the training over which a count or a ratio falls from everything to ``budget``, so that
-            the selector learns from a model that still sees it all. 0: never. None: 0.4 for estimators that train masked, where the
-            number of steps is known (``HardAttentionCallback``, ``set_step``); 0 for those that train gathered.
-        scorer, scorer_options: name in ``scorers/``, or of a plug-in, and its keyword options. ``"auto"`` is ``conv`` at the
-            inputs of an image tower, ``mlp`` at other inputs, and ``linear`` elsewhere; the configuration of a model holds the name.
+            ``{"sample": [0.1, 1.0]}`` draws a ratio at each training step, so that the model can run at all of them; evaluation uses the
+            lower one until ``set_budget`` changes it.
+        anneal: number in [0, 1]; share of the training over which a count or a ratio falls from everything to ``budget``, so that the
+            selector learns from a model that still sees everything. 0 disables annealing. None means 0.4 for estimators that train
+            masked, if the number of steps is known (``HardAttentionCallback``, ``set_step``), and 0 for those that train gathered.
+        scorer, scorer_options: name in ``scorers/``, or of a plug-in, and its keyword options. ``"auto"`` is ``conv`` at the inputs of an
+            image tower, ``mlp`` at other inputs, and ``linear`` elsewhere; the configuration of a model stores the resolved name.
         estimator, estimator_options: name in ``estimators/``, or of a plug-in, and its keyword options.
         baseline, baseline_options: name in ``baselines/``, or of a plug-in; used by score-function estimators only.
-        temperature: number in [1e-6, 1e6] or schedule; of the sampling law or relaxation, in training only.
-        backward_temperature: number in [1e-6, 1e6] or schedule, of the surrogate that only the gradient sees; ``"adaptive"`` takes the
-            spread of each row's scores where that is larger than ``temperature``, so that a confident scorer keeps its
-            gradient; None: ``temperature``.
-        exploration: number in [0, 1] or schedule; probability that a row keeps positions drawn uniformly, in training.
-        soft_rate: number in [0, 1] or schedule; probability that a row is computed with full attention, in (masked) training.
+        temperature: number in [1e-6, 1e6] or schedule; temperature of the sampling distribution or relaxation, in training only.
+        backward_temperature: number in [1e-6, 1e6] or schedule; temperature of the surrogate that only the gradient sees. ``"adaptive"``
+            uses the standard deviation of each row's scores where it is larger than ``temperature``, so that a confident scorer keeps its
+            gradient. None uses ``temperature``.
+        exploration: number in [0, 1] or schedule; probability, in training, that a row keeps positions drawn uniformly.
+        soft_rate: number in [0, 1] or schedule; probability, in (masked) training, that a row is computed with full attention.
         entropy_weight: number in [0, 1e6] or schedule; weight of the entropy bonus (exploration) in the training loss.
         score_function_weight: number in [0, 1e6]; weight of the score-function surrogate in the training loss.
         per_head: each attention head chooses for itself (``self`` and ``cross`` only).
-        share_selection: the first ``self`` (or ``cross``) site of a tower chooses for the later ones that are configured alike,
-            up to the next ``tokens`` site, which changes what there is to choose from. One scorer, one choice, one gather.
+        share_selection: the first ``self`` (or ``cross``) site of a tower chooses for the later ones that have the same configuration, up
+            to the next ``tokens`` site, which changes the candidates. There is then one scorer, one choice and one gather.
         execution: ``auto`` | ``masked`` | ``gathered``.
-        pack: rows that keep different counts are computed on end to end (gathered, one choice a row), instead of all at the length of
-            the longest. None: where the host must ask for the counts anyway (thresholds, top-p, glimpses that may stop); True: also
-            where padding alone makes them differ, which waits for the device once a choice and does not compile; False: never.
+        pack: whether rows that keep different counts are packed end to end (gathered, one choice per row) instead of being padded to the
+            longest. None: if the host needs the counts anyway (thresholds, top-p, glimpses that may stop); True: also if only padding
+            makes them differ, which waits for the device once per choice and does not compile; False: never.
     """
 
     budget: BudgetLike = 0.5
@@ -81,24 +81,24 @@ class SiteConfig:
             object.__setattr__(self, name, read_field(name, getattr(self, name), where))
 
     def __repr__(self) -> str:
-        """The fields that differ from their defaults."""
+        """Show only the fields that differ from their defaults."""
         plain = {f.name: {} if f.default is MISSING else f.default for f in fields(self)}  # the options default to {}
         named = [f"{name}={value!r}" for name in plain if (value := getattr(self, name)) != plain[name]]
         return f"{type(self).__name__}({', '.join(named)})"
 
     def __eq__(self, other: object) -> bool:
-        # By the JSON form, in which budget=1 (one position) and budget=1.0 (all of them) differ.
+        # Compare the JSON forms, in which budget=1 (one position) and budget=1.0 (all positions) differ.
         return type(other) is type(self) and isinstance(other, SiteConfig) and self.to_dict() == other.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, complete."""
+        """Return the complete JSON form."""
         return {name: write_field(name, getattr(self, name)) for name in READERS}
 
     def validate(self, where: str) -> None:
-        """Raise ``HardAttentionError`` for names that do not exist, wrong options, and fields that do not go together.
+        """Raise ``HardAttentionError`` for names that do not exist, wrong options, and incompatible fields.
 
         Args:
-            where: the site or pattern, for the error.
+            where: the site or pattern, for the error message.
         """
         for kind in ("scorer", "estimator", "baseline"):
             name, options = getattr(self, kind), getattr(self, f"{kind}_options")
@@ -115,7 +115,7 @@ class SiteConfig:
             )
 
     def _check_automatic(self, where: str) -> None:
-        """Refuse options of a scorer that has no name yet."""
+        """Refuse scorer options while the scorer is ``"auto"``."""
         if self.scorer_options:
             raise HardAttentionError(
                 f"scorer_options={shown(self.scorer_options)} at {shown(where)} are of no scorer; scorer 'auto' becomes a name when the "
@@ -123,7 +123,7 @@ class SiteConfig:
             )
 
     def _check_sequential(self, where: str) -> None:
-        """Refuse what a scorer that spreads a count over several glimpses cannot serve."""
+        """Refuse settings that do not work with a scorer that spreads a count over several glimpses."""
         estimator = registry.load("estimators", self.estimator)
         asks = sorted({"teacher", "choices", "target", "class"} & set(estimator.needs))
         if asks:
@@ -148,18 +148,18 @@ class HardAttentionConfig(SiteConfig):
     """The configuration of a hard model. The fields of ``SiteConfig`` are the defaults of every site.
 
     Attributes:
-        sites: glob to overrides (``{"vision.tokens.*": {"budget": 0.5}}``; later globs win) or to a budget alone
-            (``{"vision.inputs": 0.5}``), or a list of globs; ``None`` takes the architecture's recommended sites.
+        sites: dict from glob to overrides (``{"vision.tokens.*": {"budget": 0.5}}``; later globs win) or just to a budget
+            (``{"vision.inputs": 0.5}``), or a list of globs; ``None`` uses the architecture's recommended sites.
         self_distillation: number in [0, 1e6] or schedule; weight of KL(soft model's predictions || hard model's) in the training loss.
-            Costs a soft forward pass a step.
-        recipe: name in ``recipes``; it sets the fields that stand at their defaults. They are what is kept, not the name: a
-            saved model does not change with a recipe.
-        restore: give ``last_hidden_state`` its full length again, all-zero rows where nothing was computed; ``None`` decides by
-            the model (T5 and masked image modelling restore).
-        schema_version: of the dict that was read, 1 to 3; what is written has the newest.
+            It costs one soft forward pass per step.
+        recipe: name in ``recipes``; it sets the fields that have their default values. The fields are stored, not the name, so that a
+            saved model does not change if a recipe does.
+        restore: whether ``last_hidden_state`` gets its full length back, with all-zero rows where nothing was computed; ``None`` depends
+            on the model (T5 and masked image modelling restore it).
+        schema_version: version of the dict that was read, 1 to 3; the newest version is always written.
 
     Raises:
-        HardAttentionError: a value that is out of place anywhere; the message names the field, the rule, the place and the remedy.
+        HardAttentionError: if any value is invalid; the message names the field, the rule, the place and the remedy.
 
     Examples:
         >>> HardAttentionConfig(sites={"vision.tokens.3": {"budget": 0.7}}, scorer="linear").sites
@@ -181,7 +181,7 @@ class HardAttentionConfig(SiteConfig):
             for name, value in expand(recipe, given).items():
                 object.__setattr__(self, name, value)
         self.validate(TOP)
-        checked = {repr({})}  # without overrides a site is what the top level says
+        checked = {repr({})}  # without overrides, a site has the settings of the top level
         for pattern, overrides in (self.sites or {}).items():
             if repr(overrides) not in checked:
                 self._site([overrides]).validate(pattern)
@@ -198,11 +198,11 @@ class HardAttentionConfig(SiteConfig):
         merged = {name: getattr(self, name) for name in READERS}
         for override in overrides:
             for kind in ("scorer", "estimator", "baseline"):
-                # Options belong to the member they were written for.
+                # Options belong to the scorer, estimator or baseline for which they were written.
                 if override.get(kind, merged[kind]) != merged[kind]:
                     merged[f"{kind}_options"] = {}
             merged |= override
-        # Not by the constructor, which would check again what was checked when this configuration was made.
+        # Bypass the constructor, which would repeat the checks that were made when this configuration was created.
         site = object.__new__(SiteConfig)
         vars(site).update(merged)
         return site
@@ -210,16 +210,16 @@ class HardAttentionConfig(SiteConfig):
     def resolve(
         self, names: Iterable[str], recommended: Iterable[str], where: str, ignore: Iterable[str] = ()
     ) -> dict[str, SiteConfig]:
-        """Give each selected site of a model its configuration.
+        """Return the configuration of each selected site of a model.
 
         Args:
-            names: sites that exist, in order.
+            names: existing sites, in order.
             recommended: globs used when ``sites`` is None.
             where: the model's class, for errors.
-            ignore: towers the architecture has elsewhere but this model lacks; a pattern for one of them may match nothing.
+            ignore: towers that other models of the architecture have but this one lacks; a pattern for one of them may match nothing.
 
         Raises:
-            HardAttentionError: a pattern matches no site; what several patterns say of a site does not go together.
+            HardAttentionError: if a pattern matches no site, or the overrides of several patterns for a site are incompatible.
         """
         names = list(names)
         patterns = self.sites if self.sites is not None else {pattern: {} for pattern in recommended}
@@ -235,18 +235,18 @@ class HardAttentionConfig(SiteConfig):
                 matching[name].append(overrides)
         resolved = {name: self._site(overrides) for name, overrides in matching.items() if overrides}
         for name, site in resolved.items():
-            if len(matching[name]) > 1:  # each pattern alone was checked when the configuration was made
+            if len(matching[name]) > 1:  # a single pattern was checked when the configuration was created
                 site.validate(name)
         return resolved
 
     def with_scorers(self, sites: Mapping[str, SiteConfig]) -> HardAttentionConfig:
-        """The same with the scorers that ``sites`` name in place of ``"auto"``.
+        """Return a copy in which ``"auto"`` is replaced by the scorers that ``sites`` name.
 
         Args:
-            sites: site to its resolved configuration.
+            sites: dict from site to its resolved configuration.
 
         Returns:
-            A configuration that resolves to ``sites``. Its globs stay where one scorer serves all of them; else it names each site.
+            A configuration that resolves to ``sites``. It keeps its globs if one scorer serves all sites; else it names each site.
         """
         scorers = {config.scorer for config in sites.values()}
         named = [self.scorer, *(overrides.get("scorer", self.scorer) for overrides in (self.sites or {}).values())]
@@ -268,7 +268,7 @@ class HardAttentionConfig(SiteConfig):
         return common.replace(sites=differing)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, complete, as written to config.json: counts and ratios are marked, whatever prints the numbers."""
+        """Return the complete JSON form, as written to config.json; counts and ratios are marked as such."""
         sites = self.sites and {
             pattern: {name: write_field(name, value) for name, value in overrides.items()}
             for pattern, overrides in self.sites.items()
@@ -283,16 +283,16 @@ class HardAttentionConfig(SiteConfig):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HardAttentionConfig:
-        """Read the JSON form, of this schema or an older one. Bare numbers are read as in Python: an int budget counts.
+        """Read the JSON form of this schema or an older one. Bare numbers are read as in Python: an int budget is a count.
 
         Raises:
-            HardAttentionError: not a dict, a newer schema, an unknown key, or a value that is out of place.
+            HardAttentionError: if it is not a dict, has a newer schema or an unknown key, or contains an invalid value.
         """
         if not isinstance(data, Mapping):
             raise HardAttentionError(
                 f"hard_attention={shown(data)} is not a configuration; give a HardAttentionConfig or its dict."
             )
-        # First of all: a newer schema may have keys and values that mean nothing here.
+        # Check this first: a newer schema may have keys and values that are unknown here.
         check_schema_version(data.get("schema_version", SCHEMA_VERSION))
         known = {*(f.name for f in fields(cls)), "recipe"}
         for name in data:
@@ -302,13 +302,13 @@ class HardAttentionConfig(SiteConfig):
 
     @classmethod
     def parse(cls, value: Any) -> HardAttentionConfig:
-        """Accept a ``HardAttentionConfig``, of another copy of this package too, or its dict."""
+        """Accept a ``HardAttentionConfig``, even one from another copy of this package, or its dict."""
         if isinstance(value, cls):
             return value
         return cls.from_dict(value.to_dict() if is_configuration(value) else value)
 
     def replace(self, **changes: Any) -> HardAttentionConfig:
-        """A copy with some fields changed, validated again."""
+        """Return a copy with some fields changed, validated again."""
         known = {*(f.name for f in fields(self)), "recipe"}
         for name in changes:
             if name not in known:

@@ -1,4 +1,4 @@
-"""Where a comparison or a benchmark runs; training scripts leave that to Accelerate."""
+"""The device of comparisons and benchmarks; training scripts leave the device to Accelerate."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 
 def default_device() -> torch.device:
-    """The GPU where PyTorch sees one, else the processor. ``CUDA_VISIBLE_DEVICES=`` hides it, as everywhere."""
+    """Return the GPU if PyTorch sees one, otherwise the CPU. As usual, ``CUDA_VISIBLE_DEVICES=`` hides the GPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_name() -> str:
-    """What the default device calls itself."""
+    """Return the name of the default device."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
@@ -27,11 +27,11 @@ def device_name() -> str:
 
 
 def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
-    """``call`` as a CUDA graph: captured once, replayed without the host, on the tensors that it read when it was captured."""
+    """Capture ``call`` as a CUDA graph; the returned function replays it without the host, on the tensors that it read at capture."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(2):  # what is made once must not be captured
+        for _ in range(2):  # one-time initialisation must not be captured
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -46,6 +46,6 @@ def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def wait_for_device() -> None:
-    """Return when the GPU has done what it was told; at once where there is none."""
+    """Wait until the GPU has finished its work; return at once if there is none."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

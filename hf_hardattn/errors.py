@@ -1,4 +1,4 @@
-"""Errors: what is wrong, the rule, the place, the remedy."""
+"""Errors, whose messages name what is wrong, the rule, the place and the remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MOST_NAMES = 40  # names listed in an error
 
 
 class HardAttentionError(ValueError):
-    """A configuration or input that hard attention cannot honour; the message names the remedy."""
+    """Raised for a configuration or input that hard attention does not support; the message names the remedy."""
 
 
 class _Abbreviated(reprlib.Repr):
@@ -45,11 +45,11 @@ def shown(value: object) -> str:
 
 
 def unknown(what: str, name: object, known: Iterable[str], where: str = "", remedy: str = "") -> HardAttentionError:
-    """Build the error for a name that does not exist, with the names that do and the nearest one.
+    """Build the error for a name that does not exist; it lists the known names and suggests the nearest one.
 
     Args:
         what: kind of thing the name should be. known: the names that exist.
-        where: place of the name. remedy: what to do where no known name is near.
+        where: place of the name. remedy: advice if no known name is near.
 
     >>> print(unknown("estimator", "simpel", ["gumbel", "simple"]))
     unknown estimator 'simpel'; known: 'gumbel', 'simple'. Did you mean 'simple'?
@@ -63,17 +63,17 @@ def unknown(what: str, name: object, known: Iterable[str], where: str = "", reme
 
 
 def did_you_mean(name: object, names: Iterable[str]) -> str:
-    """A question that ends an error: the nearest of the names that exist; empty where none is near."""
+    """Return the question that ends an error message and suggests the nearest existing name; empty if none is near."""
     near = difflib.get_close_matches(name, list(names), n=1) if isinstance(name, str) and len(name) < 100 else []
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def some_names(names: Sequence[str]) -> str:
-    """The names for an error: all of them, or the first two and the last where there are many."""
+    """Return the names for an error message: all of them, or the first two and the last if there are many."""
     few = ", ".join(map(repr, names[:8] if len(names) <= 8 else names[:2]))
     return few if len(names) <= 8 else f"{few} ... {names[-1]!r}"
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> ImportError:
-    """Build the error for an optional package that is not installed; it names the extra that brings it."""
+    """Build the error for an optional package that is not installed; it names the extra that installs it."""
     return ImportError(f"{purpose} needs the package '{package}'; install it with: pip install 'hf-hardattn[{extra}]'")

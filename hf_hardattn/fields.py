@@ -1,7 +1,7 @@
-"""The fields of a site's configuration: what each may hold, and how it is written to JSON.
+"""The fields of a site's configuration: their valid values and their JSON form.
 
-``read_field`` turns what a user or a file says into the one form that a configuration holds, or refuses it; ``write_field`` turns
-that form into JSON in which a count and a ratio cannot be mistaken for each other.
+``read_field`` converts a value from a user or a file to the form that a configuration stores, or refuses it. ``write_field`` converts
+that form to JSON, in which a count and a ratio cannot be mistaken for each other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .options import Range, check_json
 from .schedules import read_schedule, write_schedule
 
 EXECUTIONS = ("auto", "gathered", "masked")
-# Beyond 1e-6 and 1e6 scores divided by a temperature, and a loss times a weight, stop being numbers that float32 can add up.
+# Outside 1e-6 to 1e6, float32 can no longer sum scores divided by a temperature, or losses multiplied by a weight.
 TEMPERATURE, PROBABILITY, WEIGHT = Range(1e-6, 1e6), Range(0, 1), Range(0, 1e6)
 Reader = Callable[[str, Any, str], Any]
 
@@ -50,7 +50,7 @@ def _budget(name: str, value: Any, where: str) -> Any:
 
 
 def _scheduled(numbers: Range, rule: str) -> Reader:
-    """A reader of a number or a schedule within ``numbers``; ``rule`` begins the sentence that says so."""
+    """Return a reader of a number or a schedule within ``numbers``; ``rule`` describes that range in the error message."""
 
     def read(name: str, value: Any, where: str) -> Any:
         value = read_schedule(value, f"{where}, {name}")
@@ -91,10 +91,10 @@ def _weight(name: str, value: Any, where: str) -> Any:
 
 
 def choice(options: Mapping[bool | None, str]) -> Reader:
-    """A reader of True, False or None, as far as ``options`` has them; its values say what they mean."""
+    """Return a reader of True, False or None, as far as ``options`` contains them; its values explain what they mean."""
 
     def read(name: str, value: Any, where: str) -> Any:
-        # by identity: 1 == True, and "no" is true
+        # compare by identity: 1 == True, and "no" is truthy
         if not any(value is option for option in options):
             meanings = [f"{option} ({meaning})" for option, meaning in options.items()]
             raise HardAttentionError(
@@ -138,13 +138,13 @@ READERS: dict[str, Reader] = {
 
 
 def read_field(name: str, value: Any, where: str) -> Any:
-    """Return the form of a site's field that a configuration holds.
+    """Return the value of a site's field in the form that a configuration stores.
 
     Args:
-        name: a key of ``READERS``. value: from Python or JSON. where: site or pattern, for the error.
+        name: a key of ``READERS``. value: from Python or JSON. where: site or pattern, for the error message.
 
     Raises:
-        HardAttentionError: no such field, a wrong type, a number out of range.
+        HardAttentionError: if the field does not exist, or the value has a wrong type or is out of range.
     """
     if name not in READERS:
         raise unknown("site field", name, READERS, where)
@@ -152,7 +152,7 @@ def read_field(name: str, value: Any, where: str) -> Any:
 
 
 def write_field(name: str, value: Any) -> Any:
-    """Return the JSON form of a field; a copy where it is a container."""
+    """Return the JSON form of a field; containers are copied."""
     if name == "budget":
         return write_budget(value)
     if name.endswith("_options"):
@@ -161,9 +161,9 @@ def write_field(name: str, value: Any) -> Any:
 
 
 def is_configuration(value: Any) -> bool:
-    """Whether ``value`` is a ``HardAttentionConfig``, also where another copy of this package made it."""
+    """Return whether ``value`` is a ``HardAttentionConfig``, even one from another copy of this package."""
     if value is None or isinstance(
         value, dict
-    ):  # also for the compiler, which cannot look through the bases of a class
+    ):  # needed for the compiler as well, which cannot inspect the bases of a class
         return False
     return any(cls.__name__ == "HardAttentionConfig" for cls in type(value).__mro__) and hasattr(value, "to_dict")

@@ -1,6 +1,6 @@
 """Run a model soft, masked or gathered inside a block.
 
-Modes belong to the thread that switched them on. Compiled models run eagerly inside the block.
+A mode applies only to the thread that switched it on. Compiled models run eagerly inside the block.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .unwrapping import unwrap
 
 
 def all_selectors(model: nn.Module) -> list[Selector]:
-    """Every selector in a model, the copies of PEFT's other adapters too."""
+    """Return every selector in a model, including the copies for PEFT's other adapters."""
     return [module for module in unwrap(model).modules() if isinstance(module, Selector)]
 
 
 def selectors_or_refuse(model: nn.Module) -> list[Selector]:
-    """Every selector in a model.
+    """Return every selector in a model.
 
     Raises:
-        HardAttentionError: there is none, so that what was asked for would change nothing.
+        HardAttentionError: if there is none, since the requested change would have no effect.
     """
     found = all_selectors(model)
     if not found:
@@ -40,13 +40,13 @@ def selectors_or_refuse(model: nn.Module) -> list[Selector]:
 
 
 def named_selectors(model: nn.Module) -> list[tuple[str, Selector, bool]]:
-    """The site of every selector in a model, the selector, and whether it runs now: PEFT's copies of one selector share a name.
+    """Return the site of every selector in a model, the selector, and whether it is active. PEFT's copies of one selector share a name.
 
-    A model attached as a whole numbers its towers of one kind itself. Where several models stand in one container, the second
-    tower of a name is numbered here in the same way: ``vision2.inputs``. One walk, since every training step takes it.
+    A model that was attached as a whole has numbered its towers already. If a container holds several models, the second tower of a name
+    is numbered here in the same way: ``vision2.inputs``. The modules are walked only once, since every training step does so.
     """
     found: list[tuple[str, Selector, bool]] = []
-    towers: dict[str, str] = {}  # name to the path before its modules
+    towers: dict[str, str] = {}  # from name to the path prefix of its modules
     idle: set[int] = set()
     for path, module in unwrap(model).named_modules():
         if isinstance(module, Selector):
@@ -56,30 +56,30 @@ def named_selectors(model: nn.Module) -> list[tuple[str, Selector, bool]]:
         elif TOWER in module.__dict__:
             towers[_free_name(module.__dict__[TOWER].name, towers)] = f"{path}." if path else ""
         elif isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
-            idle |= _idle(module)  # PEFT's wrapper comes before what it wraps
+            idle |= _idle(module)  # PEFT's wrapper comes before the modules it wraps
     return found
 
 
 def _idle(wrapper: Any) -> set[int]:
-    """Ids of the modules in PEFT's wrapper that do not run now: the copies of other adapters, and the original beside an active one."""
+    """Return the ids of inactive modules in PEFT's wrapper: the copies for other adapters, and the original if a copy is active."""
     active = [] if wrapper.disable_adapters else [n for n in wrapper.active_adapters if n in wrapper.modules_to_save]
     idle = {id(module) for name, module in wrapper.modules_to_save.items() if name not in active}
     return idle | {id(wrapper.original_module)} if active else idle
 
 
 def site_names(model: nn.Module) -> dict[int, str]:
-    """The site of every selector in a model, by the selector's id; PEFT's copies of one selector share a name."""
+    """Return the site of every selector in a model, keyed by the selector's id; PEFT's copies of one selector share a name."""
     return {id(selector): site for site, selector, _ in named_selectors(model)}
 
 
 def sites_or_refuse(model: nn.Module) -> dict[int, str]:
-    """As ``site_names``; a model without sites is refused, see ``selectors_or_refuse``."""
+    """Return ``site_names``, but refuse a model without sites, see ``selectors_or_refuse``."""
     selectors_or_refuse(model)
     return site_names(model)
 
 
 def _free_name(name: str, taken: Collection[str]) -> str:
-    """``name``, or with the first number that is not taken."""
+    """Return ``name``, followed by the first free number if it is taken."""
     kind = name.rstrip("0123456789")
     numbered = (f"{kind}{number}" for number in itertools.count(2))
     return next(free for free in itertools.chain([name], numbered) if free not in taken)
@@ -87,20 +87,20 @@ def _free_name(name: str, taken: Collection[str]) -> str:
 
 @contextmanager
 def soft(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the model with full attention inside the block: no site selects, and the weights stay."""
+    """Run the model with full attention inside the block: no site selects, and the weights stay the same."""
     with active(Mode(site_names(model), soft=True)):
         yield model
 
 
 @contextmanager
 def sampled(model: nn.Module) -> Iterator[nn.Module]:
-    """Sample the selections inside the block, by the law that the training ends with; the rest of the model stays in its mode.
+    """Sample the selections inside the block, with the settings at the end of training; the rest of the model stays in its mode.
 
-    In evaluation mode a choice is the likeliest one. The mean of the predictions over several draws is the Monte-Carlo estimate of what
-    the model says on average. Estimators that draw nothing (``sample=False``) choose as ever.
+    In evaluation mode, a site makes the most likely choice. The mean of the predictions over several draws is the Monte Carlo estimate of
+    the model's expected prediction. Estimators that draw nothing (``sample=False``) choose as usual.
 
     Raises:
-        HardAttentionError: the model has no sites.
+        HardAttentionError: if the model has no sites.
     """
     with active(Mode(sites_or_refuse(model), sampled=True)):
         yield model
@@ -111,7 +111,7 @@ def execution(model: nn.Module, mode: str) -> Iterator[nn.Module]:
     """Run every site ``masked`` or ``gathered`` inside the block.
 
     Raises:
-        HardAttentionError: another name, or the model has no sites.
+        HardAttentionError: if the mode is unknown, or the model has no sites.
     """
     if mode not in EXECUTIONS:
         raise unknown("execution", mode, EXECUTIONS)
@@ -121,7 +121,7 @@ def execution(model: nn.Module, mode: str) -> Iterator[nn.Module]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Put the model into evaluation mode inside the block, and every module back into its own mode behind it."""
+    """Put the model into evaluation mode inside the block, and restore the mode of every module after it."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,11 +1,12 @@
-"""Options of scorers, estimators and baselines, checked against what their constructors declare.
+"""Options of scorers, estimators and baselines, checked against the declarations in their constructors.
 
-A constructor says what its options are by its annotations::
+A constructor declares its options by annotations::
 
     def __init__(self, draws: Annotated[int, Range(2, 1000)] = 100, noise: Literal["gumbel", "normal"] = "gumbel"): ...
 
-Everything else follows: which options exist, which types and numbers they take, and the error for any other value. Known are bool,
-int, float (an int will do), str, list, dict, None, ``Literal``, and unions of them. An option annotated otherwise takes any JSON.
+They determine which options exist, which types and numbers these accept, and the error for any other value. Supported types are bool,
+int, float (which includes int), str, list, dict, None, ``Literal``, and unions of them. An option with another annotation accepts any
+JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _NAMES = {
     "none": "None",
     "json": "JSON",
 }
-# A bool is an int too, so it is asked about first.
+# A bool is also an int, so it is tested first.
 _KINDS: dict[type, str] = {
     bool: "bool",
     int: "int",
@@ -46,12 +47,12 @@ _KINDS: dict[type, str] = {
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option takes; goes into ``Annotated``.
+    """The range of numbers that an option accepts, for use inside ``Annotated``.
 
     Attributes:
         low, high: smallest and largest number.
-        note: a sentence for the error: why, or what to use instead.
-        open_low, open_high: ``low`` or ``high`` itself is outside.
+        note: a sentence for the error message: the reason, or what to use instead.
+        open_low, open_high: ``low`` or ``high`` itself is excluded.
     """
 
     low: float
@@ -77,12 +78,12 @@ _DEFAULT_RANGES = {"int": Range(-(2**53), 2**53), "float": Range(-1e30, 1e30)}  
 
 @dataclass(frozen=True)
 class Rule:
-    """What one option takes.
+    """The values that one option accepts.
 
     Attributes:
-        kinds: of ``bool``, ``int``, ``float``, ``str``, ``list``, ``dict``, ``none``, ``json``.
-        choices: values that are named one by one.
-        range: of its numbers; None takes what is exact in JSON and finite in float32.
+        kinds: any of ``bool``, ``int``, ``float``, ``str``, ``list``, ``dict``, ``none``, ``json``.
+        choices: values that are listed one by one.
+        range: range of its numbers; None accepts numbers that are exact in JSON and finite in float32.
         required: the option has no default.
     """
 
@@ -93,7 +94,7 @@ class Rule:
 
     @classmethod
     def of(cls, annotation: Any) -> Rule:
-        """Read an annotation."""
+        """Create the rule from an annotation."""
         origin, parts = get_origin(annotation), get_args(annotation)
         if origin is Annotated:
             ranges = [extra for extra in parts[1:] if isinstance(extra, Range)]
@@ -105,7 +106,7 @@ class Rule:
             kinds = frozenset(kind for rule in rules for kind in rule.kinds)
             choices = tuple(choice for rule in rules for choice in rule.choices)
             return cls(kinds, choices, next((rule.range for rule in rules if rule.range), None))
-        plain = origin or annotation  # list of list[int]
+        plain = origin or annotation  # list for list[int]
         return cls(frozenset({_KINDS.get(plain, "json") if isinstance(plain, type) else "json"}))
 
     def __str__(self) -> str:
@@ -116,7 +117,7 @@ class Rule:
         return " or ".join([*map(shown, self.choices), *names])
 
     def check(self, name: str, value: Any, where: str) -> None:
-        """Raise ``HardAttentionError`` unless the option ``name`` may have this ``value``; ``where`` names the place."""
+        """Raise ``HardAttentionError`` unless the option ``name`` accepts ``value``; ``where`` is the place for the message."""
         if any(type(value) is type(choice) and value == choice for choice in self.choices):
             return
         kind = self._accepted_as(value)
@@ -133,7 +134,7 @@ class Rule:
             check_json(name, value, where)
 
     def _accepted_as(self, value: Any) -> str | None:
-        """The kind that ``value`` counts as here; None where the option takes no such value."""
+        """Return the kind under which the option accepts ``value``; None if it does not."""
         own = next((kind for known, kind in _KINDS.items() if isinstance(value, known)), "json")
         if own == "int" and "int" not in self.kinds and "float" in self.kinds:
             return "float"
@@ -141,7 +142,7 @@ class Rule:
 
 
 def check_json(name: str, value: Any, where: str) -> None:
-    """Raise ``HardAttentionError`` unless ``value`` is JSON of a sensible size, all of its numbers finite."""
+    """Raise ``HardAttentionError`` unless ``value`` is JSON of a reasonable size with finite numbers only."""
     pending, seen = [(value, 0)], 0
     while pending:
         item, depth = pending.pop()
@@ -157,7 +158,7 @@ def check_json(name: str, value: Any, where: str) -> None:
 
 
 def _json_problem(item: Any, depth: int) -> str:
-    """What keeps a single item out of JSON, as the end of a sentence; empty where nothing does."""
+    """Return why a single item is not acceptable JSON, as the end of a sentence; empty if it is."""
     if depth > MOST_DEPTH:
         return f"nests deeper than {MOST_DEPTH} levels"
     if isinstance(item, str):
@@ -172,18 +173,18 @@ def _json_problem(item: Any, depth: int) -> str:
 
 
 class Configurable:
-    """Mixin of classes whose constructor takes options from a configuration: checks them before ``__init__`` runs.
+    """Mixin for classes whose constructor takes options from a configuration; it checks them before ``__init__`` runs.
 
     Class attributes:
         kind: ``scorer``, ``estimator`` or ``baseline``.
-        built_with: arguments of the constructor that are no options: the model gives them.
+        built_with: arguments of the constructor that are not options, because the model supplies them.
     """
 
     kind: ClassVar[str] = ""
     built_with: ClassVar[tuple[str, ...]] = ()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        # Copies and pickles come without arguments, and find nothing to check.
+        # Copying and unpickling pass no arguments, so there is nothing to check.
         names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"] if args else []
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         options = {name: value for name, value in given.items() if name in option_rules(cls)}
@@ -194,10 +195,10 @@ class Configurable:
 
     @classmethod
     def check_together(cls, options: Mapping[str, Any], where: str) -> None:
-        """Raise ``HardAttentionError`` where options, each of them valid, do not go together. Overridden where that can be.
+        """Raise ``HardAttentionError`` if options are valid by themselves but incompatible. Subclasses override this if needed.
 
         Args:
-            options: those that are given. where: the place, for the error.
+            options: the given options. where: the place, for the error message.
         """
 
 
@@ -205,7 +206,7 @@ _known_rules: WeakKeyDictionary[type, dict[str, Rule]] = WeakKeyDictionary()
 
 
 def option_rules(member: type[Configurable]) -> dict[str, Rule]:
-    """The options of a class by name; ``*args`` and ``**kwargs`` are none.
+    """Return the options of a class by name; ``*args`` and ``**kwargs`` are not options.
 
     A constructor with ``**kwargs`` passes them on, so the options of the class it derives from are its options too.
     """
@@ -238,12 +239,12 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def check_options(member: type[Configurable], name: str, options: Mapping[str, Any], where: str) -> None:
-    """Raise ``HardAttentionError`` unless ``options`` are what the constructor of ``member`` takes.
+    """Raise ``HardAttentionError`` unless the constructor of ``member`` accepts ``options``.
 
     Args:
-        member: a scorer, estimator or baseline. name: as which it is registered.
+        member: a scorer, estimator or baseline. name: its registered name.
         options: by name, from a configuration.
-        where: the site or pattern, for the error.
+        where: the site or pattern, for the error message.
     """
     rules = option_rules(member)
     for option in options:

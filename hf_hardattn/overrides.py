@@ -1,4 +1,4 @@
-"""The ``sites`` of a configuration: globs, and what each overrides."""
+"""The ``sites`` of a configuration: globs and their overrides."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MOST_GLOB = 500  # characters
 
 
 def read_sites(sites: Any) -> dict[str, dict[str, Any]] | None:
-    """Return globs and their overrides, in the one form that a configuration holds.
+    """Return globs and their overrides in the form that a configuration stores.
 
     Args:
-        sites: None, a glob, a collection of globs, or a dict of globs to overrides, to a budget alone, or to None.
+        sites: None, a glob, a collection of globs, or a dict from glob to overrides, just a budget, or None.
 
     Raises:
-        HardAttentionError: none of these, an empty collection, a glob that is no string, a field out of place.
+        HardAttentionError: if it is none of these or empty, a glob is not a string, or a field is invalid.
     """
     if sites is None:
         return None
@@ -51,5 +51,5 @@ def _read_overrides(overrides: Any, pattern: str) -> dict[str, Any]:
             f"sites says {shown(overrides)} at {shown(pattern)}; give a dict of fields, or a budget: a count, a ratio or a string."
         )
     if overrides.keys() & {"start", "sample"} and "budget" not in overrides:
-        overrides = {"budget": overrides}  # a schedule or a range alone
+        overrides = {"budget": overrides}  # just a schedule or a range
     return {name: read_field(name, value, pattern) for name, value in overrides.items()}

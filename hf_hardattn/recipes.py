@@ -1,4 +1,4 @@
-"""Recipes: settings that were measured to train well, by name."""
+"""Recipes: named settings that were measured to train well."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from .errors import unknown
 
-# The defaults of the fields that recipes set: a field that stands there takes the recipe's value.
+# The defaults of the fields that recipes set. A field with its default value takes the recipe's value.
 _DEFAULTS: dict[str, Any] = {
     "anneal": None,
     "estimator": "simple",
@@ -18,9 +18,9 @@ _DEFAULTS: dict[str, Any] = {
     "self_distillation": 0.0,
 }
 RECIPES: dict[str, dict[str, Any]] = {
-    # Start from a trained soft model. The choice is deterministic, so that training and evaluation see the same model; exact
-    # marginals carry the gradient, and their temperature follows the scores, so that it never dies; the budget falls from
-    # everything to its target over the first 40 % of the training, whose length must be known.
+    # Start from a trained soft model. The choice is deterministic, so that training and evaluation see the same model. Exact
+    # marginals carry the gradient, and their temperature follows the scores, so that the gradient never vanishes. The budget
+    # falls from everything to its target over the first 40 % of the training, whose length must be known.
     "robust": {"estimator_options": {"sample": False}, "backward_temperature": "adaptive", "anneal": 0.4},
 }
 
@@ -33,7 +33,7 @@ def expand(recipe: str, given: dict[str, Any]) -> dict[str, Any]:
         given: all fields of the configuration, each of them valid.
 
     Raises:
-        HardAttentionError: unknown recipe.
+        HardAttentionError: if the recipe is unknown.
     """
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise unknown("recipe", recipe, RECIPES)

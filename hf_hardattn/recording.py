@@ -22,25 +22,26 @@ from .unwrapping import unwrap
 
 
 def selectors(model: nn.Module) -> dict[str, Selector]:
-    """The selectors of a model by site name (the active copies, where PEFT keeps several)."""
+    """Return the selectors of a model by site name (the active copies, where PEFT keeps several)."""
     return {site: selector for site, selector, runs in named_selectors(model) if runs}
 
 
 class Recorded(Selection):
-    """A selection as a recording holds it: ``log_prob`` and ``entropy`` are always there, worked out when somebody asks.
+    """A recorded selection, whose ``log_prob`` and ``entropy`` are always available; they are computed when read.
 
-    Where the estimator drew by a law of its own (training), they are that law's. Otherwise they are of the law that the scores
-    define over the sets of as many positions, ``p(S) ~ exp(sum of the scores in S)``: how sure the selector was of its choice.
+    If the estimator sampled from its own distribution (training), they refer to that distribution. Otherwise they refer to the
+    distribution that the scores define over all sets of the same size, ``p(S) ~ exp(sum of the scores in S)``, and tell how certain the
+    selector was of its choice.
     """
 
-    __slots__ = ("_name",)  # beside the attributes that it shares with the selection
+    __slots__ = ("_name",)  # in addition to the attributes shared with the selection
 
     @classmethod
     def of(cls, selection: Selection, name: str | None = None) -> Recorded:
-        """The same selection, no copy: what its site notes on it later (``positions``) is seen too.
+        """Wrap a selection without copying it, so that attributes its site sets later (``positions``) are visible as well.
 
         Args:
-            name: of the site in the recorded model; None for the selector's own.
+            name: name of the site in the recorded model; None for the selector's own.
         """
         found = object.__new__(cls)
         found.__dict__ = selection.__dict__
@@ -63,7 +64,7 @@ class Recorded(Selection):
 
     @property
     def log_prob(self) -> Tensor:
-        """fp32 ``[B, H, Q]``."""
+        """Log-probability of the choice, fp32 ``[B, H, Q]``."""
         known = self.__dict__["log_prob"]
         return self._law().log_prob(self._chosen()) if known is None else known
 
@@ -73,7 +74,7 @@ class Recorded(Selection):
 
     @property
     def entropy(self) -> Tensor:
-        """fp32 ``[B, H, Q]``, nats."""
+        """Entropy of the distribution in nats, fp32 ``[B, H, Q]``."""
         known = self.__dict__["entropy"]
         return self._law().entropy() if known is None else known
 
@@ -92,10 +93,10 @@ class Recorded(Selection):
 
 
 class Recording(list[Selection]):
-    """Selections in the order they were made; ``recording["vision.inputs"]`` gives one site's.
+    """Selections in the order they were made; ``recording["vision.inputs"]`` gives those of one site.
 
     Attributes:
-        reads: tower name to the tower its cross-attention reads, or None.
+        reads: dict from tower name to the tower that its cross-attention reads, or None.
     """
 
     def __init__(self, selections: Iterable[Selection] = (), reads: Mapping[str, str | None] | None = None):
@@ -124,15 +125,15 @@ class Recording(list[Selection]):
         return list(dict.fromkeys(selection.site for selection in self))
 
     def tower(self, site: str) -> str:
-        """The tower whose input the candidates of ``site`` came from: for ``cross`` the one it reads."""
+        """Return the tower whose input the candidates of ``site`` came from; for ``cross``, the tower that is read."""
         tower, kind, *_ = site.split(".")
         return (self.reads.get(tower) if kind == "cross" else None) or tower
 
     def kept(self, selection: Selection, *, choice: bool = False) -> Tensor:
-        """What ``selection`` kept, as places in its tower's input: bool ``[B, H, Q, P]``, whatever earlier sites dropped.
+        """Return what ``selection`` kept as positions in its tower's input, bool ``[B, H, Q, P]``, whatever earlier sites dropped.
 
-        P counts the places of the input: tokens of a text, or CLS and the patches of an image. ``choice=True`` leaves out what
-        is kept always (CLS, ``</s>``).
+        P is the number of positions in the input: tokens of a text, or CLS and the patches of an image. ``choice=True`` leaves out the
+        protected ones (CLS, ``</s>``).
         """
         chosen = selection.mask
         if choice and selection.protected is not None:
@@ -140,7 +141,7 @@ class Recording(list[Selection]):
         return self._as_places(selection, chosen)
 
     def candidates(self, selection: Selection) -> Tensor:
-        """What ``selection`` chose among, as places in its tower's input: bool ``[B, H, Q, P]``."""
+        """Return the candidates of ``selection`` as positions in its tower's input, bool ``[B, H, Q, P]``."""
         return self._as_places(selection, selection.valid.expand_as(selection.mask))
 
     def _as_places(self, selection: Selection, chosen: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ class Recording(list[Selection]):
         length, positions = selection.mask.shape[-1], selection.positions
         if stream:
             length = stream[0].mask.shape[-1]
-            if positions is None and chosen.shape[-1] != length:  # cross-attention to what the stream left
+            if positions is None and chosen.shape[-1] != length:  # cross-attention to the rows left in the stream
                 positions = stream[-1].places[:, 0, 0]
         if positions is None:
             return chosen
@@ -159,7 +160,7 @@ class Recording(list[Selection]):
         return found.scatter_reduce(-1, places, chosen.int(), "amax").bool()
 
     def _stream(self, selection: Selection) -> list[Selection]:
-        """Selections that had dropped rows of the tower's stream before ``selection`` in the same pass."""
+        """Return the selections that dropped rows of the tower's stream before ``selection`` in the same pass."""
         index = next(i for i, other in enumerate(self) if other is selection)
         tower = self.tower(selection.site)
         found: dict[str, Selection] = {}
@@ -171,7 +172,7 @@ class Recording(list[Selection]):
         return list(found.values())[::-1]
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row a site: calls, mean kept ratio, and the mean entropy (nats), see ``Recorded``."""
+        """Return one row per site: calls, mean kept ratio, and mean entropy (nats), see ``Recorded``."""
         rows = []
         for site in self.sites:
             made = self[site]
@@ -187,7 +188,7 @@ class Recording(list[Selection]):
         return rows
 
     def __repr__(self) -> str:
-        """A table of the sites in place of pages of tensors."""
+        """Show a table of the sites instead of pages of tensors."""
         rows = [("site", "calls", "kept", "entropy (nats)")]
         for row in self.summary():
             entropy = "" if row["entropy"] is None else f"{row['entropy']:.2f}"
@@ -218,7 +219,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
         >>> selections["vision.inputs"][0].indices                   # doctest: +SKIP
 
     Raises:
-        HardAttentionError: the model has no sites.
+        HardAttentionError: if the model has no sites.
     """
     inner = unwrap(model)
     names = site_names(inner)
@@ -238,12 +239,12 @@ def replay(model: nn.Module, selections: Iterable[Selection] | Mapping[str, Tens
     """Replay selections: ``model`` keeps the given positions inside the block.
 
     Args:
-        selections: a recording of the same calls, replayed in order at each site; or site name to bool mask ``[B, N]`` (or
-            ``[B, H, Q, N]``), used at every call. Sites not named choose for themselves.
+        selections: a recording of the same calls, replayed in order at each site; or a dict from site name to a bool mask ``[B, N]`` (or
+            ``[B, H, Q, N]``) that is used at every call. Sites that are not named choose as usual.
 
     Raises:
-        HardAttentionError: no sites, a site that the model does not have, a mask that is no bool tensor of such a shape, or fewer
-            selections than calls.
+        HardAttentionError: if the model has no sites or lacks a named one, a mask is not a bool tensor of such a shape, or there are
+            fewer selections than calls.
     """
     inner = unwrap(model)
     selectors_or_refuse(inner)

@@ -1,4 +1,4 @@
-"""Names of scorers, estimators and baselines: the files of their folders, and plug-ins.
+"""Registry of scorers, estimators and baselines: the files of their folders, and plug-ins.
 
 A file ``<kind>/<name>.py`` with one class in it is registered under ``name``. A plug-in is registered by ``register``, or by an
 entry point of an installed package, whose name is ``<kind>.<name>``::
@@ -6,7 +6,7 @@ entry point of an installed package, whose name is ``<kind>.<name>``::
     [project.entry-points."hf_hardattn.plugins"]
     "estimator.mine" = "my_package.estimators:Mine"
 
-Reading the names imports no member; ``load`` imports the one it is asked for.
+Reading the names imports none of the classes; ``load`` imports the requested one.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _registered: dict[tuple[str, str], type] = {}
 
 
 def register(kind: str, name: str, member: type, *, overwrite: bool = False) -> None:
-    """Make a class of your own known by name, to configurations, command lines and ``hf-hardattn list``.
+    """Register your own class under a name, for configurations, command lines and ``hf-hardattn list``.
 
-    A saved model names its plug-ins: register them before it is loaded.
+    A saved model refers to its plug-ins by name, so register them before it is loaded.
 
     Args:
         kind: ``"scorer"``, ``"estimator"`` or ``"baseline"``.
         name: letters, digits, ``_`` and ``-``; begins with a letter.
         member: subclass of ``hf_hardattn.scorers.Scorer``, ``estimators.Estimator`` or ``baselines.Baseline``. The annotations of its
-            constructor say what its options are, see ``hf_hardattn.options``.
-        overwrite: replace what has the name already, even a built-in.
+            constructor declare its options, see ``hf_hardattn.options``.
+        overwrite: replace a class that already has this name, even a built-in one.
 
     Raises:
-        HardAttentionError: another kind, not such a name, not such a class, or a name that is taken.
+        HardAttentionError: if the kind, the name or the class is invalid, or the name is taken.
 
     Examples:
         >>> class Middle(hf_hardattn.scorers.Scorer): ...                                     # doctest: +SKIP
@@ -62,7 +62,7 @@ def register(kind: str, name: str, member: type, *, overwrite: bool = False) -> 
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """Names registered under ``kind`` (one of ``KINDS``), sorted; imports no member of it."""
+    """Return the names registered under ``kind`` (one of ``KINDS``), sorted, without importing the classes."""
     plugins = {name for group, name in (*_registered, *_entry_points()) if group == kind}
     return tuple(sorted(plugins.union(_built_in(kind))))
 
@@ -71,7 +71,8 @@ def load(kind: str, name: str) -> Any:
     """Return the class that is registered as ``name``; import it if it has not been imported yet.
 
     Raises:
-        HardAttentionError: no such name, the message lists the names that exist; a plug-in that cannot be imported, or is no such class.
+        HardAttentionError: if the name is unknown (the message lists the known ones), or a plug-in cannot be imported or is not such a
+            class.
     """
     if isinstance(name, str):
         if (kind, name) in _registered:  # first: it may have overwritten a built-in
@@ -92,7 +93,7 @@ def _built_in(kind: str) -> tuple[str, ...]:
 
 @cache
 def _load_built_in(kind: str, name: str) -> Any:
-    """The one class of the file that the folder's base class is a parent of."""
+    """Return the one class of the file that derives from the folder's base class."""
     module = importlib.import_module(f"hf_hardattn.{kind}.{name}")
     base = _base(kind)
     members = [
@@ -107,7 +108,7 @@ def _load_built_in(kind: str, name: str) -> Any:
 
 @cache
 def _entry_points() -> dict[tuple[str, str], EntryPoint]:
-    """Plug-ins of installed packages by kind and name. What cannot be one is left out, with a warning."""
+    """Return the plug-ins of installed packages by kind and name. Invalid entry points are skipped with a warning."""
     found: dict[tuple[str, str], EntryPoint] = {}
     for point in entry_points(group=GROUP):
         kind, _, name = point.name.partition(".")
@@ -144,7 +145,7 @@ def _load_plugin(kind: str, name: str) -> Any:
 
 
 def _plural(kind: Any) -> str:
-    """``"scorers"`` of ``"scorer"`` or ``"scorers"``."""
+    """Return ``"scorers"`` for ``"scorer"`` or ``"scorers"``."""
     plural = f"{kind.removesuffix('s')}s" if isinstance(kind, str) else ""
     if plural not in BASES:
         raise unknown("kind of plug-in", kind, (known[:-1] for known in BASES))

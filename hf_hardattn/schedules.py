@@ -1,4 +1,4 @@
-"""Schedules: optimizer step to value."""
+"""Schedules, which map an optimizer step to a value."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "cosine": lambda x: 0.5 - 0.5 * math.cos(math.pi * x),
     "exponential": lambda x: x,  # linear in the logarithm, see __call__
 }
-LARGEST = 1e30  # of a value: float32 holds it, and so does its product with a loss
-LEAST_EXPONENTIAL = 1e-12  # of a value: the ratio of two values stays finite
+LARGEST = 1e30  # largest value: float32 represents it and its product with a loss
+LEAST_EXPONENTIAL = 1e-12  # smallest value: the ratio of two values stays finite
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A value over optimizer steps: ``start`` for ``delay`` steps, then to ``end`` within ``steps``, then ``end``.
+    """A value over optimizer steps: ``start`` for ``delay`` steps, then a change to ``end`` over ``steps`` steps, then ``end``.
 
-    A number is the constant schedule; a dict is ``{"shape": "linear", "start": 1.0, "end": 0.1, "steps": 500, "delay": 0}``.
+    A number is a constant schedule; a dict is ``{"shape": "linear", "start": 1.0, "end": 0.1, "steps": 500, "delay": 0}``.
 
     Attributes:
         start, end: finite numbers.
-        steps, delay: int counts optimizer steps; a float in (0, 1] is the share of all training steps. In JSON ``{"count": 500}`` and
-            ``{"ratio": 0.4}``.
+        steps, delay: an int is a number of optimizer steps; a float in (0, 1] is a share of all training steps. In JSON ``{"count": 500}``
+            and ``{"ratio": 0.4}``.
         shape: ``linear``, ``cosine`` or ``exponential``.
-        stages: 0 changes the value every step; n changes it n times, at equal distances.
+        stages: 0 changes the value every step; n changes it n times, at equal intervals.
     """
 
     start: float
@@ -46,7 +46,7 @@ class Schedule:
         """Read a number or a dict, in memory or from JSON; ``where`` names the place in an error.
 
         Raises:
-            HardAttentionError: neither of the two; an unknown key or shape; a number out of range.
+            HardAttentionError: if it is neither, a key or shape is unknown, or a number is out of range.
         """
         if is_number(value):
             _check_value("value", value, where)
@@ -83,11 +83,11 @@ class Schedule:
 
     @property
     def relative(self) -> bool:
-        """Whether it needs to know how many steps the training has."""
+        """Whether the values depend on the number of training steps."""
         return not self.constant and (isinstance(self.steps, float) or isinstance(self.delay, float))
 
     def __call__(self, step: int, total: int = 0) -> float:
-        """Value at an optimizer step, counted from 0; ``total`` steps of training serve what is given as a share."""
+        """Return the value at an optimizer step, counted from 0. ``total`` is the number of training steps, needed for shares."""
         steps, delay = (n * total if isinstance(n, float) else n for n in (self.steps, self.delay))
         x = min(max((step - delay) / max(steps, 1), 0.0), 1.0)
         if self.stages:
@@ -103,13 +103,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A ratio that every optimizer step draws anew, as likely between 0.1 and 0.2 as between 0.4 and 0.8.
+    """A ratio that is drawn anew at every optimizer step, log-uniformly: it is as likely to lie in [0.1, 0.2] as in [0.4, 0.8].
 
-    ``low (high / low) ** u``, u the fractional part of ``1/2 + step / golden ratio``: a sequence that covers [0, 1] evenly from its
-    first steps on, and that needs no state: a resumed training and all processes draw the same.
+    The ratio is ``low (high / low) ** u``, where u is the fractional part of ``1/2 + step / golden ratio``. This sequence covers [0, 1]
+    evenly from its first steps on. It needs no state, so a resumed training and all processes draw the same ratios.
 
     Attributes:
-        low, high: 0 < low < high <= 1. Evaluation stands at ``low``.
+        low, high: 0 < low < high <= 1. Evaluation uses ``low``.
     """
 
     low: float
@@ -121,7 +121,7 @@ class Sampled:
         """Read ``{"sample": [0.1, 1.0]}``; ``where`` names the place in an error.
 
         Raises:
-            HardAttentionError: something else than two ratios, the lower one first.
+            HardAttentionError: if it is not two ratios, the lower one first.
         """
         ends = value["sample"]
         fine = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(map(is_number, ends))
@@ -134,26 +134,26 @@ class Sampled:
 
     @property
     def end(self) -> float:
-        """What evaluation keeps, until ``set_budget`` says otherwise."""
+        """The ratio in evaluation, until ``set_budget`` changes it."""
         return self.low
 
     def __call__(self, step: int, total: int = 0) -> float:
-        """The ratio of an optimizer step, counted from 0."""
+        """Return the ratio of an optimizer step, counted from 0."""
         return self.low * (self.high / self.low) ** ((0.5 + step * _GOLDEN) % 1.0)
 
 
 def read_schedule(value: Any, where: str) -> Any:
-    """Return the form that a configuration holds: a number, or a dict whose ``steps`` and ``delay`` are an int or a float.
+    """Return the form that a configuration stores: a number, or a dict whose ``steps`` and ``delay`` are an int or a float.
 
     Raises:
-        HardAttentionError: as ``Schedule.parse``.
+        HardAttentionError: see ``Schedule.parse``.
     """
     Schedule.parse(value, where)
     return {key: read_amount(item, key, where) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def write_schedule(value: Any) -> Any:
-    """Return the JSON form: ``steps`` and ``delay`` say whether they are a count or a ratio; anything else as it is."""
+    """Return the JSON form, in which ``steps`` and ``delay`` are marked as a count or a ratio; anything else is unchanged."""
     if not isinstance(value, Mapping):
         return value
     return {key: write_amount(item) if key in ("steps", "delay") else item for key, item in value.items()}

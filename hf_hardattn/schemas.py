@@ -1,4 +1,4 @@
-"""Versions of the saved configuration: what an older one meant by what it did not say."""
+"""Versions of the saved configuration, and the defaults that older versions had."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from . import registry
 from .errors import HardAttentionError, shown
 
-SCHEMA_VERSION = 3  # 1 wrote counts and ratios as bare numbers, 2 knew no "auto" scorer; both are still read
-# What a configuration of schema 1 or 2 meant where it named nothing.
+SCHEMA_VERSION = 3  # 1 wrote counts and ratios as bare numbers, 2 had no "auto" scorer; both are still read
+# The defaults of schemas 1 and 2, where they differ from the present ones.
 _FORMER_DEFAULTS: dict[str, Any] = {"scorer": "linear", "anneal": 0}
 
 
 def with_former_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved configuration with the defaults that fields and estimators had in its schema, so that it keeps its meaning."""
+    """Add the defaults that fields and estimators had in the schema of a saved configuration, so that it keeps its meaning."""
     version = data.get("schema_version", SCHEMA_VERSION)
     if version == SCHEMA_VERSION:
         return dict(data)
-    # a recipe sets what stands at today's default
+    # a recipe sets the fields that have the present default
     former = {name: value for name, value in _FORMER_DEFAULTS.items() if name != "anneal" or data.get("recipe") is None}
     data = {**former, **data}
     completed = _completed({"estimator": "simple", **data}, version)
@@ -39,7 +39,7 @@ def with_former_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _completed(fields: Mapping[str, Any], version: int) -> dict[str, Any]:
     name, options = fields.get("estimator"), fields.get("estimator_options", {})
-    # what is no name or no dict is refused later, by name
+    # invalid names and options are refused later, with the name of the field
     if not isinstance(name, str) or not isinstance(options, Mapping) or name not in registry.names("estimators"):
         return dict(fields)
     completed = registry.load("estimators", name).saved_options(options, version)

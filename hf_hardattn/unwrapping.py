@@ -12,13 +12,13 @@ from .errors import HardAttentionError
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The Transformers model inside ``model``, however it is wrapped; ``model`` itself where there is no wrapper.
+    """Return the Transformers model inside ``model``, however it is wrapped, or ``model`` itself if it is not wrapped.
 
-    Accelerate's offloading and FSDP2 leave a module what it is; DDP, DataParallel and FSDP1 hold it as ``module``,
-    ``torch.compile`` as ``_orig_mod``, PEFT behind ``get_base_model()``, a pipeline or a Trainer as ``model``.
+    Accelerate's offloading and FSDP2 do not wrap a module. DDP, DataParallel and FSDP1 store it as ``module``, ``torch.compile`` as
+    ``_orig_mod``, and a pipeline or a Trainer as ``model``. PEFT returns it from ``get_base_model()``.
 
     Raises:
-        HardAttentionError: there is no module.
+        HardAttentionError: if there is no module.
     """
     inner: Any = model
     if not isinstance(inner, nn.Module):
@@ -44,10 +44,10 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def refuse_other_than_batch(batch: Any, verb: str) -> None:
-    """Refuse what is no batch of keyword inputs.
+    """Refuse anything but a batch of keyword inputs.
 
     Raises:
-        HardAttentionError: it is not a mapping.
+        HardAttentionError: if it is not a mapping.
     """
     if not isinstance(batch, Mapping):
         raise HardAttentionError(
@@ -57,10 +57,10 @@ def refuse_other_than_batch(batch: Any, verb: str) -> None:
 
 
 def refuse_sharded(model: nn.Module, verb: str) -> None:
-    """Refuse what needs every weight of a model in one piece.
+    """Refuse a sharded model, for operations that need every weight in one piece.
 
     Raises:
-        HardAttentionError: FSDP2 has sharded the weights.
+        HardAttentionError: if FSDP2 has sharded the weights.
     """
     name = next((name for name, weight in model.named_parameters() if hasattr(weight, "full_tensor")), None)
     if name is not None:
@@ -71,10 +71,10 @@ def refuse_sharded(model: nn.Module, verb: str) -> None:
 
 
 def refuse_offloaded(model: nn.Module, verb: str) -> None:
-    """Refuse what reads weights in place.
+    """Refuse an offloaded model, for operations that read its weights directly.
 
     Raises:
-        HardAttentionError: Accelerate has offloaded the weights.
+        HardAttentionError: if Accelerate has offloaded the weights.
     """
     name = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
     if name is not None:

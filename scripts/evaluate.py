@@ -4,8 +4,8 @@
     python scripts/evaluate.py --config scripts/configs/evaluate.yaml --num_beams 4
     accelerate launch --num_processes 2 scripts/evaluate.py --config scripts/configs/evaluate.yaml
 
-The model decides the task, unless --task names it. `results.json` holds the metrics and, for each site, the share that was kept; it
-goes to outputs/evaluation/MODEL, unless --output_dir names another folder, and never over the record of a training.
+The model determines the task unless --task names it. `results.json` holds the metrics and the kept share of each site. It is written to
+outputs/evaluation/MODEL, or to --output_dir, and never replaces the record of a training.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     accelerate launch --num_processes 2 scripts/train_blip.py --config scripts/configs/blip.yaml      # two GPUs
     torchrun --nproc_per_node 2 scripts/train_blip.py --config scripts/configs/blip.yaml --cpu       # two CPU processes
 
---task names what is learned: captioning (the default), visual_question_answering, image_text_retrieval, video_captioning or
+--task names the task: captioning (the default), visual_question_answering, image_text_retrieval, video_captioning or
 video_text_retrieval. Images or videos and texts come from the Hub (--dataset_name), from a folder with a metadata.jsonl or metadata.csv
 (--train_dir), or from a csv or json file of paths and texts (--train_file), where a video is a file, a folder of images or a list of them.
 Without --sites, --budget or --hard_attention the model trains soft, for comparison.

@@ -1,4 +1,4 @@
-"""Train T5, hard or soft, to translate, summarise, classify, answer questions, or map any text to another.
+"""Train T5, hard or soft, to translate, summarise, classify, answer questions, or generate any other text from a text.
 
     python scripts/train_t5.py --model_name_or_path google-t5/t5-small --train_file train.csv --validation_file val.csv \
         --source_column en --target_column fr --sites encoder.inputs --budget 0.5 --output_dir outputs/t5-hard
@@ -6,7 +6,7 @@
     accelerate launch --num_processes 2 scripts/train_t5.py --config scripts/configs/t5.yaml      # two GPUs
     torchrun --nproc_per_node 2 scripts/train_t5.py --config scripts/configs/t5.yaml --cpu       # two CPU processes
 
---task names what is learned: translation (the default), summarisation, text_classification, extractive_question_answering or
+--task names the task: translation (the default), summarisation, text_classification, extractive_question_answering or
 generative_question_answering. Text comes from the Hub (--dataset_name) or from a csv or json file, as two columns or as one
 `translation` column of dicts by language (--source_lang en --target_lang fr). Without --sites, --budget or --hard_attention the model
 trains soft, for comparison.

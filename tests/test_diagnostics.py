@@ -224,7 +224,7 @@ def test_verify_says_what_the_certificate_does_not_cover():
         assert site.certified and (site.overlap < 1 if overlap is None else site.overlap == overlap)
         assert (site.answers_changed > 0) == (overlap is None)
         assert (
-            f"free to choose again, which the certificate does not cover, what it keeps overlaps with what it kept by {site.overlap:.2f}"
+            f"when the model selects again after such a replacement, which no certificate covers, the old and the new selection overlap by {site.overlap:.2f}"
             in str(report)
         )
         assert report.to_dict()["sites"][0]["overlap"] == site.overlap

@@ -111,7 +111,7 @@ def test_explain_a_folder_of_images(tmp_path: Path, photos: Path) -> None:
     made = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert made.count("<img") == 2 * 3 + 2 and "&lt;b&gt;" in made and "<b>" not in made
     for expected in (
-        "vision.inputs: keeps 50.0%; what it dropped (24 positions), given the selection, cannot influence the output",
+        "vision.inputs: keeps 50.0%. Given this selection, the 24 dropped positions cannot influence the output",
         "vision.tokens.0: keeps 50.0%",
         "through earlier layers (layer 0 mixed it into the kept tokens)",
         "sufficiency is 0 by construction",

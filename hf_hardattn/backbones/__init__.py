@@ -1,1 +1,1 @@
-"""Backbones that Transformers does not have: they let recurrent and feed-forward models run in the same comparison."""
+"""Backbones that are not in Transformers, so that recurrent and feed-forward models can run in the same comparison."""

@@ -1,6 +1,6 @@
 """A GRU encoder-decoder with attention, in Transformers' form: the recurrent backbone.
 
-Stock and soft by itself; hard attention comes to it as to any other family (``models/gru.py``).
+By itself, it uses full attention; hard attention is applied to it as to any other family (``models/gru.py``).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class GruConfig(PreTrainedConfig):
     """Sizes of a ``GruForConditionalGeneration``.
 
     Args:
-        vocab_size: of source and target. d_model: width D of all states; even.
-        num_layers: bidirectional GRU layers; 0 reads the source rows as they are (the features of an image's patches, say).
-        num_decoder_layers: GRU layers. num_attention_heads: H; 1 is the classic attention.
-        feature_size: width of the rows given as ``inputs_embeds``; None when the source is tokens.
+        vocab_size: vocabulary size of source and target. d_model: width D of all states, an even number.
+        num_layers: number of bidirectional GRU layers; 0 reads the source rows as they are (such as features of image patches).
+        num_decoder_layers: number of GRU layers. num_attention_heads: H; 1 is the classic attention.
+        feature_size: width of the rows given as ``inputs_embeds``; None if the source consists of tokens.
         dropout: in [0, 1).
     """
 
@@ -52,7 +52,7 @@ class GruConfig(PreTrainedConfig):
             )
         self.vocab_size, self.d_model = vocab_size, d_model
         self.num_layers, self.num_decoder_layers = num_layers, num_decoder_layers
-        self.num_hidden_layers = 1  # of a generation cache: one layer reads the source
+        self.num_hidden_layers = 1  # for the generation cache: one layer reads the source
         self.num_attention_heads, self.feature_size, self.dropout = num_attention_heads, feature_size, dropout
         kwargs |= {"pad_token_id": pad_token_id, "eos_token_id": eos_token_id, "is_encoder_decoder": is_encoder_decoder}
         kwargs |= {"decoder_start_token_id": decoder_start_token_id, "tie_word_embeddings": tie_word_embeddings}
@@ -60,7 +60,7 @@ class GruConfig(PreTrainedConfig):
 
 
 class GruEncoderLayer(nn.Module):
-    """A bidirectional GRU over the valid rows of each example; the others come out as zeros."""
+    """A bidirectional GRU over the valid rows of each example; the output is zero at all other rows."""
 
     def __init__(self, config: GruConfig):
         super().__init__()
@@ -68,7 +68,7 @@ class GruEncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """``[B, N, D]`` and bool ``[B, N]`` to ``[B, N, D]``."""
+        """Map rows ``[B, N, D]`` with a mask, bool ``[B, N]``, to ``[B, N, D]``."""
         if mask is None:
             return self.dropout(self.gru(hidden)[0])
         order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., None]  # valid rows first, in their order
@@ -81,7 +81,7 @@ class GruEncoderLayer(nn.Module):
 
 
 class GruAttention(nn.Module):
-    """Scaled dot-product attention of the decoder's states to the source."""
+    """Scaled dot-product attention from the decoder's states to the source."""
 
     def __init__(self, config: GruConfig):
         super().__init__()
@@ -97,13 +97,17 @@ class GruAttention(nn.Module):
         self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def split(self, states: Tensor) -> Tensor:
-        """``[B, N, D]`` to ``[B, H, N, d]``."""
+        """Split the heads: ``[B, N, D]`` to ``[B, H, N, d]``."""
         return states.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
     def forward(
         self, hidden: Tensor, source: Tensor, mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Queries ``[B, Q, D]``, source ``[B, N, D]`` and bool ``[B, 1, 1, N]`` to ``[B, Q, D]``, and weights ``[B, H, Q, N]`` when asked for."""
+        """Attend from queries ``[B, Q, D]`` to the source ``[B, N, D]``, under a mask, bool ``[B, 1, 1, N]``.
+
+        Returns:
+            ``[B, Q, D]``, and weights ``[B, H, Q, N]`` if requested.
+        """
         query = self.split(self.q_proj(hidden))
         store = None if past_key_values is None else past_key_values.cross_attention_cache
         if store is not None and past_key_values.is_updated.get(self.layer_idx):
@@ -124,7 +128,7 @@ class GruAttention(nn.Module):
 
 
 class GruReader(GradientCheckpointingLayer):
-    """What the decoder makes of its state and of what it read: ``tanh(W [state; read])``."""
+    """Combines the decoder's state with what it has read from the source: ``tanh(W [state; read])``."""
 
     def __init__(self, config: GruConfig):
         super().__init__()
@@ -169,7 +173,7 @@ class GruPreTrainedModel(PreTrainedModel):
 
 
 class GruEncoder(GruPreTrainedModel):
-    """Tokens or given rows to states ``[B, N, D]``; all-zero rows where the mask is 0."""
+    """Encodes tokens or given rows to states ``[B, N, D]``, with all-zero rows where the mask is 0."""
 
     def __init__(self, config: GruConfig):
         super().__init__(config)
@@ -207,8 +211,10 @@ class GruEncoder(GruPreTrainedModel):
 
 
 class GruDecoder(GruPreTrainedModel):
-    """The target's own past by a GRU; then each state reads the source, and nothing but what it reads tells it of the source. No state
-    depends on what an earlier one read (no input feeding), so a latent alignment can be summed over exactly."""
+    """Encodes the target's past with a GRU; each state then reads the source by attention, which is its only access to the source.
+
+    No state depends on what an earlier one read (no input feeding), so a latent alignment can be summed over exactly.
+    """
 
     def __init__(self, config: GruConfig):
         super().__init__(config)
@@ -227,14 +233,14 @@ class GruDecoder(GruPreTrainedModel):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Ids ``[B, T]``, the source ``[B, N, D]`` and its mask, bool ``[B, N]``, to ``[B, T, D]`` and attention weights when asked for."""
+        """Map ids ``[B, T]``, the source ``[B, N, D]`` and its mask, bool ``[B, N]``, to ``[B, T, D]`` and, if requested, weights."""
         states = None if past_key_values is None else past_key_values.self_attention_cache
         if states is not None and states.get_seq_length():
             state = states.layers[0].keys[:, :, -1].transpose(0, 1)
         else:
             state = self.initial.repeat(1, len(input_ids), 1)
         hidden, last = self.gru(self.dropout(self.embed_tokens(input_ids)), state.contiguous())
-        if states is not None:  # a step's state is cached as a key is: beam search then reorders it too
+        if states is not None:  # the state of a step is cached like a key, so that beam search reorders it too
             kept = last.transpose(0, 1).unsqueeze(2).expand(-1, -1, input_ids.shape[1], -1)
             states.update(kept, kept[..., :0], 0)
         hidden, weights = self.dropout(hidden), None
@@ -263,7 +269,7 @@ class GruForConditionalGeneration(GruPreTrainedModel, GenerationMixin):
         return self.decoder.embed_tokens
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Labels ``[B, T]`` shifted right behind the start token; -100 becomes padding."""
+        """Shift labels ``[B, T]`` right, after the start token; -100 becomes padding."""
         shifted = labels.new_full(labels.shape, self.config.decoder_start_token_id)
         shifted[:, 1:] = labels[:, :-1]
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
@@ -285,8 +291,8 @@ class GruForConditionalGeneration(GruPreTrainedModel, GenerationMixin):
         """Predict the target.
 
         Args:
-            input_ids: int64 ``[B, N]``, or inputs_embeds: ``[B, N, feature_size]``. attention_mask: ``[B, N]``, 1 = there.
-            decoder_input_ids: int64 ``[B, T]``; made of ``labels`` when None. labels: int64 ``[B, T]``, -100 where there is none.
+            input_ids: int64 ``[B, N]``, or inputs_embeds: ``[B, N, feature_size]``. attention_mask: ``[B, N]``, 1 = valid.
+            decoder_input_ids: int64 ``[B, T]``; made from ``labels`` if None. labels: int64 ``[B, T]``, -100 where there is none.
 
         Returns:
             ``Seq2SeqLMOutput`` with logits ``[B, T, vocab_size]``; the loss is the mean over labels.

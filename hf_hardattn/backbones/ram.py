@@ -1,6 +1,6 @@
-"""The recurrent attention model, in Transformers' form: it sees nothing of an image but a few glimpses, and chooses where each of them is.
+"""The recurrent attention model, in Transformers' form: it sees only a few glimpses of an image, and chooses where each of them is.
 
-A glimpse model of its own kind: hard attention is what it is made of, so nothing is applied to it or taken out of it.
+Hard attention is part of the model itself, so nothing is applied to it or removed from it.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ class RamConfig(PreTrainedConfig):
     """Sizes of a ``RamForImageClassification``, and how it is trained.
 
     Args:
-        image_size: pixels a side. num_channels: of the image.
-        glimpses: T >= 1. patch: pixels a side of a window as it is seen; even. scales: windows of ``patch``, 2 ``patch``, 4 ``patch``, ...
-            pixels of the image a glimpse.
-        step: pixels from a centre to the next, of those that can be looked at.
-        background: what lies outside the image.
-        hidden_size: of the state and of a glimpse. part_size: of what is seen and of where it is, before they meet.
-        policy: ``"gaussian"``: centres near a point that the state predicts, by the normal density; ``"random"``: any centre, always (the
-            control).
-        sigma: > 0, of ``"gaussian"``, in half sides of the image.
-        start: the first glimpse: ``"centre"``; ``"learned"``, by the policy from the first state.
-        estimator: ``"reinforce"`` with a learned baseline; ``"rloo"``, ``samples`` >= 2 draws an image, each the others' baseline.
-        reward: ``"right"``: 1 where the class is right, else 0; ``"loss"``: minus the cross-entropy.
-        policy_weight: >= 0, of the score-function term in the loss. The policy's own map hears nothing else, and Adam does not heed its size; it
-            says how much the state hears of it, which learns fastest from the classes at first.
+        image_size: pixels per side. num_channels: channels of the image.
+        glimpses: T >= 1. patch: pixels per side of a window as it is seen; even. scales: number of windows per glimpse, which cover
+            ``patch``, 2 ``patch``, 4 ``patch``, ... pixels of the image per side.
+        step: pixels from one possible centre of a glimpse to the next.
+        background: value of the pixels outside the image.
+        hidden_size: size of the state and of a glimpse. part_size: size of the features of content and location, before they are
+            combined.
+        policy: ``"gaussian"`` chooses centres near a point that the state predicts, by the normal density; ``"random"`` always draws any
+            centre (the control).
+        sigma: > 0, standard deviation of ``"gaussian"``, in units of half a side of the image.
+        start: place of the first glimpse: ``"centre"``, or ``"learned"``, chosen by the policy from the first state.
+        estimator: ``"reinforce"`` with a learned baseline, or ``"rloo"`` with ``samples`` >= 2 draws per image, which serve as each
+            other's baseline.
+        reward: ``"right"`` is 1 if the class is right, else 0; ``"loss"`` is minus the cross-entropy.
+        policy_weight: >= 0, weight of the score-function term in the loss. The policy's own layer learns from this term alone, and Adam
+            ignores its size. The weight determines how much the state learns from it; at first, the state learns fastest from the
+            classes.
     """
 
     model_type = "hardattn_ram"
@@ -85,10 +88,12 @@ class RamConfig(PreTrainedConfig):
 
 @dataclass
 class RamOutput(ModelOutput):
-    """Attributes:
-    loss: scalar, when labels were given. logits: ``[B, C]``. locations: int64 ``[B, T, 2]``, the pixel (row, column) that each window's
-        centre lies in front of. log_prob: ``[B]``, of all choices together; None where none was drawn. By ``"rloo"`` in training these
-        are of each image's first draw.
+    """The output of the model; with ``"rloo"`` in training, it belongs to the first draw of each image.
+
+    Attributes:
+        loss: scalar, if labels were given. logits: ``[B, C]``.
+        locations: int64 ``[B, T, 2]``, the pixel (row, column) whose upper left corner is the centre of each window.
+        log_prob: ``[B]``, of all choices together; None if none was drawn.
     """
 
     loss: Tensor | None = None
@@ -98,7 +103,7 @@ class RamOutput(ModelOutput):
 
 
 class Retina(nn.Module):
-    """Square windows of ``patch``, 2 ``patch``, 4 ``patch``, ... pixels around a place, each averaged to ``patch`` x ``patch``."""
+    """Square windows of ``patch``, 2 ``patch``, 4 ``patch``, ... pixels around a location, each averaged to ``patch`` x ``patch``."""
 
     def __init__(self, config: RamConfig):
         super().__init__()
@@ -106,16 +111,17 @@ class Retina(nn.Module):
         self.background = config.background
 
     def pyramid(self, pixels: Tensor) -> list[Tensor]:
-        """Images ``[B, C, S, S]`` to the means of the squares of 1, 2, 4, ... pixels a side, ``[B, C, M, M]`` each.
+        """Map images ``[B, C, S, S]`` to the means of the squares of 1, 2, 4, ... pixels per side, ``[B, C, M, M]`` each.
 
-        Above the background: most of an image is background, and of zeros it makes no difference to the first map. The squares begin at every pixel where a window can need one, so that a window is a gather wherever it lies.
+        The background is subtracted: most of an image is background, and zeros contribute nothing to the first linear layer. The squares
+        begin at every pixel where a window may need one, so that a window is a gather wherever it is.
         """
         level, levels, margin, apart = pixels - self.background, [], 0, 1
         for scale in range(self.scales):
-            reach = self.patch * 2**scale // 2  # of a window beyond its centre
+            reach = self.patch * 2**scale // 2  # extent of a window beyond its centre
             level = nn.functional.pad(level, ((reach - margin) // apart,) * 4)
             if scale:
-                half = 2 ** (scale - 1) // apart  # squares from one to the next half of a larger one
+                half = 2 ** (scale - 1) // apart  # squares from one half of a larger square to the other
                 thin = math.gcd(self.step, 2**scale) // apart
                 level = (level[..., :-half, :] + level[..., half:, :])[..., ::thin, :]
                 level = (level[..., :-half] + level[..., half:])[..., ::thin] * 0.25
@@ -125,7 +131,7 @@ class Retina(nn.Module):
         return levels
 
     def forward(self, levels: list[Tensor], locations: Tensor) -> Tensor:
-        """A pyramid and int64 locations ``[B, 2]``, multiples of ``step`` in 0 ... S, to ``[B, scales * C * patch * patch]``."""
+        """Map a pyramid and int64 locations ``[B, 2]``, multiples of ``step`` in 0 ... S, to ``[B, scales * C * patch * patch]``."""
         seen = []
         for scale, level in enumerate(levels):
             side, width = 2**scale, level.shape[-1]
@@ -139,12 +145,12 @@ class Retina(nn.Module):
 
 
 class RamForImageClassification(PreTrainedModel):
-    """Name an image's class from T glimpses.
+    """Classifies an image from T glimpses.
 
-    Hard attention with a discrete choice: of the centres of a grid, by a law that reads the state alone, so that it never sees what it did
-    not look at. The published policy is a normal distribution; ``"gaussian"`` is the same on the grid's points.
+    The model makes a discrete choice among the centres of a grid. The choice reads only the state, so that the model never sees anything
+    outside its glimpses. The published policy is a normal distribution; ``"gaussian"`` is the same on the points of the grid.
 
-    Source: Mnih et al. 2014, "Recurrent Models of Visual Attention", arXiv:1406.6247; with a GRU for the core.
+    Source: Mnih et al. 2014, "Recurrent Models of Visual Attention", arXiv:1406.6247; with a GRU as the core.
     """
 
     config_class = RamConfig
@@ -157,7 +163,7 @@ class RamForImageClassification(PreTrainedModel):
         self.retina = Retina(config)
         self.what = nn.Linear(config.scales * config.num_channels * config.patch**2, part)
         self.where = nn.Linear(2, part)
-        self.glimpse = nn.Linear(2 * part, size)  # of both side by side: the sum of the published two maps
+        self.glimpse = nn.Linear(2 * part, size)  # of both concatenated: the sum of the two published maps
         self.core = nn.GRUCell(size, size)
         self.initial = nn.Parameter(torch.zeros(size))
         self.side = config.image_size // config.step + 1
@@ -180,18 +186,18 @@ class RamForImageClassification(PreTrainedModel):
         elif isinstance(module, RamForImageClassification):
             nn.init.zeros_(module.initial)
             if module.config.policy != "random":
-                module.locate.weight.mul_(0.1)  # begins near the centre
+                module.locate.weight.mul_(0.1)  # starts near the centre
 
     def places(self) -> Tensor:
-        """Pixels that a centre's row or column can be: int64 ``[side]``."""
+        """Return the pixels that the row or column of a centre can be, int64 ``[side]``."""
         return torch.arange(self.side, device=self.device) * self.config.step
 
     def scaled(self, locations: Tensor) -> Tensor:
-        """Pixels to the interval from -1 to 1."""
+        """Scale pixels to the interval from -1 to 1."""
         return (locations * (2 / self.config.image_size) - 1).to(self.dtype)
 
     def law(self, state: Tensor) -> Tensor:
-        """Log-probability of each row, and of each column, ``[B, 2, side]``: a centre's is their sum."""
+        """Return the log-probability of each row and each column, ``[B, 2, side]``; that of a centre is their sum."""
         apart = (self.locate(state).tanh()[..., None] - self.scaled(self.places())) / self.config.sigma
         return (-0.5 * apart.square()).log_softmax(-1)
 
@@ -203,14 +209,14 @@ class RamForImageClassification(PreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Look, and name the class.
+        """Take the glimpses and classify the image.
 
         Args:
             pixel_values: ``[B, C, S, S]``. labels: int64 ``[B]``.
-            sample: draw the choices rather than take the likeliest; None: in training.
+            sample: draw the choices instead of taking the most likely ones; None draws in training only.
 
         Returns:
-            ``RamOutput``. In training the loss has the policy's and the baseline's terms too, else it is the cross-entropy.
+            ``RamOutput``. In training, the loss includes the terms of the policy and the baseline; otherwise it is the cross-entropy.
         """
         config = self.config
         if pixel_values.shape[1:] != (config.num_channels, config.image_size, config.image_size):
@@ -260,13 +266,13 @@ class RamForImageClassification(PreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
     def _policy_loss(self, reward: Tensor, log_prob: Tensor, values: Tensor, samples: int) -> Tensor:
-        """Minus the surrogate of the expected reward, and the baseline's error: of ``[B]``, ``[B, choices]`` and ``[B, choices]``."""
+        """Return minus the surrogate of the expected reward, plus the baseline's error, from ``[B]``, ``[B, choices]``, ``[B, choices]``."""
         if samples > 1:
             drawn = reward.view(samples, -1)
             advantage = ((drawn - drawn.mean(0)) * samples / (samples - 1)).view(-1, 1)
             baseline_loss = (
                 0.0 * values.sum()
-            )  # a gradient of zero rather than none: distributed training waits for every parameter
+            )  # a gradient of zero instead of none, since distributed training waits for every parameter
         else:
             advantage = reward[:, None] - values.detach()
             baseline_loss = (values - reward[:, None]).square().mean()
@@ -274,7 +280,7 @@ class RamForImageClassification(PreTrainedModel):
 
 
 def _draw(scores: Tensor) -> Tensor:
-    """An index of each row of logits ``[..., N]``, by Gumbel's trick: int64 ``[...]``."""
+    """Draw an index for each row of logits ``[..., N]`` by the Gumbel-max trick, int64 ``[...]``."""
     return (scores - torch.empty_like(scores).exponential_().log()).argmax(-1)
 
 

@@ -1,7 +1,7 @@
-"""BLIP that watches videos: the frames' patches stand in one row behind CLS, so that every site of the vision tower chooses among them.
+"""BLIP for videos: the patches of all frames follow CLS in one row, so that every site of the vision tower chooses among them.
 
-The vision tower attends within and between the frames. Which frames: ``vision.inputs`` with scorer ``conv`` and its option
-``whole_frames``, before anything but the patch embedding is computed; which patches in them: ``vision.tokens.L``.
+The vision tower attends within and between the frames. Frames are chosen at ``vision.inputs`` with scorer ``conv`` and its option
+``whole_frames``, before anything but the patch embedding is computed. Patches within them are chosen at ``vision.tokens.L``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ..modeling.selection import Selection
 
 
 class VideoEmbeddings(BlipVisionEmbeddings):
-    """``BlipVisionEmbeddings`` that also takes videos; a place in the image has the same embedding in every frame."""
+    """``BlipVisionEmbeddings`` that also takes videos; a position in the image has the same embedding in every frame."""
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        """``[B, C, H, W]`` to ``[B, 1 + P, D]`` as ever; ``[B, F, C, H, W]`` to ``[B, 1 + F * P, D]``, frame after frame."""
+        """Map ``[B, C, H, W]`` to ``[B, 1 + P, D]`` as usual, and ``[B, F, C, H, W]`` to ``[B, 1 + F * P, D]``, frame after frame."""
         if pixel_values.dim() == 4:
             return super().forward(pixel_values, interpolate_pos_encoding)
         frames = super().forward(pixel_values.flatten(0, 1), interpolate_pos_encoding)
@@ -42,7 +42,7 @@ def _watch(model: Any) -> None:
 
 
 class BlipForVideoCaptioning(transformers.BlipForConditionalGeneration):
-    """The stock captioner, its weights and keys, that also takes videos as ``pixel_values`` ``[B, F, C, H, W]``."""
+    """The stock captioning model, with its weights and keys, that also accepts videos as ``pixel_values`` ``[B, F, C, H, W]``."""
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__(config)
@@ -50,7 +50,7 @@ class BlipForVideoCaptioning(transformers.BlipForConditionalGeneration):
 
 
 class BlipForVideoTextRetrieval(transformers.BlipForImageTextRetrieval):
-    """The stock retriever, its weights and keys, that also takes videos as ``pixel_values`` ``[B, F, C, H, W]``."""
+    """The stock retrieval model, with its weights and keys, that also accepts videos as ``pixel_values`` ``[B, F, C, H, W]``."""
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__(config)
@@ -58,10 +58,10 @@ class BlipForVideoTextRetrieval(transformers.BlipForImageTextRetrieval):
 
 
 def kept_frames(selection: Selection, patches: int) -> list[list[int]]:
-    """The frames of each row that keep a patch, sorted.
+    """Return the frames of each row in which a patch was kept, sorted.
 
     Args:
-        selection: of ``vision.inputs``, CLS first. patches: P of a frame.
+        selection: selection of ``vision.inputs``, with CLS first. patches: P, patches per frame.
     """
     mask = selection.mask[:, 0, 0, 1:].unflatten(1, (-1, patches)).any(-1)
     return [row.nonzero()[:, 0].tolist() for row in mask]

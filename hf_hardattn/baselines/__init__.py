@@ -1,4 +1,4 @@
-"""Baselines: variance reduction of score-function estimators. One file each; the file name is the registered name."""
+"""Baselines: variance reduction for score-function estimators. Each has its own file, whose name is the registered name."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Baseline(Configurable, nn.Module):
     """A baseline for the reward of a score-function estimator.
 
     Class attributes:
-        needs_greedy: the reward of the deterministic choice is computed (a second forward pass) and handed over.
-        needs_summary: the mean state of the site's candidates is handed over.
+        needs_greedy: whether ``forward`` needs the reward of the deterministic choice, which takes a second forward pass of the model.
+        needs_summary: whether ``forward`` needs the mean state of the site's candidates.
 
     Attributes:
-        deferred: whoever drives the training calls ``update`` once an optimizer step; otherwise each forward does it itself.
+        deferred: True if the training loop calls ``update`` once per optimizer step; False if each ``forward`` calls it.
     """
 
     kind = "baseline"
@@ -27,39 +27,39 @@ class Baseline(Configurable, nn.Module):
     deferred: bool = False
 
     def build(self, hidden_size: int) -> None:
-        """Make the parameters, for candidates of ``hidden_size``."""
+        """Create the parameters, for candidates of ``hidden_size``."""
 
     def reset_parameters(self) -> None:
-        """Initialise the parameters, where a baseline has any."""
+        """Initialise the parameters, if the baseline has any."""
 
     def update(self) -> None:
-        """Take in the rewards of an optimizer step, of all its micro-batches and ranks, where a baseline has a state."""
+        """Update the baseline's state, if it has one, with the rewards of all micro-batches and ranks of an optimizer step."""
 
     def scale(self) -> Tensor | None:
-        """What to multiply ``reward - baseline`` by, fp32 ``[]``, known before the batch; None for 1."""
+        """Return the factor for ``reward - baseline``, fp32 ``[]``; it is known before the batch. None means 1."""
         return None
 
     def loss(self, value: Tensor, reward: Tensor) -> Tensor | None:
-        """A term of the training loss that teaches the baseline itself; None when it learns nothing."""
+        """Return a term of the training loss that trains the baseline itself, or None if it has nothing to learn."""
         return None
 
     def forward(self, reward: Tensor, greedy: Tensor | None = None, summary: Tensor | None = None) -> Tensor:
         """Return the baseline of each example.
 
         Args:
-            reward: fp32 ``[B]``, detached, of the sampled choices; higher = better.
-            greedy: fp32 ``[B]``, detached, of the deterministic choices; given when ``needs_greedy``.
-            summary: fp32 ``[B, D]``, detached; given when ``needs_summary``.
+            reward: fp32 ``[B]``, detached, rewards of the sampled choices; higher = better.
+            greedy: fp32 ``[B]``, detached, rewards of the deterministic choices; passed if ``needs_greedy``.
+            summary: fp32 ``[B, D]``, detached, mean states of the candidates; passed if ``needs_summary``.
 
         Returns:
-            fp32 ``[B]``, independent of the same example's own sample, so that the gradient stays unbiased.
+            fp32 ``[B]``. The value of an example must not depend on that example's own sample, so that the gradient stays unbiased.
         """
         raise NotImplementedError
 
 
 @torch.no_grad()
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Add up ``values`` over all ranks; as they are where there is one. Every rank must call it."""
+    """Sum ``values`` over all ranks; with a single rank they are returned unchanged. Every rank must call this function."""
     if distributed.is_available() and distributed.is_initialized():
         values = values.clone()
         distributed.all_reduce(values)

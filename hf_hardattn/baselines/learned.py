@@ -13,12 +13,12 @@ from . import Baseline
 class Learned(Baseline):
     """Predict each example's reward from the mean state of the site's candidates, ``b = w2 gelu(W1 norm(x) + b1) + b2``.
 
-    It reads what the choice is made from, never what was chosen, so the gradient stays unbiased. It learns by the squared
-    error of its prediction, which is added to the training loss and leaves the backbone alone (its input is detached). Examples
-    whose reward is NaN or infinite teach it nothing.
+    The network reads the candidates of the choice but never the choice itself, so the gradient stays unbiased. It is trained with
+    the squared error of its prediction, which is added to the training loss and does not reach the backbone (the network's input is
+    detached). Examples whose reward is NaN or infinite are ignored.
 
     Args:
-        hidden: width of the hidden layer, in [1, 8192]. weight: in [0, 1e6], of the squared error in the loss.
+        hidden: width of the hidden layer, in [1, 8192]. weight: in [0, 1e6], weight of the squared error in the loss.
 
     Source: Mnih & Gregor 2014, "Neural Variational Inference and Learning in Belief Networks", arXiv:1402.0030, section 3.1;
     Mnih et al. 2014, "Recurrent Models of Visual Attention", arXiv:1406.6247, equation 3.
@@ -53,7 +53,7 @@ class Learned(Baseline):
         """Return the prediction with its gradient, fp32 ``[B]``; ``reward`` is not used."""
         if summary is None:
             raise TypeError("Learned.forward needs summary [B, D].")
-        # a state that is not finite would make every weight's gradient NaN, even where the loss ignores the example
+        # A state that is not finite would make the gradient of every weight NaN, even if the loss ignores the example.
         states = functional.rms_norm(summary.where(summary.isfinite(), 0.0), summary.shape[-1:])
         hidden = functional.gelu(functional.linear(states, self.weight_in.float(), self.bias_in.float()))
         return functional.linear(hidden, self.weight_out.float(), self.bias_out.float()).squeeze(-1)

@@ -9,18 +9,18 @@ from . import Baseline, sum_over_ranks
 
 
 class LeaveOneOut(Baseline):
-    """Return, for each example, the mean reward of the other examples of the batch, those of other ranks included.
+    """Return, for each example, the mean reward of the other examples of the batch, including other ranks.
 
-    ``b_i = (sum_j R_j - R_i) / (B - 1)``: without the example's own sample, so unbiased; no state, no tuning. With a
-    batch made of copies of one example it is RLOO. A batch of one has no others: 0. Under gradient accumulation the batch is
-    the micro-batch: later ones are not known yet. Rewards that are NaN or infinite are left out of the mean.
+    ``b_i = (sum_j R_j - R_i) / (B - 1)``. It excludes the example's own sample, so it is unbiased, and it has no state and nothing
+    to tune. On a batch that consists of copies of one example it is RLOO. For a batch of one example it is 0. With gradient
+    accumulation, the batch is the micro-batch, since later ones are not known yet. Rewards that are NaN or infinite are left out.
 
     Source: Kool, van Hoof & Welling 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!", ICLR workshop;
     Mnih & Rezende 2016, arXiv:1602.06725.
     """
 
     def forward(self, reward: Tensor, greedy: Tensor | None = None, summary: Tensor | None = None) -> Tensor:
-        """Return the others' mean reward, fp32 ``[B]``."""
+        """Return the mean reward of the other examples, fp32 ``[B]``."""
         finite = reward.isfinite()
         own = reward.where(finite, 0.0)
         total, count = sum_over_ranks(torch.stack([own.sum(), finite.sum().to(own)]))

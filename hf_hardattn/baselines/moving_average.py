@@ -16,22 +16,22 @@ _MOMENTUM = Range(0, 1, "It is the share of the old average; the usual value is 
 class MovingAverage(Baseline):
     """Return the exponential moving average of the batch-mean reward, as it stood BEFORE this batch.
 
-    ``b_t = a_{t-1}``, with ``a_1 = mean_1`` and ``a_t = momentum a_{t-1} + (1 - momentum) mean_t``. A batch's rewards
-    never enter its own baseline, so the gradient is unbiased; the price is that the first batch has 0 for a baseline.
-    Only training batches move the average. The batch is the optimizer step's: the mean is over the examples of all ranks and,
-    where ``HardAttentionCallback`` or the training scripts drive it, of all micro-batches.
+    ``b_t = a_{t-1}``, with ``a_1 = mean_1`` and ``a_t = momentum a_{t-1} + (1 - momentum) mean_t``. The rewards of a batch
+    never enter its own baseline, so the gradient is unbiased; in exchange, the baseline of the first batch is 0.
+    Only training batches update the average. A batch is that of an optimizer step: the mean is taken over the examples of all ranks
+    and, under ``HardAttentionCallback`` or the training scripts, of all micro-batches.
 
-    Rewards that are NaN or infinite are left out, as mixed-precision training skips the step that they belong to. An average that
-    is not finite all the same, for example one that an older checkpoint holds, counts as not yet known.
+    Rewards that are NaN or infinite are left out, since mixed-precision training skips the step they belong to. If the average is
+    nevertheless not finite, for example because it comes from an older checkpoint, it counts as not yet known.
 
     Args:
-        momentum: in [0, 1); 0 takes the previous batch's mean.
-        whiten: divide ``reward - baseline`` by the standard deviation of earlier rewards, averaged in the same way: the size
-            of the gradient then does not depend on the reward's unit.
+        momentum: in [0, 1); 0 uses the mean of the previous batch.
+        whiten: divide ``reward - baseline`` by the standard deviation of earlier rewards, averaged in the same way. The size
+            of the gradient then does not depend on the unit of the reward.
 
     Attributes:
-        value, variance: fp32 scalars, or None before the first training batch: average of the rewards and average square of their
-            distance from it. Not in the state dict: they describe the run, not the model.
+        value, variance: fp32 scalars, or None before the first training batch: the average of the rewards, and the average squared
+            distance of the rewards from it. They are not in the state dict, because they describe the run and not the model.
 
     Raises:
         HardAttentionError: momentum out of range.
@@ -46,14 +46,14 @@ class MovingAverage(Baseline):
     def __init__(self, momentum: Annotated[float, _MOMENTUM] = 0.9, whiten: bool = False) -> None:
         super().__init__()
         self.momentum, self.whiten = momentum, whiten
-        # None, not zeros: from_pretrained fills buffers that no checkpoint holds with whatever the memory held
+        # None instead of zeros: from_pretrained leaves buffers that are in no checkpoint with uninitialised memory.
         self.register_buffer("value", None, persistent=False)
         self.register_buffer("variance", None, persistent=False)
-        # of this rank's examples since the last update: their number, the mean reward, the sum of squared distances from it
+        # Of this rank's examples since the last update: their number, the mean reward, and the sum of squared distances from it.
         self._seen: Tensor | None = None
 
     def forward(self, reward: Tensor, greedy: Tensor | None = None, summary: Tensor | None = None) -> Tensor:
-        """Return the average before this batch, fp32 ``[B]``, the same for every example; in training, then move it."""
+        """Return the average before this batch, fp32 ``[B]``, the same for every example; in training, update it afterwards."""
         before = reward.new_zeros(()) if self.value is None else _or_else(self.value.to(reward), 0.0)
         if self.training:
             seen = _moments(reward.detach())
@@ -64,7 +64,7 @@ class MovingAverage(Baseline):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average by the rewards of all ranks since the last update."""
+        """Update the average with the rewards of all ranks since the last update."""
         if self._seen is None:
             return
         (count, mean, distance), self._seen = self._seen, None
@@ -73,20 +73,20 @@ class MovingAverage(Baseline):
         spread = sum_over_ranks(distance + count * (mean - _or_else(middle, 0.0)).square()) / total
         value = middle if self.value is None else _or_else(self.value.to(middle), middle)
         variance = spread if self.variance is None else _or_else(self.variance.to(spread), spread)
-        # what the averages of reward and squared reward would say, without the difference of two large numbers
+        # Equal to what averages of the reward and of its square give, but without the difference of two large numbers.
         moved = self.momentum * (1 - self.momentum) * (value - middle).square()
         self.variance = _or_else(torch.lerp(spread, variance, self.momentum) + moved, variance)
         self.value = _or_else(torch.lerp(middle, value, self.momentum), value)
 
     def scale(self) -> Tensor | None:
-        """One over the standard deviation of earlier rewards; None before the first batch, or without ``whiten``."""
+        """Return 1 / (standard deviation of earlier rewards); None before the first batch, or without ``whiten``."""
         if not self.whiten or self.variance is None:
             return None
         return _or_else(self.variance, 1.0).clamp(min=1e-8).rsqrt()
 
 
 def _moments(rewards: Tensor) -> Tensor:
-    """Number of the finite rewards, their mean, and the sum of squared distances from it, fp32 ``[3]``."""
+    """Return the number of finite rewards, their mean, and the sum of squared distances from it, fp32 ``[3]``."""
     finite = rewards.isfinite()
     count = finite.sum().to(rewards)
     mean = rewards.where(finite, 0.0).sum() / count.clamp(min=1)
@@ -94,12 +94,12 @@ def _moments(rewards: Tensor) -> Tensor:
 
 
 def _or_else(values: Tensor, fallback: Tensor | float) -> Tensor:
-    """``values`` where they are finite, ``fallback`` elsewhere; nothing is read from the device."""
+    """Return ``values`` where they are finite and ``fallback`` elsewhere, without a device synchronisation."""
     return values.where(values.isfinite(), fallback)
 
 
 def _together(a: Tensor, b: Tensor) -> Tensor:
-    """Number, mean and squared distances of two groups together: the sum of squares less the squared mean would lose most of its digits.
+    """Merge two results of ``_moments``. Subtracting the squared mean from the sum of squares would lose most of the digits.
 
     Source: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
     """

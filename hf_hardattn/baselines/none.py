@@ -8,7 +8,7 @@ from . import Baseline
 
 
 class NoBaseline(Baseline):
-    """Return 0: plain REINFORCE. Its gradient noise is 10 to 20 times the gradient; for comparison only.
+    """Return 0: plain REINFORCE. The noise of its gradient is 10 to 20 times the gradient, so use it for comparisons only.
 
     Source: Williams 1992, REINFORCE, with b = 0.
     """

@@ -11,8 +11,8 @@ from . import Baseline
 class SelfCritical(Baseline):
     """Return each example's reward under the deterministic top-k: a sample is reinforced if it beats the greedy choice.
 
-    ``b_i = R(top-k of example i)``: independent of the sample, so unbiased; per example; costs a second forward pass. Where the
-    greedy reward is NaN or infinite, the mean of the batch's finite ones stands in for it.
+    ``b_i = R(top-k of example i)``. It is independent of the sample, so it is unbiased. It costs a second forward pass. A greedy
+    reward that is NaN or infinite is replaced by the mean of the finite ones in the batch.
 
     Source: Rennie et al. 2017, "Self-critical Sequence Training for Image Captioning", arXiv:1612.00563.
     """
@@ -23,7 +23,7 @@ class SelfCritical(Baseline):
         """Return ``greedy``, detached, fp32 ``[B]``.
 
         Raises:
-            HardAttentionError: the greedy reward was not handed over.
+            HardAttentionError: the greedy reward was not passed.
         """
         if greedy is None:
             raise HardAttentionError(

@@ -1,6 +1,6 @@
-"""The command line, ``hf-hardattn``. One file a command: the file's name is the command's, its ``command`` does it.
+"""The command line, ``hf-hardattn``. Each command has a file of its own, which has the command's name and defines ``command``.
 
-The files import nothing of the library at their top but ``errors``: ``--help`` must not wait for PyTorch.
+At their top these files import only ``errors`` from the library, so that ``--help`` does not wait for PyTorch.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def main() -> None:
-    """Entry point of ``hf-hardattn``; what the user can mend is told in one line, without a traceback.
+    """Entry point of ``hf-hardattn``; errors that the user can fix are printed in one line, without a traceback.
 
-    ``HF_HARDATTN_TRACEBACK=1`` shows the traceback all the same.
+    ``HF_HARDATTN_TRACEBACK=1`` shows the traceback as well.
     """
     try:
         app(prog_name="hf-hardattn")
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line; the kind is named where the words alone say little, as those of a missing file do."""
+    """Return the message of an error in one line, with its type if the message alone says little, as for a missing file."""
     text = " ".join(str(error).split())
     if len(text) > 2000:
         text = f"{text[:2000]} ..."

@@ -1,4 +1,4 @@
-"""What all commands keep to: they write over nothing that is there already, and no option is left without effect."""
+"""Rules of all commands: they do not overwrite existing files, and they refuse options that would have no effect."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..errors import HardAttentionError
 
 
 def place(wanted: Path | None, default: Path, overwrite: bool = False) -> Path:
-    """The file or folder to write.
+    """Return the file or folder to write.
 
     Args:
-        wanted: what the user names, or None. default: used otherwise; where it exists, a number is added to its name.
-        overwrite: take it although it exists.
+        wanted: path named by the user, or None. default: used otherwise; if it exists, a number is added to its name.
+        overwrite: use the path even if it exists.
 
     Raises:
         HardAttentionError: ``wanted`` exists.
@@ -42,10 +42,10 @@ def refuse_unused(context: typer.Context, names: str, why: str) -> None:
     """Raise for an option of the command line that would have no effect.
 
     Args:
-        names: of the options, as the command's parameters are called, separated by spaces. why: they have none; ends the sentence.
+        names: parameter names of the options, separated by spaces. why: reason, which ends the sentence of the message.
 
     Raises:
-        HardAttentionError: one was given.
+        HardAttentionError: one of the options was given.
     """
     for name in names.split():
         if str(context.get_parameter_source(name)).endswith("COMMANDLINE"):

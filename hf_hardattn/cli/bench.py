@@ -14,7 +14,7 @@ import typer
 from ..errors import HardAttentionError, unknown
 from ._output import place, refuse_unused
 
-# by the files of its folder, read without importing the package
+# names of the files in the folder, read without importing the package
 SUITES = sorted(
     [*(path.stem for path in (Path(__file__).parents[1] / "efficiency" / "suites").glob("*.yaml")), "competing", "host"]
 )
@@ -141,7 +141,7 @@ def command(
         "groups": [],
         "import": cost_of_import(threads, 56) if import_cost else before.get("import"),
     }
-    for group in measured:  # written as they come: an interrupted run keeps what it has
+    for group in measured:  # write after each group, so that an interrupted run keeps its results
         by_name[group["name"]] = group
         results["groups"] = [by_name[known.name] for known in chosen.groups if known.name in by_name]
         path.write_text(json.dumps(results, indent=1) + "\n")
@@ -155,7 +155,7 @@ def command(
 
 
 def _file(output: Path | None, name: str, overwrite: bool) -> Path:
-    """The file of the results, in a folder that is made."""
+    """Return the file of the results, and create its folder."""
     path = place(None if output is None else output / name, Path("outputs/bench") / name, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
@@ -164,7 +164,7 @@ def _file(output: Path | None, name: str, overwrite: bool) -> Path:
 def _check_options(
     context: typer.Context, suite: str, model: str | None, config: Path | None, sites: list[str]
 ) -> None:
-    """Refuse options that the run would not read."""
+    """Refuse options that the run would ignore."""
     if model is None:
         refuse_unused(
             context, "size site budget config batch new_tokens dtype", "without --model: a suite says them itself"
@@ -180,7 +180,7 @@ def _check_options(
 
 
 def _check_suite(suite: str, model: str | None) -> None:
-    """Refuse a suite that there is not, or that this machine cannot measure."""
+    """Refuse a suite that does not exist, or that this machine cannot measure."""
     import torch
 
     if suite == "gpu" and model is None and not torch.cuda.is_available():
@@ -193,13 +193,13 @@ def _check_suite(suite: str, model: str | None) -> None:
 
 
 def _eagerly(suite: str, mode: str) -> None:
-    """Refuse a mode to suites that time exported models, layers by themselves, or other methods as they are."""
+    """Refuse other modes for suites that time exported models, single layers, or unmodified other methods."""
     if mode != "eager":
         raise HardAttentionError(f"suite {suite!r} is not run by --mode {mode}, only eagerly. Leave --mode out.")
 
 
 def _competing(models: Path, name: str, rounds: int, threads: int, output: Path | None, overwrite: bool) -> None:
-    """Trained models beside other methods on the test set of their task."""
+    """Compare trained models with other methods on the test set of their task."""
     from ..efficiency import bench, compare_methods, report
     from ..efficiency.pictures import accuracy_and_speed
     from ..training import tasks
@@ -222,7 +222,7 @@ def _competing(models: Path, name: str, rounds: int, threads: int, output: Path 
 
 
 def _host(rounds: int, seconds: float, output: Path | None, overwrite: bool) -> None:
-    """Kernels and processor time that sites add to narrow models."""
+    """Measure the kernels and the processor time that sites add to narrow models."""
     from tqdm.auto import tqdm
 
     from ..efficiency import bench, host, report
@@ -249,7 +249,7 @@ def _own(
     dtype: str,
     new_tokens: int,
 ) -> dict[str, Any]:
-    """A suite of the user's own model."""
+    """Return a suite for the user's own model."""
     from ..efficiency import checkpoints, workloads
 
     built = model in workloads.MODELS

@@ -78,7 +78,7 @@ def command(
     for line in lines:
         table.add_row(*line)
     console = Console()
-    console.width = max(console.width, 140)  # of a pipe it is 80, which would cut the names
+    console.width = max(console.width, 140)  # it is 80 in a pipe, which would cut the names
     console.print(table)
     for name, summary in results["summary"].items():
         for message in summary["messages"]:

@@ -52,7 +52,7 @@ def command(
     from ..training.demo import Recipe, run
 
     if output is None:
-        # a quick run is no result: it never takes the place of one
+        # a quick run is not a result and must not replace one
         output = DEFAULT.with_name("demo-quick") if quick else DEFAULT
     elif output.is_dir() and any(output.iterdir()) and not overwrite:
         raise HardAttentionError(
@@ -67,7 +67,7 @@ def command(
         title=f"Cluttered digits, {recipe.test_images:,} test images",
         caption=f"measured: {where['device']}, {where['threads']} threads, batch {where['batch']}, {where['dtype']}, median of {where['rounds']} rounds",
     )
-    for column in ("model", "accuracy", "kept", "GFLOPs an image (counted)", "images/s (measured)", "x soft"):
+    for column in ("model", "accuracy", "kept", "GFLOPs per image (counted)", "images/s (measured)", "x soft"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, row in results["models"].items():
         table.add_row(
@@ -95,10 +95,10 @@ def command(
 
 
 def _trained(output: Path) -> str:
-    """The demo's hard model.
+    """Return the hard model of the demo.
 
     Raises:
-        HardAttentionError: it was not trained yet.
+        HardAttentionError: the model has not been trained yet.
     """
     if not (output / "hard" / "config.json").is_file():
         raise HardAttentionError(
@@ -108,7 +108,7 @@ def _trained(output: Path) -> str:
 
 
 def _newest() -> str:
-    """The demo's hard model where it was trained, else the sample of the package."""
+    """Return the hard model of the demo if it has been trained, else the sample of the package."""
     trained = DEFAULT / "hard" / "config.json"
     return str(trained.parent) if trained.is_file() else "sample"
 

@@ -53,7 +53,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str | None:
-    """The processor's name, where Linux tells it."""
+    """Return the name of the processor on Linux, or None."""
     from pathlib import Path
 
     try:

@@ -42,6 +42,6 @@ def command() -> None:
 
 
 def first_sentence(text: str | None) -> str:
-    """The first sentence of a docstring, without the marks of its markup."""
+    """Return the first sentence of a docstring without backticks."""
     paragraph = " ".join((text or "").strip().partition("\n\n")[0].split()).replace("`", "")
     return re.split(r"(?<=[.:]) (?=[A-Z])", paragraph)[0]

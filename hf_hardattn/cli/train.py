@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-# the flags are the training's own, parsed as its scripts parse them; --help after the family is theirs too
+# the flags belong to the training and are parsed as in its scripts, and so is --help after the family
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 FAMILIES = ("vit", "t5", "blip", "encoder", "decoder")
 HELP = ("--help", "-h")
@@ -18,9 +18,9 @@ def command(
 ) -> None:
     """Fine-tune a ViT, T5, BLIP or a decoder (Llama, Qwen, Mistral, Gemma): 'hf-hardattn train vit --help' lists the flags.
 
-    They come from the command line and from --config FILE.yaml; --task names what is learned. Over several processes:
-    accelerate launch -m hf_hardattn train vit ..., or torchrun -m hf_hardattn train vit ... Exit code 143: SIGTERM came and the
-    state is saved; --resume_from_checkpoint latest goes on from it.
+    Flags come from the command line and from --config FILE.yaml; --task names the task. For several processes use
+    accelerate launch -m hf_hardattn train vit ..., or torchrun -m hf_hardattn train vit ... Exit code 143 means that SIGTERM stopped
+    the run and its state was saved; --resume_from_checkpoint latest continues it.
     """
     from ..errors import unknown
 

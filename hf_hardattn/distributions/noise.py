@@ -1,4 +1,4 @@
-"""Noise for sampled choices: different for every example and rank, replayed under gradient checkpointing."""
+"""Noise for sampled choices: it differs between examples and ranks, and gradient checkpointing replays it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 @dataclass
 class _Keys:
-    """Keys of the random numbers of this forward pass, one for each example.
+    """Keys for the random numbers of a forward pass, one for each example.
 
     Attributes:
-        seed: of the run. examples: int64 ``[B]``.
-        draws: for each draw of the pass, the number that torch's default generator gave at its start, to the draw's index. A
-            recomputation in the backward pass gets the same number again, and so finds its index.
+        seed: of the run. examples: int64 ``[B]``, the keys.
+        draws: maps the number that torch's default generator gave at the start of a draw to the index of the draw in the pass. A
+            recomputation in the backward pass gets the same number again, and so finds the same index.
     """
 
     seed: int
@@ -29,27 +29,27 @@ class _Keys:
     draws: dict[int, int] = field(default_factory=dict)
 
 
-# A module's own variable, not a ContextVar: a recomputation runs in a thread of autograd's, which has no context of ours.
+# A module variable and not a ContextVar: a recomputation runs in a thread of autograd, which does not have the caller's context.
 _keys: _Keys | None = None
 
 
 @contextmanager
 def keyed(seed: int, examples: Tensor) -> Iterator[None]:
-    """Give each example noise of its own inside the block, whatever batch or rank it is in.
+    """Make the noise inside the block a function of the example, independent of the batch and rank it is in.
 
-    A number then depends on ``seed``, the example's key, the index of the draw in the pass, and the coordinates (head, query,
-    position), and on nothing else: not on the rank, the batch size, the accumulation or the padding. Estimators that use
-    each position's number by itself (Gumbel and Plackett-Luce orders) so make the same choice in every layout; SIMPLE's tree
-    over positions needs rows of equal length for that.
+    A number then depends only on ``seed``, the example's key, the index of the draw in the pass, and the coordinates (head, query,
+    position). It does not depend on the rank, the batch size, the gradient accumulation or the padding. Estimators that use the
+    number of each position by itself (Gumbel and Plackett-Luce orders) therefore make the same choice in every layout; for SIMPLE,
+    whose tree spans the positions, this holds only if the rows have equal length.
 
     Args:
         seed: of the run.
-        examples: int64 ``[B]``, a key for each row of the batch, >= 0, never used twice in a run: an example's place in the
-            order of the whole training.
+        examples: int64 ``[B]``, a key >= 0 for each row of the batch, never used twice in a run: the position of the example in
+            the order of the whole training.
 
-    Cost: about ten integer operations a number, no state.
+    Cost: about ten integer operations per number; there is no state.
     Source: counter-based generators, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; the mixing function is
-    SplitMix64's, Steele, Lea & Flood 2014.
+    that of SplitMix64, Steele, Lea & Flood 2014.
     """
     global _keys
     before, _keys = _keys, _Keys(seed, examples)
@@ -62,12 +62,12 @@ def keyed(seed: int, examples: Tensor) -> Iterator[None]:
 def uniform(shape: tuple[int, ...], device: torch.device, batch_axis: int = 0) -> Tensor:
     """Draw fp32 noise in the open interval (0, 1).
 
-    Inside ``keyed`` it is a function of the example. Outside it follows ``torch.manual_seed``, and gradient checkpointing
-    replays it, since checkpointing restores torch's default generators. Trainers seed every rank alike, so under
+    Inside ``keyed`` the noise is a function of the example. Outside, it follows ``torch.manual_seed``, and gradient checkpointing
+    replays it, since checkpointing restores torch's default generators. Trainers use the same seed on every rank, so under
     ``torch.distributed`` each rank mixes its number into a seed drawn from the default CPU generator.
 
     Args:
-        batch_axis: which axis of ``shape`` counts the examples.
+        batch_axis: the axis of ``shape`` along which the examples lie.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if _keys is None and not distributed:
@@ -87,7 +87,7 @@ def _hashed(keys: _Keys, tag: int, shape: tuple[int, ...], device: torch.device,
     draw = keys.draws.setdefault(tag, len(keys.draws))
     start = mix_number(mix_number(keys.seed) ^ draw)
     examples, copies = keys.examples.to(device), shape[batch_axis] // len(keys.examples)
-    if copies > 1:  # a model that repeats its examples: each copy has noise of its own
+    if copies > 1:  # a model that repeats its examples: each copy gets its own noise
         examples = (examples[:, None] * copies + torch.arange(copies, device=device)).flatten()
     state = _mix(examples ^ _signed(start)).view(-1, *[1] * (len(shape) - 1 - batch_axis))
     for axis, size in enumerate(shape):
@@ -98,7 +98,7 @@ def _hashed(keys: _Keys, tag: int, shape: tuple[int, ...], device: torch.device,
 
 
 def mix_number(number: int) -> int:
-    """Scramble an integer into 64 bits: near inputs give unrelated outputs."""
+    """Scramble an integer into 64 bits: similar inputs give unrelated outputs."""
     number = (number + _GOLDEN) & _MASK
     number = ((number ^ number >> 30) * _FIRST) & _MASK
     number = ((number ^ number >> 27) * _SECOND) & _MASK

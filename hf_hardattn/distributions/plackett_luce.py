@@ -1,4 +1,4 @@
-"""The Plackett-Luce distribution: one position after the other, a softmax over what remains."""
+"""The Plackett-Luce distribution: one position after the other, by a softmax over those that remain."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .subset import LOW, SubsetLaw, gumbel_noise
 class PlackettLuce(SubsetLaw):
     """Draw positions one after the other without replacement, each by the softmax over those that remain.
 
-    ``log p(i_1, ..., i_k) = sum_j ( s_{i_j} - logsumexp of the scores not drawn before j )``, the probability of the
-    ORDER drawn. As a score function it is unbiased for any function of the set: the set is read off the order.
+    ``log p(i_1, ..., i_k) = sum_j ( s_{i_j} - logsumexp of the scores not drawn before j )`` is the log-probability of the
+    ORDER drawn. As a score function it is unbiased for any function of the set, since the order determines the set.
 
     Source: Kool, van Hoof & Welling 2019, "Stochastic Beams and Where to Find Them", arXiv:1903.06059, section 3.
     """
@@ -21,10 +21,10 @@ class PlackettLuce(SubsetLaw):
         """Draw an ordered sample by Gumbel-top-k: the ``k`` largest of ``scores + Gumbel noise``, largest first.
 
         Args:
-            uniform: fp32 ``[..., N]`` in [0, 1]. flat: bool ``[...]`` or None; rows in which all scores count as equal.
+            uniform: fp32 ``[..., N]`` in [0, 1]. flat: bool ``[...]`` or None; rows in which all scores are taken as equal.
 
         Returns:
-            int64 ``[..., slots]``; only the first ``k`` places of a row count.
+            int64 ``[..., slots]``; only the first ``k`` entries of a row count.
         """
         scores = self.scores.detach()
         scores = scores if flat is None else scores.masked_fill(flat.unsqueeze(-1), 0.0)
@@ -41,7 +41,7 @@ class PlackettLuce(SubsetLaw):
         taken = torch.zeros_like(self.valid).scatter(-1, order, counts)
         picked = self.scores.gather(-1, order).masked_fill(~counts, LOW)
         rest = self.scores.masked_fill(taken | ~self.active, LOW).logsumexp(-1, keepdim=True)
-        # before pick j remain picks j, j+1, ... and the rest: a cumulative sum from the end
+        # Before pick j, the picks j, j+1, ... and the rest remain: a cumulative sum from the end.
         remain = torch.cat([picked, rest], -1).flip(-1).logcumsumexp(-1).flip(-1)[..., :-1]
         return torch.where(counts, picked - remain, 0.0).sum(-1)
 
@@ -53,13 +53,13 @@ class PlackettLuce(SubsetLaw):
     def entropy(self) -> Tensor:
         """Return the entropy of the FIRST pick, ``H(softmax(scores))``, fp32 ``[...]``, in nats.
 
-        The entropy over orders or sets has no closed form of low cost. The first pick's is exact at k = 1, is likewise
+        The entropy over orders or sets has no cheap closed form. The entropy of the first pick is exact at k = 1, is also
         largest at equal scores, and serves the same purpose: a bonus on it keeps the law from collapsing early.
         """
         logits = self.scores.masked_fill(~self.active, LOW).log_softmax(-1)
         return -torch.where(self.active, logits.exp() * logits, 0.0).sum(-1)
 
     def _counts(self, order: Tensor) -> Tensor:
-        """Mark the places of an order that are picks: bool, shape of ``order``."""
+        """Mark the entries of an order that are picks: bool, shape of ``order``."""
         places = torch.arange(order.shape[-1], device=order.device)
         return (places < self.k.unsqueeze(-1)) & self.free.unsqueeze(-1)

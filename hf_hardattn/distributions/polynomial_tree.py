@@ -1,8 +1,8 @@
 """Products of many small polynomials in a balanced tree: up for a coefficient, down for its derivative or a sample.
 
-A polynomial's coefficients lie along the FIRST dimension, power 0 first, the polynomials along the second, then come the rows:
-``[powers, nodes, ...]``, so that each operation here runs over all rows at once. In ``laws`` coefficient c of a node is the
-probability that c of the positions below it are on. All coefficients are >= 0, so no sum here cancels.
+The coefficients of a polynomial lie along the FIRST dimension, power 0 first, the polynomials along the second, followed by the
+rows: ``[powers, nodes, ...]``, so that each operation runs over all rows at once. In ``ConditionalBernoulli``, coefficient c of a
+node is the probability that c of the positions below it are on. All coefficients are >= 0, so no sum here cancels.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# How a product is made: one power of a factor after the other, for factors up to SHORT powers or results from LARGE numbers
-# on; else, since each power is an operation to start, as a Toeplitz matrix, in parts of PART numbers (4 MiB of fp32).
+# How a product is computed: one power of a factor after the other if the factor has up to SHORT powers or the result at least
+# LARGE numbers. Otherwise as a Toeplitz matrix, in parts of PART numbers (4 MiB of fp32), which launches fewer operations.
 SHORT, LARGE, PART = 16, 2**14, 2**20
 
 
@@ -28,7 +28,7 @@ def tree(leaves: Tensor, degree: int) -> list[Tensor]:
         degree: largest power kept, >= 1.
 
     Returns:
-        one fp32 ``[powers, nodes, ...]`` per level, leaves first; an odd level gets one more node, the polynomial 1.
+        one fp32 ``[powers, nodes, ...]`` per level, leaves first; a level with an odd number of nodes gets one more, the polynomial 1.
     """
     levels = []
     while True:
@@ -43,16 +43,16 @@ def tree(leaves: Tensor, degree: int) -> list[Tensor]:
 
 
 def outside(levels: list[Tensor], count: Tensor) -> Tensor:
-    """Weigh everything outside each leaf, at the count the leaf leaves to it: the derivative of the root's coefficient.
+    """Return the derivative of one coefficient of the root with respect to the coefficients of the leaves.
 
     Top-down, ``out_left[a] = sum_b out_parent[a + b] right[b]``, and the same for the right child.
 
     Args:
-        levels: what ``tree`` returned.
-        count: int64 ``[...]``, the coefficient of the root that is asked for.
+        levels: as returned by ``tree``.
+        count: int64 ``[...]``, the power of the coefficient.
 
     Returns:
-        fp32 ``[2, N or N + 1, ...]``: d root[count] / d leaves (an added leaf is last).
+        fp32 ``[2, N or N + 1, ...]``: d root[count] / d leaves (a leaf added by ``tree`` is last).
     """
     outer = complement(levels[-1].flip(1), count)
     for pairs in reversed(levels[:-1]):
@@ -63,12 +63,12 @@ def outside(levels: list[Tensor], count: Tensor) -> Tensor:
 
 
 def descend(levels: list[Tensor], count: Tensor, uniform: Tensor) -> Tensor:
-    """Split a count over the leaves, from the root down, each way with its exact probability.
+    """Sample how a count splits over the leaves, from the root down, with the exact probabilities.
 
     ``P(a on the left | c in the node) = left[a] right[c - a] / node[c]``, inverted with one uniform number per node.
 
     Args:
-        levels: what ``tree`` returned.
+        levels: as returned by ``tree``.
         count: int64 ``[...]``, of the root.
         uniform: fp32 ``[N, ...]`` in [0, 1]; N - 1 of them are used.
 
@@ -78,7 +78,7 @@ def descend(levels: list[Tensor], count: Tensor, uniform: Tensor) -> Tensor:
     counts, used, n = count.unsqueeze(0), 0, len(uniform)
     for depth in reversed(range(len(levels))):
         nodes = -(-n // 2**depth)
-        # an odd level was given an empty node: its pair has nothing to split and takes no noise
+        # A level with an odd number of nodes has an empty one: its pair has nothing to split and needs no noise.
         noise = uniform[used : used + nodes // 2]
         if nodes % 2:
             noise = torch.cat([noise, torch.full_like(uniform[:1], 0.5)])
@@ -90,11 +90,11 @@ def descend(levels: list[Tensor], count: Tensor, uniform: Tensor) -> Tensor:
 
 
 def complement(right: Tensor, count: Tensor) -> Tensor:
-    """Return ``right[count - a]`` for every power a, 0 where there is no such power.
+    """Return ``right[count - a]`` for every power a, or 0 if there is no such power.
 
     Args:
         right: fp32 ``[d + 1, ...]``.
-        count: int64 ``[...]``, broadcastable.
+        count: int64 ``[...]``, broadcastable to the dimensions of ``right`` after the first.
     """
     size = len(right)
     index = count - torch.arange(size, device=right.device).view(-1, *[1] * (right.dim() - 1))
@@ -109,25 +109,25 @@ def _split(left: Tensor, right: Tensor, count: Tensor, uniform: Tensor) -> Tenso
     index = torch.arange(len(weights), device=weights.device).view(-1, *[1] * (weights.dim() - 1))
     possible = weights > 0
     beyond = possible & (total > uniform * total[-1])
-    # a count of weight 0 is never taken, whatever rounding does to the sums; at u = 1 the last possible one is
+    # A count of weight 0 is never drawn, whatever rounding does to the sums; at u = 1 the last possible count is drawn.
     last = torch.where(possible, index, 0).amax(0)
     return torch.minimum(torch.where(beyond, index, len(weights)).amin(0), last)
 
 
 def _windows(x: Tensor, before: int, after: int, size: int) -> Tensor:
-    """View ``x`` with zeros (or, below 0, cuts) at both ends as its windows of ``size``: ``[windows, ..., size]``."""
+    """View ``x``, padded with zeros (or cut, if negative) at both ends, as windows of ``size``: ``[windows, ..., size]``."""
     return functional.pad(x, (*[0, 0] * (x.dim() - 1), before, after)).unfold(0, size, 1)
 
 
 def _contract(windows: Tensor, x: Tensor) -> Tensor:
-    """Sum ``windows[c, ..., i] x[i]`` over i, some c at a time: bounded memory, and faster than all at once."""
-    # multiply and sum, not a matrix product: autocast and TF32 would round that one, and the law with it
+    """Sum ``windows[c, ..., i] x[i]`` over i, for a few c at a time: this bounds the memory and is faster than all at once."""
+    # Multiply and sum instead of a matrix product, which autocast and TF32 would round.
     parts = windows.chunk(max(1, windows.numel() // PART))
     return torch.cat([(part * x.movedim(0, -1)).sum(-1) for part in parts])
 
 
-# The two products are each other's derivatives. As autograd functions they save the polynomials only: what is k times
-# larger lives inside one product, if at all, and its gradient is never formed.
+# The two products are each other's derivatives. As autograd functions, they save only the polynomials: a tensor k times as
+# large exists only inside one product, if at all, and its gradient is never computed.
 class _Multiply(torch.autograd.Function):
     """``out[c] = sum_a left[a] right[c - a]`` for c up to ``degree``."""
 

@@ -1,1 +1,1 @@
-"""What selection saves: counted in FLOPs, measured in seconds. Never in one column."""
+"""Savings of selection: counted in FLOPs and measured in seconds, never in one column."""

@@ -1,4 +1,4 @@
-"""The benchmark: every hard row beside two baselines of the same run, stock and exact (the library's own classes at budget 1.0)."""
+"""The benchmark: every hard row is compared with two references of the same run, stock and exact (this library at budget 1.0)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .workloads import DTYPES, Workload, cache_bytes, share_weights
 STOCK, EXACT = "stock", "exact"
 UNCOMPILED = "stock, not compiled"
 MODES = ("eager", "compiled", "cuda_graphs")
-SECONDS_OF_ENERGY = 1.0  # at least: a GPU's counter moves some ten times a second
+SECONDS_OF_ENERGY = 1.0  # at least: the counter of a GPU is updated about ten times per second
 
 
 def run(
@@ -51,17 +51,18 @@ def measure(
 ) -> dict[str, Any]:
     """Measure one workload with its rows.
 
-    Every speed-up is the median, over rounds in which each model had its turn, of the baseline's time by the row's in that round.
+    In each round every model runs once. Every speed-up is the median over rounds of the reference's time divided by the row's.
 
     Args:
-        rounds: at most. seconds: of timing, after which no further round starts (two are run at least).
-        layers_too: also time the layers behind the first one by themselves.
-        mode: how all calls are run, the baselines too. ``compiled``: see ``Workload.compiled``; stock as it is stands beside them.
-            ``cuda_graphs``: replayed without the host, which a small model on a GPU else waits for.
+        rounds: maximum number of rounds. seconds: timing budget, after which no further round starts (at least two are run).
+        layers_too: also time the layers after the first one separately.
+        mode: how all calls are run, including the references. ``compiled``: see ``Workload.compiled``; uncompiled stock is added.
+            ``cuda_graphs``: replayed without the host, for which a small model on a GPU otherwise waits.
 
     Returns:
-        JSON: the workload, and for ``stock``, ``exact`` and every row its time, throughput, FLOPs (executed and nominal), peak memory, energy
-        (None: not measured), cache, speed-ups with their quartiles, and the limit: that of the stock model's profile, or between it and the group's floor.
+        JSON: the workload, and for ``stock``, ``exact`` and every row its time, throughput, FLOPs (executed and nominal), peak memory,
+        energy (None: not measured), cache, speed-ups with their quartiles, and the limit, which follows from the profile of the stock
+        model, or lies between its time and that of the group's floor.
     """
     workload = group.workload
     models = models_of(group)
@@ -74,7 +75,7 @@ def measure(
         calls = {name: workload.compiled(model, inputs) for name, model in models.items()}
         if group.stock:
             calls[UNCOMPILED], models[UNCOMPILED] = partial(workload.call, stock, inputs), stock
-    resident = {name: peak_resident_bytes(call) for name, call in calls.items()}  # and the first call, which warms up
+    resident = {name: peak_resident_bytes(call) for name, call in calls.items()}  # also the first call, which warms up
     profiles = {name: profile_call(call) for name, call in calls.items()}
     if mode == "cuda_graphs" and not workload.generates:
         calls = {name: graphed(call) for name, call in calls.items()}
@@ -92,7 +93,7 @@ def measure(
         nominal = executed[name]
         if any(
             selector.masked for selector in selectors(model).values()
-        ):  # computes on everything it keeps no place for
+        ):  # masked execution computes all positions, also dropped ones
             with execution(model, "gathered"):
                 nominal = work_of(workload, model, inputs)
         median = statistics.median(timed[name])
@@ -139,7 +140,7 @@ def measure(
 
 
 def models_of(group: Group) -> dict[str, nn.Module]:
-    """Stock, exact and every row's model by name, which share their weights; a row ``beside`` another has its selectors."""
+    """Return stock, exact and the model of every row by name, with shared weights; a row ``beside`` another has its selectors."""
     stock = group.workload.build()
     first = HardAttentionConfig.parse(group.rows[0].hard)
     models = {STOCK: stock, EXACT: apply(share_weights(stock), _exact(first)).eval()}
@@ -147,7 +148,7 @@ def models_of(group: Group) -> dict[str, nn.Module]:
         models[row.name] = apply(share_weights(stock), row.hard).eval()
         if row.trained:
             take_trained_selectors(models[row.name], group.workload.model)
-        if row.beside is not None:  # the same scores, or it would choose otherwise
+        if row.beside is not None:  # the same scores, so that both select the same positions
             others = selectors(models[row.beside])
             for site, selector in selectors(models[row.name]).items():
                 selector.load_state_dict(others[site].state_dict())
@@ -155,21 +156,21 @@ def models_of(group: Group) -> dict[str, nn.Module]:
 
 
 def _exact(config: HardAttentionConfig) -> HardAttentionConfig:
-    """The same sites, keeping everything."""
+    """Return the configuration with the same sites, which keep everything."""
     whole = {"budget": 1.0}
     sites = {pattern: {**overrides, **whole} for pattern, overrides in (config.sites or {}).items()}
     return config.replace(sites=sites or None, **whole)
 
 
 def work_of(workload: Workload, model: nn.Module, inputs: dict[str, Any], least_rows: float = 1.0) -> dict[str, Any]:
-    """Work of one call by part, see ``counting.work``."""
+    """Return the work of one call by part, see ``counting.work``."""
     asks = any(selector.data_dependent or selector.config.pack for selector in selectors(model).values())
     asks = asks or workload.generates or "spatial_shapes" in inputs
     return work(partial(workload.run, model, inputs), fake=not asks, least_rows=least_rows)
 
 
 def limits_above_floor(group: Group, seconds: dict[str, float]) -> dict[str, float]:
-    """Limits of the rows by name, from the times of stock and of the row that is the group's floor; empty where none is."""
+    """Return the limits of the rows by name, from the times of stock and of the group's floor; empty if the group has no floor."""
     floor = next((row.name for row in group.rows if row.floor), None)
     if floor is None or not group.stock:
         return {}
@@ -181,7 +182,7 @@ def limits_above_floor(group: Group, seconds: dict[str, float]) -> dict[str, flo
 
 
 def flops(parts: dict[str, Any]) -> int:
-    """All matrix products of ``work_of``."""
+    """Return the FLOPs of all matrix products in the result of ``work_of``."""
     return sum(parts[part] for part in ("linear", "attention", "convolution"))
 
 
@@ -194,12 +195,12 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Where and with what the numbers were made."""
+    """Describe the machine, its settings and the versions."""
     return {
         "device": default_device().type,
         "processor": device_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "native_bfloat16": any(  # mkldnn calls bfloat16 supported where it emulates it
+        "native_bfloat16": any(  # mkldnn reports emulated bfloat16 as supported
             getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         ),
         "threads": threads,

@@ -1,4 +1,4 @@
-"""The saving of exported models: every hard row in onnxruntime, beside the exported stock model and the same rows in PyTorch."""
+"""Benchmark of exported models: every hard row in onnxruntime, with the exported stock model and the same rows in PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .export import export_onnx, onnx_call
 from .suites import Group
 from .timing import interleaved_seconds, ratios
 
-TORCH = "PyTorch, "  # calls of the same models, timed in the same rounds
+TORCH = "PyTorch, "  # prefix of the same models' calls in PyTorch, timed in the same rounds
 
 
 def run(groups: list[Group], *, rounds: int, seconds: float | None, threads: int) -> Iterator[dict[str, Any]]:
@@ -29,14 +29,15 @@ def run(groups: list[Group], *, rounds: int, seconds: float | None, threads: int
 
 
 def measure(group: Group, *, rounds: int, seconds: float | None, threads: int) -> dict[str, Any]:
-    """Export stock, exact and every row of a workload to ONNX, and time them in onnxruntime and in PyTorch, in turn.
+    """Export stock, exact and every row of a workload to ONNX, and time them in onnxruntime and in PyTorch, interleaved.
 
     Args:
-        rounds: at most. seconds: of timing, after which no further round starts. threads: of onnxruntime; PyTorch has its own setting.
+        rounds: maximum number of rounds. seconds: timing budget, after which no further round starts.
+        threads: threads of onnxruntime; PyTorch has its own setting.
 
     Returns:
-        JSON: for every row its seconds, its speed-ups against stock and exact in onnxruntime, that against stock in PyTorch, the counted
-        FLOPs, the file's bytes, and the largest difference of its first output to PyTorch's.
+        JSON: for every row its seconds, its speed-ups over stock and exact in onnxruntime and over stock in PyTorch, the counted
+        FLOPs, the size of the file in bytes, and the largest difference of its first output from that of PyTorch.
     """
     workload = group.workload
     models: dict[str, Any] = models_of(group)

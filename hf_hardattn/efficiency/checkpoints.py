@@ -1,4 +1,4 @@
-"""A checkpoint of a user on the benchmark: the stock model inside it, and random inputs of a stated size for whatever it reads."""
+"""Benchmark of a user's checkpoint: the stock model inside it, and random inputs of a given size for any modality."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..modeling import heads
 from ..models import family_of
 from ..recording import selectors
 
-USUAL_TOKENS, USUAL_PIXELS = 512, 448  # where a configuration names no size
+USUAL_TOKENS, USUAL_PIXELS = 512, 448  # if the configuration names no size
 
 
 class Facts(NamedTuple):
-    """What a checkpoint says of itself.
+    """Facts about a checkpoint.
 
     Attributes:
-        hard: its configuration at the end of its schedules; None for a stock model.
-        size: usual pixels a side of its images, or frames of audio, or tokens.
+        hard: its hard attention configuration at the end of its schedules; None for a stock model.
+        size: usual input size: pixels per side of an image, frames of audio, or tokens.
         writes: whether its call is ``generate()``.
     """
 
@@ -34,7 +34,7 @@ class Facts(NamedTuple):
 
 
 def facts(place: str, new_tokens: int) -> Facts:
-    """Read a checkpoint of any form and family; ``new_tokens`` leave their room to the positions of a decoder."""
+    """Read a checkpoint of any form and family; a decoder reserves positions for ``new_tokens``."""
     model = _load(place)
     hard = getattr(model.config, "hard_attention", None)
     return Facts(None if hard is None else _at_its_end(hard), _usual_size(model, new_tokens), model.can_generate())
@@ -48,7 +48,7 @@ def _usual_size(model: Any, new_tokens: int) -> int:
     if "pixel_values" in _names(model):
         return USUAL_PIXELS
     longest = getattr(config, "max_position_embeddings", None) or 2 * USUAL_TOKENS
-    for module in model.modules():  # RoBERTa's positions start behind that of padding
+    for module in model.modules():  # the positions of RoBERTa start after that of padding
         if isinstance(module, nn.Embedding) and module.num_embeddings == longest and module.padding_idx is not None:
             longest -= module.padding_idx + 1
     prompt = model.can_generate() and not model.config.is_encoder_decoder
@@ -56,7 +56,7 @@ def _usual_size(model: Any, new_tokens: int) -> int:
 
 
 def _at_its_end(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as it stands when its training is over."""
+    """Return a configuration with its schedules at their final values."""
     ended = {**config, "sites": {site: dict(part) for site, part in config["sites"].items()}}
     for part in (ended, *ended["sites"].values()):
         if "budget" in part:
@@ -68,12 +68,12 @@ def _at_its_end(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def stock_model(place: str) -> Any:
-    """The model of a checkpoint with the head it was saved with, and without its hard attention."""
+    """Return the model of a checkpoint with its saved head and without its hard attention."""
     return remove(_load(place))
 
 
 def take_trained_selectors(model: Any, place: str) -> Any:
-    """Give a model that has the sites of a checkpoint that checkpoint's selectors."""
+    """Load the selectors of a checkpoint into a model that has the same sites."""
     trained = selectors(_load(place))
     for site, selector in selectors(model).items():
         selector.load_state_dict(trained[site].state_dict())
@@ -90,19 +90,19 @@ def _load(place: str) -> Any:
 
 
 def random_inputs(model: Any, place: str, size: int, batch: int) -> dict[str, Any]:
-    """Inputs of one call: random pixels, tokens or audio. A model of images and texts gets what its processor makes of such an image.
+    """Return the inputs of one call: random pixels, tokens or audio. For a model of images and texts, its processor prepares random ones.
 
     Args:
-        model: of ``stock_model(place)``. size: pixels a side, frames of audio, or tokens.
+        model: the result of ``stock_model(place)``. size: pixels per side, frames of audio, or tokens.
 
     Raises:
-        HardAttentionError: a model of images and texts without its processor.
+        HardAttentionError: a model of images and texts has no processor.
     """
     config, names = _reader(model.config), _names(model)
-    captions = model.can_generate() and model.main_input_name == "pixel_values"  # from an image alone
+    captions = model.can_generate() and model.main_input_name == "pixel_values"  # needs only an image
     if {"pixel_values", "input_ids"} <= names and not captions:
         return _through_processor(model, place, size, batch)
-    if "spatial_shapes" in names:  # patches, not an image
+    if "spatial_shapes" in names:  # the model takes patches instead of an image
         side = size // config.patch_size
         return {
             "pixel_values": torch.randn(batch, side * side, config.num_channels * config.patch_size**2),
@@ -122,13 +122,13 @@ def random_inputs(model: Any, place: str, size: int, batch: int) -> dict[str, An
 
 
 def _copying_heads(model: Any) -> tuple[str, ...]:
-    """Names of the heads of the model's family that feed their decoder themselves."""
+    """Return the heads of the model's family that create their decoder inputs themselves."""
     family = family_of(model)
     return () if family is None else family.spec.copying_heads
 
 
 def _reader(config: Any) -> Any:
-    """The configuration of what reads the input first."""
+    """Return the configuration of the tower that reads the input first."""
     parts = (getattr(config, name, None) for name in ("vision_config", "encoder", "text_config"))
     return next((part for part in parts if hasattr(part, "model_type")), config)
 
@@ -138,7 +138,7 @@ def _names(model: Any) -> set[str]:
 
 
 def _tokens(config: Any, batch: int, size: int) -> Tensor:
-    """Ids of ordinary tokens ``[batch, size]``, with the end of a text at their end, by which some towers pool."""
+    """Random ids of ordinary tokens ``[batch, size]`` that end in the end-of-text token, which some towers use for pooling."""
     special = [getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")]
     ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
     ids = ordinary[torch.randint(len(ordinary), (batch, size))]

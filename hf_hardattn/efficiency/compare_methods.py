@@ -1,4 +1,4 @@
-"""Trained models, soft and hard, beside other ways to spare tokens: accuracy and measured speed of each, in one run."""
+"""Compare trained models, soft and hard, with other methods of token reduction: accuracy and measured speed of each, in one run."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from .workloads import share_weights
 
 
 def run(folder: Path, columns: dict[str, Any], *, batch: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Measure every method on the models ``soft`` and ``hard`` of ``folder``, from one base checkpoint; the methods without training keep as much.
+    """Measure every method on the models ``soft`` and ``hard`` of ``folder``, which share a base checkpoint. The methods without training
+    are also measured at the hard model's budget.
 
     Args:
-        columns: the test set, ``pixel_values`` and ``labels``. batch: images of a timed call.
+        columns: the test set, ``pixel_values`` and ``labels``. batch: images per timed call.
 
     Returns:
-        method to accuracy, images a second, speed-up against the soft model, FLOPs an image (executed and nominal), peak bytes and the weights
-        it runs on.
+        For each method: accuracy, images per second, speed-up over the soft model, FLOPs per image (executed and nominal), peak bytes, and
+        the weights that it uses.
     """
     missing = [name for name in ("soft", "hard") if not (folder / name).is_dir()]
     if missing:

@@ -1,4 +1,4 @@
-"""Counted cost: floating-point operations from shapes, and the elements that all other operations write."""
+"""Counted cost: floating-point operations of matrix products from shapes, and the elements written by all other operations."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..api import set_step
 from ..modeling.selector import Selector
 
-# what a matrix product belongs to: weights meet activations in mm and addmm, activations meet each other in bmm
+# part of each matrix product: mm and addmm multiply activations by weights, bmm multiplies activations
 PARTS = {"mm": "linear", "addmm": "linear", "bmm": "attention", "baddbmm": "attention", "convolution": "convolution"}
 
 
 def count_training_flops(model: nn.Module, batch: Mapping[str, Any], steps: int, points: int = 8) -> int:
     """Count the FLOPs of ``steps`` training steps on batches like this one: forward and backward, matrix products only.
 
-    A budget that changes with the step changes what a gathered step costs, so steps all along the training are counted and the
-    mean is taken. Weights, gradients and the state of the random numbers are left as they were.
+    A budget schedule changes the cost of a gathered step, so the function counts steps spread over the training and takes their mean.
+    Weights, gradients and the state of the random number generators are unchanged.
 
     Args:
-        batch: with ``labels``. steps: of the training, >= 1. points: steps that are counted.
+        batch: inputs with ``labels``. steps: steps of the training, >= 1. points: number of steps that are counted.
     """
     training, kept = model.training, [(p, p.grad) for p in model.parameters()]
     chosen = sorted({round(step) for step in torch.linspace(0, steps - 1, points).tolist()})
@@ -54,8 +54,8 @@ def count_training_flops(model: nn.Module, batch: Mapping[str, Any], steps: int,
 def count_flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
     """Count the FLOPs executed by one forward of ``model`` in evaluation mode (two per multiply-add, matrix products only).
 
-    Attention runs through its mathematical form while it is counted: PyTorch's counter does not see the fused CPU kernel.
-    Masked execution shows no saving here, because it saves nothing; gathered execution shows what it saves.
+    Attention uses the math backend while it is counted, because PyTorch's counter does not see the fused CPU kernel.
+    Masked execution shows no saving here, because it saves nothing; gathered execution shows its saving.
     """
     training = model.training
     model.eval()
@@ -66,7 +66,7 @@ def count_flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
 
 
 def flops_by_part(call: Callable[[], object]) -> dict[str, int]:
-    """FLOPs of ``call`` by part: ``linear``, ``attention``, ``convolution``."""
+    """Count the FLOPs of ``call`` by part: ``linear``, ``attention``, ``convolution``."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     parts = dict.fromkeys(PARTS.values(), 0)
@@ -77,14 +77,14 @@ def flops_by_part(call: Callable[[], object]) -> dict[str, int]:
 
 
 class ElementCounter(TorchDispatchMode):
-    """Counts the elements that operations write, views and matrix products left out: norms, activations, copies, gathers. What selectors
-    write is left out too: it is the price of a saving, not a part of what is left to do.
+    """Counts the elements written by norms, activations, copies and gathers, but not by views and matrix products. The output of
+    selectors is not counted either: it is the price of a saving, not a part of the remaining work.
 
     Args:
-        least_rows: products of weights with fewer rows than this cost as much as with so many: the time goes into reading the weights.
+        least_rows: products with weights that have fewer rows cost as much as with this number, because reading the weights dominates.
 
     Attributes:
-        elements: counted so far. linear: FLOPs of the products of weights, those with few rows at the cost of ``least_rows``.
+        elements: number counted so far. linear: FLOPs of products with weights, at the cost of at least ``least_rows`` rows.
     """
 
     def __init__(self, least_rows: float = 1.0) -> None:
@@ -128,11 +128,11 @@ class ElementCounter(TorchDispatchMode):
 
 
 def work(call: Callable[[], object], *, fake: bool = True, least_rows: float = 1.0) -> dict[str, Any]:
-    """The work of ``call`` by part: FLOPs of ``linear``, ``attention`` and ``convolution``, written elements of ``other``; and ``streamed``,
-    the FLOPs of ``linear`` with few rows at the cost of ``least_rows`` (see ``limits.streaming_rows``).
+    """Return the work of ``call`` by part: FLOPs of ``linear``, ``attention`` and ``convolution``, written elements of ``other``; and
+    ``streamed``, the FLOPs of ``linear`` at the cost of at least ``least_rows`` rows (see ``limits.streaming_rows``).
 
     Args:
-        fake: trace shapes only, without computing; a ``generate()`` and rows that are packed read values, and must compute.
+        fake: trace only shapes, without computing. ``generate()`` and packed rows depend on values and must compute.
     """
     with torch.no_grad():
         if not fake:

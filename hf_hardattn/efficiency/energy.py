@@ -1,4 +1,4 @@
-"""Energy and CO2 of a piece of work on this machine, by CodeCarbon."""
+"""Energy and CO2 of a block of code on this machine, by CodeCarbon."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from typing import Any
 
 WORLD_AVERAGE = (
-    475.0  # grams of CO2 equivalents a kWh; IEA, Global Energy & CO2 Status Report 2019, as CodeCarbon holds it
+    475.0  # grams of CO2 equivalents per kWh; IEA, Global Energy & CO2 Status Report 2019, as stored in CodeCarbon
 )
-MEASURING = ("rapl", "powermetrics", "power_gadget", "psys")  # how CodeCarbon reads a processor's own meter
+MEASURING = ("rapl", "powermetrics", "power_gadget", "psys")  # interfaces of CodeCarbon to a processor's energy meter
 
 
 @contextmanager
 def metered(country: str | None = None) -> Iterator[dict[str, Any]]:
-    """Meter the energy of the whole machine while the block runs; one meter a machine, not one a process.
+    """Meter the energy of the whole machine while the block runs; use one meter per machine, not one per process.
 
     Args:
-        country: three-letter ISO code, for the carbon intensity of its electricity; the world's average by default.
+        country: three-letter ISO code, for the carbon intensity of its electricity; the world average by default.
 
     Yields:
-        A dict, filled when the block ends: ``kwh``, ``co2_grams``, ``how`` (measured or estimated), ``scope``, ``software``,
-        ``hardware``, ``region``, as a model card takes them; ``{"not_measured": why}`` where there is no CodeCarbon or no reading.
+        A dict, filled when the block ends, with the fields of a model card: ``kwh``, ``co2_grams``, ``how`` (measured or estimated),
+        ``scope``, ``software``, ``hardware``, ``region``; or ``{"not_measured": why}`` without CodeCarbon or without a reading.
     """
     found: dict[str, Any] = {}
     make: Any = None
@@ -43,7 +43,7 @@ def metered(country: str | None = None) -> Iterator[dict[str, Any]]:
         place = {
             "country_iso_code": "USA",
             "force_carbon_intensity_g_co2e_kwh": WORLD_AVERAGE,
-        }  # it wants a country all the same
+        }  # it requires a country nevertheless
     tracker = make(
         **place,
         tracking_mode="machine",
@@ -62,7 +62,7 @@ def metered(country: str | None = None) -> Iterator[dict[str, Any]]:
 
 
 def total(readings: list[dict[str, Any]]) -> dict[str, Any]:
-    """The sum of several readings; not measured where one of them was not."""
+    """Return the sum of several readings; it is not measured if one of them was not."""
     for reading in readings:
         if "not_measured" in reading:
             return reading

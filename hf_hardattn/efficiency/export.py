@@ -1,4 +1,4 @@
-"""Export of hard models with a fixed number of kept positions: ``torch.export`` and ONNX, and their saving in onnxruntime."""
+"""Export of hard models with a fixed number of kept positions by ``torch.export`` and to ONNX, and calls in onnxruntime."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def export_onnx(model: PreTrainedModel, batch: Mapping[str, Tensor], path: Path)
     """Write ``path`` with Transformers' own exporter, at the shapes of ``batch``.
 
     Raises:
-        HardAttentionError: a budget that only the scores know has no fixed shape.
+        HardAttentionError: the number of kept positions depends on the scores, so there is no fixed shape.
         ImportError: the extra ``export`` is not installed.
     """
     check(model)
@@ -36,7 +36,7 @@ def export_onnx(model: PreTrainedModel, batch: Mapping[str, Tensor], path: Path)
 
 
 def export_program(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
-    """``torch.export`` of a model at the shapes of ``batch``, through Transformers' own exporter; raises like ``export_onnx``."""
+    """Export a model by ``torch.export`` at the shapes of ``batch``, with Transformers' own exporter; raises like ``export_onnx``."""
     check(model)
     from transformers.exporters.configs import DynamoConfig
     from transformers.exporters.exporter_dynamo import DynamoExporter
@@ -48,7 +48,7 @@ def export_program(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> torch
 
 
 def onnx_call(path: Path, batch: Mapping[str, Tensor], threads: int = 0) -> partial[list[Any]]:
-    """A call of the exported model in onnxruntime, which returns its outputs as arrays."""
+    """Return a call of the exported model in onnxruntime, which returns its outputs as arrays."""
     try:
         import onnxruntime
     except ImportError:
@@ -61,7 +61,7 @@ def onnx_call(path: Path, batch: Mapping[str, Tensor], threads: int = 0) -> part
 
 
 def check(model: PreTrainedModel) -> None:
-    """Raise where the number of kept positions is not known without the scores."""
+    """Raise if the number of kept positions depends on the scores."""
     for site, selector in selectors(model).items():
         if selector.data_dependent:
             raise HardAttentionError(

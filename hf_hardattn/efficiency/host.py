@@ -1,7 +1,7 @@
-"""What selection costs the host: the kernels it launches and the processor time of a call, beside stock.
+"""Host cost of selection, compared with stock: the kernels that it launches and the processor time of a call.
 
-A GPU waits for the host where a model is small or a batch is one: each operation costs some microseconds of Python and dispatch, however
-little it computes. Both are found here on the CPU, with models of 12 layers so narrow that nothing but this time is left.
+With a small model or a batch of one, a GPU waits for the host: each operation costs some microseconds of Python and dispatch, however
+little it computes. Both are measured here on the CPU, with models of 12 layers that are so narrow that only this time remains.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from transformers import (
 from ..api import apply
 
 LAYERS, TOKENS, NEW_TOKENS = 12, 64, 16
-TURNS, TURNS_GENERATING = 25, 5  # calls of each model in one round: a generate() is 16 forwards long
+TURNS, TURNS_GENERATING = 25, 5  # calls of each model per round: a generate() has 16 forward passes
 STOCK, AGAIN = "stock", "stock, again"
-# allocate without launching anything
+# operations that allocate without launching a kernel
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
 
 
@@ -44,9 +44,9 @@ class HostRow:
     """One hard configuration of a workload.
 
     Attributes:
-        name: shown. hard: the configuration.
-        most_kernels: that it may add to stock's, None without a limit.
-        most_host: processor time by stock's that it may take, None without a limit.
+        name: name in the report. hard: the configuration.
+        most_kernels: most kernels that it may add to those of stock; None for no limit.
+        most_host: most processor time relative to stock; None for no limit.
     """
 
     name: str
@@ -60,7 +60,7 @@ class HostWorkload:
     """A narrow model of 12 layers, a call, and its rows.
 
     Attributes:
-        build: makes the stock model. inputs: keyword inputs of one call. generates: whether the call is ``generate()``.
+        build: builds the stock model. inputs: returns the keyword inputs of one call. generates: whether the call is ``generate()``.
     """
 
     name: str
@@ -70,7 +70,7 @@ class HostWorkload:
     generates: bool = False
 
     def call(self, model: Any, inputs: Mapping[str, Any]) -> None:
-        """What is counted and timed."""
+        """Run the call that is counted and timed."""
         with torch.inference_mode():
             if self.generates:
                 model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
@@ -81,10 +81,10 @@ class HostWorkload:
 class KernelCounter(TorchDispatchMode):
     """Counts the operations that launch a kernel, by name, in ``operations``.
 
-    Left out is what only looks at memory in another way, or allocates it: an operation whose outputs all lie in the memory of its inputs, unless
-    it writes there. So ``to``, ``reshape`` and ``contiguous`` count only where they copy; how many copies stock makes behind its attention
-    hangs on the shapes, and a hard model can make fewer. In inference mode a composite operation (``linear``, ``layer_norm``) is one, as it
-    is one kernel on a GPU.
+    Views and allocations are not counted: a view is an operation whose outputs all share the memory of its inputs, unless it writes to it.
+    Therefore ``to``, ``reshape`` and ``contiguous`` count only if they copy. The number of copies that stock makes after its attention
+    depends on the shapes, and a hard model may make fewer. In inference mode a composite operation (``linear``, ``layer_norm``) counts
+    once, as it is one kernel on a GPU.
     """
 
     def __init__(self) -> None:
@@ -100,26 +100,26 @@ class KernelCounter(TorchDispatchMode):
 
 
 def _inside(output: Any, inputs: Any) -> bool:
-    """Whether all tensors of ``output`` lie in the memory of ``inputs``; False where there are none."""
+    """Whether all tensors of ``output`` share the memory of ``inputs``; False if there are none."""
     found, given = ([leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (output, inputs))
     memory = {tensor.untyped_storage().data_ptr() for tensor in given}
     return bool(found) and all(tensor.untyped_storage().data_ptr() in memory for tensor in found)
 
 
 def count_kernels(call: Callable[[], object]) -> Counter[str]:
-    """The kernels that ``call`` launches, by the name of their operation; call it once before, so that nothing is made for the first time."""
+    """Count the kernels that ``call`` launches, by operation. Run it once before, so that one-time initialisation is not counted."""
     with KernelCounter() as counter:
         call()
     return counter.operations
 
 
 def added_kernels(workload: HostWorkload) -> dict[str, Counter[str]]:
-    """The kernels that each row launches beyond stock's, by row and operation; negative where it launches fewer."""
+    """Return the kernels that each row launches in addition to stock, by row and operation; negative if it launches fewer."""
     return _added(_calls(workload))
 
 
 def _added(calls: Mapping[str, Callable[[], object]]) -> dict[str, Counter[str]]:
-    for call in calls.values():  # what is made once must not be counted
+    for call in calls.values():  # exclude one-time initialisation from the count
         call()
     counts = {name: count_kernels(call) for name, call in calls.items()}
     stock, added = counts.pop(STOCK), {}
@@ -130,7 +130,7 @@ def _added(calls: Mapping[str, Callable[[], object]]) -> dict[str, Counter[str]]
 
 
 def _calls(workload: HostWorkload) -> dict[str, Callable[[], object]]:
-    """The call of the stock model, and of a hard copy for each row."""
+    """Return the call of the stock model and that of a hard copy for each row."""
     torch.manual_seed(0)
     stock, inputs = workload.build().eval(), workload.inputs()
     models = {STOCK: stock, **{row.name: apply(copy.deepcopy(stock), row.hard).eval() for row in workload.rows}}
@@ -141,11 +141,12 @@ def measure(workload: HostWorkload, *, rounds: int, seconds: float | None = None
     """Count and time a workload with its rows.
 
     Args:
-        rounds: at most; in each, every model has ``TURNS`` turns. seconds: after which no further round starts (two are run at least).
+        rounds: maximum number of rounds; in each, every model has ``TURNS`` turns. seconds: time after which no further round starts (at
+            least two are run).
 
     Returns:
-        JSON: seconds of stock, and of the same call timed as if it were another row (``again``), which says how far apart two measurements of
-        one thing lie; of each row the kernels added, by operation too, its processor time by stock's, and its limits.
+        JSON: seconds of stock, and the ratio of the same call timed as if it were another row (``again``), which shows the error of the
+        measurement; for each row the added kernels in total and by operation, its processor time relative to stock, and its limits.
     """
     calls = _calls(workload)
     kernels = _added(calls)
@@ -179,14 +180,14 @@ def _by_stock(timed: Mapping[str, list[float]], name: str) -> dict[str, Any]:
 def processor_seconds(
     calls: Mapping[str, Callable[[], object]], *, rounds: int, turns: int, seconds: float | None = None
 ) -> dict[str, list[float]]:
-    """Processor time of this thread for each call, the median over the turns of each round; what else runs on the machine is not counted.
+    """Measure the processor time of this thread for each call, as the median over the turns of each round. Other processes do not count.
 
-    The order turns round from turn to turn, so that no call always finds the caches as the same other call left them.
+    The order is reversed from turn to turn, so that the same call does not always precede a call and determine the state of its caches.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     started = time.monotonic()
     collecting = gc.isenabled()
-    gc.disable()  # or one call pays for what the others left
+    gc.disable()  # otherwise one call pays for the garbage of the others
     try:
         for round_ in range(rounds):
             taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -208,13 +209,13 @@ def processor_seconds(
 
 def run(*, rounds: int, seconds: float | None) -> Iterator[dict[str, Any]]:
     """Measure every workload; see ``measure``."""
-    torch.set_num_threads(1)  # all of the time is this thread's then
+    torch.set_num_threads(1)  # so that all of the time is spent in this thread
     for workload in WORKLOADS:
         yield measure(workload, rounds=rounds, seconds=seconds)
 
 
 def _held(kernels: int, host: float, row: HostRow) -> bool:
-    """Whether what was found is within a row's limits."""
+    """Whether the measurement is within the limits of a row."""
     return (row.most_kernels is None or kernels <= row.most_kernels) and (
         row.most_host is None or host <= row.most_host
     )
@@ -279,7 +280,7 @@ def _padded_ids() -> dict[str, Any]:
 
 
 def _everything(*sites: str) -> HostRow:
-    """A row that keeps everything, and so may cost nothing."""
+    """Return a row that keeps everything and must therefore cost nothing."""
     return HostRow(f"{', '.join(sites)} keep all", {"sites": list(sites), "budget": 1.0}, 0, 1.03)
 
 

@@ -1,4 +1,4 @@
-"""What importing the library costs a stock model: two processes, with and without, forward by forward."""
+"""Cost of importing the library for a stock model: two processes, with and without the import, timed in alternation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from contextlib import ExitStack
 from typing import Any
 
-# One forward of a stock model for each line read; the parent asks two such processes in turn.
+# Runs one forward of a stock model for each line read; the parent process alternates between two such processes.
 IMPORT_PROBE = """
 import sys, time, torch
 torch.set_num_threads(int(sys.argv[2]))
@@ -25,7 +25,7 @@ for _ in sys.stdin:
 
 
 def cost_of_import(threads: int, rounds: int, warmup: int = 3) -> dict[str, Any]:
-    """A stock ViT in two processes, with and without the library imported, one forward of each in turn."""
+    """Time a stock ViT in two processes, with and without the library imported, with one forward of each in turn."""
     arguments = {mode: [sys.executable, "-c", IMPORT_PROBE, mode, str(threads)] for mode in ("with", "without")}
     seconds: dict[str, list[float]] = {mode: [] for mode in arguments}
     outputs = set()
@@ -37,7 +37,7 @@ def cost_of_import(threads: int, rounds: int, warmup: int = 3) -> dict[str, Any]
             for mode, command in arguments.items()
         }
         for round_ in range(warmup + rounds):
-            for mode in sorted(probes, reverse=bool(round_ % 2)):  # each goes first in every other round
+            for mode in sorted(probes, reverse=bool(round_ % 2)):  # the order alternates
                 stdin, stdout = probes[mode].stdin, probes[mode].stdout
                 if stdin is None or stdout is None:
                     raise OSError("the probe's pipes are closed")

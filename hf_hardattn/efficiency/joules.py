@@ -1,4 +1,4 @@
-"""Measured cost: joules, from the counters of the machine. Where there is none, nothing is claimed."""
+"""Measured cost: joules, from the energy counters of the machine. Without a counter, nothing is reported."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _RAPL = Path("/sys/class/powercap")
 
 
 def read_joules() -> float | None:
-    """The machine's energy counters now, in joules since some start: the CPU packages (RAPL) and the current NVIDIA GPU (NVML); None
-    when none of them can be read. An estimate from a processor's rated power is no measurement, and is not made."""
+    """Read the energy counters of the machine, in joules since an arbitrary start: the CPU packages (RAPL) and the current NVIDIA GPU
+    (NVML); None if none of them can be read. An estimate from the rated power of a processor would not be a measurement."""
     found = [joules for joules in (_packages(), _gpu()) if joules is not None]
     return sum(found) if found else None
 
 
 def joules_per_call(call: Callable[[], object], calls: int) -> float | None:
-    """Energy of one ``call``, the mean over ``calls``; None when it cannot be measured."""
+    """Return the mean energy of one ``call`` over ``calls`` calls; None if it cannot be measured."""
     start = read_joules()
     if start is None:
         return None

@@ -1,4 +1,4 @@
-"""The limit of a saving: no part of a model gets faster than its work gets smaller (Amdahl)."""
+"""The limit of a saving: the time of a part cannot decrease more than its work (Amdahl)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..errors import HardAttentionError
 from .memory import peak_of
 from .timing import interleaved_seconds
 
-# operators that compute, by part; every other operator is "other"
+# operators that compute, by part; all others belong to "other"
 OPERATORS = {
     "linear": ("addmm", "mm", "mkldnn_linear", "_mkl_linear", "_linear_pointwise", "linear"),
     "attention": (
@@ -36,12 +36,12 @@ OPERATORS = {
 
 @dataclass
 class Profile:
-    """One call, profiled.
+    """Profile of one call.
 
     Attributes:
-        shares: of its time by part (``linear``, ``attention``, ``convolution``, ``other``), together 1.
-        peak_bytes: most that PyTorch's allocator held at once for it, beyond what was there before.
-        output: of the call.
+        shares: shares of the time by part (``linear``, ``attention``, ``convolution``, ``other``), which sum to 1.
+        peak_bytes: peak of PyTorch's allocator during the call, beyond the memory held before.
+        output: output of the call.
     """
 
     shares: dict[str, float]
@@ -56,15 +56,15 @@ def profile_call(call: Callable[[], object]) -> Profile:
     if gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile writes lines of its own into the output
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise each profile prints log lines
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=activities, profile_memory=not gpu) as profiler:
         output = call()
     seconds = dict.fromkeys((*OPERATORS, "other"), 0.0)
     for event in profiler.key_averages():
         if event.device_type != DeviceType.CPU:
-            continue  # a kernel by itself: its time stands at the operator that launched it, too
-        name = event.key.rpartition("::")[2]  # aten's, or mkl's and mkldnn's where weights are packed
+            continue  # a kernel: its time is also attributed to the operator that launched it
+        name = event.key.rpartition("::")[2]  # operators of aten, or of mkl and mkldnn if weights are packed
         part = next((part for part, names in OPERATORS.items() if name.startswith(names)), "other")
         seconds[part] += event.self_device_time_total if gpu else event.self_cpu_time_total
     total = sum(seconds.values())
@@ -73,10 +73,11 @@ def profile_call(call: Callable[[], object]) -> Profile:
 
 
 def streaming_rows(dtype: torch.dtype, size: int = 4096, copies: int = 8, many: int = 64) -> float:
-    """Rows at which a product with weights takes as long on this machine as reading them: with fewer (decoding), fewer FLOPs are no saving.
+    """Number of rows at which a product with weights takes as long on this machine as reading the weights. With fewer rows (decoding),
+    fewer FLOPs save nothing.
 
     Args:
-        size: a side of the weights. copies: of them, read in turn, together more than any cache holds.
+        size: side of the weight matrices. copies: number of them, read in turn; together they exceed any cache.
     """
     place: dict[str, Any] = dict(device=default_device(), dtype=dtype)
     weights = [torch.ones(size, size, **place) for _ in range(copies)]
@@ -94,11 +95,11 @@ def streaming_rows(dtype: torch.dtype, size: int = 4096, copies: int = 8, many: 
 
 
 def amdahl(shares: Mapping[str, float], before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    """The largest speed-up that less work allows: ``1 / sum_p share_p * after_p / before_p``.
+    """Return the largest speed-up that the smaller work allows: ``1 / sum_p share_p * after_p / before_p``.
 
     Args:
-        shares: of the baseline's time, by part. before, after: work of the baseline and of the variant, by part (see ``counting.work``); where
-            it tells ``streamed``, that stands for ``linear``.
+        shares: shares of the reference's time, by part. before, after: work of the reference and of the variant, by part (see
+            ``counting.work``); ``streamed`` replaces ``linear`` if it is present.
     """
     before, after = ({**work, "linear": work.get("streamed", work.get("linear", 0))} for work in (before, after))
     remaining = sum(share * (after[part] / before[part] if before[part] else 1.0) for part, share in shares.items())
@@ -108,5 +109,5 @@ def amdahl(shares: Mapping[str, float], before: Mapping[str, float], after: Mapp
 
 
 def between(whole: float, floor: float, keep: float) -> float:
-    """The largest speed-up of keeping the share ``keep`` where time falls evenly from ``whole`` (everything kept) to ``floor`` (next to nothing)."""
+    """Largest speed-up of keeping the share ``keep`` if time falls linearly from ``whole`` (all kept) to ``floor`` (almost none kept)."""
     return whole / (floor + keep * (whole - floor))

@@ -1,4 +1,4 @@
-"""Measured cost: bytes. Peaks of one call, and what a training step keeps for its backward pass."""
+"""Cost in bytes: measured peaks of one call, and the counted activations that a training step keeps for its backward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_of(profiler: Any) -> int:
-    """Most bytes that the CPU allocator held at once beyond what was there before, from a profile with ``profile_memory=True``."""
+    """Return the peak of the CPU allocator in bytes beyond the memory held before, from a profile with ``profile_memory=True``."""
     held = peak = 0
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -27,10 +27,10 @@ def peak_of(profiler: Any) -> int:
 
 
 def peak_resident_bytes(call: Callable[[], object]) -> int | None:
-    """Rise of the process's resident memory to its high-water mark in ``call``; None where the system cannot tell (not Linux), and
-    where it would tell nothing (the model is on a GPU).
+    """Return the increase of the process's resident memory to its high-water mark in ``call``; None if the system does not report it
+    (not Linux), or if it is meaningless (the model is on a GPU).
 
-    Freed pages are handed back first, and the mark is set back: a later call of the same process is measured like the first.
+    Freed pages are returned first, and the mark is reset, so that a later call in the same process is measured like the first.
     """
     if default_device().type == "cuda":
         call()
@@ -53,11 +53,11 @@ def _high_water() -> int:
 
 
 def activation_bytes(model: nn.Module, batch: Mapping[str, Any], loss: Callable[[Any], Tensor] | None = None) -> int:
-    """Bytes that one training step of ``model`` keeps between its forward and its backward pass, weights left out. Counted, not
-    measured: every storage that autograd saves, once.
+    """Return the bytes that one training step of ``model`` keeps between its forward and its backward pass, without the weights. They
+    are counted, not measured: every storage that autograd saves counts once.
 
     Args:
-        loss: makes the loss of the output; ``output.loss`` by default.
+        loss: computes the loss from the output; ``output.loss`` by default.
     """
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *_tensors(batch))}
     saved: dict[int, int] = {}
@@ -67,7 +67,7 @@ def activation_bytes(model: nn.Module, batch: Mapping[str, Any], loss: Callable[
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)  # alive until the end, or another tensor could take its place
+            held.append(tensor)  # keep it alive, because another tensor could reuse its memory
         return tensor
 
     training = model.training

@@ -1,4 +1,4 @@
-"""What a choice costs by itself: scorer, top-k and gather of one ``tokens`` site, beside a layer of the stock model."""
+"""Cost of the selection itself: scorer, top-k and gather of one ``tokens`` site, compared with a layer of the stock model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .workloads import Workload
 def selection_overhead(
     model: nn.Module, stock: nn.Module, inputs: dict[str, Any], workload: Workload
 ) -> dict[str, float] | None:
-    """Time the first ``tokens`` site of ``model`` on the states it sees, and the stock layer it follows, in turn.
+    """Time the first ``tokens`` site of ``model`` on its hidden states, and the stock layer that it follows, in turn.
 
     Returns:
-        seconds of ``selection`` and ``layer``, and ``share``, the median of their ratio; None when there is no such site or layers are called
+        Seconds of ``selection`` and ``layer``, and ``share``, the median of their ratio; None if there is no such site or layers are called
         through ``generate()``.
     """
     site = next((site for site in selectors(model) if ".tokens." in site), None)
@@ -58,7 +58,7 @@ def selection_overhead(
 
 
 def _host(model: nn.Module, site: str) -> tuple[nn.Module, Any]:
-    """The layer that hosts a ``tokens`` site, and its tower."""
+    """Return the layer that hosts a ``tokens`` site, and its tower."""
     family: Any = family_of(model)
     name, kind, layer = site.split(".")
     tower = family.towers(model)[name]
@@ -74,8 +74,8 @@ def _select(model: nn.Module, host: tuple[nn.Module, Any], hidden: torch.Tensor)
 
 @contextmanager
 def later_layers(model: nn.Module) -> Iterator[list[float]]:
-    """Collect, call by call inside the block, the seconds that ``model`` spends in the layers of its first tower behind the first one: the part
-    that a selection before them makes cheaper. Empty where there is no such tower."""
+    """Collect for each call inside the block the seconds that ``model`` spends in the layers after the first one of its first tower, the
+    part that a selection before them makes cheaper. Empty if there is no such tower."""
     found: list[float] = []
     family = family_of(model)
     if family is None:

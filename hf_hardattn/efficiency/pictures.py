@@ -12,7 +12,7 @@ from .report import is_control
 SHOWN = {
     "stock": "original Transformers",
     "exact": "hf_hardattn at budget 1.0",
-}  # how a row is called, where it is not a selection
+}  # names of the rows that are not selections
 MARKERS = {"stock": "s", "exact": "D"}
 
 
@@ -28,13 +28,13 @@ def _pyplot() -> Any:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw the picture that the suite names."""
+    """Draw the picture of the suite."""
     {"pareto": pareto, "growth": growth, "break_even": break_even}[results["picture"]](results, path)
 
 
 def pareto(results: dict[str, Any], path: Path) -> None:
-    """Measured speed-up against peak memory, both relative to the original model, one colour a workload; rows that no other of their workload
-    beats in both are joined. The right lower corner is best."""
+    """Measured speed-up against peak memory, both relative to the original model, with one colour per workload. The Pareto-optimal rows of
+    each workload are joined. The lower right corner is best."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
     shown = [group for group in results["groups"] if "stock" in group["rows"]]
@@ -44,7 +44,7 @@ def pareto(results: dict[str, Any], path: Path) -> None:
         points = [
             (row["against_stock"]["median"], row["peak_bytes"] / stock["peak_bytes"], name)
             for name, row in group["rows"].items()
-            if name != UNCOMPILED and not is_control(group, name)  # what it keeps nobody chose
+            if name != UNCOMPILED and not is_control(group, name)  # a control does not choose what it keeps
         ]
         front = sorted(p for p in points if not any(q[0] >= p[0] and q[1] <= p[1] and q[:2] != p[:2] for q in points))
         axis.plot([p[0] for p in front], [p[1] for p in front], color=colour, linewidth=1)
@@ -73,7 +73,7 @@ def pareto(results: dict[str, Any], path: Path) -> None:
 
 
 def growth(results: dict[str, Any], path: Path) -> None:
-    """Seconds and peak memory against length, log-log; one column a model."""
+    """Seconds and peak memory against length, log-log; one column per model."""
     plt = _pyplot()
     from matplotlib.ticker import LogLocator
 
@@ -114,14 +114,14 @@ def growth(results: dict[str, Any], path: Path) -> None:
             axis.set_ylabel(what)
         layers = groups[0]["workload"]["layers"]
         axes[0][column].set_title(f"{groups[0]['name'].rsplit(' ', 2)[0]}, {layers} layers")
-        axes[0][column].set_ylim(top=30 * axes[0][column].get_ylim()[1])  # room for the legend over the lines
+        axes[0][column].set_ylim(top=30 * axes[0][column].get_ylim()[1])  # room for the legend above the lines
         axes[0][column].legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def break_even(results: dict[str, Any], path: Path) -> None:
-    """Speed-up against length, one line a row; below the line at 1, selection loses."""
+    """Speed-up against length, one line per row; below the line at 1, selection is slower."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     names = list(dict.fromkeys(name for group in results["groups"] for name in group["hard"]))
@@ -154,7 +154,7 @@ def break_even(results: dict[str, Any], path: Path) -> None:
 
 
 def accuracy_and_speed(results: dict[str, Any], path: Path) -> None:
-    """Accuracy against measured speed, one line a method; the right upper corner is best."""
+    """Accuracy against measured speed, one line per method; the upper right corner is best."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     families: dict[str, list[tuple[float, float]]] = {}

@@ -1,4 +1,4 @@
-"""What a benchmark prints: markdown, and the same as a table in the terminal. Losses stand as losses."""
+"""Output of a benchmark: Markdown, and the same as a table in the terminal. Losses are shown as losses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HOW = {
 
 
 def cells(group: dict[str, Any]) -> Iterator[list[str]]:
-    """One row of strings a model, the columns of ``HEAD``."""
+    """Yield one row of strings per model, with the columns of ``HEAD``."""
     for name, row in group["rows"].items():
         exact = speedup(group, name, "exact")
         target = row["targets"].get("stock")
@@ -59,15 +59,15 @@ def cells(group: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def is_control(group: dict[str, Any], name: str) -> bool:
-    """Whether a row takes the first positions and scores nothing."""
+    """Whether a row keeps the first positions without scores."""
     return group.get("hard", {}).get(name, {}).get("scorer") == "first"
 
 
 def speedup(group: dict[str, Any], name: str, baseline: str) -> str:
-    """A speed-up with its quartiles, as text; empty where the group was run without that baseline on purpose.
+    """Return a speed-up over ``baseline`` with its quartiles as text; empty if the group was deliberately run without ``baseline``.
 
     Raises:
-        HardAttentionError: a ratio stands there, and the baseline it belongs to does not.
+        HardAttentionError: there is a ratio, but ``baseline`` is not among the rows.
     """
     ratio = group["rows"][name][f"against_{baseline}"]
     if ratio is None:
@@ -82,12 +82,12 @@ def speedup(group: dict[str, Any], name: str, baseline: str) -> str:
 
 
 def _amount(value: float, decimals: int) -> str:
-    """A number with so many decimals, or with two digits where they would leave nothing of it."""
+    """Format a number with ``decimals`` decimals, or with two significant digits if it would be rounded to zero."""
     return f"{value:.2g}" if 0 < value < 10.0**-decimals / 2 else f"{value:,.{decimals}f}"
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The report of a suite."""
+    """Return the report of a suite."""
     m = results["machine"]
     lines = [
         f"# {results['title']}",
@@ -121,7 +121,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def beside(groups: list[dict[str, Any]]) -> list[str]:
-    """The table of rows that compute what another row computes in another way; no line where there are none."""
+    """Return the table of rows that compute the same as another row in another way; empty if there are none."""
     lines = []
     for group in groups:
         for name, row in group["rows"].items():
@@ -136,7 +136,7 @@ def beside(groups: list[dict[str, Any]]) -> list[str]:
 
 
 def conditions(machine: dict[str, Any], weights: str = "Random weights") -> str:
-    """The machine in a sentence, and what its numbers are."""
+    """Describe the machine and the meaning of its numbers."""
     versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
     if machine["device"] == "cuda":
         place = f"{machine['processor']}, {versions}"
@@ -154,7 +154,7 @@ def conditions(machine: dict[str, Any], weights: str = "Random weights") -> str:
 
 
 def break_even(groups: list[dict[str, Any]]) -> Iterator[list[str]]:
-    """Length by budget, speed-up against stock: one table a kind of row; below 1 is a loss, and marked as one."""
+    """Yield tables of speed-up over stock by length and budget, one per kind of row; values below 1 are marked as losses."""
     kinds: dict[str, dict[float, dict[int, float]]] = {}
     for group in groups:
         for name, hard in group["hard"].items():
@@ -178,7 +178,7 @@ def break_even(groups: list[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def exported(results: dict[str, Any]) -> str:
-    """The table of the exported models, with the same rows' speed-up in PyTorch beside it."""
+    """Return the table of the exported models, with the speed-up of the same rows in PyTorch."""
     lines = [
         f"# {results['title']}",
         "",
@@ -205,7 +205,7 @@ def exported(results: dict[str, Any]) -> str:
 
 
 def competing(results: dict[str, Any]) -> str:
-    """The table of the comparison with other methods, the fastest first."""
+    """Return the table of the comparison with other methods, the fastest first."""
     lines = [
         f"# {results['title']}",
         "",
@@ -228,7 +228,7 @@ def competing(results: dict[str, Any]) -> str:
 
 
 def host(results: dict[str, Any]) -> str:
-    """The table of what selection costs the host, a row a configuration."""
+    """Return the table of the host cost of selection, with one row per configuration."""
     lines = [
         f"# {results['title']}",
         "",

@@ -1,4 +1,4 @@
-"""Measured cost: seconds on this machine, interleaved, medians."""
+"""Measured cost: seconds on this machine, as medians of interleaved rounds."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..errors import HardAttentionError
 def interleaved_seconds(
     calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 3, seconds: float | None = None
 ) -> dict[str, list[float]]:
-    """Time each call once a round, in turn, so that a drift of the machine's speed hits all alike.
+    """Time each call once per round, in turn, so that a drift of the machine's speed affects all calls equally.
 
     Args:
-        calls: name to a call without arguments.
-        rounds: timed rounds. warmup: rounds before, not timed.
-        seconds: stop after the round in which the timed rounds took so long, but not before two of them.
+        calls: maps a name to a call without arguments.
+        rounds: timed rounds. warmup: rounds before them, which are not timed.
+        seconds: stop after the round in which the timed rounds reach this total, but not before two of them.
 
     Returns:
-        name to seconds of each round.
+        The seconds of each round by name.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(warmup + rounds):
@@ -37,15 +37,15 @@ def interleaved_seconds(
 
 
 def speedups(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, float]:
-    """Median over rounds of the baseline's time by each call's time in the same round; > 1 is faster than the baseline."""
+    """Median over rounds of the time of ``baseline`` divided by each call's time in the same round; > 1 is faster than ``baseline``."""
     return {name: statistics.median(each) for name, each in ratios(seconds, baseline).items()}
 
 
 def ratios(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, list[float]]:
-    """The baseline's time by each call's, round by round.
+    """Return the time of ``baseline`` divided by each call's time, round by round.
 
     Raises:
-        HardAttentionError: the baseline was not timed in the same rounds; a ratio to another run would mean nothing.
+        HardAttentionError: ``baseline`` was not timed in the same rounds; a ratio to another run would be meaningless.
     """
     rounds = {name: len(times) for name, times in seconds.items()}
     if baseline not in seconds or len(set(rounds.values())) != 1 or not rounds[baseline]:

@@ -1,4 +1,4 @@
-"""What a benchmark runs: a model of a stated shape, its input, and the call that is timed."""
+"""Workloads of the benchmark: a model of a given shape, its input, and the timed call."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ class Workload:
 
     Attributes:
         model: ``vit``, ``t5_encoder``, ``t5_decode`` (cross-attention over given encoder states), ``blip_vision``, ``blip_caption``,
-            all of the base size with random weights; or the place of a checkpoint of any family.
-        size: pixels a side, or source tokens.
-        batch: examples a call. shortest: length of its shortest row by ``size``, in (0, 1]; the others lie evenly between, padded (T5's encoder).
+            all of the base size with random weights; or the location of a checkpoint of any family.
+        size: pixels per side, or source tokens.
+        batch: examples per call. shortest: length of the shortest row relative to ``size``, in (0, 1]; the other lengths are evenly
+            spaced, and the rows are padded (encoder of T5).
         dtype: ``float32`` | ``bfloat16`` | ``float16``.
-        layers: of each tower (12 in the base size).
-        new_tokens: written by a call that is ``generate()``; 0 for a forward.
+        layers: layers of each tower (12 in the base size).
+        new_tokens: tokens generated per call of ``generate()``; 0 for a forward pass.
     """
 
     model: str
@@ -59,7 +60,7 @@ class Workload:
         return self.new_tokens > 0
 
     def build(self) -> nn.Module:
-        """The stock model on the default device, in evaluation mode; the same weights at every call."""
+        """Build the stock model on the default device, in evaluation mode, with the same weights at every call."""
         torch.manual_seed(0)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
@@ -68,7 +69,7 @@ class Workload:
         return model.to(default_device(), DTYPES[self.dtype]).eval()
 
     def inputs(self, model: nn.Module) -> dict[str, Any]:
-        """Keyword inputs of one call, the same at every call."""
+        """Return the keyword inputs of one call, the same each time."""
         torch.manual_seed(1)
         place = next(model.parameters())
         if self.model not in MODELS:
@@ -89,20 +90,20 @@ class Workload:
         return {"pixel_values": torch.randn(self.batch, 3, self.size, self.size).to(place)}
 
     def call(self, model: nn.Module, inputs: dict[str, Any], **options: Any) -> Any:
-        """What is timed; ``options`` go to ``generate()``."""
+        """Run the timed call; ``options`` are passed to ``generate()``."""
         with torch.inference_mode():
             return self.run(model, inputs, **options)
 
     def run(self, model: nn.Module, inputs: dict[str, Any], **options: Any) -> Any:
-        """The same in the caller's gradient mode: to whoever counts, inference mode shows composite operations whole."""
+        """Like ``call``, but in the caller's gradient mode: in inference mode, counters see composite operations as one."""
         if not self.generates:
             return model(**inputs)
         length = dict(max_new_tokens=self.new_tokens, min_new_tokens=self.new_tokens)
         return model.generate(**inputs, **length, **options, do_sample=False, return_dict_in_generate=True)  # type: ignore[operator]
 
     def compiled(self, model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:
-        """``call``, compiled by ``hf_hardattn.compile`` and warm."""
-        from torch._dynamo import config as dynamo  # only where something is compiled
+        """Return ``call`` compiled by ``hf_hardattn.compile`` and warmed up."""
+        from torch._dynamo import config as dynamo  # imported only for compilation
 
         call = partial(self.call, compile(share_weights(model)), inputs)
         # every model of a run counts as one more compilation of the same code
@@ -113,17 +114,17 @@ class Workload:
 
 
 def share_weights(model: nn.Module) -> nn.Module:
-    """A copy of a model that shares its parameters and buffers."""
+    """Return a copy of a model that shares its parameters and buffers."""
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
 def cache_bytes(output: Any) -> int | None:
-    """Bytes of the cross-attention cache behind a ``generate()``; None when there is none."""
+    """Return the bytes of the cross-attention cache after ``generate()``; None if there is none."""
     cache = getattr(getattr(output, "past_key_values", None), "cross_attention_cache", None)
     if cache is None:
         return None
-    # a decoder of fewer layers than the encoder leaves the last ones empty
+    # the last layers are empty if the decoder has fewer layers than the encoder
     held: list[Tensor] = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
     return sum(t.numel() * t.element_size() for t in held)
 

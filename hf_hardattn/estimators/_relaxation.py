@@ -1,4 +1,4 @@
-"""The relaxed k-hot vector of Gumbel top-k, and Gumbel noise given the order it led to."""
+"""The relaxed k-hot vector of Gumbel top-k, and Gumbel noise conditioned on the order that it produced."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..distributions import LOW, PlackettLuce
 def relax(noisy: Tensor, k: Tensor, active: Tensor, temperature: float | Tensor, rounds: int) -> Tensor:
     """Run k rounds of ``a = softmax(w / T)``, ``khot += a``, ``w += log(1 - a)``, and return the sum of the shares.
 
-    ``log(1 - a)`` is exact: for the largest entry, where ``1 - a`` would round to 0 at a low temperature, it is taken
-    as ``logsumexp of the others - logsumexp of all``. (A clamp would pick a position that leads by much twice.)
+    ``log(1 - a)`` is exact: for the largest entry, where ``1 - a`` would round to 0 at a low temperature, it is computed
+    as ``logsumexp of the others - logsumexp of all``. (With a clamp, a position that leads by a wide margin would be picked twice.)
 
     Args:
-        noisy: fp32 ``[..., N]``, w of the first round.
+        noisy: fp32 ``[..., N]``, the w of the first round.
         k: int64, broadcastable to ``[...]``; 0 in rows without a choice.
         active: bool, shape of ``noisy``; False positions get no share.
         temperature: > 0; a number or fp32, broadcastable to ``[..., 1]``.
@@ -43,18 +43,18 @@ def relax(noisy: Tensor, k: Tensor, active: Tensor, temperature: float | Tensor,
 
 @torch.no_grad()
 def noisy_given_order(law: PlackettLuce, order: Tensor, uniform: Tensor) -> Tensor:
-    """Draw scores plus Gumbel noise, given that their largest are those of ``order``, in that order.
+    """Draw scores plus Gumbel noise, given that the largest ones are those of ``order``, in that order.
 
-    ``exp(-(s_j + G_j))`` is the arrival time of an exponential clock of rate ``e^{s_j}``, and the waits between the first k
-    arrivals do not depend on who arrives, so the conditional law has a closed form (``gumbel_rao`` states it).
+    ``exp(-(s_j + G_j))`` is the arrival time of an exponential clock of rate ``e^{s_j}``, and the waiting times between the first k
+    arrivals do not depend on which clocks arrive. The conditional law therefore has a closed form, which ``gumbel_rao`` states.
 
     Args:
-        law: over rows ``[..., N]``.
+        law: the distribution over rows ``[..., N]``.
         order: int64 ``[..., slots]`` from ``law.outcome``.
         uniform: fp32 ``[M, ..., N]`` in [0, 1].
 
     Returns:
-        fp32 ``[M, ..., N]``; not a choice's where ``law.active`` is False, but finite.
+        fp32 ``[M, ..., N]``; meaningless, but finite, where ``law.active`` is False.
     """
     limits = torch.finfo(torch.float32)
     waits = torch.log(-torch.log(uniform.float().clamp(limits.tiny, 1 - limits.eps / 2)))

@@ -1,4 +1,4 @@
-"""A sampled k-subset with ReinMax's second-order surrogate behind its gates."""
+"""A sampled k-subset whose gates carry the gradient of ReinMax's second-order surrogate."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def second_order_gates(
         tau = torch.as_tensor(sampling.backward / sampling.temperature, device=scores.device).clamp(min=1.0)
         wide = ConditionalBernoulli(scores / (sampling.temperature * tau), k, valid, slots)
         wider = wide.marginals()
-    # The log-probability's gradient is z - m, so this product is the outer product as it meets v.
+    # The gradient of the log-probability is z - m, so in the backward pass this product gives the outer product times v.
     log_prob = wide.log_prob(mask).unsqueeze(-1)
     outer = (mask.to(wider) - wider.detach()) * (log_prob - log_prob.detach())
     smooth = tau * (wider + 0.5 * outer) - 0.5 * marginals

@@ -1,4 +1,4 @@
-"""Cropr: an auxiliary head learns which positions tell the class, and the top k of them stay."""
+"""Cropr: an auxiliary head learns which positions predict the class, and the top k of them are kept."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from . import Choice, Estimator, Sampling
 
 
 class Cropr(Estimator):
-    """Keep the top k, and teach the scores by an auxiliary head that predicts the class from what they weigh.
+    """Keep the top k, and train the scores by an auxiliary head that predicts the class from weighted states.
 
-    ``loss = weight * CE(class, head(sum_n a_n V(x_n)))``, ``a_n = m_n / k`` with ``m_n = P(n in S)`` the exact marginals of the k-subset
-    law that the scores define. The head reads all candidates, kept or dropped, so a position whose content tells the class draws weight
-    without a gradient through the choice, and training computes on the kept positions only. The published method weighs by a softmax of
-    the scores, which may rest on fewer than k positions and then ranks the others by chance; marginals weigh k of them.
+    ``loss = weight * CE(class, head(sum_n a_n V(x_n)))``, where ``a_n = m_n / k`` and ``m_n = P(n in S)`` are the exact marginals of
+    the k-subset law that the scores define. The head reads all candidates, kept or dropped, so a position whose content predicts the
+    class gains weight without a gradient through the choice, and training uses gathered execution. The published method weighs by a
+    softmax of the scores, which may concentrate on fewer than k positions and then ranks the others by chance; the marginals weigh k.
 
-    Scorer and head read detached states: the backbone hears the task loss only. The head is dropped after training: a saved model does
-    not hold it, and a training that continues from a saved model starts with a fresh one.
+    Scorer and head read detached states, so the backbone is trained by the task loss only. The head is dropped after training: a saved
+    model does not contain it, and training that continues from a saved model starts with a new one.
 
     Args:
-        weight: in [0, 1e6], of the head's loss in the training loss.
+        weight: in [0, 1e6], weight of the head's loss in the training loss.
 
-    Gradient and cost: nothing of the task loss; the head costs as a small layer over all candidates, the marginals O(N k). What a position
-    tells alone is not what it is worth among the others: where only several positions together tell the class, choose at a later site.
+    Gradient and cost: the scores get no gradient from the task loss. The head costs as much as a small layer over all candidates, and
+    the marginals O(N k). The head measures what a position predicts alone, not what it adds to the others: if only several positions
+    together predict the class, choose at a later site.
 
     Raises:
-        HardAttentionError: weight out of range; in training, a model that is not given one class for each example.
+        HardAttentionError: weight out of range; in training, a batch without one class for each example.
 
     Source: Bergner, Lippert & Mahendran 2024, "Token Cropr: Faster ViTs for Quite a Few Tasks", arXiv:2412.00965.
     """
@@ -44,7 +45,7 @@ class Cropr(Estimator):
         self.weight = weight
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
-        """Choose the top k, with the loss of the auxiliary head where there is one."""
+        """Choose the top k; if there is an auxiliary head, its loss is the penalty."""
         law = ConditionalBernoulli(scores / sampling.temperature, k, valid, slots)
         marginals = law.marginals()
         choice = Choice(topk_mask(scores, k, valid, slots), entropy=-law.log_prob(marginals))

@@ -11,20 +11,22 @@ from . import Choice, Estimator, Sampling
 
 
 class Distil(Estimator):
-    """Keep the top k, and teach the scores the attention of the soft model: ``KL(attention || softmax(scores))``.
+    """Keep the top k, and train the scores on the soft model's attention: ``KL(attention || softmax(scores))``.
 
-    The attention is that of the same weights run soft: at ``self`` and ``cross`` sites this layer's own, at ``tokens`` and
-    ``inputs`` sites what each position receives in the layers that follow, a mean over heads and queries. The scorer's
-    input is detached, so the backbone hears the task loss only. Nothing is sampled: ranks follow the soft weights, not what a
-    position is worth under the budget, so distil first and let a task-loss estimator finish.
+    The attention comes from the same weights run with full attention. At ``self`` and ``cross`` sites it is that of the layer
+    itself; at ``tokens`` and ``inputs`` sites it is the attention that each position receives in the layers that follow, as a mean
+    over heads and queries. The scorer's input is detached, so the backbone is trained by the task loss only. Nothing is sampled: the
+    ranking follows the soft weights and not the value of a position under the budget, so distil first and then train on with an
+    estimator that uses the task loss.
 
     Args:
-        weight: in [0, 1e6], of the divergence in the training loss.
+        weight: in [0, 1e6], weight of the divergence in the training loss.
 
     Raises:
         HardAttentionError: weight out of range.
 
-    Gradient and cost: no gradient through the choice, so it trains gathered; one soft forward pass a step without gradient.
+    Gradient and cost: there is no gradient through the choice, so training uses gathered execution; one soft forward pass per step,
+    without gradient.
 
     Source: DeepSeek-V3.2-Exp (2025), section 2.1, the dense warm-up of its indexer.
     """

@@ -19,19 +19,20 @@ _ALPHA = Range(1.001, 2, "1.5 is usual, 2 is sparsemax, and near 1 it is the sof
 class Entmax(Estimator):
     """Spread k over the positions by alpha-entmax, no position above 1: deterministic, and 0 for most.
 
-    ``p = argmax <s / T, p> + H_alpha(p)`` over ``0 <= p <= 1, sum p = k``, H_alpha Tsallis' entropy:
-    ``p_i = clip((alpha - 1) s_i / T - c, 0, 1)^{1 / (alpha - 1)}``, c from the sum. ``dp/ds = (diag(w) - w w^T / sum w) / T``,
-    ``w = p^{2 - alpha}`` where 0 < p < 1, else 0. alpha = 2 is ``sparsemax``; alpha -> 1 the softmax (capped). At k = 1 it is
-    the entmax package's, whose functions sum to 1 or have alpha = 2; k above 1 needs the cap, or one position would hold several.
+    ``p = argmax <s / T, p> + H_alpha(p)`` over ``0 <= p <= 1, sum p = k``, where H_alpha is Tsallis' entropy. The solution is
+    ``p_i = clip((alpha - 1) s_i / T - c, 0, 1)^{1 / (alpha - 1)}``, with c such that the sum is k. Its derivative is
+    ``dp/ds = (diag(w) - w w^T / sum w) / T``, with ``w = p^{2 - alpha}`` if 0 < p < 1, else 0. alpha = 2 is ``sparsemax``, and
+    alpha -> 1 is the softmax (capped). At k = 1 it equals the function of the entmax package, whose functions sum to 1 or have
+    alpha = 2. With k above 1 the cap is needed, since a single position could otherwise get more than 1.
 
     Args:
         alpha: in [1.001, 2]; larger = sparser.
-        hard: True keeps the gates at 0 and 1 in the forward, the top k, with this gradient (straight-through); False gives p
-            to the model: no noise, no bias for its own smooth objective, but it sees in training what it does not see in
+        hard: True sets the gates to the top k, 0 and 1, in the forward pass, with this gradient (straight-through). False passes p
+            to the model: there is no noise and no bias for its own smooth objective, but the gates in training differ from those in
             evaluation.
 
-    Gradient and cost: only where 0 < p < 1: positions far below the k-th score, and far above, learn nothing, so start with
-    small scores or a high temperature. Two sorts' worth: a top-k and 26 bisections over N.
+    Gradient and cost: the gradient is nonzero only where 0 < p < 1. Positions far below or far above the k-th score learn nothing,
+    so start with small scores or a high temperature. The cost is that of about two sorts: a top-k and 26 bisections over N.
 
     Raises:
         HardAttentionError: alpha out of range.
@@ -53,14 +54,14 @@ class Entmax(Estimator):
         self.alpha, self.hard = alpha, hard
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
-        """Choose the top k, with the sparse map behind (or as) the gates."""
+        """Choose the top k; the gates have the gradient of the sparse map, or are the sparse map."""
         law = SubsetLaw(scores, k, valid, slots)
         mask = topk_mask(scores, k, valid, slots)
         temperature = sampling.backward if self.hard else sampling.temperature
         logits = law.scores / temperature
         p = _capped(logits.detach(), law, self.alpha)
         weight = torch.where((p > 0) & (p < 1), p ** (2 - self.alpha), 0.0)
-        # p's own derivative on a term whose value is 0
+        # A term whose value is 0 and whose derivative is that of p.
         moved = weight * (logits - logits.detach())
         slope = moved - weight * moved.sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp(min=1e-30)
         return Choice(mask, gates=(mask if self.hard else p + law.forced) + slope)
@@ -70,7 +71,7 @@ def _capped(logits: Tensor, law: SubsetLaw, alpha: float) -> Tensor:
     """Return p, fp32 ``[..., N]``, summing to k in rows with a choice; 0 elsewhere."""
     masked = logits.masked_fill(~law.active, LOW)
     last = masked.topk(law.slots, dim=-1).values.gather(-1, (law.k - 1).clamp(min=0).unsqueeze(-1))
-    # from the k-th score, so that c lies in [-1, 0], and what is 1 beyond does not matter: exact, however large the scores
+    # Scores relative to the k-th one: c then lies in [-1, 0], and differences above 1 do not matter, so large scores stay exact.
     x = ((alpha - 1) * (masked - last)).clamp(-1, 1)
     low, k = torch.full_like(last, -1.0), law.k.unsqueeze(-1)
     for step in range(1, STEPS + 1):

@@ -1,4 +1,4 @@
-"""GRPO: several samples a step, each scored by how far its reward stands out from the group's."""
+"""GRPO: several samples per step, each weighted by how far its reward lies from the mean of the group."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from . import Choice, Estimator, Sampling
 
 _SAMPLES = Range(2, 1024, "A deviation takes 2 samples or more. For one sample use 'reinforce'.")
 LAWS = {"plackett_luce": PlackettLuce, "conditional_bernoulli": ConditionalBernoulli}
-FLOOR = 1e-4  # added to the deviation: rewards that differ by rounding alone stay without effect
+FLOOR = 1e-4  # added to the deviation, so that rewards that differ only by rounding have no effect
 
 
 class Grpo(Estimator):
-    """Draw ``samples`` choices a step, and weigh each by its reward in standard deviations of its group.
+    """Draw ``samples`` choices per step; weigh each by its reward in standard deviations of its group.
 
     ``A_i = (R_i - mean(R)) / (std(R) + 1e-4)`` over the K samples of an example (std with K in the denominator), and
-    ``g = 1/K sum_i A_i grad log p(S_i)``. Every example weighs the same, whatever the scale of its rewards.
+    ``g = 1/K sum_i A_i grad log p(S_i)``. Every example has the same weight, whatever the scale of its rewards.
 
-    This is GRPO with one optimizer step for each draw. The probability ratio of new to old policy is then 1, so clipping it
-    would never change anything, and there is no clipping option; several optimizer steps on the same draws would need
-    the choices of a step to be replayed in the next, which training does not do. There is no divergence to a reference
-    policy either. What is left differs from ``rloo`` by the division: ``A_i = (K - 1) / K (R_i - mean of others) / std``.
+    This is GRPO with one optimizer step for each draw. The probability ratio of the new to the old policy is then always 1, so
+    clipping would have no effect, and there is no option for it. Several optimizer steps on the same draws would require that a step
+    replays the choices of the one before, which training does not do. There is no divergence from a reference policy either. What
+    remains differs from ``rloo`` by the division: ``A_i = (K - 1) / K (R_i - mean of others) / std``.
 
     Args:
-        samples: K >= 2, forward passes a training step. With 2, A is +1 and -1: which of the two was better is all that counts.
+        samples: K >= 2, forward passes per training step. With 2, A is +1 and -1: only which of the two was better counts.
         law: ``plackett_luce`` (log-probability of the order drawn) or ``conditional_bernoulli`` (of the set; O(N k)).
 
-    Gradient: fp32 ``[..., N]``. Biased: the deviation depends on the sample it divides, so the mean is no multiple of the
-    exact gradient. Examples whose K rewards are alike, the hard and the easy ones, count as much as the others.
-    Cost: K forward and backward passes, each gathered. The configuration's ``baseline`` is not used.
+    Gradient: fp32 ``[..., N]``. Biased: the deviation depends on the sample that is divided by it, so the expected gradient is not a
+    multiple of the exact one. Examples whose K rewards are similar, both hard and easy ones, count as much as the others.
+    Cost: K forward and backward passes, each gathered. The ``baseline`` of the configuration is not used.
 
     Raises:
         HardAttentionError: fewer than 2 samples; unknown law.
@@ -58,7 +58,7 @@ class Grpo(Estimator):
         return self.passes
 
     def advantage(self, reward: Tensor, others: Tensor) -> Tensor:
-        """Return the reward's distance from the group's mean in the group's standard deviations, fp32 ``[B]``."""
+        """Return the distance of the reward from the mean of the group, in standard deviations of the group, fp32 ``[B]``."""
         group = torch.cat([reward.unsqueeze(0), others])
         return (reward - group.mean(0)) / (group.std(0, correction=0) + FLOOR)
 

@@ -18,14 +18,14 @@ class Gumbel(Estimator):
     ``a = softmax(w / T)``, ``khot += a``, ``w += log(1 - a)``; it sums to k, and as T -> 0 it becomes the sample. At
     k = 1 it is the Gumbel-softmax.
 
-    The temperature is the relaxation's; the law that is sampled has none. The entropy is that of the first pick.
+    The temperature applies to the relaxation only, not to the law that is sampled. The entropy is that of the first pick.
 
     Args:
-        hard: True keeps the gates at 0 and 1 in the forward (straight-through); False gives the relaxed gates to the
-            model, which then sees in training what it does not see in evaluation.
+        hard: True sets the gates to 0 and 1 in the forward pass (straight-through). False passes the relaxed gates to the
+            model, so that the gates in training differ from those in evaluation.
 
-    Gradient and cost: biased towards the relaxation. ``slots`` sequential rounds over N positions, and their memory:
-    slow for large k (SIMPLE is not).
+    Gradient and cost: biased towards the relaxation. It takes ``slots`` sequential rounds over N positions, and their memory, so
+    it is slow for large k (unlike ``simple``).
 
     Source: Xie & Ermon 2019, "Reparameterizable Subset Sampling via Continuous Relaxations", arXiv:1901.10517;
     k = 1: Jang, Gu & Poole 2017, arXiv:1611.01144; Maddison, Mnih & Teh 2017, arXiv:1611.00712.

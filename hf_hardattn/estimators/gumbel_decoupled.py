@@ -18,13 +18,13 @@ class GumbelDecoupled(Estimator):
     vector of ``w = s / T_b + G``: k rounds of ``a = softmax(w)``, ``khot += a``, ``w += log(1 - a)``. At k = 1 it is
     ``J(softmax(s / T_b + G)) / T_b``.
 
-    ``T_f`` is the configuration's ``temperature``: how much is explored. ``T_b`` is its ``backward_temperature``: over how many
-    positions the gradient spreads. Without a ``backward_temperature`` the two are equal.
+    ``T_f`` is the ``temperature`` of the configuration and sets the amount of exploration. ``T_b`` is its ``backward_temperature``
+    and sets over how many positions the gradient spreads. Without a ``backward_temperature`` the two are equal.
 
-    The difference to ``gumbel``: there the noise is divided by the temperature too (``softmax((s + G) / T)``), so that the
-    temperature changes the relaxation only and the law that is sampled has none. At temperatures of 1 both are the same.
+    In ``gumbel``, by contrast, the noise is divided by the temperature too (``softmax((s + G) / T)``), so the temperature
+    changes only the relaxation and not the law that is sampled. At temperatures of 1 both estimators are the same.
 
-    Gradient: shape and dtype of the scores, fp32 ``[..., N]``; it sums to 0 over a row. Biased. Cost: as ``gumbel``, ``slots``
+    Gradient: shape and dtype of the scores, fp32 ``[..., N]``; it sums to 0 over a row. Biased. Cost: as for ``gumbel``, ``slots``
     rounds over N positions. The entropy is that of the first pick.
 
     Source: Shah, Yan, Mozer & Liu 2024, "Improving Discrete Optimisation Via Decoupled Straight-Through Gumbel-Softmax",

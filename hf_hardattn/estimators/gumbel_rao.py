@@ -16,21 +16,22 @@ from ._relaxation import noisy_given_order, relax
 class GumbelRao(Estimator):
     """Keep the top k of the scores plus Gumbel noise, as ``gumbel`` does, with its gradient and less of its noise.
 
-    Many noises give one sample. ``gumbel`` differentiates the relaxation at the one that was drawn; this takes the mean of
-    the derivatives at ``draws`` others drawn given the order of the k picks: the same expected gradient, a lower variance.
+    Many values of the noise give the same sample. ``gumbel`` differentiates the relaxation at the noise that was drawn. This
+    estimator averages the derivatives over ``draws`` other values of the noise, drawn given the order of the k picks. The expected
+    gradient is the same, and its variance is lower.
 
     The noisy scores given the order ``i_1 ... i_k`` have a closed form. ``exp(-w_j)`` is the arrival time of an exponential
-    clock of rate ``e^{s_j}``, and the waits between the first k arrivals do not depend on who arrives:
+    clock of rate ``e^{s_j}``, and the waiting times between the first k arrivals do not depend on which clocks arrive:
     ``exp(-w_{i_j}) = sum_{m <= j} E_m / R_m`` and, for the others, ``exp(-w_l) = exp(-w_{i_k}) + E_l / e^{s_l}``, with E
-    standard exponential and ``R_m = sum of e^s not picked before m``. At k = 1 this is the paper's equation.
+    standard exponential and ``R_m = sum of e^s not picked before m``. At k = 1 this is the equation of the paper.
 
-    The temperature is the relaxation's; the law that is sampled has none. The entropy is that of the first pick.
+    The temperature applies to the relaxation only, not to the law that is sampled. The entropy is that of the first pick.
 
     Args:
-        draws: M in [1, 10000], noises that share the sample. With 1 it is ``gumbel`` with other noise behind its gradient.
+        draws: M in [1, 10000], values of the noise per sample. With 1 it is ``gumbel`` with other noise in its gradient.
 
-    Gradient and cost: biased, as ``gumbel`` is; M times its relaxation and its memory, O(M k N) numbers a row for the
-    backward pass. Meant for k = 1 and small k.
+    Gradient and cost: biased, as ``gumbel`` is. M times its relaxation and its memory: O(M k N) numbers per row for the
+    backward pass. It is meant for k = 1 and small k.
 
     Raises:
         HardAttentionError: fewer than 1 draw.
@@ -54,7 +55,7 @@ class GumbelRao(Estimator):
         law = PlackettLuce(scores, k, valid, slots)
         order = law.outcome(sampling.uniform(shape))
         noisy = noisy_given_order(law, order, sampling.uniform((self.draws, *shape)))
-        # the derivative holds the noise fixed, so it passes from the scores to every draw as it is
+        # The derivative is taken at fixed noise, so every draw passes its gradient to the scores unchanged.
         noisy = noisy + (law.scores - law.scores.detach())
         k_free, active = torch.where(law.free, law.k, 0), law.active.expand_as(noisy)
         relaxed = relax(noisy, k_free, active, sampling.backward, law.slots).mean(0)

@@ -1,4 +1,4 @@
-"""I-MLE: what the choice would have been, had the scores taken a step against the loss."""
+"""I-MLE: compare the choice with the one that the scores would give after a step against the loss gradient."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from ..functional.topk import topk_mask
 from ..options import Positive
 from . import Choice, Estimator, Sampling
 
-TERMS, TRIES = 10, 4  # of a sum-of-gamma variable; of a rejection sampler that accepts 95 %
-RATE, DECAY, TARGET = 0.01, 0.9, 1.0  # of the adaptive step
-LEAST, MOST = 1e-4, 1e4  # of beta: where no step changes the choice it would grow for ever
+TERMS, TRIES = 10, 4  # terms of a sum-of-gamma variable; tries of a rejection sampler that accepts 95 %
+RATE, DECAY, TARGET = 0.01, 0.9, 1.0  # parameters of the adaptive step
+LEAST, MOST = 1e-4, 1e4  # limits of beta, which would grow for ever if no step changed the choice
 
 
 class Imle(Estimator):
     """Keep the top k of noisy scores, and compare it with the top k after a step against the loss's gradient v.
 
     ``z = topk(s + T e)``, ``g = (z - topk(s + T e - lambda v)) / lambda``: a finite difference of the sampler, with the same
-    noise on both sides. Positions that the step leaves in or out get no gradient.
+    noise on both sides. Positions that the step neither adds nor removes get no gradient.
 
-    A small lambda is noisy and mostly 0, a large one biased. It is in units of ``score / v``, and v shrinks with the size of
-    the batch and grows with a loss scale (fp16), so a fixed one has to be tuned. ``adaptive`` (AIMLE) takes
-    ``lambda = beta |s + T e| / |v|`` over the batch and moves beta until ``g`` has one nonzero entry a row on average: up by
-    1 % where there are fewer, else down. (The paper adds a constant instead; a factor keeps beta positive at any scale.
-    Scores count from their row's mean.)
+    With a small lambda the gradient is noisy and mostly 0; with a large lambda it is biased. Lambda has the unit of ``score / v``,
+    and v shrinks with the size of the batch and grows with a loss scale (fp16), so a fixed lambda has to be tuned. ``adaptive``
+    (AIMLE) uses ``lambda = beta |s + T e| / |v|`` over the batch and adjusts beta until ``g`` has one nonzero entry per row on
+    average: up by 1 % if there are fewer, else down. (The paper adds a constant instead; a factor keeps beta positive at any scale.
+    Scores are taken relative to the mean of their row.)
 
     Args:
-        strength: in [1e-6, 1e6]; lambda where the temperature is 1, or the first beta if adaptive.
-        adaptive: find the step's size while training.
+        strength: in [1e-6, 1e6]; lambda at temperature 1, or the first beta if adaptive.
+        adaptive: adjust the size of the step during training.
         noise: ``gumbel``, or ``sum_of_gamma``, of which k add up to a Gumbel variable.
 
     Attributes:
-        state: fp32 ``[2]``, beta and the running mean of nonzero entries, or None before the first backward pass. Not in the
-            state dict: it describes the run, not the model. Each rank has its own.
+        state: fp32 ``[2]``, beta and the running mean of nonzero entries, or None before the first backward pass. It is not in the
+            state dict, because it describes the run and not the model. Each rank has its own.
 
-    Gradient and cost: biased; one more top-k in the backward pass, where beta moves too (``torch.compile`` breaks the graph
+    Gradient and cost: biased. The backward pass runs one more top-k and adjusts beta (``torch.compile`` breaks the graph
     there). The backward temperature scales a fixed lambda.
 
     Raises:
@@ -59,7 +59,7 @@ class Imle(Estimator):
     ) -> None:
         super().__init__()
         self.strength, self.adaptive, self.noise = strength, adaptive, noise
-        # None, not numbers: from_pretrained fills buffers that no checkpoint holds with whatever the memory held
+        # None instead of numbers: from_pretrained leaves buffers that are in no checkpoint with uninitialised memory.
         self.register_buffer("state", None, persistent=False)
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
@@ -75,7 +75,7 @@ class Imle(Estimator):
 
     @torch.no_grad()
     def step(self, noisy: Tensor, v: Tensor, active: Tensor) -> Tensor:
-        """Return lambda of an adaptive step, fp32 scalar."""
+        """Return the lambda of an adaptive step, fp32 scalar."""
         if self.state is None:
             self.state = noisy.new_tensor([self.strength, TARGET])
         count = active.sum(-1, keepdim=True).clamp(min=1)
@@ -84,7 +84,7 @@ class Imle(Estimator):
 
     @torch.no_grad()
     def adapt(self, change: Tensor, free: Tensor) -> None:
-        """Move beta after a step with this change of the choice; a batch without a choice moves nothing."""
+        """Adjust beta after a step that made this ``change`` to the choice; a batch without a choice adjusts nothing."""
         if self.state is not None:
             nonzero = (change != 0).sum() / free.sum().clamp(min=1)
             mean = DECAY * self.state[1] + (1 - DECAY) * nonzero
@@ -93,7 +93,7 @@ class Imle(Estimator):
 
 
 class _Step(torch.autograd.Function):
-    """The mask as a number; backward, the difference that one step makes."""
+    """Forward: the mask as numbers. Backward: the difference that one step makes."""
 
     @staticmethod
     def forward(ctx: Any, noisy: Tensor, mask: Tensor, law: SubsetLaw, owner: Imle, step: float | Tensor) -> Tensor:
@@ -113,13 +113,13 @@ class _Step(torch.autograd.Function):
 
 
 def sum_of_gamma(k: Tensor, shape: tuple[int, ...], sampling: Sampling) -> Tensor:
-    """Draw ``sum_{i <= 10} Gamma(1/k) / i - log(10) / k``, fp32: k of them sum to a Gumbel variable, nearly.
+    """Draw ``sum_{i <= 10} Gamma(1/k) / i - log(10) / k``, fp32; k of these add up to approximately a Gumbel variable.
 
     Args:
         k: int64 >= 1, broadcastable to ``shape``.
 
     Source: Niepert et al. 2021, theorem 1. The gamma variables: Marsaglia & Tsang 2000, ``Gamma(a) = Gamma(a + 1) U^{1/a}``;
-    after 4 rejections (5 in a million) the mode stands in, so that nothing waits for the device.
+    after 4 rejections (5 in a million) the mode is used instead, which avoids a device synchronisation.
     """
     terms = torch.arange(1, TERMS + 1, device=k.device, dtype=torch.float32).view(-1, *[1] * len(shape))
     size, limits = (TERMS, *shape), torch.finfo(torch.float32)

@@ -1,4 +1,4 @@
-"""Log gate: the choice as it stands, and a continuous gate inside the softmax of what was kept."""
+"""Log gate: a continuous gate inside the softmax over the kept positions; the choice itself has no gradient."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from . import Choice, Estimator, Sampling
 
 
 class LogGate(Estimator):
-    """Keep the top k, treat that as given, and let the scores of the kept weigh the attention among them.
+    """Keep the top k as a fixed choice, and weigh the attention among the kept positions by their scores.
 
-    ``g = k softmax(s / T over the kept)``. A gate multiplies ``exp(logit)``, so ``log g`` is added to the logits: the task
-    loss reaches the scores as it reaches the logits. Dropped positions hear nothing and cannot come back but through the
-    weights that scores share; add exploration, or warm up with ``distil``.
+    ``g = k softmax(s / T over the kept)``. A gate multiplies ``exp(logit)``, so ``log g`` is added to the logits, and the task
+    loss reaches the scores as it reaches the logits. Dropped positions get no gradient. They can be kept again only because all
+    scores share the weights of the scorer; add exploration, or warm up with ``distil``.
 
     Args:
-        hard: True leaves the gates at 1 in the forward, with the derivative of ``log g``, so that training and evaluation see
-            the same; False gives g, which sums to k, to the model: the method as published, but evaluation has no gates.
+        hard: True sets the gates to 1 in the forward pass, with the derivative of ``log g``, so that training and evaluation use the
+            same gates. False passes g, which sums to k, to the model. This is the method as published, but evaluation has no gates.
 
-    Gradient and cost: none where a row keeps one position (g is 1 whatever its score), so k > 1. O(N).
+    Gradient and cost: there is no gradient if a row keeps one position (g is 1 whatever its score), so use k > 1. O(N).
 
     Source: Tencent 2026, "Simple Attention Sparsification" (SAS), arXiv:2609.13141.
     """
@@ -39,7 +39,7 @@ class LogGate(Estimator):
         self.hard = hard
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
-        """Choose the top k, with gates that share k among the kept."""
+        """Choose the top k, with gates that distribute k over the kept positions."""
         law = SubsetLaw(scores, k, valid, slots)
         mask = topk_mask(scores, k, valid, slots)
         kept = mask & law.active

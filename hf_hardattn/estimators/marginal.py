@@ -1,4 +1,4 @@
-"""Marginal: every choice is tried, and weighed by its probability."""
+"""Marginal: every choice is tried and weighted by its probability."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from . import Choice, Estimator, Sampling
 class Marginal(Estimator):
     """Run the model once for each of the C(N, k) choices S, ``p(S) ~ exp(sum of scores)``, and train on all of them:
 
-    * ``likelihood``: ``- log sum_S p(S) p(y | S)``, the exact marginal likelihood of the latent choice; where queries choose
-      for themselves (the last layer's ``cross`` or ``self``, k = 1), label by label.
-    * ``expectation``: ``sum_S p(S) loss(S)``, what REINFORCE samples.
+    * ``likelihood``: ``- log sum_S p(S) p(y | S)``, the exact marginal likelihood of the latent choice; if each query has its own
+      choice (the last layer's ``cross`` or ``self``, k = 1), it is computed label by label.
+    * ``expectation``: ``sum_S p(S) loss(S)``, which REINFORCE estimates by sampling.
 
-    Exact: nothing is drawn, there is no variance. For k = 1, and for small N as a reference. Only one site of a model may
-    use it. The logits returned are those of the deterministic choice; the loss replaces the model's.
+    The gradient is exact: nothing is drawn, so there is no variance. Use it for k = 1, and for small N as a reference. Only one
+    site of a model may use it. The returned logits are those of the deterministic choice; the loss replaces that of the model.
 
     Args:
         objective: ``likelihood`` or ``expectation``.
-        limit: most choices tried in a step, in [1, 65536].
-        monotonic: of ``likelihood`` where queries choose for themselves: sum over the alignments that never go back instead, each query
-            choosing from where the one before read, by the forward algorithm. Its scorer should be monotonic too.
+        limit: largest number of choices tried in a step, in [1, 65536].
+        monotonic: for ``likelihood`` with a choice per query: sum only over the alignments that never go back, in which each query
+            chooses from the position of the previous query onwards, by the forward algorithm. The scorer should be monotonic too.
 
-    Gradient and cost: C(N, k) + 1 forward passes and as much memory.
+    Gradient and cost: C(N, k) + 1 forward passes, and memory in proportion.
 
     Raises:
         HardAttentionError: unknown objective; limit out of range; monotonic with another objective than likelihood.
@@ -61,6 +61,6 @@ class Marginal(Estimator):
             )
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
-        """Take the top k: the choice behind the logits. The model's hook tries the others."""
+        """Choose the top k, from which the logits are computed. The training loss tries the other choices."""
         entropy = ConditionalBernoulli(scores / sampling.temperature, k, valid, slots).entropy()
         return Choice(topk_mask(scores, k, valid, slots), entropy=entropy)

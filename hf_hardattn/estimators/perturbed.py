@@ -20,18 +20,18 @@ class Perturbed(Estimator):
     """Keep the top k, and pass the derivative of the smoothed top-k ``y(s) = E topk(s + sigma T Z)``, Z standard normal.
 
     ``dy_i / ds_j = E[topk(s + sigma T Z)_i Z_j] / (sigma T)`` (Stein), so the gradient of a loss with ``v = dloss/dy`` is
-    ``E[ <v, topk(s + sigma T Z)> Z ] / (sigma T)``, estimated as a sample covariance, which is centred and still unbiased:
+    ``E[ <v, topk(s + sigma T Z)> Z ] / (sigma T)``. It is estimated by a sample covariance, which is centred and still unbiased:
     ``1 / (M - 1) sum_m <v, Y_m - mean Y> Z_m / (sigma T)``.
 
     Args:
-        draws: M in [2, 10**6], noises a step.
-        sigma: in [1e-6, 1e6], the noise's size where the temperature is 1. The paper's 0.05 is for scores scaled to [0, 1]; the default
-            is for scores such as logits. Much smaller than the gaps between scores it gives no gradient.
-        hard: True keeps the gates at 0 and 1 in the forward, the unperturbed top k; False gives the mean of the perturbed
-            ones to the model, which then sees in training what it does not see in evaluation.
+        draws: M in [2, 10**6], draws of the noise per step.
+        sigma: in [1e-6, 1e6], size of the noise at temperature 1. The paper's 0.05 is for scores scaled to [0, 1]; the default
+            is for scores such as logits. If sigma is much smaller than the gaps between scores, there is no gradient.
+        hard: True sets the gates to 0 and 1 in the forward pass, the unperturbed top k. False passes the mean of the perturbed
+            top-k masks to the model, so that the gates in training differ from those in evaluation.
 
-    Gradient and cost: unbiased for the smoothed loss where ``hard`` is False, up to the M draws; biased for the hard one.
-    M top-k of N; 8 M N bytes a row are kept for the backward pass, so mind M where queries choose for themselves.
+    Gradient and cost: unbiased for the smoothed loss if ``hard`` is False, up to the M draws; biased for the hard one.
+    It computes M top-k over N positions and keeps 8 M N bytes per row for the backward pass, so keep M small if each query chooses.
 
     Raises:
         HardAttentionError: draws or sigma out of range.
@@ -53,19 +53,19 @@ class Perturbed(Estimator):
         self.draws, self.sigma, self.hard = draws, sigma, hard
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
-        """Choose the top k, with the smoothed top-k behind the gates."""
+        """Choose the top k; the gates have the gradient of the smoothed top-k."""
         law = SubsetLaw(scores, k, valid, slots)
         sigma = self.sigma * (sampling.backward if self.hard else sampling.temperature)
         noise = torch.where(law.active, normal(sampling.uniform((self.draws, *scores.shape))), 0.0)
         found = topk_mask(law.scores.detach() + sigma * noise, law.k, law.valid, law.slots).float()
         smoothed, mask = found.mean(0), topk_mask(scores, k, valid, slots)
-        # linear in the scores, with the value 0: its derivative is the sample covariance
+        # A term that is linear in the scores and has the value 0; its derivative is the sample covariance.
         along = (noise * ((law.scores - law.scores.detach()) / sigma)).sum(-1, keepdim=True)
         slope = ((found - smoothed) * along).sum(0) / (self.draws - 1)
         return Choice(mask, gates=(mask if self.hard else smoothed) + slope)
 
 
 def normal(uniform: Tensor) -> Tensor:
-    """Turn uniform noise in [0, 1] into standard normal noise, fp32; at most 5.4 in size."""
+    """Turn uniform noise in [0, 1] into standard normal noise, fp32, of absolute value at most 5.4."""
     eps = torch.finfo(torch.float32).eps / 2
     return math.sqrt(2) * torch.erfinv(2 * uniform.float().clamp(eps, 1 - eps) - 1)

@@ -1,4 +1,4 @@
-"""REINFORCE: sample, and let the reward weigh the gradient of the sample's log-probability."""
+"""REINFORCE: sample a choice, and weigh the gradient of its log-probability by the reward."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ LAWS = {"plackett_luce": PlackettLuce, "conditional_bernoulli": ConditionalBerno
 
 
 class Reinforce(Estimator):
-    """Sample k positions and return their log-probability under the very law they were drawn from.
+    """Sample k positions and return their log-probability under the law they were drawn from.
 
     ``grad E[R] = E[(R - b) grad log p(sample)]``: unbiased for any reward, differentiable or not, given a baseline b
-    that does not depend on the sample. There are no gates, so dropped positions need not be computed: it trains
-    gathered.
+    that does not depend on the sample. There are no gates, so dropped positions need not be computed, and training uses
+    gathered execution.
 
     Args:
-        law: ``plackett_luce`` (Gumbel-top-k; log-probability of the order drawn; its entropy is the first pick's) or
-            ``conditional_bernoulli`` (SIMPLE's law; log-probability of the set, less variance; exact entropy; O(N k)).
+        law: ``plackett_luce`` (Gumbel-top-k; log-probability of the order drawn; entropy of the first pick) or
+            ``conditional_bernoulli`` (the law of SIMPLE; log-probability of the set, less variance; exact entropy; O(N k)).
 
     Raises:
         HardAttentionError: unknown law.

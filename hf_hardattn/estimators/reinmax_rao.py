@@ -1,4 +1,4 @@
-"""ReinMax-Rao: ReinMax with its midpoint term replaced by the Gumbel-Rao estimate of it."""
+"""ReinMax-Rao: ReinMax with its midpoint term replaced by a Gumbel-Rao estimate."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class ReinmaxRao(Estimator):
 
         ``g = 2/M sum_m J(y_m) v / tau - 1/2 J(p) v``,  ``y_m = softmax((log pi + G_m) / tau)``
 
-    where the M Gumbel noises ``G_m`` are drawn given that ``log pi + G_m`` is largest at the position of z.
+    where the M Gumbel noise vectors ``G_m`` are drawn given that ``log pi + G_m`` is largest at the position of z.
 
-    The method is defined for one position. Rows that keep more than one use ``reinmax``'s own gradient.
+    The method is defined for one kept position. Rows that keep more than one use the gradient of ``reinmax``.
 
     Args:
-        draws: M >= 1, noises that share the sample. The paper takes 32.
-        tau: > 0, temperature of the relaxation relative to the law's; a configured ``backward_temperature`` takes its place
+        draws: M >= 1, noise vectors per sample. The paper uses 32.
+        tau: > 0, temperature of the relaxation relative to that of the law; a configured ``backward_temperature`` replaces it
             (as ``backward_temperature / temperature``). Lower = less bias towards the relaxation, more variance.
 
     Gradient: fp32 ``[..., N]``; it sums to 0 over a row. Biased, also for linear losses, for which ReinMax is exact: given
-    that z is largest, ``y_m`` lies near z more often than ``log pi`` says, so the estimate is too small on average. On the toys
-    with exact gradients (``scripts/research/estimator_table.py``) the variance is a little below ReinMax's and the error of a single step
-    above it; ``simple`` has less of both. The paper's gains are in training discrete VAEs.
+    that z is largest, ``y_m`` lies near z more often than ``log pi`` implies, so the estimate is too small on average. On the toy
+    problems with exact gradients (``scripts/research/estimator_table.py``), its variance is slightly below that of ReinMax and the error
+    of a single step above it; ``simple`` has less of both. The gains reported in the paper are in training discrete VAEs.
 
-    Cost: one forward pass; for rows of one position M softmaxes over N positions and their memory.
+    Cost: one forward pass; for rows that keep one position, M softmaxes over N positions and their memory.
 
     Raises:
         HardAttentionError: fewer than 1 draw; tau not positive.
@@ -60,7 +60,7 @@ class ReinmaxRao(Estimator):
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
         """Draw k positions; rows of one position get the Rao-Blackwellised surrogate, the others ReinMax's."""
         mask, second_order, entropy = second_order_gates(scores, k, valid, slots, sampling)
-        # With one slot the law is the softmax over the valid positions, whatever k.
+        # With one slot the law is the softmax over the valid positions, whatever k is.
         law = ConditionalBernoulli(scores / sampling.temperature, k, valid, 1)
         smooth = 2 * self._relaxed(law, mask, sampling) - 0.5 * law.marginals()
         gates = mask + (smooth - smooth.detach())
@@ -74,7 +74,7 @@ class ReinmaxRao(Estimator):
         noise_law = PlackettLuce(log_midpoint.masked_fill(~law.active, LOW), law.k, law.valid, 1)
         order = mask.long().argmax(-1, keepdim=True)
         noisy = noisy_given_order(noise_law, order, sampling.uniform((self.draws, *mask.shape)))
-        # The noise is held fixed, and the midpoint's logits move as the scores do.
+        # The noise is held fixed, and the logits of the midpoint get the derivative of the scores.
         noisy = noisy + (law.scores - law.scores.detach())
         tau = self.tau if sampling.backward_temperature is None else sampling.backward / sampling.temperature
         k_free = torch.where(noise_law.free, noise_law.k, 0)

@@ -1,4 +1,4 @@
-"""RLOO: several samples a step, each with the others' mean reward for a baseline."""
+"""RLOO: several samples per step, each with the mean reward of the others as its baseline."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ _SAMPLES = Range(2, 1024, "Each sample needs another one for a baseline. For one
 
 
 class Rloo(Estimator):
-    """Draw ``samples`` ordered choices (Plackett-Luce) a step, one forward pass each, and score each against the others.
+    """Draw ``samples`` ordered choices (Plackett-Luce) per step, one forward pass each, and score each against the rest.
 
-    ``g = 1/K sum_i (R_i - mean_{j != i} R_j) grad log p(order_i)``: unbiased, without a state or a number to tune; the
-    configuration's ``baseline`` is not used. The loss is the mean over the samples, so the backbone's gradient gains too.
+    ``g = 1/K sum_i (R_i - mean_{j != i} R_j) grad log p(order_i)``: unbiased, without a state and with nothing to tune. The
+    ``baseline`` of the configuration is not used. The loss is the mean over the samples, which also reduces the noise of the
+    backbone's gradient.
 
     Args:
-        samples: K in [2, 1024], forward passes a training step.
+        samples: K in [2, 1024], forward passes per training step.
 
     Gradient and cost: K forward and backward passes, each gathered.
 

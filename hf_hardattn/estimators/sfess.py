@@ -1,4 +1,4 @@
-"""SFESS: a score function with the exact law of k-subsets, several samples a step."""
+"""SFESS: a score function with the exact law of k-subsets, with several samples per step."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ _SAMPLES = Range(
 
 
 class Sfess(Estimator):
-    """Draw ``samples`` subsets a step from the conditional Bernoulli law, and score each against the others.
+    """Draw ``samples`` subsets per step from the conditional Bernoulli law, and score each against the rest.
 
     ``g = 1/K sum_i (R_i - mean_{j != i} R_j) grad log p(S_i)`` with ``p(S) ~ exp(sum of scores)``, the law that SIMPLE
-    differentiates. Unbiased. A set has less to say than its order, so the gradient is less noisy than RLOO's at equal K.
+    differentiates. Unbiased. A set carries less information than its order, so the gradient is less noisy than that of ``rloo`` at
+    equal K.
 
     Args:
-        samples: K in [2, 1024], forward passes a training step.
+        samples: K in [2, 1024], forward passes per training step.
 
     Gradient and cost: K forward and backward passes, each gathered, and O(N k) for the law.
 

@@ -1,4 +1,4 @@
-"""Straight-through: hard top-k forward, the gradient of a smooth stand-in backward."""
+"""Straight-through: a hard top-k in the forward pass, the gradient of a smooth surrogate in the backward pass."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ UNBALANCED = (
 class StraightThrough(Estimator):
     """Keep the top k, and pass the gradient as if the gates were a smooth function of the scores.
 
-    Forward ``gate_i = 1[i in top-k]``; backward ``d gate / d s`` is that of the surrogate, T the (backward) temperature:
+    In the forward pass ``gate_i = 1[i in top-k]``. In the backward pass ``d gate / d s`` is that of the surrogate, with the
+    (backward) temperature T:
 
-    * ``balanced``: ``sigmoid((s_i - c) / T)``, with a c that moves with the scores so that the gates' sum stays k. Its slope is
-      taken at c half-way between the k-th and the (k+1)-th score, where it is steepest:
-      ``(diag(w) - w w^T / sum w) / T``, w the sigmoid's slopes.
-    * ``softmax``: ``k softmax(s / T)_i``, which sums to k as the mask does; only positions near the highest score get much of it.
-    * ``sigmoid``: as ``balanced``, with c a constant.
-    * ``identity``: ``s_i``, as first published; has no temperature.
+    * ``balanced``: ``sigmoid((s_i - c) / T)``, where c moves with the scores so that the sum of the gates stays k. The slope is
+      taken with c half-way between the k-th and the (k+1)-th score, where it is steepest:
+      ``(diag(w) - w w^T / sum w) / T``, where w are the slopes of the sigmoid.
+    * ``softmax``: ``k softmax(s / T)_i``, which sums to k as the mask does; it is large only near the highest score.
+    * ``sigmoid``: as ``balanced``, but with a constant c.
+    * ``identity``: ``s_i``, as first published; it has no temperature.
 
-    The gradients of ``balanced`` and ``softmax`` sum to 0 over a row: what one position gains, others lose. Those of ``sigmoid``
-    and ``identity`` do not: if the loss's gradient is negative on average over the dropped positions, all their scores rise,
-    whatever they hold (see ``caution``).
+    The gradients of ``balanced`` and ``softmax`` sum to 0 over a row: when the score of one position rises, others fall. Those of
+    ``sigmoid`` and ``identity`` do not: if the gradient of the loss is negative on average over the dropped positions, all their
+    scores rise, whatever the positions contain (see ``caution``).
 
     Args:
         surrogate: ``balanced``, ``softmax``, ``sigmoid`` or ``identity``.
 
-    Gradient: fp32 ``[..., N]``. Biased; nothing is sampled, so it has no variance, and nothing is explored either. Rows without a
+    Gradient: fp32 ``[..., N]``. Biased. Nothing is sampled, so there is no variance, but no exploration either. Rows without a
     choice (k = 0, k >= valid count) have zero gradient. Cost: O(N).
 
-    Configurations of schema version 1 that name no surrogate meant ``sigmoid`` (see ``former_defaults``).
+    In configurations of schema version 1, the default surrogate was ``sigmoid`` (see ``former_defaults``).
 
     Raises:
         HardAttentionError: unknown surrogate.
@@ -68,7 +69,7 @@ class StraightThrough(Estimator):
         if self.surrogate in ("sigmoid", "balanced"):
             smooth = torch.sigmoid((scores - _midpoint(scores.detach(), mask, dropped)) / sampling.backward)
             if self.surrogate == "balanced":
-                # The derivative of c takes from each position its share of what all of them gain.
+                # The derivative of c subtracts from each position its share of the total change.
                 weight = torch.where(active, (smooth * (1 - smooth)).detach(), 0.0)
                 moved = torch.where(active, smooth - smooth.detach(), 0.0).sum(-1, keepdim=True)
                 smooth = smooth - weight * moved / weight.sum(-1, keepdim=True).clamp(min=1e-30)
@@ -82,7 +83,7 @@ class StraightThrough(Estimator):
 
 
 def _midpoint(scores: Tensor, mask: Tensor, dropped: Tensor) -> Tensor:
-    """Return half-way between the lowest kept and the highest dropped score, ``[..., 1]``; finite where one lacks."""
+    """Return the mean of the lowest kept and the highest dropped score, ``[..., 1]``; finite even if one is missing."""
     limits = torch.finfo(scores.dtype)
     lowest = scores.masked_fill(~mask, limits.max).amin(-1, keepdim=True)
     highest = scores.masked_fill(~dropped, limits.min).amax(-1, keepdim=True)

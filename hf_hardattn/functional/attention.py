@@ -1,4 +1,4 @@
-"""Attention over a selection: masked or gathered compute, pure functions.
+"""Pure functions for attention over a selection, with masked or gathered execution.
 
 Shapes: B batch, H heads, Q queries, N candidates, K slots, D state size, d head size.
 """
@@ -22,7 +22,7 @@ def keep_rows(states: Tensor, indices: Tensor) -> Tensor:
     """Gather rows: ``[B, N, D]`` by int64 ``[B, K]`` to ``[B, K, D]``."""
     if states.is_cuda:
         return states.gather(1, indices.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
-    # on a CPU a gather of whole rows is ten times as fast by index_select
+    # on a CPU, index_select gathers whole rows ten times as fast as gather
     batch, n, size = states.shape
     flat = indices if batch == 1 else indices + torch.arange(0, batch * n, n, device=indices.device).unsqueeze(-1)
     return states.reshape(batch * n, size).index_select(0, flat.flatten()).view(batch, -1, size)
@@ -50,14 +50,16 @@ def keep_columns(bias: Tensor, indices: Tensor) -> Tensor:
 
 
 def fits(bias: Tensor, indices: Tensor) -> bool:
-    """Whether a bias's columns at int64 ``[B, H or 1, K]`` are no more than the bias itself, as a matrix: one that all examples share
-    becomes one of each."""
+    """Return whether the columns of a bias at int64 ``[B, H or 1, K]`` take no more memory than the whole bias as a matrix.
+
+    Gathering turns a bias that all examples share into one per example.
+    """
     shared = distances.is_table(bias) or len(bias) == 1
     return not shared or len(indices) * indices.shape[-1] <= _keys(bias)
 
 
 def _keys(bias: Tensor) -> int:
-    """How many keys a bias, or a table of distances, has a number for."""
+    """Return the number of keys that a bias, or a table of distances, covers."""
     return (bias.shape[1] + 1) // 2 if distances.is_table(bias) else bias.shape[-1]
 
 
@@ -93,9 +95,9 @@ def attend(
     Args:
         query: ``[B, H, Q, d]``. key, value: ``[B, H, N, d]``.
         allowed: bool, broadcastable to ``[B, H, Q, N]``; a row that allows nothing attends to everything, and stays finite.
-        bias: broadcastable to ``[B, H, Q, N]``, or a table of distances ``[H, 2N - 1]`` when Q = N (see ``distances``).
-        weights: also return the attention weights (then not through PyTorch's fused kernel).
-        logits: ``scale * q k``, ``[B, H, Q, N]``, where they are known already (nor then).
+        bias: broadcastable to ``[B, H, Q, N]``, or a table of distances ``[H, 2N - 1]`` if Q = N (see ``position_bias``).
+        weights: also return the attention weights (without PyTorch's fused kernel).
+        logits: ``scale * q k``, ``[B, H, Q, N]``, if they are known already (also without the fused kernel).
 
     Returns:
         output ``[B, H, Q, d]``, and weights ``[B, H, Q, N]`` or None.
@@ -104,7 +106,7 @@ def attend(
         allowed = allowed | ~allowed.any(-1, keepdim=True)
     if bias is not None and distances.is_table(bias):
         if allowed is None and not weights and logits is None and not query.is_cuda:
-            # with the queries in reverse order, the bias is a view of its table; CUDA's kernels want aligned rows, and would copy it
+            # with the queries in reverse order, the bias is a view of its table; CUDA's kernels need aligned rows, and would copy it
             output = nn.functional.scaled_dot_product_attention(
                 query.flip(2), key, value, distances.reversed_rows(bias.to(query.dtype)), dropout_p=dropout, scale=scale
             )
@@ -137,13 +139,12 @@ def attend_by_parts(
     allowed: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """``attend`` to kept keys with the bias towards them, gathered for as many examples at a time as make no more of it than the bias
-    between all places.
+    """Run ``attend`` on kept keys for a few examples at a time, so that their gathered bias takes no more memory than the whole bias.
 
     Args:
-        query: ``[B, H, Q, d]``. key, value: ``[B, H, K, d]``, kept. indices: int64 ``[B, H or 1, K]``, where they stood.
-        bias: towards all N places, ``[1, H, Q, N]`` or a table of distances. allowed: bool, broadcastable to ``[B, H, Q, K]``.
-        scale, dropout: as of ``attend``.
+        query: ``[B, H, Q, d]``. key, value: the kept ones, ``[B, H, K, d]``. indices: int64 ``[B, H or 1, K]``, their positions.
+        bias: bias for all N positions, ``[1, H, Q, N]`` or a table of distances. allowed: bool, broadcastable to ``[B, H, Q, K]``.
+        scale, dropout: as in ``attend``.
     """
     few, outputs = max(1, _keys(bias) // indices.shape[-1]), []
     for start in range(0, len(query), few):
@@ -164,7 +165,7 @@ def attend_packed(
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of each row to its own packed keys: the rows of each length are a batch without padding, and need no mask.
+    """Attend from each row to its own packed keys; the rows of each length are a batch without padding and need no mask.
 
     Args:
         query: ``[1, H, T, d]``, packed like the keys; or ``[B, H, Q, d]``.
@@ -198,16 +199,16 @@ def gated_attend(
     dropout: float = 0.0,
     logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with multiplicative gates, ``w_n = g_n exp(s_n) / sum_m g_m exp(s_m)``.
+    """Compute attention with multiplicative gates, ``w_n = g_n exp(s_n) / sum_m g_m exp(s_m)``.
 
-    The forward equals softmax over the positions whose gate is 1. The derivative with respect to a gate at 0 is
-    ``exp(s_n) (v_n - out) / Z``, finite: dropped positions keep a gradient, which an additive -inf would kill.
+    In the forward pass, this equals softmax over the positions whose gate is 1. The derivative with respect to a gate at 0 is
+    ``exp(s_n) (v_n - out) / Z``, which is finite: dropped positions keep a gradient, which an additive -inf would remove.
 
     Args:
         gates: fp32, broadcastable to ``[B, H, Q, N]``, in [0, 1].
         Others as in ``attend``. All-zero gates in a row fall back to attending to everything allowed.
 
-    Source: DynamicViT (Rao et al., 2021), equation 11. Cost: dense; saves nothing, feeds every pathwise estimator.
+    Source: DynamicViT (Rao et al., 2021), equation 11. Cost: dense; it saves nothing. Every pathwise estimator uses it.
     """
     logits = (query @ key.transpose(-1, -2)).float() * scale if logits is None else logits.float()
     if bias is not None:
@@ -224,7 +225,7 @@ def gated_attend(
 
 
 def multiply_gates(chosen: Tensor | None, upstream: Tensor | None) -> Tensor | None:
-    """Gates of a choice ``[B, H, Q, N]`` times those from upstream ``[B, N]``; None stands for all ones."""
+    """Multiply the gates of a choice ``[B, H, Q, N]`` by those of earlier sites ``[B, N]``; None stands for all ones."""
     if upstream is None:
         return chosen
     upstream = upstream[:, None, None, :]
@@ -232,12 +233,12 @@ def multiply_gates(chosen: Tensor | None, upstream: Tensor | None) -> Tensor | N
 
 
 def gates_at(gates: Tensor, indices: Tensor) -> Tensor:
-    """Gates ``[B, H or 1, 1, N]`` at the kept positions ``[B, H, K]``, as ``[B, H, 1, K]``."""
+    """Return the gates ``[B, H or 1, 1, N]`` at the kept positions ``[B, H, K]``, as ``[B, H, 1, K]``."""
     return gates.expand(len(indices), indices.shape[1], 1, -1).gather(-1, indices.unsqueeze(2))
 
 
 def spread_weights(weights: Tensor, indices: Tensor, n: int) -> Tensor:
-    """Attention weights over the kept slots ``[B, H, Q, K]`` to all keys ``[B, H, Q, n]``, zero where nothing was kept."""
+    """Scatter attention weights over the kept slots ``[B, H, Q, K]`` to all keys ``[B, H, Q, n]``, zero where nothing was kept."""
     positions = indices.unsqueeze(2).expand(-1, weights.shape[1], weights.shape[2], -1)
     # unused slots repeat a position; their weight is zero, so adding is safe
     return weights.new_zeros(*weights.shape[:3], n).scatter_add(-1, positions, weights)

@@ -1,4 +1,4 @@
-"""One vector a row of the batch, from the states that a model leaves."""
+"""Pooling of a model's states to one vector per row of the batch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 def mean_rows(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean of the rows that are there, fp ``[B, D]``.
+    """Return the mean of the valid rows, fp ``[B, D]``.
 
     Args:
         hidden: ``[B, K, D]``; rows that a hard model does not use hold zeros.
-        mask: of the input, ``[B, N]``, or None; it counts while no row was dropped (K = N).
+        mask: mask of the input, ``[B, N]``, or None; it is used only if no row was dropped (K = N).
     """
     present = (hidden.detach() != 0).any(-1)
     if mask is not None and mask.shape == present.shape:

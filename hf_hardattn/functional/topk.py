@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def topk_mask(scores: Tensor, k: Tensor, valid: Tensor, slots: int | None = None) -> Tensor:
-    """Keep exactly the ``k`` highest-scored valid positions of each row, ties to the lower index.
+    """Keep exactly the ``k`` highest-scored valid positions of each row; of equal scores, the lower index is kept.
 
     Args:
         scores: float ``[..., N]``.
@@ -32,16 +32,16 @@ def topk_mask(scores: Tensor, k: Tensor, valid: Tensor, slots: int | None = None
 
 
 def level_ties(scores: Tensor, k: Tensor, valid: Tensor, slots: int) -> Tensor:
-    """Give scores that differ from the lowest kept one by no more than rounding its very value, so that they tie.
+    """Replace scores that differ only by rounding from the lowest kept score with that score, so that they tie.
 
-    Equal tokens have equal scores, but a matrix product rounds them differently in a batch, or beside a cache, of another shape.
+    Equal tokens have equal scores, but a matrix product may round them differently with another shape of the batch or the cache.
 
     Args:
         scores: fp32 ``[..., N]``.
         k, valid, slots: as in ``topk_mask``.
 
     Returns:
-        fp32 ``[..., N]``; no score moves by more than ``128`` units in the last place of the largest valid one.
+        fp32 ``[..., N]``; no score changes by more than ``128`` units in the last place of the largest valid one.
     """
     slots = max(1, min(slots, scores.shape[-1]))
     last = _lowest_kept(scores.masked_fill(~valid, float("-inf")), k.expand(scores.shape[:-1]), slots)
@@ -51,19 +51,19 @@ def level_ties(scores: Tensor, k: Tensor, valid: Tensor, slots: int) -> Tensor:
 
 
 def _lowest_kept(scores: Tensor, k: Tensor, slots: int) -> Tensor:
-    """The ``k``-th largest of ``scores`` ``[..., N]``, ``[..., 1]``; ``slots`` bounds ``k``."""
+    """Return the ``k``-th largest of ``scores`` ``[..., N]`` as ``[..., 1]``; ``slots`` bounds ``k``."""
     return scores.topk(slots, dim=-1).values.gather(-1, (k - 1).clamp(min=0).unsqueeze(-1))
 
 
 def mask_to_indices(mask: Tensor, slots: int) -> Tensor:
-    """Positions of the True entries of each row, ascending, in ``slots`` places.
+    """Return the indices of the True entries of each row, ascending, in ``slots`` slots.
 
     Args:
         mask: bool ``[..., N]`` with at most ``slots`` True per row.
-        slots: K, number of places per row, 1 <= K <= N.
+        slots: K, number of slots per row, 1 <= K <= N.
 
     Returns:
-        int64 ``[..., K]``; rows with fewer True entries fill the last places with positions that are not kept.
+        int64 ``[..., K]``; rows with fewer True entries fill the last slots with indices that are not kept.
     """
     n = mask.shape[-1]
     order = torch.arange(n, 0, -1, device=mask.device, dtype=torch.int32)

@@ -1,1 +1,1 @@
-"""The Hub: save and load hard models (whole, selectors only, or a PEFT adapter), push them, write and check their cards."""
+"""The Hub: save and load hard models (full, selectors only, or as a PEFT adapter), push them, and write and check their cards."""

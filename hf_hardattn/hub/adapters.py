@@ -1,4 +1,4 @@
-"""PEFT adapters that hold selectors: ``adapter_config.json``, ``adapter_model.safetensors``, and the hard ``config.json`` beside them."""
+"""PEFT adapters with selectors: ``adapter_config.json``, ``adapter_model.safetensors``, and the ``config.json`` of the hard model."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .untrusted import read_config, read_json, walk
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings of PEFT that import other packages, copy layers, or run an initialisation on data.
 REFUSED = ("megatron_config", "layer_replication", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
-# Methods that put small weights beside the base's own. Others bring tokenizers, other adapters or code of their own.
+# Methods that add small weights to those of the base model. Others need tokenizers, other adapters or their own code.
 METHODS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "VERA", "FOURIERFT", "LN_TUNING")
-# Module patterns that can take forever to match: a repeated group, or many repetitions in a row.
+# Module patterns that may not terminate in practice: a repeated group, or many repetitions.
 _REPEATED_GROUP, _REPETITION, MOST_REPETITIONS = re.compile(r"\)\s*[*+{]"), re.compile(r"[*+{]|(?<!\()\?"), 5
 
 
 def save_adapter(model: Any, folder: Path, base_model: str | None, base_revision: str | None) -> None:
-    """Write adapter and hard configuration.
+    """Write the adapter and the configuration of the hard model.
 
     Raises:
-        HardAttentionError: learned selectors that the adapter leaves out; no name of the base model.
+        HardAttentionError: the adapter leaves out learned selectors, or the base model has no name.
     """
     from peft import get_peft_model_state_dict
 
@@ -55,7 +55,7 @@ def save_adapter(model: Any, folder: Path, base_model: str | None, base_revision
         model.save_pretrained(folder, selected_adapters=[name])  # integrations.peft adds config.json
     finally:
         adapter.base_model_name_or_path, adapter.revision = before
-    if name != "default":  # PEFT gives other names a folder of their own; a repository holds one adapter, at its top
+    if name != "default":  # PEFT saves other names in a subfolder; a repository holds one adapter, at its top level
         for file in (folder / name).iterdir():
             file.replace(folder / file.name)
         (folder / name).rmdir()
@@ -64,14 +64,15 @@ def save_adapter(model: Any, folder: Path, base_model: str | None, base_revision
 def load_adapter(
     source: Source, hub: dict[str, Any], change: Any, given: HardAttentionConfig | None, **kwargs: Any
 ) -> Any:
-    """Load the base model that an adapter names, make it hard, and put the adapter on.
+    """Load the base model that an adapter names, make it hard, and apply the adapter.
 
     Args:
-        hub: token, cache_dir, local_files_only for the base. change: configuration to configuration.
-        given: the hard configuration, for an adapter without config.json.
+        hub: token, cache_dir, local_files_only for the base model. change: function that changes the configuration.
+        given: the hard attention configuration, for an adapter without config.json.
 
     Raises:
-        HardAttentionError: no hard configuration anywhere; unsafe settings; tensors missing or too many; a base that does not fit.
+        HardAttentionError: no hard attention configuration, unsafe settings, missing or superfluous tensors, or a base model that
+            does not fit.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -88,7 +89,7 @@ def load_adapter(
     )
     base_header = headers(base)
     if source.has("config.json"):
-        # the adapter's own config.json: labels and sizes of its head, and where it looks
+        # the adapter's own config.json: labels and sizes of its head, and its sites
         config, cls = read_model_config(source, base_header)
         hard = given or (read_config(config.hard_attention, where) if config.hard_attention else None)
     else:
@@ -101,7 +102,7 @@ def load_adapter(
     model, missing = build(base, config, cls, base_header, **kwargs)
     try:
         adapted: Any = PeftModel.from_pretrained(model, str(source.folder))
-    except Exception as error:  # noqa: BLE001 - PEFT answers damaged files with many kinds of error
+    except Exception as error:  # noqa: BLE001 - PEFT raises many types of errors for damaged files
         text = " ".join(str(error).split())[:400]
         raise HardAttentionError(
             f"the adapter {where} does not fit its base {base.name} ({type(error).__name__}: {text}); its files are damaged or the base "
@@ -160,5 +161,5 @@ def _read_settings(source: Source, largest: int) -> dict[str, Any]:
 
 
 def _is_slow(pattern: str) -> bool:
-    """Whether matching a module's name against ``pattern`` could take time without end; PEFT takes any regular expression."""
+    """Whether matching a module's name against ``pattern`` could take unbounded time; PEFT accepts any regular expression."""
     return bool(_REPEATED_GROUP.search(pattern)) or len(_REPETITION.findall(pattern)) > MOST_REPETITIONS

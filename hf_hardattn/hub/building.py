@@ -1,4 +1,4 @@
-"""Build a model from files that somebody else wrote: nothing is executed, nothing large is allocated before it was checked."""
+"""Build a model from untrusted files: nothing is executed, and nothing large is allocated before it is checked."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from .source import Source
 from .tensors import WEIGHTS, Header, check_finite, check_floats, read_headers
 from .untrusted import read_config, read_json, walk
 
-# Keys that would make Transformers fetch kernels or bring in other packages.
+# Keys that would make Transformers download kernels or import other packages.
 REFUSED = (
     "attn_implementation",
     "_attn_implementation",
     "_attn_implementation_internal",
     "quantization_config",
-    "transformers_weights",  # another file of weights than the one that was looked at
+    "transformers_weights",  # a weight file other than the checked one
 )
-VIDEO = "hf_hardattn.backbones.video"  # BLIP that reads videos
-MOST_LABELS = 100_000  # that an adapter's own head may have beyond its base
+VIDEO = "hf_hardattn.backbones.video"  # BLIP for videos
+MOST_LABELS = 100_000  # most labels of an adapter's own head, which may exceed the sizes of its weights
 _lock, _loading, _verbosity = threading.Lock(), 0, logging.WARNING
-ROOM = 2**20  # integers and parameters that a configuration may name beyond what its weights hold
+ROOM = 2**20  # margin by which integers and parameters of a configuration may exceed its weights
 
 
 def model_class(name: Any, where: str) -> type[PreTrainedModel]:
-    """The class called ``name``, if it is one of Transformers' own models, or of ours, that hard attention serves."""
-    # looked up in these packages alone: a name must not make Transformers import whatever else it knows
+    """Return the class ``name`` if it is a supported model of Transformers or of this library."""
+    # search only these packages: a name must not make Transformers import other modules
     packages = [models.load(each).spec.family.rstrip(".") for each in models.names()]
     found: Any = None
     for package in (*packages, VIDEO):
@@ -52,16 +52,16 @@ def model_class(name: Any, where: str) -> type[PreTrainedModel]:
 
 
 def _is_complete(found: type[PreTrainedModel]) -> bool:
-    """Whether a class makes models, and is not only a base of others."""
+    """Whether a class is a complete model rather than a base class."""
     model_type = getattr(getattr(found, "config_class", None), "model_type", "")
     return bool(model_type) and found.forward is not PreTrainedModel.forward
 
 
 def read_model_config(source: Source, header: Header) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    """Read config.json; every number in it must be plausible beside the weights (``header``).
+    """Read config.json; every number in it must be plausible for the weights (``header``).
 
     Raises:
-        HardAttentionError: unknown model type or class, refused keys, numbers far beyond what the weights hold.
+        HardAttentionError: unknown model type or class, refused keys, or numbers far beyond the size of the weights.
     """
     data, where = read_json(source.folder / "config.json", source.name), source.name
     refused = sorted(key for key, value in _all_keys(data) if key in REFUSED and value is not None)
@@ -77,13 +77,13 @@ def read_model_config(source: Source, header: Header) -> tuple[PreTrainedConfig,
                 f"config.json of {where} says {key}={str(value)[:40]}; its weights hold {header.elements:,} numbers in all, so that "
                 "cannot be theirs."
             )
-        # but "max_window_layers", a bound
+        # "max_window_layers" is exempt: it is a bound
         if "layers" in key and "max_" not in key and isinstance(value, int) and value > len(header.shapes):
             raise HardAttentionError(
                 f"config.json of {where} says {key}={value}; its weights are {len(header.shapes)} tensors, too few for so many layers."
             )
     labels, widest = data.get("num_labels"), max((max(shape, default=0) for shape in header.shapes.values()), default=0)
-    if isinstance(labels, int) and labels > max(widest, MOST_LABELS):  # Transformers makes a name for each
+    if isinstance(labels, int) and labels > max(widest, MOST_LABELS):  # Transformers creates a name for each
         raise HardAttentionError(
             f"config.json of {where} says num_labels={labels:,}; no tensor of its weights has a dimension above {widest:,}."
         )
@@ -97,7 +97,7 @@ def read_model_config(source: Source, header: Header) -> tuple[PreTrainedConfig,
         data["hard_attention"] = read_config(data["hard_attention"], where).to_dict()
     try:
         config: Any = config_class.from_dict(data)
-    except Exception as error:  # noqa: BLE001 - any wrong type in somebody's JSON
+    except Exception as error:  # noqa: BLE001 - any wrong type in untrusted JSON
         raise _broken(where, cls, error) from error
     config._name_or_path, config._commit_hash = source.name, source.revision
     return config, cls
@@ -109,16 +109,16 @@ def build(
     """Load the weights into a model of ``cls``.
 
     Args:
-        config: with ``hard_attention`` as the model is to have it. kwargs: of ``from_pretrained``.
+        config: configuration with the ``hard_attention`` of the model. kwargs: arguments of ``from_pretrained``.
 
     Returns:
         The model in evaluation mode, and the names of its tensors that the weights lack.
 
     Raises:
-        HardAttentionError: weights that the model does not have, or of another shape; a model much larger than its weights.
+        HardAttentionError: weights that the model does not have or that have another shape, or a model much larger than its weights.
     """
     where = source.name
-    if source.has("adapter_config.json"):  # from_pretrained would follow it, past every check
+    if source.has("adapter_config.json"):  # from_pretrained would follow it and bypass the checks
         raise HardAttentionError(
             f"{where} holds adapter_config.json beside the weights of a model; a base model is whole, without an adapter of its own. "
             "Merge the adapter (merge_and_unload) and save the result, or remove the file."
@@ -132,16 +132,16 @@ def build(
     check_floats(header, WEIGHTS, where, whole_numbers)
     try:
         if config.hard_attention is not None:
-            # an object, not a dict, says: selectors that the weights lack are no error yet
+            # an object instead of a dict: selectors that the weights lack are not an error yet
             config.hard_attention = HardAttentionConfig.parse(config.hard_attention)
-        with _quiet():  # every tensor is accounted for below
+        with _quiet():  # every tensor is checked below
             loaded: Any = cls.from_pretrained(
                 str(source.folder), config=config, use_safetensors=True, output_loading_info=True, **kwargs
             )
         model, info = loaded
     except HardAttentionError:
         raise
-    except Exception as error:  # noqa: BLE001 - Transformers answers damaged files with many kinds of error
+    except Exception as error:  # noqa: BLE001 - Transformers raises many types of errors for damaged files
         raise _broken(where, cls, error) from error
     for kind, remedy in (("mismatched_keys", "another shape"), ("unexpected_keys", "no place in the model")):
         odd = sorted(str(key if isinstance(key, str) else key[0]) for key in info[kind])
@@ -150,15 +150,15 @@ def build(
                 f"{len(odd)} weights of {where} have {remedy} (first: {odd[0]!r}); weights and config.json must match exactly."
             )
     check_finite(dict(model.named_parameters()), WEIGHTS, where)
-    model.name_or_path = model.config._name_or_path = where  # not the place of the files in somebody's cache
+    model.name_or_path = model.config._name_or_path = where  # not the path of the files in the cache
     model.config._commit_hash = source.revision
     return model, set(info["missing_keys"])
 
 
 def options_of(config: PreTrainedConfig, cls: type[PreTrainedModel], header: Header, where: str) -> dict[str, bool]:
-    """What the constructor takes beside the configuration, such as ``add_pooling_layer`` and ``use_mask_token``, as the weights have it.
+    """Infer the constructor's options besides the configuration, such as ``add_pooling_layer`` and ``use_mask_token``, from the weights.
 
-    No file of a checkpoint names these options; each adds weights, and whether they are there says how it was set.
+    No file of a checkpoint names these options. Each adds weights, whose presence shows how it was set.
     """
     found = {}
     for option in inspect.signature(cls).parameters.values():
@@ -167,7 +167,7 @@ def options_of(config: PreTrainedConfig, cls: type[PreTrainedModel], header: Hea
                 set(blueprint(config, cls, header, where, **{option.name: value}).state_dict())
                 for value in (False, True)
             )
-            if endings := tuple(added - without):  # a checkpoint of a larger model has a prefix in front of them
+            if endings := tuple(added - without):  # in a checkpoint of a larger model they have a prefix
                 found[option.name] = any(name.endswith(endings) for name in header.shapes)
     return found
 
@@ -175,13 +175,13 @@ def options_of(config: PreTrainedConfig, cls: type[PreTrainedModel], header: Hea
 def blueprint(
     config: PreTrainedConfig, cls: type[PreTrainedModel], header: Header, where: str, **options: bool
 ) -> nn.Module:
-    """The model on the meta device: names and shapes only, so whatever the configuration says, it costs nothing.
+    """Return the model on the meta device: names and shapes only, so that any configuration is cheap.
 
     Args:
-        options: of the constructor, beside the configuration.
+        options: options of the constructor besides the configuration.
 
     Raises:
-        HardAttentionError: a configuration that makes no model, or one much larger than its weights.
+        HardAttentionError: the configuration does not define a model, or one much larger than its weights.
     """
     try:
         with torch.device("meta"):
@@ -189,7 +189,7 @@ def blueprint(
         count = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     except HardAttentionError:
         raise
-    except Exception as error:  # noqa: BLE001 - any wrong value in somebody's JSON
+    except Exception as error:  # noqa: BLE001 - any wrong value in untrusted JSON
         raise _broken(where, cls, error) from error
     if count > 2 * header.elements + ROOM:
         raise HardAttentionError(
@@ -199,7 +199,7 @@ def blueprint(
 
 
 def check_complete(missing: set[str], where: str) -> None:
-    """Raise for tensors that the weights lack."""
+    """Raise if the weights lack tensors of the model."""
     if missing:
         first = next((key for key in sorted(missing) if "selector" in key), sorted(missing)[0])
         raise HardAttentionError(
@@ -209,15 +209,15 @@ def check_complete(missing: set[str], where: str) -> None:
 
 
 def headers(source: Source) -> Header:
-    """The headers of a source's model weights."""
+    """Return the headers of a source's model weights."""
     return read_headers(source.folder, source.name)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Transformers' report of missing tensors, which is wrong where selectors or an adapter bring them.
+    """Silence Transformers' report of missing tensors, which is wrong if selectors or an adapter provide them.
 
-    The verbosity is the process's: threads that load at the same time share one change of it, and the last one takes it back.
+    The verbosity belongs to the process: threads that load at the same time share one change of it, and the last one restores it.
     """
     global _loading, _verbosity
     with _lock:

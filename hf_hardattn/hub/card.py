@@ -1,4 +1,4 @@
-"""Write a model card from its record: every number in it is one that a command wrote."""
+"""Write a model card from its record; every number in the card was written by a command."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def render(record: dict[str, Any]) -> ModelCard:
-    """Make the card of a complete record.
+    """Create the card of a complete record.
 
     Raises:
-        HardAttentionError: see ``check_record``; a name that is no name.
+        HardAttentionError: see ``check_record``; or a name of a repository or picture is invalid.
     """
     check_record(record, str(record.get("name", "the card"))[:100])
     for name in (record["repo_id"], record["base"]["model"]):
@@ -59,13 +59,13 @@ def write_card(source: Path, folder: Path | None = None) -> Path:
     """Write ``README.md``, the resolved record ``card.json``, and the pictures.
 
     Args:
-        source: the record, with references to results JSON. folder: to write to; the source's own by default.
+        source: the record, with references to results JSON. folder: output folder; that of the source by default.
 
     Returns:
-        The card's path.
+        The path of the card.
 
     Raises:
-        HardAttentionError: a number is missing, was written by hand, or a picture is not there. Nothing is written then.
+        HardAttentionError: a number is missing or was written by hand, or a picture does not exist. Nothing is written then.
     """
     folder = folder or source.parent
     record = read_record(source)
@@ -84,10 +84,10 @@ def write_card(source: Path, folder: Path | None = None) -> Path:
 
 
 def refuse_foreign_card(folder: Path) -> None:
-    """Raise for a README.md that neither this command nor PEFT's template wrote.
+    """Raise for a README.md that was written neither by this command nor from PEFT's template.
 
     Raises:
-        HardAttentionError: somebody wrote it.
+        HardAttentionError: the README.md has another author.
     """
     path = folder / CARD
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

@@ -1,4 +1,4 @@
-"""Check a card as a gate in CI: complete, traceable, honest about validation, of a licence that goes with its base model's."""
+"""Check a card, for example in CI: it must be complete and traceable, declare its validation, and have a compatible licence."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ EDITED = f"{CARD} is not what {RECORD} says"
 
 
 def check_card(folder: Path) -> list[str]:
-    """List what is wrong with the card in a folder; empty when all is well.
+    """List the problems of the card in a folder; empty if there are none.
 
-    Checks: README.md, card.json and (where it is there) source.json say the same; every number comes from the results files that the
-    record names, unchanged since; external validation is declared or its absence stated; the licence goes with the base model's;
-    no access token.
+    The checks: README.md, card.json and source.json (if it exists) agree; every number comes from the results files that the record
+    names, which are unchanged since; external validation is declared or its absence stated; the licence is compatible with that of
+    the base model; there is no access token.
     """
     try:
         return list(_problems(folder))

@@ -1,4 +1,4 @@
-"""The card's metadata: what the Hub's search and widgets read."""
+"""Metadata of the card, which the Hub's search and widgets read."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def metadata(record: dict[str, Any]) -> ModelCardData:
 
 
 def run_values(record: dict[str, Any], variant: str) -> list[float]:
-    """Values of the runs of a variant that have one."""
+    """Return the values of a variant's runs, without runs that have none."""
     return [run["value"] for run in record["runs"] if run["variant"] == variant and missing(run["value"]) is None]
 
 
 def shown(value: float, unit: str) -> str:
-    """A value of the task's metric as the card shows it."""
+    """Format a value of the task's metric for the card."""
     return f"{value:.1%}" if unit == "share" else f"{value:.2f}" if unit == "points" else f"{value:.4g}"
 
 
 def shown_values(values: list[float], unit: str) -> str | float:
-    """One value as it is, several as mean ± standard deviation."""
+    """Format one value unchanged, several as mean ± standard deviation."""
     if len(values) < 2:
         return round(values[0], 6) if values else "no completed run"
     mean, deviation = statistics.fmean(values), statistics.stdev(values)

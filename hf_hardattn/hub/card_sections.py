@@ -1,4 +1,4 @@
-"""The card's sections, each a function of the record. Words of people go through ``plain``; numbers come as they are."""
+"""Sections of the card, each a function of the record. Free text is escaped by ``plain``; numbers are copied unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .markdown import block, bullets, code, facts, number, plain, table
 from .record import VARIANTS, missing
 
 Record = dict[str, Any]
-# what a recipe calls its numbers, as a reader takes them in
+# names of a recipe's fields in words
 RECIPE_WORDS = {
     "trunk_steps": "steps of the base checkpoint, with full attention",
     "branch_steps": "steps of the model, from that checkpoint",
@@ -24,7 +24,7 @@ RECIPE_WORDS = {
 
 
 def behaviour(record: Record) -> str:
-    """What the model does, loaded how: the first thing a reader must know."""
+    """Behaviour of the model by the way it is loaded, which a reader must know first."""
     hard, soft = "**hard**", "**soft**: full attention, for which the numbers below do not hold"
     how = {
         "full": [
@@ -57,7 +57,7 @@ def start(record: Record) -> str:
     repo, classes = record["repo_id"], (record["auto_class"], record["model_class"])
     lines = ["import hf_hardattn  # without it the model runs soft", ""]
     lines += [f'model = hf_hardattn.load("{repo}")', "print(hf_hardattn.status(model))"]
-    # a task without an auto class, like captioning, is loaded by its own class; a class of the user's own by load alone
+    # a task without an auto class, such as captioning, uses its own class; a user-defined class can only be loaded by load()
     name = next((name for name in classes if hasattr(transformers, name)), None)
     if record["form"] == "full" and name:
         lines += ["", f"from transformers import {name}", "", f'model = {name}.from_pretrained("{repo}")  # the same']
@@ -66,7 +66,7 @@ def start(record: Record) -> str:
 
 
 def selection(record: Record) -> str:
-    """Where it looks, how much it was to keep, and how much it kept."""
+    """Sites, with the target and the achieved share of kept positions."""
     chosen = record["selection"]
     rows = [
         (code(site["site"]), number(site["target"], ".1%"), number(site["achieved"], ".1%")) for site in chosen["sites"]
@@ -89,7 +89,7 @@ def selection(record: Record) -> str:
 
 
 def quality(record: Record) -> str:
-    """Every run, the failed ones too, and each variant's mean."""
+    """Every run, including failed ones, and the mean of each variant."""
     task, unit = record["task"], record["task"]["unit"]
     names = list(dict.fromkeys([*VARIANTS, *(run["variant"] for run in record["runs"])]))
     rows, totals = [], []
@@ -118,7 +118,7 @@ def quality(record: Record) -> str:
 
 
 def efficiency(record: Record) -> str:
-    """Counted and measured, in columns of their own."""
+    """Counted and measured cost, in separate columns."""
     found = record["efficiency"]
     if why := missing(found):
         return f"## Cost\nNot measured: {plain(why)}"
@@ -136,7 +136,7 @@ def efficiency(record: Record) -> str:
 
 
 def faithfulness(record: Record) -> str:
-    """The certificate's own sentences, and what they do not say."""
+    """Statements of the certificate, and their limits."""
     found = record["faithfulness"]
     warning = "A selection is not an explanation of the whole model: behind the first layers, kept positions already carry what others held."
     if why := missing(found):
@@ -154,7 +154,7 @@ def faithfulness(record: Record) -> str:
 
 
 def subgroups(record: Record) -> str:
-    """Whom or what the model serves less well."""
+    """Results by subgroup, which show where the model is worse."""
     found = record["subgroups"]
     if why := missing(found):
         return f"## Subgroups\nNot measured: {plain(why)}"
@@ -189,7 +189,7 @@ def governance(record: Record) -> str:
 
 
 def energy(record: Record) -> str:
-    """Of the training, and what was counted."""
+    """Energy of the training, and its scope."""
     found = record["energy"]
     if why := missing(found):
         return f"## Energy\nNot measured: {plain(why)}"
@@ -200,7 +200,7 @@ def energy(record: Record) -> str:
 
 
 def transparency(record: Record) -> str:
-    """Facts that regulation asks providers for; whether they suffice is for others to say."""
+    """Facts that regulation requires of providers, without a claim that they are sufficient."""
     found, used = record["transparency"], record["energy"]
     rows = [
         ("parameters", number(found["parameters"], ",")),

@@ -1,4 +1,4 @@
-"""What a model's folder may hold when it is pushed, and what is left behind."""
+"""Which files of a model's folder may be pushed, and which are left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .secrets import holds_token, is_secret, redact
 from .source import Source
 from .untrusted import check_name, read_json
 
-# Files of a model, its processor, its card. Anything else must be named to be left out: nothing goes public by accident.
+# Files of a model, its processor and its card. Other files must be excluded by name, so that nothing becomes public by accident.
 EXPECTED = re.compile(
     r"(config|generation_config|adapter_config|hard_attention|model\.safetensors\.index|results|card)\.json"
     r"|(model|adapter_model|selectors)\.safetensors|model-\d{5}-of-\d{5}\.safetensors"
@@ -25,7 +25,7 @@ EXPECTED = re.compile(
     r"|README\.md|LICENSE(\.\w+)?|NOTICE(\.\w+)?|CITATION\.cff|\.gitattributes"
     r"|log\.jsonl|([\w-]+/)?[\w.-]+\.(png|jpg|jpeg)|\.eval_results/[\w-]+\.yaml"
 )
-# What training leaves beside a model; never part of it.
+# Files that training leaves in the folder and that are never part of the model.
 LEFT_OUT = (
     "checkpoints/*",
     "checkpoint-*/*",
@@ -34,7 +34,7 @@ LEFT_OUT = (
     ".git/*",
     ".cache/*",
     "__pycache__/*",
-    "source.json",  # of the card: it points to results on this machine; card.json is the record
+    "source.json",  # source of the card, which points to results on this machine; card.json is the record
     "training_args.bin",
     "trainer_state.json",
     "optimizer.*",
@@ -46,7 +46,7 @@ LEFT_OUT = (
     "files.json",
     ".DS_Store",
 )
-# Weights of an earlier push that the new one replaces; left in place they could be loaded instead.
+# Files of an earlier push that the new one replaces; if they remained, they could be loaded instead.
 STALE = re.compile(
     r"(model|adapter_model|selectors)\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"
     r"|(adapter_config|hard_attention)\.json|(pytorch|adapter)_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?"
@@ -56,14 +56,14 @@ STALE = re.compile(
 def list_files(
     folder: Path, exclude: tuple[str, ...] = (), lenient: bool = False, token: str | None = None
 ) -> tuple[list[str], list[str]]:
-    """Names of the files to push, and of those left out.
+    """Return the names of the files to push, and of those left out.
 
     Args:
-        exclude: more globs to leave out. lenient: leave unexpected and unsafe files out instead of refusing. token: must
-            stand in none of them.
+        exclude: additional globs to leave out. lenient: leave unexpected and unsafe files out instead of refusing them.
+        token: token that no file may contain.
 
     Raises:
-        HardAttentionError: a file that is unsafe, unexpected, a link out of the folder, or holds an access token.
+        HardAttentionError: a file is unsafe or unexpected, links out of the folder, or holds an access token.
     """
     if not folder.is_dir():
         raise HardAttentionError(f"{folder} is no folder; save the model first: hf_hardattn.save(model, folder).")
@@ -95,7 +95,7 @@ def list_files(
 
 
 def _check_place(path: Path, name: str, folder: Path, root: Path, token: str | None) -> None:
-    """Raise for a name that holds a secret, a link out of the folder, and what is no file."""
+    """Raise for a name that holds a secret, a link out of the folder, or a path that is not a file."""
     if is_secret(name, token):
         raise HardAttentionError(
             f"the name of a file in {folder} ({redact(name, token)}) holds an access token or a password; names are public with the "
@@ -112,7 +112,7 @@ def _check_place(path: Path, name: str, folder: Path, root: Path, token: str | N
 
 
 def _check_links(folder: Path, kept: list[str]) -> None:
-    """Refuse a second name, by a symbolic or a hard link, of a file that is left out."""
+    """Refuse symbolic and hard links to a file that is left out."""
     names = set(kept)
     hidden = {
         _identity(path)
@@ -128,19 +128,19 @@ def _check_links(folder: Path, kept: list[str]) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """What two links to one file have in common."""
+    """Return device and inode, which all links to one file share."""
     found = path.stat()
     return found.st_dev, found.st_ino
 
 
 def check_hard(folder: Path, files: list[str], soft_too: bool = False) -> str:
-    """Check that the files make a hard model that others can load.
+    """Check that the files are a hard model that others can load.
 
     Returns:
-        Its form: ``full``, ``selectors`` or ``adapter``; ``soft`` where ``soft_too`` lets a soft model pass.
+        The form of the model: ``full``, ``selectors`` or ``adapter``; ``soft`` for a soft model if ``soft_too`` allows it.
 
     Raises:
-        HardAttentionError: a soft model; weights missing or damaged; a base model that only this machine has.
+        HardAttentionError: the model is soft, its weights are missing or damaged, or its base model is only on this machine.
     """
     source = Source(folder, str(folder))
     if selector_only.CONFIG in files:

@@ -1,4 +1,4 @@
-"""Fingerprints of a base model: selectors are loaded on the weights that they were trained on, and on no others."""
+"""Fingerprints of a base model, so that selectors are only loaded on the weights that they were trained on."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from ..recording import selectors
 
-# Weights that were loaded in a narrower dtype than the file's cannot be told from others that round to the same numbers.
+# Weights loaded in a narrower dtype than that of the file cannot be told from others that round to the same numbers.
 WIDE = (torch.float32, torch.float64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """sha256 over names, shapes and values of the tensors outside the selectors.
+    """Return the sha256 over names, shapes and values of the tensors outside the selectors.
 
     Args:
-        dtype: that floating-point tensors are rounded to first; the model's own by default.
+        dtype: dtype that floating-point tensors are rounded to first; that of the model by default.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(_base_tensors(model)):
@@ -30,10 +30,10 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
 
 
 def fingerprint_of_format_1(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """The fingerprint in files of format 1: sha256 over the set of the tensors, without their names.
+    """Return the fingerprint in files of format 1: the sha256 over the set of tensors, without their names.
 
     Args:
-        dtype: that floating-point tensors are rounded to first; by default each keeps its own.
+        dtype: dtype that floating-point tensors are rounded to first; by default each keeps its own.
     """
     digests = {
         hashlib.sha256(_bytes(tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor)).digest()
@@ -45,12 +45,12 @@ def fingerprint_of_format_1(model: nn.Module, dtype: torch.dtype | None = None) 
 def is_base_of(
     model: Any, wanted: str, saved_format: int, saved_dtype: str, reload: Callable[[torch.dtype], Any]
 ) -> bool:
-    """Whether ``model``, the base with selectors in it, has the weights that ``wanted`` was taken of.
+    """Whether ``model``, the base model with selectors, has the weights that the fingerprint ``wanted`` was computed from.
 
-    The selectors may have been saved from the base in another dtype than it is loaded in now, so each dtype is tried.
+    The selectors may have been saved with the base model in another dtype than it has now, so each dtype is tried.
 
     Args:
-        saved_format, saved_dtype: of the file that holds ``wanted``. reload: the same base in a given dtype.
+        saved_format, saved_dtype: format and dtype in the file that holds ``wanted``. reload: loads the base model in a given dtype.
     """
     take = fingerprint if saved_format > 1 else fingerprint_of_format_1
     whole = not any(tensor.is_meta for _, tensor in _base_tensors(model))
@@ -60,13 +60,13 @@ def is_base_of(
         model = reload(torch.float32)
     if take(model) == wanted or any(take(model, dtype) == wanted for dtype in DTYPES):
         return True
-    # format 1 hashed each tensor in its own dtype, and a half-precision T5 keeps some in float32
+    # format 1 hashed each tensor in its own dtype, and a half-precision T5 keeps some tensors in float32
     dtype = next((dtype for dtype in DTYPES if str(dtype) == saved_dtype and dtype not in WIDE), None)
     return saved_format == 1 and dtype is not None and take(reload(dtype)) == wanted
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of all that a base model brings; a compiled module's prefix is left out."""
+    """Yield name and tensor of everything outside the selectors, without the prefix of compiled modules."""
     inside = {id(tensor) for part in selectors(model).values() for tensor in part.state_dict(keep_vars=True).values()}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in inside:
@@ -74,7 +74,7 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the first floating-point parameter outside the selectors."""
+    """Return the dtype of the first floating-point parameter outside the selectors."""
     found = (tensor.dtype for _, tensor in _base_tensors(model) if tensor.is_floating_point())
     return next(found, torch.float32)
 

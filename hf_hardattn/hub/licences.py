@@ -1,4 +1,4 @@
-"""Whether a model may have the licence it says, given its base model's. A first look, not legal advice."""
+"""Check the licence of a model against that of its base model. This is a first check, not legal advice."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ ATTRIBUTION = {"cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "odc-by"}
 
 
 def conflict(licence: str, base: str) -> str | None:
-    """Why ``licence`` does not go with a base model under ``base``; None when nothing speaks against it.
+    """Return why ``licence`` is incompatible with a base model under ``base``; None if no conflict is known.
 
-    Both are the Hub's identifiers; ``none`` stands for a model without a base.
+    Both are identifiers of the Hub; ``none`` stands for a model without a base model.
     """
     licence, base = licence.lower(), base.lower()
     if licence in ("", "unknown", "none"):

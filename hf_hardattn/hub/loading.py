@@ -1,4 +1,4 @@
-"""``load``: a hard model from a folder or the Hub, whatever form it was saved in."""
+"""``load``: load a hard model from a folder or the Hub, in any of the forms it can be saved in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .untrusted import read_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What load() decides itself, since safety or strictness hangs on it.
+# Arguments that load() sets itself, because safety or strictness depends on them.
 DECIDED = (
     "trust_remote_code",
     "use_safetensors",
@@ -42,25 +42,25 @@ def load(
 ) -> PreTrainedModel:
     """Load a hard model: a full checkpoint, selectors on top of a base model, or a PEFT adapter with selectors.
 
-    Safetensors only; no code of a repository is executed; every tensor must be there and fit.
+    Only safetensors files are read, no code of a repository is executed, and every tensor must be present and fit.
 
     Args:
         repo_or_path: folder, ``user/name`` on the Hub, or ``"sample"`` for the trained model inside the package.
-        budget: at every site, instead of the saved ones; the model's config records it.
-        hard_attention: instead of the saved configuration; needed for an adapter that PEFT alone saved.
+        budget: budget of every site, which replaces the saved ones; the model's config records it.
+        hard_attention: configuration that replaces the saved one; required for an adapter that was saved by PEFT alone.
         revision: branch, tag or commit; resolved to a commit once, before anything is downloaded.
-        token: as in huggingface_hub. It also serves for the base model and is stored nowhere.
+        token: as in huggingface_hub. It is also used for the base model and is not stored.
         cache_dir: as in huggingface_hub.
         local_files_only: as in huggingface_hub.
-        verify_base: refuse a base model whose weights are not those the selectors were trained on.
-        kwargs: of ``from_pretrained`` (dtype, device_map, attn_implementation ...).
+        verify_base: refuse a base model whose weights are not those that the selectors were trained on.
+        kwargs: arguments of ``from_pretrained`` (dtype, device_map, attn_implementation ...).
 
     Returns:
-        The model in evaluation mode; ``hf_hardattn.status(model)`` shows its sites. A PEFT model for an adapter.
+        The model in evaluation mode; ``hf_hardattn.status(model)`` shows its sites. For an adapter it is a PEFT model.
 
     Raises:
-        HardAttentionError: a soft, incomplete, damaged or hostile repository; the message says what and where.
-        huggingface_hub.errors.HfHubHTTPError: not there, private, gated, no such revision.
+        HardAttentionError: the repository is soft, incomplete, damaged or hostile; the message says what is wrong and where.
+        huggingface_hub.errors.HfHubHTTPError: the repository or revision does not exist, or is private or gated.
 
     Examples:
         >>> model = hf_hardattn.load("me/vit-hard", budget=0.25, revision="v1")    # doctest: +SKIP
@@ -89,7 +89,7 @@ def load(
 
 
 def with_budget(config: HardAttentionConfig, budget: Any) -> HardAttentionConfig:
-    """The configuration with ``budget`` at every site; None leaves it as it is."""
+    """Return the configuration with ``budget`` at every site; None leaves it unchanged."""
     if budget is None:
         return config
     sites = config.sites and {

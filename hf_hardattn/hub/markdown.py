@@ -1,4 +1,4 @@
-"""Text into Markdown, safely: whatever a record says is shown, none of it is markup."""
+"""Escape text for Markdown: everything in a record is shown as text, never interpreted as markup."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _AT_THE_START = re.compile(r"^(\d{0,9})([#+=.)-])(?=[#=\s-]|$)")  # heading, rul
 
 
 def plain(value: Any) -> str:
-    """One line of text; HTML, links, tables, code, emphasis, headings, lists and fences in it lose their meaning. A list is its words."""
+    """Return one line of text in which HTML, links, tables, code, emphasis, headings, lists and fences are escaped. A list is joined."""
     value = ", ".join(map(str, value)) if isinstance(value, list) else value
     text = html.escape(" ".join(str(value).split()), quote=False)
     text = _ANYWHERE.sub(lambda match: f"&#{ord(match[0])};", text)
@@ -22,28 +22,28 @@ def plain(value: Any) -> str:
 
 
 def code(value: Any) -> str:
-    """One line as a code span; backticks and bars in it are taken out, since a span cannot hold them in a table."""
+    """Return one line as a code span, without backticks and bars, which a span in a table cannot contain."""
     return f"`{' '.join(str(value).split()).replace('`', '').replace('|', '/')}`"
 
 
 def block(text: str, language: str) -> str:
-    """A fenced block; a fence inside is taken apart."""
+    """Return a fenced block; a fence inside is broken up."""
     return f"```{language}\n{text.replace('```', '` ` `').rstrip()}\n```"
 
 
 def number(value: Any, pattern: str = ",.4g") -> str:
-    """A measured number, or that it was not measured, and why."""
+    """Format a measured number, or say that it was not measured and why."""
     why = missing(value)
     return format(value, pattern) if why is None else f"not measured ({plain(why)})"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; cells are Markdown already."""
+    """Return a table from cells that are already Markdown."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 
 def facts(values: dict[str, Any]) -> str:
-    """A two-column table of names to values."""
+    """Return a two-column table of names and values."""
     return table(("", ""), [(plain(key), plain(value)) for key, value in values.items()])
 
 

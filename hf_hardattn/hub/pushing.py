@@ -1,4 +1,4 @@
-"""Push a folder to the Hub: planned and shown first, private unless asked otherwise, in one commit."""
+"""Push a folder to the Hub in one commit: the push is planned and shown first, and private unless requested otherwise."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .secrets import is_secret, redact
 
 @dataclass(frozen=True)
 class Plan:
-    """What a push would do, or did; ``print(plan)`` shows it.
+    """The plan or the result of a push; ``print(plan)`` shows it.
 
     Attributes:
-        repo_id: of the repository. form: ``full``, ``selectors`` or ``adapter``. exists: it is there already.
-        private: who will see the files. files: name to bytes. left_out: names. removed: stale weights there.
-        branch, tag, pull_request: where they go. parent: commit that they are put on.
-        card_problems: what ``hf-hardattn card --check`` says. asked: the Hub answered; else a dry run knows the folder only.
-        commit: that was made.
-        url: of the commit or pull request, once pushed.
+        repo_id: name of the repository. form: ``full``, ``selectors`` or ``adapter``. exists: whether the repository exists.
+        private: whether the repository is private. files: file names to sizes in bytes. left_out: names of the files left out.
+        removed: stale weights in the repository, which are deleted.
+        branch, tag, pull_request: destination of the files. parent: parent commit.
+        card_problems: output of ``hf-hardattn card --check``. asked: whether the Hub answered; otherwise a dry run knows only the folder.
+        commit: the new commit. url: address of the commit or pull request after the push.
     """
 
     repo_id: str
@@ -78,20 +78,21 @@ def push(
     lenient: bool = False,
     token: str | None = None,
 ) -> Plan:
-    """Push a saved hard model; by default only say what a push would do.
+    """Push a saved hard model; by default only report what a push would do.
 
-    The upload is one commit: what breaks leaves the repository as it was, and a second call sends only the large files that are not
-    there yet. If somebody else pushed in between, nothing is overwritten.
+    The upload is one commit: a failure leaves the repository unchanged, and a second call sends only the large files that are still
+    missing. If somebody else pushed in between, nothing is overwritten.
 
     Args:
-        folder: written by ``save``. repo_id: ``user/name``; made if it does not exist.
-        dry_run: look and plan, send nothing. public: make a new repository public; it never changes an existing one.
-        branch: made if it does not exist. tag: put on the new commit. pull_request: open one instead of committing.
-        exclude: globs of files to leave out. lenient: leave out whatever is unexpected, and take a soft model too. token: of huggingface_hub's login by default; it is stored and shown nowhere.
+        folder: folder written by ``save``. repo_id: ``user/name``; created if it does not exist.
+        dry_run: only plan, send nothing. public: create a new repository as public; an existing one is never changed.
+        branch: created if it does not exist. tag: tag of the new commit. pull_request: open a pull request instead of committing.
+        exclude: globs of files to leave out. lenient: leave out unexpected files, and also accept a soft model.
+        token: token of huggingface_hub's login by default; it is neither stored nor shown.
 
     Raises:
-        HardAttentionError: unsafe or unexpected files, a soft model, a repository of the other visibility, no right to write, an upload
-            that broke off.
+        HardAttentionError: the files are unsafe or unexpected, the model is soft, the repository has the other visibility, the user may
+            not write to it, or the upload was interrupted.
     """
     named = {"repository's name": repo_id, "message": message, "branch": branch, "tag": tag}
     for word, given in named.items():
@@ -102,7 +103,7 @@ def push(
             )
     try:
         validate_repo_id(repo_id)
-    except HFValidationError:  # its text repeats the name, which may be a token in the wrong place
+    except HFValidationError:  # its message repeats the name, which may be a misplaced token
         raise HardAttentionError(
             f"{redact(repo_id, token)[:200]!r} is no repository's name; a name is 'user/name'."
         ) from None
@@ -128,10 +129,10 @@ def make_plan(
     token: str | None,
     local_too: bool = False,
 ) -> Plan:
-    """Look at the folder and at the repository; write nothing anywhere.
+    """Plan a push from the folder and the repository, without writing anything.
 
     Args:
-        local_too: a Hub that does not answer is no error; the plan then says that it was not asked.
+        local_too: do not raise if the Hub does not answer; the plan then says that the Hub was not asked.
     """
     names, left = list_files(folder, exclude, lenient, token)
     form = check_hard(folder, names, lenient)
@@ -143,7 +144,7 @@ def make_plan(
     try:
         info = api.model_info(repo_id)
         private = bool(info.private)
-        with suppress(RevisionNotFoundError):  # a branch that is to be made starts at main
+        with suppress(RevisionNotFoundError):  # a new branch starts at main
             info = api.model_info(repo_id, revision=branch) if branch else info
         parent, there = info.sha, [sibling.rfilename for sibling in info.siblings or []]
     except RepositoryNotFoundError:
@@ -204,7 +205,7 @@ def _send(plan: Plan, folder: Path, message: str, token: str | None) -> Plan:
             api.create_tag(repo_id, tag=plan.tag, revision=made.oid)
     except HardAttentionError:
         raise
-    except Exception as error:  # noqa: BLE001 - network, rights, and what the client makes of them
+    except Exception as error:  # noqa: BLE001 - network and permissions, as any type of error of the client
         if made is not None:
             raise HardAttentionError(
                 f"the files are in {repo_id} as commit {made.oid}, but the tag {plan.tag!r} failed ({type(error).__name__}: "

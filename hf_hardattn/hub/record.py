@@ -1,6 +1,6 @@
-"""The record behind a card: what must be in it. The card is this record in words, and nothing else.
+"""The record of a card and its required fields. The card is this record in words, and nothing else.
 
-Anything measured may be ``{"not_measured": "why"}`` instead, and the card then says so; nothing may be left out.
+A measured value may be ``{"not_measured": "why"}`` instead, and the card then says so; no field may be left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .untrusted import read_json
 WORDS, NUMBER, TABLE, NAMES = "words", "a number", "a table of names to values", "a list of words"
 NOT_MEASURED = "not_measured"
 FORMS = ("full", "selectors", "adapter")
-UNITS = ("share", "points", "plain")  # 0.25 is 25 %; 25 is 25 of 100; as it is
+UNITS = ("share", "points", "plain")  # 0.25 means 25 %; 25 means 25 of 100; shown unchanged
 
 
 class Measured:
@@ -38,7 +38,7 @@ class Optional:
 FIELDS: dict[str, Any] = {
     "name": WORDS,
     "repo_id": WORDS,
-    "availability": Optional(WORDS),  # where the weights are, while nothing can be loaded by that name
+    "availability": Optional(WORDS),  # location of the weights while the repository cannot be loaded
     "summary": WORDS,
     "form": WORDS,
     "model_class": WORDS,
@@ -115,11 +115,11 @@ FIELDS: dict[str, Any] = {
     "reproduce": {"commands": NAMES, "hashes": Measured(TABLE)},
     "sources": TABLE,  # results file to sha256, written by ``read_record``
 }
-VARIANTS = ("hard", "soft", "random")  # a hard model stands beside both, or it says nothing
+VARIANTS = ("hard", "soft", "random")  # the result of a hard model is only meaningful next to both controls
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read a card's source, follow its references, check that nothing is missing.
+    """Read the source of a card, follow its references, and check that nothing is missing.
 
     Returns:
         The record, with ``sources``: results file to sha256.
@@ -135,7 +135,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def check_record(record: dict[str, Any], where: str) -> None:
-    """Raise ``HardAttentionError`` with all that is missing, unknown or of the wrong kind."""
+    """Raise ``HardAttentionError`` that lists all missing, unknown and wrongly typed fields."""
     problems = list(_problems(record, FIELDS, ""))
     if not problems:
         problems = list(_odd(record))
@@ -147,7 +147,7 @@ def check_record(record: dict[str, Any], where: str) -> None:
 
 
 def missing(value: Any) -> str | None:
-    """Why a value was not measured; None when it was."""
+    """Return why a value was not measured; None if it was."""
     return str(value[NOT_MEASURED]) if isinstance(value, dict) and NOT_MEASURED in value else None
 
 

@@ -1,8 +1,8 @@
-"""A card's source names its numbers by where they are: ``{"$ref": "results/demo.json#/models/hard/accuracy"}``.
+"""The source of a card refers to its numbers by their location: ``{"$ref": "results/demo.json#/models/hard/accuracy"}``.
 
-In a list, ``{"$each": "results/x.json#/runs", "where": {"variant": "simple"}, "row": {"seed": {"$ref": "@/seed"}}}`` stands for a row of
-every element that fits; ``@`` is the element, and may have an ``"else"`` (a failed run has no value). A number that is written out
-instead is refused, so every number of a card is one that a command wrote.
+In a list, ``{"$each": "results/x.json#/runs", "where": {"variant": "simple"}, "row": {"seed": {"$ref": "@/seed"}}}`` stands for one row
+per matching element; ``@`` is the element, and a reference to it may have an ``"else"`` (a failed run has no value). A literal number is
+refused, so every number in a card was written by a command.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from ..errors import HardAttentionError
 
 
 class Resolver:
-    """Replace references by what they point to.
+    """Replace references by the values that they point to.
 
     Args:
-        folder: that file names are relative to.
+        folder: folder that file names are relative to.
 
     Attributes:
-        sources: results file to its sha256, of all files read.
+        sources: maps each results file that was read to its sha256.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,13 +30,13 @@ class Resolver:
         self._read: dict[str, Any] = {}
 
     def resolve(self, data: Any, where: str = "", row: Any = None) -> Any:
-        """Return ``data`` without references.
+        """Return ``data`` with all references replaced.
 
         Args:
-            where: place in the source, for errors. row: what ``@`` stands for.
+            where: place in the source, for errors. row: the element that ``@`` stands for.
 
         Raises:
-            HardAttentionError: a results file or a value in it is missing; a number is written out.
+            HardAttentionError: a results file or a value in it is missing, or a number is written literally.
         """
         if isinstance(data, dict) and "$ref" in data:
             return self._follow(data, where, row)

@@ -1,7 +1,7 @@
-"""An optional file of code in a repository, whose only purpose is a good error where this library is not installed.
+"""Optional code file of a repository, whose only purpose is a clear error if this library is not installed.
 
-Loaded with ``trust_remote_code=True`` and without ``hf_hardattn``, the model says what to install instead of running soft. With it,
-the class is Transformers' own, by another module's name. ``load`` never reads the file.
+With ``trust_remote_code=True`` and without ``hf_hardattn``, loading the model raises an error that names the package, instead of running
+soft. With the library installed, the class is that of Transformers under another module name. ``load`` never reads the file.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class {name}(transformers.{name}):
 
 
 def add_stub(folder: Path) -> Path:
-    """Write the file into a full checkpoint's folder and name it in config.json.
+    """Write the file to the folder of a full checkpoint and register it in config.json.
 
     Raises:
-        HardAttentionError: a model whose class no auto class finds through remote code.
+        HardAttentionError: the class of the model has no auto class that loads remote code.
     """
     data = read_json(folder / "config.json", str(folder))
     name = (data.get("architectures") or [""])[0]
@@ -59,12 +59,12 @@ def add_stub(folder: Path) -> Path:
 
 
 def auto_class(name: str) -> str | None:
-    """The auto class that loads a model class, or None."""
+    """Return the auto class that loads a model class, or None."""
     return next((auto for ending, auto in AUTO_CLASSES.items() if name.endswith(ending)), None)
 
 
 def stub_is_ours(path: Path) -> bool:
-    """Whether the file is, but for the class's name, the one that ``add_stub`` writes."""
+    """Whether the file equals that of ``add_stub``, apart from the name of the class."""
     text = path.read_text(encoding="utf-8", errors="replace")
     name = text.rpartition("\nclass ")[2].partition("(")[0]
     return name.isidentifier() and text == _TEXT.format(name=name)

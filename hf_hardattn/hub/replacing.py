@@ -1,4 +1,4 @@
-"""Replace a folder in one step: whoever looks at it, or stops the program, finds the old files or the new ones, never some of each."""
+"""Replace a folder atomically: readers, also after an interruption, see either the old files or the new ones, never a mixture."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @contextmanager
 def replaced(folder: Path, what: str, drop: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Give a new folder to write to; it takes the place of ``folder`` when the block ends without an error.
+    """Yield a new folder to write to, which replaces ``folder`` when the block ends without an error.
 
-    Files of ``folder`` that were not written anew stay, except those that match a glob in ``drop``.
+    Files of ``folder`` that were not rewritten are kept, except those that match a glob in ``drop``.
 
     Args:
-        what: is written, for errors.
+        what: description of the content, for errors.
 
     Raises:
-        HardAttentionError: the disk is full, or the place is not writable; ``folder`` is as it was.
+        HardAttentionError: the disk is full, or the path is not writable; ``folder`` is unchanged.
     """
     folder = Path(os.path.realpath(folder))
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
@@ -38,7 +38,7 @@ def replaced(folder: Path, what: str, drop: tuple[str, ...] = ()) -> Iterator[Pa
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         partial.mkdir()
-        if (folder / "README.md").is_file():  # PEFT writes into the card that it finds
+        if (folder / "README.md").is_file():  # PEFT updates an existing card
             shutil.copy2(folder / "README.md", partial)
         yield partial
         for path in partial.rglob("*"):
@@ -62,7 +62,7 @@ def replaced(folder: Path, what: str, drop: tuple[str, ...] = ()) -> Iterator[Pa
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders; in one step where the system can."""
+    """Swap two folders, atomically if the system supports it."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if hasattr(libc, "renameat2"):
@@ -77,7 +77,7 @@ def _exchange(new: Path, old: Path) -> None:
 
 
 def _link_rest(old: Path, new: Path, drop: tuple[str, ...]) -> None:
-    """Put what was not written anew into the new folder too, without copying it where the file system has links."""
+    """Add the files that were not rewritten to the new folder, as links if the file system supports them."""
     for path in sorted(old.rglob("*")):
         place = new / path.relative_to(old)
         if place.is_symlink() or place.exists() or (path.parent == old and any(map(path.match, drop))):
@@ -93,11 +93,11 @@ def _link_rest(old: Path, new: Path, drop: tuple[str, ...]) -> None:
 
 
 def _move_files(new: Path, old: Path, drop: tuple[str, ...]) -> None:
-    """Where the folder itself must stay: move the files one by one, configurations last, since they make a model of the others."""
+    """Move the files one by one if the folder itself must stay; configurations come last, because they mark a complete model."""
     written = sorted(new.iterdir(), key=lambda path: path.suffix == ".json")
     for path in written:
         if path.is_dir() and (old / path.name).is_dir():
-            shutil.rmtree(old / path.name)  # a folder takes the place of an empty one only
+            shutil.rmtree(old / path.name)  # os.replace only replaces an empty folder
         os.replace(path, old / path.name)
     names = {path.name for path in written}
     for path in old.iterdir():
@@ -106,12 +106,12 @@ def _move_files(new: Path, old: Path, drop: tuple[str, ...]) -> None:
 
 
 def _is_in_use(folder: Path) -> bool:
-    """Whether the folder is somebody's place to stand: of this process or one above it, or where a disk is mounted."""
+    """Whether the folder is the working directory of this process or a parent of it, or a mount point."""
     return Path.cwd().is_relative_to(folder) or os.path.ismount(folder)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left beside ``folder``; after a day, as another process may be writing there now."""
+    """Remove what killed processes left beside ``folder``, if it is a day old: another process may still be writing newer ones."""
     for path in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
         if path.name.endswith(f"-{os.getpid()}") or time.time() - path.stat().st_mtime > 24 * 3600:
             shutil.rmtree(path, ignore_errors=True)

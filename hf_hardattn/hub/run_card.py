@@ -1,4 +1,4 @@
-"""The source of a card for one training run: where in its ``results.json`` each number stands, and what nobody has stated yet."""
+"""The source of a card for one training run: references into its ``results.json``, and fields that are not stated yet."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ RECIPE = (
 
 
 def source_for(path: Path, repo_id: str | None = None) -> Path:
-    """The source of a card: ``path`` itself, or the one of the training whose folder or ``results.json`` it is, written if it is new.
+    """Return the source of a card: ``path`` itself, or that of the training whose folder or ``results.json`` it is, created if needed.
 
     Args:
-        repo_id: ``user/name`` that the card names; what the training was to be pushed to by default, or the folder's name.
+        repo_id: ``user/name`` in the card; by default the repository that the training names, or the name of the folder.
 
     Raises:
-        HardAttentionError: neither a source nor the folder of a training.
+        HardAttentionError: the path is neither a source nor the folder of a training.
     """
     folder = path if path.is_dir() else path.parent
     if path.is_file() and path.name != RESULTS:
@@ -66,13 +66,13 @@ def source_for(path: Path, repo_id: str | None = None) -> Path:
 
 
 def source_of_run(folder: Path, repo_id: str) -> dict[str, Any]:
-    """Build the source of a card from what a training script left in ``folder``.
+    """Build the source of a card from the output ``folder`` of a training script.
 
-    Words that only people know (licence, data, uses) are marked as unstated: fill them in, in ``source.json``, before others use the
-    model; ``hf-hardattn card --check`` names them.
+    Fields that only people can fill in (licence, data, uses) are marked as unstated. Complete them in ``source.json`` before others use
+    the model; ``hf-hardattn card --check`` lists them.
 
     Raises:
-        HardAttentionError: no results, or a soft model.
+        HardAttentionError: there are no results, or the model is soft.
     """
     results = read_json(folder / RESULTS, str(folder))
     hard = results.get("hard_attention")
@@ -190,7 +190,7 @@ def _ref(*parts: str) -> dict[str, str]:
 
 
 def _schedule(hard: dict[str, Any]) -> str:
-    """How the budget went through the training, in words."""
+    """Describe the schedule of the budget in words."""
     budget, anneal = hard["budget"], hard.get("anneal", 0)
     if _is_schedule(budget) or is_sampled(budget):
         return json.dumps(budget)
@@ -202,7 +202,7 @@ def _is_schedule(budget: Any) -> bool:
 
 
 def _site(hard: dict[str, Any], site: str) -> dict[str, Any]:
-    """A site with its target, from the last pattern that sets a budget for it, and what it kept."""
+    """Return a site with its target, from the last pattern that sets a budget for it, and its kept ratio."""
     place: tuple[str, ...] = ("hard_attention", "budget")
     budget = hard["budget"]
     for pattern, overrides in (hard.get("sites") or {}).items():

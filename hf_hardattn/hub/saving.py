@@ -1,4 +1,4 @@
-"""``save``: write a hard model so that ``load`` and the Hub find it whole."""
+"""``save``: write a hard model in a form that ``load`` and the Hub can read completely."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from . import adapters, selector_only
 from .remote_code import add_stub
 from .replacing import replaced
 
-# Of an earlier save in other pieces; left in place they could be loaded instead.
+# Weights of an earlier save with other shards; if they remained, they could be loaded instead.
 OLD_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
-PREFIXES = ("_orig_mod.",)  # what torch.compile puts into names; DDP's wrapper is taken off as a whole
+PREFIXES = ("_orig_mod.",)  # added to names by torch.compile; the wrapper of DDP is removed as a whole
 
 
 def save(
@@ -35,22 +35,22 @@ def save(
     """Save a hard model in one of three forms; ``load(folder)`` reads each.
 
     Args:
-        model: hard model, perhaps wrapped by DDP or compiled; a PEFT model is saved as its adapter, with the hard configuration.
-        folder: is made. Files of the same names are replaced, all at once: an error or a kill on the way leaves the old ones.
-        selectors_only: write the selectors alone, some kB, on top of ``base_model``. Right when the backbone was not trained: the
-            file names the base's weights by their hash, and ``load`` refuses any other.
-        base_model: what the model was loaded from, by default.
-        base_revision: of the base model. Name a commit: a branch moves.
-        max_shard_size: of a full checkpoint's files.
+        model: hard model, possibly wrapped by DDP or compiled; a PEFT model is saved as its adapter with the hard configuration.
+        folder: created if necessary. Files of the same names are replaced together: an error or a killed process leaves the old ones.
+        selectors_only: save only the selectors, a few kB, to be loaded on ``base_model``. Use this if the backbone was not trained:
+            the file stores a hash of the base model's weights, and ``load`` refuses others.
+        base_model: base model of the selectors or the adapter; by default the model that was loaded.
+        base_revision: revision of the base model. Name a commit, because a branch moves.
+        max_shard_size: maximum size of the files of a full checkpoint.
         remote_code_stub: add a file to a full checkpoint that, under ``trust_remote_code=True``, names the package to install.
-        verify_base: with ``selectors_only``, compare the model's other weights with those of ``base_model``, where it is on this machine.
+        verify_base: with ``selectors_only``, compare the model's other weights with those of ``base_model`` if it is on this machine.
 
     Returns:
         The folder.
 
     Raises:
-        HardAttentionError: no hard attention; no name of the base, or a base whose weights are not the model's; an adapter without its
-            selectors; a folder that holds another form; a full disk.
+        HardAttentionError: the model has no hard attention, the base model has no name or other weights, the adapter lacks its
+            selectors, the folder holds another form, or the disk is full.
     """
     folder, inner = Path(folder), unwrap(model)
     if not selectors(inner):
@@ -61,7 +61,7 @@ def save(
     adapter = hasattr(inner, "peft_config")
     for form, name in (("selectors alone", selector_only.CONFIG), ("an adapter", adapters.CONFIG)):
         mine = selectors_only if name == selector_only.CONFIG else adapter
-        if not mine and (folder / name).exists():  # load() looks for these first
+        if not mine and (folder / name).exists():  # load() reads these files first
             raise HardAttentionError(
                 f"{folder} holds {name}, so load() would take it for {form} still; one folder holds one form. Save to another, or remove it."
             )
@@ -95,12 +95,12 @@ def save(
 
 
 def unwrap(model: nn.Module) -> Any:
-    """The model itself, out of DDP, FSDP or torch.compile."""
+    """Return the model without the wrappers of DDP, FSDP or torch.compile."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def _weights(model: nn.Module) -> dict[str, Any]:
-    """The state dict, with the weights that Accelerate keeps elsewhere."""
+    """Return the state dict, including weights that Accelerate has offloaded."""
     offloaded = any(weight.is_meta for weight in model.parameters())
     return get_state_dict_offloaded_model(model) if offloaded else model.state_dict()
 

@@ -1,6 +1,6 @@
-"""Access tokens, keys and passwords: found before they leave the machine, blanked out of every message.
+"""Access tokens, keys and passwords: they are detected before they leave the machine, and redacted from all messages.
 
-The rules are those of detect-secrets, and the documented prefixes of tokens that its newest release does not know.
+The rules are those of detect-secrets, and the documented prefixes of tokens that its newest release does not detect.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 
 from huggingface_hub import get_token
 
-# Long enough, and with prefixes rare enough, to be looked for in weights and pictures too.
+# Tokens that are long enough, with prefixes that are rare enough, to search for them in weights and pictures as well.
 _TOKEN = re.compile(
-    r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))(?:"  # a line break in JSON is a letter
+    r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))(?:"  # an escaped line break in JSON ends in a letter
     r"(?P<letters>hf_|hf_oauth_|api_org_|gh[pousr]_|sk-|npm_|pypi-|[rsp]k_(?:live|test)_|whsec_|gsk_|xai-|pplx-|r8_|wandb_v1_)[A-Za-z0-9]{16,}"
     r"|(?P<capitals>AKIA|ASIA|ABIA|ACCA|A3T[A-Z0-9])[A-Z0-9]{16}"
     r"|(?P<words>github_pat_|sk-(?:proj|svcacct|admin|ant|or|lf|None)-|AIza|GOCSPX-|ya29\.|gl(?:pat|dt|ft|soat|rt|cbt|ptt|imt|agent|oas)-"
@@ -31,15 +31,15 @@ _TOKEN = re.compile(
     r"|(?P<jwt>eyJ)[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"
     r")|(?P<key>-----BEGIN )[A-Z0-9 ]{0,40}PRIVATE KEY"
 )
-# Looked for in text only.
+# Searched for only in text.
 _PASSWORD = re.compile(
     r"(?P<url>\b[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s/:@\"'<>]{1,200}:)[^\s/@\"'<>]{1,200}(?=@)|(?P<bearer>[Bb]earer )[A-Za-z0-9._~+/-]{20,}"
 )
-# Rules that call addresses, long words and anything random a secret: a model's files are full of these.
+# Rules that match addresses, long words and random strings, all of which are common in the files of a model.
 _LEFT_OUT = ("IPPublicDetector", "HexHighEntropyString", "Base64HighEntropyString", "KeywordDetector")
-# Their words are not secrets, and their tensors are random: only what has a token's prefix counts in them.
+# The content of these files looks random: only strings with the prefix of a token count.
 _BINARY = (".safetensors", ".png", ".jpg", ".jpeg", ".model")
-_VOCABULARY = re.compile(r"(vocab|tokenizer|added_tokens)\.json|(vocab|merges)\.txt")  # 'password' is a word there
+_VOCABULARY = re.compile(r"(vocab|tokenizer|added_tokens)\.json|(vocab|merges)\.txt")  # 'password' is a normal word
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{20,}={0,2}")
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})|\\x([0-9a-fA-F]{2})")
 _BLOCK = 1 << 20
@@ -48,7 +48,7 @@ _PIECE = 4096
 
 
 def redact(text: str, token: str | bool | None = None) -> str:
-    """``text`` with every secret in it replaced by its prefix and stars; ``token`` and the one in use too, whatever they look like."""
+    """Replace every secret in ``text`` by its prefix and stars, and also ``token`` and the token in use, whatever their format."""
     for own in _own(token):
         text = text.replace(own, "***")
     for pattern in (_TOKEN, _PASSWORD):
@@ -59,7 +59,7 @@ def redact(text: str, token: str | bool | None = None) -> str:
 
 
 def holds_token(path: Path, token: str | bool | None = None) -> bool:
-    """Whether a file holds a secret, as it is or encoded (JSON, URL, HTML, base64, UTF-16); ``token``, or the one in use. Reads block by block."""
+    """Whether a file holds a secret, ``token`` or the token in use, plain or encoded (JSON, URL, HTML, base64, UTF-16). Reads in blocks."""
     own, tail = _own(token), ""
     is_text = path.suffix not in _BINARY and not _VOCABULARY.fullmatch(path.name)
     if path.suffix == ".safetensors" and _is_secret(_header(path), own, keywords=True):
@@ -89,7 +89,7 @@ def _is_secret(text: str, own: list[str], keywords: bool) -> bool:
 
 
 def _by_rules(text: str) -> Iterator[str]:
-    """What the rules of detect-secrets find; in pieces, as some of them take the square of the length."""
+    """Yield the findings of detect-secrets; the text is split, because the time of some rules is quadratic in its length."""
     for start in range(0, len(text), _PIECE - _OVERLAP // 4):
         for rule in _rules():
             yield from filter(None, rule.analyze_string(text[start : start + _PIECE]))
@@ -100,7 +100,7 @@ def _holds_token(text: str, own: list[str]) -> bool:
 
 
 def _views(text: str, depth: int = 2) -> Iterator[str]:
-    """``text``, and what it says once decoded."""
+    """Yield ``text`` and its decoded forms."""
     yield text
     escaped = [word for word in text.split() if "\\" in word or "%" in word or "&" in word]
     if escaped:
@@ -114,12 +114,12 @@ def _views(text: str, depth: int = 2) -> Iterator[str]:
 
 
 def _unescaped(word: str) -> str:
-    """What a word says as a string of JSON or Python."""
+    """Decode a word as a string of JSON or Python."""
     return _ESCAPE.sub(lambda match: chr(int(match[1] or match[2], 16)), word).replace("\\/", "/")
 
 
 def _decoded(word: str) -> str | None:
-    """What a word says as base64; None when that is no text."""
+    """Decode a word as base64; None if the result is not text."""
     bare = word.rstrip("=").replace("-", "+").replace("_", "/")
     try:
         return base64.b64decode(bare + "=" * (-len(bare) % 4), validate=True).replace(b"\0", b"").decode("ascii")
@@ -128,13 +128,13 @@ def _decoded(word: str) -> str | None:
 
 
 def _assigns_password(line: str) -> bool:
-    """Whether a line gives a quoted value to a name such as ``password`` or ``api_key``."""
+    """Whether a line assigns a quoted value to a name such as ``password`` or ``api_key``."""
     values = _keyword_rule().analyze_string(line) if len(line) < 2000 else ()
     return any(len(value) >= 6 and not re.search(r"\s|^(.)\1*$|[<>{}$]", value) for value in values)
 
 
 def _header(path: Path) -> str:
-    """The JSON at the beginning of a safetensors file."""
+    """Return the JSON header of a safetensors file."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         return file.read(min(size, _BLOCK)).decode("latin-1")
@@ -152,15 +152,15 @@ def _keyword_rule() -> Any:
 
 
 def _detectors() -> list[Any]:
-    """The rules that detect-secrets brings, as classes."""
+    """Return the rules of detect-secrets as classes."""
     before = warnings.showwarning
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
-    if warnings.showwarning is not before:  # its import sends the warnings of the whole process to a log
+    if warnings.showwarning is not before:  # its import redirects the warnings of the whole process to a log
         logging.captureWarnings(False)
     return list(get_mapping_from_secret_type_to_class().values())
 
 
 def _own(token: str | bool | None) -> list[str]:
-    """Tokens that are known: the one given, and the one that huggingface_hub would use."""
+    """Return the known tokens: the given one, and the one that huggingface_hub would use."""
     return [known for known in (token, get_token()) if isinstance(known, str) and known]

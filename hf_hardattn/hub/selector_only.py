@@ -1,7 +1,7 @@
-"""A repository with nothing but selectors: some kB on top of a named base model, as PEFT does it for adapters.
+"""A repository that holds only selectors, a few kB for a named base model, like an adapter of PEFT.
 
 ``hard_attention.json`` names the base model, its revision, the model class and the configuration; ``selectors.safetensors`` holds
-one tensor a parameter, named ``<site>.<parameter>``.
+one tensor per parameter, named ``<site>.<parameter>``.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ CONFIG, WEIGHTS, FORMAT = "hard_attention.json", "selectors.safetensors", 2
 
 @dataclass(frozen=True)
 class SelectorFile:
-    """What ``hard_attention.json`` says.
+    """Content of ``hard_attention.json``.
 
     Attributes:
-        base_model, base_revision: repository (or folder) and commit of the weights the selectors sit on.
-        base_sha256: of those weights, so that selectors never run on others; see ``fingerprint``.
-        model_class: of Transformers. hard_attention: configuration. dtype: of the base's weights when saved.
-        format: 1 has a fingerprint without the tensors' names.
+        base_model, base_revision: repository (or folder) and commit of the weights that the selectors belong to.
+        base_sha256: fingerprint of those weights, so that selectors never run on others; see ``fingerprint``.
+        model_class: class of Transformers. hard_attention: configuration. dtype: dtype of the base model's weights when saved.
+        format: version of the file format; in format 1 the fingerprint does not include the names of the tensors.
     """
 
     base_model: str
@@ -52,7 +52,7 @@ class SelectorFile:
 
 
 def write_selectors(model: Any, folder: Path, base_model: str, base_revision: str | None) -> None:
-    """Write the two files."""
+    """Write ``hard_attention.json`` and ``selectors.safetensors``."""
     content = SelectorFile(
         base_model=base_model,
         base_revision=base_revision,
@@ -68,12 +68,12 @@ def write_selectors(model: Any, folder: Path, base_model: str, base_revision: st
 
 
 def check_base(model: Any, base_model: str, base_revision: str | None) -> None:
-    """Compare the weights that will not be saved with those of the base model.
+    """Compare the weights that are not saved with those of the base model.
 
-    A base that is not on this machine cannot be compared; a warning says so, and ``load`` will compare.
+    If the base model is not on this machine, it cannot be compared; a warning says so, and ``load`` compares it.
 
     Raises:
-        HardAttentionError: they differ, so that the selectors would be saved without the weights they were trained on.
+        HardAttentionError: the weights differ, so the selectors would be saved without the weights that they were trained on.
     """
     try:
         base = fetch(base_model, base_revision, local_files_only=True)
@@ -106,7 +106,7 @@ def check_base(model: Any, base_model: str, base_revision: str | None) -> None:
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """``<site>.<parameter>`` and tensor of all selectors; prefixes of compiled modules are left out, and heads that only train."""
+    """Return ``<site>.<parameter>`` and tensor of all selectors, without prefixes of compiled modules and heads used only in training."""
     return [
         (f"{site}.{name.replace('_orig_mod.', '')}", tensor)
         for site, selector in selectors(model).items()
@@ -119,10 +119,10 @@ def read_selector_file(source: Source) -> SelectorFile:
     """Read and check ``hard_attention.json``.
 
     Raises:
-        HardAttentionError: a key too few or too many, a wrong type, a newer format.
+        HardAttentionError: a key is missing or unknown, a type is wrong, or the format is newer.
     """
     data, known = read_json(source.folder / CONFIG, source.name), SelectorFile.__dataclass_fields__
-    if type(data.get("format")) is not int or data["format"] < 1:  # True is an int too
+    if type(data.get("format")) is not int or data["format"] < 1:  # bool is a subclass of int
         raise HardAttentionError(
             f"{CONFIG} of {source.name} has format {str(data.get('format'))[:40]!r}; it is a whole number, 1 to {FORMAT}. The file is "
             "damaged or was changed by hand."
@@ -148,18 +148,18 @@ def read_selector_file(source: Source) -> SelectorFile:
 
 
 def load_selectors(source: Source, hub: dict[str, Any], change: Any, verify_base: bool, **kwargs: Any) -> Any:
-    """Load the base model that a selector repository names, and put the selectors in.
+    """Load the base model that a selector repository names, and add the selectors.
 
     Args:
-        hub: token, cache_dir, local_files_only for the base. change: configuration to configuration (a budget override).
+        hub: token, cache_dir, local_files_only for the base model. change: function that changes the configuration (a budget override).
 
     Raises:
-        HardAttentionError: tensors missing, too many, of another shape or not finite; a base that is not the one they were made on.
+        HardAttentionError: tensors are missing, superfluous, of another shape or not finite, or the base model has other weights.
     """
     content = read_selector_file(source)
     where, header = source.name, read_header(source.folder / WEIGHTS, source.name)
     cls = model_class(content.model_class, f"{CONFIG} of {where}")
-    # a folder may only be named by a folder: a downloaded file must not choose among the reader's own
+    # only a folder may name a local folder: a downloaded file must not refer to files of the user
     base = fetch(content.base_model, content.base_revision, **hub, remote_only=source.revision is not None)
     base_header = headers(base)
     config, _ = read_model_config(base, base_header)

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, or a repository on the Hub at one pinned commit."""
+"""The source of a model: a folder, or a repository on the Hub at a fixed commit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import HardAttentionError
 from .secrets import is_secret, redact
 from .untrusted import check_name
 
-# All that loading reads. Code, pickles and everything else stay where they are.
+# The only files that loading reads. Code, pickles and all other files are ignored.
 _NAMES = ("config", "generation_config", "adapter_config", "hard_attention", "model.safetensors.index")
 _WEIGHTS = ("model", "adapter_model", "selectors", f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}")
 PATTERNS = [*(f"{name}.json" for name in _NAMES), *(f"{name}.safetensors" for name in _WEIGHTS)]
@@ -27,7 +27,7 @@ class Source:
     """Files to load from.
 
     Attributes:
-        folder: where they are. name: what the user called it, for errors and configs. revision: commit, None for a folder.
+        folder: location of the files. name: the name that the user gave, for errors and configs. revision: commit; None for a folder.
     """
 
     folder: Path
@@ -46,16 +46,17 @@ def fetch(
     local_files_only: bool = False,
     remote_only: bool = False,
 ) -> Source:
-    """Find a folder, or download what loading needs of a repository.
+    """Find a folder, or download the files that loading needs from a repository.
 
     Args:
-        name: folder, ``user/name``, or ``sample`` for the model in the package. revision: branch, tag or commit. token, cache_dir, local_files_only: as in huggingface_hub.
-        remote_only: never look for a folder (a base model named by somebody else's repository).
+        name: folder, ``user/name``, or ``sample`` for the model in the package. revision: branch, tag or commit.
+        token, cache_dir, local_files_only: as in huggingface_hub.
+        remote_only: never use a local folder (for a base model named by an untrusted repository).
 
     Raises:
-        HardAttentionError: neither a folder nor a repository's name; a repository with a file name that is no name; nobody answers,
-            or it is not in the cache offline.
-        huggingface_hub.errors.HfHubHTTPError: not there, private, gated, no such revision.
+        HardAttentionError: ``name`` is neither a folder nor the name of a repository, the repository holds an invalid file name, the Hub
+            does not answer, or the repository is not in the cache when offline.
+        huggingface_hub.errors.HfHubHTTPError: the repository or revision does not exist, or is private or gated.
     """
     if name == sample.NAME and revision is None and not (remote_only or is_folder(name)):
         return Source(sample.folder(), sample.NAME)
@@ -66,14 +67,14 @@ def fetch(
             )
         return Source(Path(name), str(name))
     for word, given in (("name", name), ("revision", revision)):
-        if given is not None and is_secret(str(given), token):  # errors and logs would repeat it
+        if given is not None and is_secret(str(given), token):  # errors and logs would show it
             raise HardAttentionError(
                 f"the {word} of the repository ({redact(str(given), token)[:200]}) holds an access token or a password. Pass token=..., "
                 "log in with 'hf auth login', or set HF_TOKEN."
             )
     try:
         validate_repo_id(str(name))
-    except HFValidationError:  # its text repeats the name, which may be a token in the wrong place
+    except HFValidationError:  # its message repeats the name, which may be a misplaced token
         raise HardAttentionError(
             f"{redact(str(name), token)[:200]!r} is neither a folder nor the name of a repository; a name is 'user/name'."
         ) from None
@@ -89,15 +90,15 @@ def fetch(
         ) from error
     except (HardAttentionError, HfHubHTTPError):
         raise
-    except Exception as error:  # noqa: BLE001 - what the client's transport raises when nobody answers
+    except Exception as error:  # noqa: BLE001 - the transport of the client raises many types of errors if the Hub does not answer
         raise _unanswered(name, token, error) from error
 
 
 def is_folder(name: str | Path) -> bool:
-    """Whether ``name`` is a folder; False for what no file system takes for a name."""
+    """Whether ``name`` is a folder; False for a string that is not a valid path."""
     try:
         return Path(name).is_dir()
-    except (OSError, ValueError):  # too long, not permitted; characters that no name has
+    except (OSError, ValueError):  # too long or not permitted; invalid characters
         return False
 
 
@@ -114,7 +115,7 @@ def _download(
 ) -> Source:
     where: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
     if offline:
-        # without the patterns the client asks for the whole repository, of which loading never fetched more than these
+        # without patterns the client requires the whole repository, but loading only downloads these files
         found = Path(
             snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=PATTERNS, **where)
         )
@@ -127,10 +128,10 @@ def _download(
             f"{name} holds nothing to load ({len(files)} other files); a model has config.json, adapter_config.json or "
             "hard_attention.json, and .safetensors weights."
         )
-    # by the name that was asked for, so that the cache knows it offline
+    # use the requested revision, so that the cache can resolve it offline
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, **where))
     if (
         info.sha and folder.name != info.sha
-    ):  # pushed to meanwhile: the commit that was looked at is the one that is loaded
+    ):  # somebody pushed meanwhile: load the commit whose files were checked, not the newest one
         folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted, **where))
     return Source(folder, name, folder.name)

@@ -1,4 +1,4 @@
-"""Look into safetensors files without reading a tensor: names, shapes, and whether the files are whole."""
+"""Read the headers of safetensors files without their tensors: names, shapes, and whether the files are complete."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 
 @dataclass(frozen=True)
 class Header:
-    """Names, shapes and dtypes (as safetensors writes them, ``F32``) of the tensors in one or several files."""
+    """Names, shapes and dtypes (in the notation of safetensors, ``F32``) of the tensors in one or several files."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str] = field(default_factory=dict)
 
     @property
     def elements(self) -> int:
-        """Numbers in all tensors together."""
+        """Total number of elements of all tensors."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
@@ -35,7 +35,7 @@ def read_header(path: Path, where: str) -> Header:
     """Read the header of one file.
 
     Raises:
-        HardAttentionError: the file is not there, cut short, or no safetensors file.
+        HardAttentionError: the file does not exist, is truncated, or is not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -59,13 +59,13 @@ def read_header(path: Path, where: str) -> Header:
 
 
 def check_floats(header: Header, path_name: str, where: str, besides: Collection[str] = ()) -> None:
-    """Raise for weights that are whole numbers: cast to the model's dtype they would be other weights.
+    """Raise for weights that are integers: cast to the model's dtype they would be different weights.
 
     Args:
-        besides: last parts of the names of tensors that are whole numbers in the model too.
+        besides: last parts of the names of tensors that are integers in the model as well.
 
     Raises:
-        HardAttentionError: the first of them, by name.
+        HardAttentionError: there are such weights; the message names the first one.
     """
     odd = sorted(
         key for key, dtype in header.dtypes.items() if dtype not in FLOATS and key.rpartition(".")[2] not in besides
@@ -78,7 +78,7 @@ def check_floats(header: Header, path_name: str, where: str, besides: Collection
 
 
 def check_finite(tensors: Mapping[str, Tensor], name: str, where: str) -> None:
-    """Raise for the first tensor with a NaN or infinite value; tensors without values (device ``meta``) are passed over."""
+    """Raise for the first tensor with a NaN or infinite value; tensors without values (device ``meta``) are skipped."""
     for key, tensor in sorted(tensors.items()):
         if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
             raise HardAttentionError(
@@ -88,11 +88,11 @@ def check_finite(tensors: Mapping[str, Tensor], name: str, where: str) -> None:
 
 
 def read_headers(folder: Path, where: str) -> Header:
-    """Read the headers of a model's weights, one file or the shards of an index.
+    """Read the headers of a model's weights, from one file or from the shards of an index.
 
     Raises:
-        HardAttentionError: no safetensors weights; a shard that is missing, damaged, or outside the folder; a tensor that is not
-            where the index says.
+        HardAttentionError: there are no safetensors weights, a shard is missing, damaged or outside the folder, or a tensor is not in
+            the shard that the index names.
     """
     if (folder / WEIGHTS).is_file():
         return read_header(folder / WEIGHTS, where)

@@ -1,4 +1,4 @@
-"""Reading what somebody else wrote: file names, JSON and configurations are checked before anything believes them."""
+"""Read untrusted input: file names, JSON and configurations are checked before they are used."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
 
-MOST_BYTES = 10 * 1024 * 1024  # of a JSON file; the largest real index is about 1 MB
+MOST_BYTES = 10 * 1024 * 1024  # limit for a JSON file; the largest real index has about 1 MB
 MOST_DEPTH = 32
 MOST_SITES = 1000
 LARGEST = 2**31 - 1
-_NO_PART_OF_A_NAME = frozenset('\\:*?"<>|%')  # of other systems' paths, of shells, of encoded slashes and dots
+_NO_PART_OF_A_NAME = frozenset('\\:*?"<>|%')  # in other systems' paths, shells, and encoded slashes and dots
 
 
 def check_name(name: str, where: str) -> str:
     """Return ``name`` if it is a plain relative path of a file inside its repository.
 
     Raises:
-        HardAttentionError: an absolute path, ``..``, a backslash, a drive, a control or invisible character, a name that ends in a
-            space or dot, which some systems drop.
+        HardAttentionError: the name is an absolute path, contains ``..``, a backslash, a drive, or a control or invisible character, or
+            ends in a space or dot, which some systems drop.
     """
     parts = name.split("/")
     if len(name) > 1000 or not name.isprintable() or not all(map(_is_part, parts)):
@@ -35,10 +35,10 @@ def check_name(name: str, where: str) -> str:
 
 
 def read_json(path: Path, where: str) -> dict[str, Any]:
-    """Read a JSON object: of bounded size and depth, finite numbers only.
+    """Read a JSON object of limited size and depth with finite numbers only.
 
     Raises:
-        HardAttentionError: it is not there, too large, too deep, no JSON, or no object.
+        HardAttentionError: the file does not exist, is too large or too deeply nested, or is not a JSON object.
     """
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -61,10 +61,10 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
 
 
 def walk(data: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield ``(dotted name, value)`` of everything in JSON that is neither object nor array.
+    """Yield ``(dotted name, value)`` for every value in JSON that is neither an object nor an array.
 
     Raises:
-        HardAttentionError: deeper than ``MOST_DEPTH``.
+        HardAttentionError: the JSON is nested deeper than ``MOST_DEPTH``.
     """
     if depth > MOST_DEPTH:
         raise HardAttentionError(
@@ -81,7 +81,7 @@ def walk(data: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]
 
 
 def read_config(data: Any, where: str) -> HardAttentionConfig:
-    """Make a ``HardAttentionConfig`` of a dict from a file; whatever is wrong with it is a ``HardAttentionError``."""
+    """Create a ``HardAttentionConfig`` from a dict of a file; any error in it is raised as a ``HardAttentionError``."""
     if not isinstance(data, dict):
         raise HardAttentionError(f"hard_attention of {where} is {str(data)[:100]!r}; it must be an object.")
     sites = data.get("sites")
@@ -100,7 +100,7 @@ def read_config(data: Any, where: str) -> HardAttentionConfig:
         return HardAttentionConfig.from_dict(data)
     except HardAttentionError:
         raise
-    except Exception as error:  # a wrong type deep inside; the user needs the place, not our traceback
+    except Exception as error:  # a wrong type at any depth; the user needs its location, not a traceback
         raise HardAttentionError(
             f"hard_attention of {where} is not a configuration ({_line(error)}); names and numbers only, as HardAttentionConfig "
             "writes them."
@@ -108,7 +108,7 @@ def read_config(data: Any, where: str) -> HardAttentionConfig:
 
 
 def _is_part(part: str) -> bool:
-    """Whether ``part`` is a plain name between two slashes of a path."""
+    """Whether ``part`` is a plain component of a path."""
     return (
         0 < len(part.encode(errors="replace")) <= 255
         and part == part.strip()

@@ -1,1 +1,1 @@
-"""Run a model over collections that are too large for one call, one process or one day."""
+"""Run a model over collections that are too large for a single call, process or run."""

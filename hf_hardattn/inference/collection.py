@@ -1,4 +1,4 @@
-"""Predict a whole collection: in chunks that processes share, each written once, so that a run goes on where it was killed."""
+"""Predict a whole collection in chunks, which processes share and write once, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..devices import default_device
 from ..errors import HardAttentionError
 from .predictor import Predictor
 
-# of the output table; those that a prediction lacks are left out
+# Types of the output columns; columns that the prediction does not have are left out.
 TYPES = {
     "index": pyarrow.int64(),
     "label": pyarrow.string(),
@@ -46,20 +46,20 @@ def predict_collection(
 ) -> int:
     """Predict every row and write one Parquet file, in the order of the rows.
 
-    Chunk ``c`` is the work of process ``c % n``, and is written in one step beside the output. A run that was interrupted goes on
-    with the chunks that are missing. What is predicted depends on the chunk alone, and so neither on the number of processes nor on
+    Process ``c % n`` predicts chunk ``c`` and writes it atomically to a folder beside the output. An interrupted run continues with
+    the missing chunks. The predictions depend only on the chunk, and therefore neither on the number of processes nor on
     interruptions.
 
     Args:
-        rows: a ``datasets.Dataset``, or an ``IterableDataset``, which is read by every process. column: of its texts or images.
-        output: the file. run: what a resumed run must share, written beside the chunks. batch_size: rows a call, >= 1.
-        chunk: rows a chunk, >= 1; rows of like length make a batch within one.
+        rows: a ``datasets.Dataset``, or an ``IterableDataset``, which every process reads. column: its column of texts or images.
+        output: the file. run: settings that a resumed run must share, written beside the chunks. batch_size: rows per call, >= 1.
+        chunk: rows per chunk, >= 1; within a chunk, rows of similar length form a batch.
 
     Returns:
         The number of rows.
 
     Raises:
-        HardAttentionError: the chunks there are of another run.
+        HardAttentionError: the existing chunks are from another run.
     """
     state = processes()
     parts = output.with_name(f"{output.name}.parts")
@@ -80,7 +80,7 @@ def predict_collection(
 
 
 def processes() -> PartialState:
-    """The processes that share the work; Accelerate looks for those without an accelerator only when it is told that there is none."""
+    """Return the processes that share the work. Accelerate finds processes without an accelerator only if it is told to use the CPU."""
     return PartialState(cpu=default_device().type == "cpu")
 
 
@@ -102,7 +102,7 @@ def _open_parts(parts: Path, run: dict[str, Any]) -> None:
 
 
 def _chunks(rows: Any, column: str, size: int) -> Iterator[tuple[int, int, list[Any]]]:
-    """Number, first row and inputs of each chunk; a data set in memory is read chunk by chunk, a stream once from its start."""
+    """Yield number, first row and inputs of each chunk; a ``Dataset`` is read chunk by chunk, a stream once from its start."""
     if isinstance(rows, Dataset):
         for number, start in enumerate(range(0, len(rows), size)):
             yield number, start, rows[start : start + size][column]
@@ -136,7 +136,7 @@ def _table(predictor: Predictor, inputs: list[Any], start: int, batch_size: int)
 
 
 def _write(path: Path, table: pyarrow.Table) -> None:
-    """Write a file in one step, so that one which exists is whole."""
+    """Write a file atomically, so that an existing file is always complete."""
     temporary = path.with_suffix(f".{os.getpid()}")
     parquet.write_table(table, temporary, compression="zstd")
     temporary.replace(path)

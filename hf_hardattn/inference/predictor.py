@@ -1,4 +1,4 @@
-"""From a batch of inputs to rows of an output table: classes, texts or embeddings, and what the model kept of each input."""
+"""From a batch of inputs to rows of an output table: classes, texts or embeddings, and the positions that the model kept."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ POOLINGS = ("mean", "cls")
 
 @dataclass
 class Predictor:
-    """Predicts rows: what the head of a model says, and the positions of the input that were kept.
+    """Predicts rows: the prediction of the model's head, and the positions of the input that were kept.
 
     Attributes:
-        model: with its processor. pooling: of the rows of a model without a head, ``"mean"`` of those that are left or ``"cls"``.
-        max_new_tokens: of a model that writes, >= 1.
+        model: the model with its processor. pooling: for a model without a head, ``"mean"`` of the rows that are left, or ``"cls"``.
+        max_new_tokens: for a model that generates text, >= 1.
     """
 
     model: ModelWithProcessor
@@ -37,7 +37,7 @@ class Predictor:
             raise unknown("pooling", self.pooling, POOLINGS)
 
     def lengths(self, inputs: Sequence[Any]) -> list[int]:
-        """Tokens of each text; images are all of one length."""
+        """Return the number of tokens of each text, or 0 for each image, since images are all of the same length."""
         if self.model.takes_images:
             return [0] * len(inputs)
         if self.model.processor is None:
@@ -49,8 +49,8 @@ class Predictor:
         """Predict a batch.
 
         Returns:
-            Columns of B entries: ``label`` and ``score``, or ``text``, or ``embedding``; of a hard model also ``kept`` (positions of the
-            input that are left at its last site, ascending) and ``kept_share`` (of the positions that it might have kept).
+            Columns of B entries: ``label`` and ``score``, or ``text``, or ``embedding``. A hard model adds ``kept`` (positions of the
+            input that are left at its last site, ascending) and ``kept_share`` (their share of the positions it could have kept).
         """
         model = self.model.model
         batch = {name: value.to(model.device) for name, value in self.model.encode(inputs).items()}

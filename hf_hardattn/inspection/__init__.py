@@ -1,1 +1,1 @@
-"""Selections as people see them."""
+"""Tools to show, explain, measure and verify selections."""

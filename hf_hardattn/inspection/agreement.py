@@ -1,4 +1,4 @@
-"""Do two models (two seeds, two checkpoints) keep the same things?"""
+"""Do two models (two seeds, two checkpoints) keep the same positions?"""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .measures import chance_overlap
 
 
 def jaccard(one: Recording, other: Recording) -> dict[str, dict[str, float]]:
-    """Agreement of the first selections at each common site, mean over rows: ``jaccard``, and ``chance`` for choices of that size.
+    """Compare the first selections at each common site, mean over rows: ``jaccard``, and ``chance`` for choices of the same size.
 
-    What is always kept (CLS, ``</s>``) is no choice and counts on neither side.
+    Protected positions (CLS, ``</s>``) are not part of the choice and are not counted.
     """
     common = [site for site in one.sites if site in other.sites]
     if not common:
@@ -37,7 +37,7 @@ def jaccard(one: Recording, other: Recording) -> dict[str, dict[str, float]]:
 
 
 def seed_agreement(recordings: list[Recording]) -> dict[str, dict[str, float]]:
-    """``jaccard`` averaged over every pair of recordings of the same batch by models of different seeds."""
+    """Average ``jaccard`` over all pairs of recordings of the same batch by models of different seeds."""
     pairs = [jaccard(one, other) for one, other in combinations(recordings, 2)]
     if not pairs:
         raise HardAttentionError(f"{len(recordings)} recording has no pair; agreement between seeds needs 2 or more.")
@@ -49,11 +49,11 @@ def seed_agreement(recordings: list[Recording]) -> dict[str, dict[str, float]]:
 
 @dataclass
 class Difference:
-    """What two models keep differently at one site on one batch.
+    """The differences between the selections of two models at one site, on one batch.
 
     Attributes:
         site: its name. jaccard, chance: see ``jaccard``.
-        first_only, second_only, both: bool ``[B, P]``. order: rows from the most to the least changed.
+        first_only, second_only, both: bool ``[B, P]``, positions kept by one or both. order: rows from the most to the least changed.
     """
 
     site: str
@@ -74,7 +74,7 @@ class Difference:
 
 @torch.no_grad()
 def selection_diff(first: nn.Module, second: nn.Module, batch: Mapping[str, Any]) -> list[Difference]:
-    """What two checkpoints keep differently on the same batch, site by site; ``overlay.difference_overlay`` draws it."""
+    """Compare what two checkpoints keep on the same batch, site by site; ``overlay.difference_overlay`` draws the result."""
     recordings = []
     for model in (first, second):
         model.eval()
@@ -91,7 +91,7 @@ def selection_diff(first: nn.Module, second: nn.Module, batch: Mapping[str, Any]
 
 
 def _choices(one: Recording, other: Recording, site: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Both choices as bool ``[rows, P]``, one row a sample, head and query, without what is always kept; places a row."""
+    """Return both choices as bool ``[rows, P]``, one row per sample, head and query, without protected positions; places per row."""
     first, second = one[site][0], other[site][0]
     kept = [one.kept(first, choice=True), other.kept(second, choice=True)]
     if kept[0].shape[-1] != kept[1].shape[-1]:

@@ -20,15 +20,15 @@ def selection_matrix(
     row: int = 0,
     beam_indices: Tensor | None = None,
 ) -> Any:
-    """Draw source × target: a filled cell where the decoder, producing the target token, could read the source token.
+    """Draw source × target; a cell is filled if the decoder could read the source token when it produced the target token.
 
     Args:
-        recording: of one ``generate()``, or of one forward with the whole target.
-        source, target: tokens of ``row``, as shown. site: a ``cross`` site; the recording's first by default.
-        beam_indices: of ``generate``, see ``kept_per_token``.
+        recording: of one ``generate()``, or of one forward pass with the whole target.
+        source, target: tokens of ``row``, as they are shown. site: a ``cross`` site; the first in the recording by default.
+        beam_indices: returned by ``generate``, see ``kept_per_token``.
 
     Returns:
-        matplotlib figure. A site that chooses once for all queries gives equal lines.
+        matplotlib figure. If a site makes one choice for all queries, all lines are equal.
     """
     site = site or next((s for s in recording.sites if ".cross." in s), recording.sites[-1])
     selections = recording[site]
@@ -43,7 +43,7 @@ def selection_matrix(
     axis.pcolormesh(kept.float().numpy(), cmap=MAP, vmin=0, vmax=1, edgecolors="#808080", linewidth=0.5)
     axis.invert_yaxis()
     axis.set_aspect("equal")
-    # a dollar sign would start matplotlib's mathematics
+    # A dollar sign would start matplotlib's math mode.
     axis.set_xticks(
         [i + 0.5 for i in range(len(source))], [_plain(t) for t in source], rotation=60, ha="right", fontsize=8
     )

@@ -1,4 +1,4 @@
-"""Scores of every place, by several explanations of the same answer: what the selector says, and what it is compared with."""
+"""Scores of every position by several explanations of the same answer: the selector's own scores and those they are compared with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .perturbation import PerturbationEvaluator
 
 
 def selection(evaluator: PerturbationEvaluator, site: str | None = None) -> Tensor:
-    """The selector's own scores, mean over heads and queries, fp32 ``[B, P]``; what an earlier site dropped ranks last."""
+    """Return the selector's own scores, mean over heads and queries, fp32 ``[B, P]``; positions that earlier sites dropped rank last."""
     with torch.no_grad(), record(evaluator.model) as recording:
         evaluator.model(**evaluator.batch)
     chosen = recording[
@@ -31,13 +31,13 @@ def selection(evaluator: PerturbationEvaluator, site: str | None = None) -> Tens
 
 
 def random(evaluator: PerturbationEvaluator, seed: int = 0) -> Tensor:
-    """Noise: the floor that every explanation must beat."""
+    """Return random scores, the control that every explanation must beat."""
     return torch.rand(evaluator.places.shape, generator=torch.Generator().manual_seed(seed)).to(evaluator.full)
 
 
 def soft_attention(evaluator: PerturbationEvaluator) -> Tensor:
-    """Attention of the same weights run soft: of the decoder to the input where there is one (mean over layers, heads and steps),
-    else of CLS, of a prompt's last token, or of all tokens, in the last layer (mean over heads)."""
+    """Return the attention of the same weights run soft. With a decoder, it is the decoder's attention to the input (mean over layers,
+    heads and steps); otherwise that of CLS, of a prompt's last token, or of all tokens, in the last layer (mean over heads)."""
     teacher = teach(evaluator.model, lambda **keywords: evaluator.model(**evaluator.batch, **keywords), attention=True)
     towers = family_of(evaluator.model).towers(evaluator.model)  # type: ignore[union-attr]  # the evaluator knows the model
     cross = [
@@ -57,21 +57,21 @@ def soft_attention(evaluator: PerturbationEvaluator) -> Tensor:
 
 
 def leave_one_out(evaluator: PerturbationEvaluator) -> Tensor:
-    """``p(y^) - p(y^ without place i)``, fp32 ``[B, P]``: one forward a place. With removal ``select`` it starts from what the model
-    kept; a place it dropped has no effect, exactly: nothing is left out there, whatever other rows of the batch leave out."""
+    """Return ``p(y^) - p(y^ without position i)``, fp32 ``[B, P]``, with one forward pass per position. With removal ``select`` it
+    starts from the positions that the model kept. Those it dropped have exactly no effect, as nothing is left out of their row."""
     base = evaluator.own() if evaluator.removal == "select" else evaluator.places
     scores = torch.zeros_like(base, dtype=torch.float32)
     whole = evaluator(base)
     for place in base.any(0).nonzero().flatten().tolist():
         keep = base.clone()
         keep[:, place] = False
-        # a row that has not got the place is computed again, in a batch of another shape, which may round differently
+        # A row without this position is computed again, in a batch of another shape, which may be rounded differently.
         scores[:, place] = torch.where(base[:, place], whole - evaluator(keep), 0.0)
     return scores
 
 
 def integrated_gradients(evaluator: PerturbationEvaluator, steps: int = 20) -> Tensor:
-    """Captum's integrated gradients of ``p(y^)``, from a grey image or padding embeddings, summed over each patch or token.
+    """Return Captum's integrated gradients of ``p(y^)``, from a grey image or padding embeddings, summed over each patch or token.
 
     Source: Sundararajan, Taly & Yan 2017, arXiv:1703.01365.
 
@@ -113,7 +113,7 @@ def integrated_gradients(evaluator: PerturbationEvaluator, steps: int = 20) -> T
         return found.sum(-1).float()
     patch = getattr(evaluator.model.config, "vision_config", evaluator.model.config).patch_size
     tiles = torch.nn.functional.avg_pool2d(found.sum(1, keepdim=True), patch, divisor_override=1).flatten(1)
-    first = evaluator.places.shape[1] - tiles.shape[1]  # CLS and registers, where there are any
+    first = evaluator.places.shape[1] - tiles.shape[1]  # CLS and registers, if there are any
     return torch.nn.functional.pad(tiles, (first, 0)).float()
 
 

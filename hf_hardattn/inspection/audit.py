@@ -1,4 +1,4 @@
-"""What a model keeps and drops systematically: by subgroup of the rows, and by kind of place."""
+"""Find out what a model systematically keeps and drops, by subgroup of the rows and by group of positions."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ CAUTION = (
 
 @dataclass
 class Finding:
-    """How often one group's places are kept.
+    """How often the places of one group are kept.
 
     Attributes:
-        column, value: the group. rows: samples that have any. places: candidates in them.
-        rate: kept share of the group's places, mean over rows. rest: of all other places, mean over the same kind of rows.
+        column, value: the group. rows: number of rows with places of the group. places: number of these places.
+        rate: kept share of the group's places, mean over rows. rest: kept share of all other places, mean over rows that have some.
         error: standard error of ``rate - rest``; rows are the independent unit. notable: the difference exceeds chance.
         sentence: the same in words.
     """
@@ -49,13 +49,13 @@ def audit(kept: Tensor, places: Tensor, groups: Mapping[str, Any], least: int = 
     """Compare the kept rate of every group with that of everything else in its column.
 
     Args:
-        kept: bool ``[B, P]``. places: bool ``[B, P]``, the candidates. groups: column name to one value a row (a sequence of B:
-            label, language, source), or one a place (int tensor ``[B, P]``, or a pair of it and its values' names).
-        least: rows that a group needs; smaller ones are left out, since nothing follows from them.
+        kept: bool ``[B, P]``. places: bool ``[B, P]``, the candidates. groups: maps a column name to one value per row (a sequence
+            of B: label, language, source), or one per place (int tensor ``[B, P]``, or a pair of it and the names of its values).
+        least: smallest number of rows in a group; smaller groups are left out, since they support no conclusion.
 
     Returns:
-        findings, the largest differences (in standard errors) first. ``notable`` holds beyond Bonferroni's bound at 5 % over all
-        groups; the bound assumes rows drawn independently.
+        findings, the largest differences (in standard errors) first. ``notable`` means beyond Bonferroni's bound at 5 % over all
+        groups; the bound assumes that the rows were drawn independently.
     """
     if kept.shape != places.shape:
         raise HardAttentionError(f"kept {tuple(kept.shape)} and places {tuple(places.shape)} differ; both are [B, P].")
@@ -73,14 +73,14 @@ def audit(kept: Tensor, places: Tensor, groups: Mapping[str, Any], least: int = 
 def position_groups(
     places: Tensor, thirds: Sequence[str] = ("first third", "middle third", "last third")
 ) -> tuple[Tensor, list[str]]:
-    """Which third of its row each place lies in: an audit column that shows position bias."""
+    """Return the third of its row in which each place lies: an audit column that shows position bias."""
     rank = (places.cumsum(-1) - 1).clamp(min=0)
     third = (3 * rank / places.sum(-1, keepdim=True).clamp(min=1)).long().clamp(max=2)
     return third.masked_fill(~places, -1), list(thirds)
 
 
 def border_groups(places: Tensor, across: int) -> tuple[Tensor, list[str]]:
-    """Border or inside, for places that are a grid of patches ``across`` wide, behind CLS and registers where there are any."""
+    """Return border or inside, for places that form a grid of patches ``across`` wide, after CLS and registers if there are any."""
     down = places.shape[1] // across
     index = torch.arange(down * across)
     y, x = index // across, index % across
@@ -91,25 +91,25 @@ def border_groups(places: Tensor, across: int) -> tuple[Tensor, list[str]]:
 
 
 def rarity_groups(ids: Tensor, places: Tensor) -> tuple[Tensor, list[str]]:
-    """Rare, middling or frequent tokens: thirds of the running text by how often the token occurs in these rows, ids ``[B, P]``."""
+    """Return rare, middling or frequent: thirds of the running text by how often the token occurs in these rows, ids ``[B, P]``."""
     counts = Counter(ids[places].tolist())
     third, before = {}, 0
     for token, count in sorted(counts.items(), key=lambda item: (item[1], item[0])):
-        third[token] = int(3 * (before + count / 2) / counts.total())  # where the middle of its mass lies
+        third[token] = int(3 * (before + count / 2) / counts.total())  # third of the middle occurrence
         before += count
     kind = torch.tensor([[third.get(token, -1) for token in row] for row in ids.tolist()])
     return kind.masked_fill(~places, -1), ["rare tokens", "middling tokens", "frequent tokens"]
 
 
 def length_groups(places: Tensor) -> list[str]:
-    """Short, medium or long rows, in thirds."""
+    """Return short, medium or long for each row, in thirds."""
     lengths = places.sum(-1).float()
     low, high = lengths.quantile(torch.tensor([1 / 3, 2 / 3])).tolist()
     return ["short" if n <= low else "medium" if n <= high else "long" for n in lengths.tolist()]
 
 
 def size_groups(objects: Tensor, places: Tensor) -> tuple[Tensor, list[str]]:
-    """Places on small, medium and large objects (thirds by area), and the background; ``objects``: bool ``[B, P]``."""
+    """Return the size of the object at each place (small, medium or large, thirds by area) or background; ``objects``: bool ``[B, P]``."""
     area = objects.sum(-1).float()
     low, high = area[area > 0].quantile(torch.tensor([1 / 3, 2 / 3])).tolist()
     size = torch.where(area <= low, 0, torch.where(area <= high, 1, 2))[:, None].expand_as(objects)
@@ -118,7 +118,7 @@ def size_groups(objects: Tensor, places: Tensor) -> tuple[Tensor, list[str]]:
 
 
 def _members(given: Any, places: Tensor, column: str) -> list[tuple[str, Tensor, bool]]:
-    """Values of a column with the places that have them, bool ``[B, P]``; whether it tells places apart rather than rows."""
+    """Return the values of a column with their places, bool ``[B, P]``, and whether the values are per place and not per row."""
     kinds, names = given if isinstance(given, tuple) else (given, None)
     if isinstance(kinds, Tensor) and kinds.dim() == 2:
         if kinds.shape != places.shape:
@@ -137,11 +137,11 @@ def _members(given: Any, places: Tensor, column: str) -> list[tuple[str, Tensor,
 
 
 def _rates(kept: Tensor, places: Tensor, inside: Tensor, per_place: bool) -> tuple[int, int, float, float, float]:
-    """Rows, places, rate, the rest's rate and the standard error of their difference."""
+    """Return the number of rows and places, the rate, the rate of the rest, and the standard error of their difference."""
     outside = places & ~inside
     one, one_rows = _row_rates(kept, inside)
     other, other_rows = _row_rates(kept, outside)
-    if per_place:  # both rates of the same row: a paired difference
+    if per_place:  # each row has both rates: a paired difference
         both = one_rows & other_rows
         gap = (one - other)[both]
         rate, rest = float(one[both].mean()) if both.any() else 0.0, float(other[both].mean()) if both.any() else 0.0

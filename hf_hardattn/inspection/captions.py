@@ -1,4 +1,4 @@
-"""Which regions of the image each word of a caption read."""
+"""Which regions of the image were read for each word of a caption."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def caption_grid(
     beam_indices: Tensor | None = None,
     columns: int = 5,
 ) -> Any:
-    """Draw, for each generated word, the image with the patches that its step could read lit.
+    """Draw the image once for each generated word, with the patches lit that its decoding step could read.
 
     Args:
         pixel_values: ``[B, C, height, width]``. recording: of one ``generate()`` call.
-        words: generated tokens of ``row``, without the prompt. site: a ``text.cross`` site; the first by default. Without any, the
-            last ``vision`` site is shown: one choice for all words.
-        beam_indices: of ``generate``, see ``kept_per_token``.
+        words: generated tokens of ``row``, without the prompt. site: a ``text.cross`` site; the first by default. If there is none,
+            the last ``vision`` site is shown, which makes one choice for all words.
+        beam_indices: returned by ``generate``, see ``kept_per_token``.
 
     Returns:
         matplotlib figure.

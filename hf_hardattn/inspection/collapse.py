@@ -1,4 +1,4 @@
-"""Find selectors that have collapsed: sites that keep everything, or the same positions whatever the input."""
+"""Find selectors that have collapsed: sites that keep everything, or the same positions for every input."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..recording import record, replay, selectors
 from ..unwrapping import refuse_other_than_batch, refuse_sharded, unwrap
 from .random_control import drawn_like
 
-# A score varies this much less between inputs than between positions: the choice does not look at the input.
+# Ratio of the scores' variance between inputs to that between positions, below which the choice does not depend on the input.
 _INDEPENDENT = 1e-3
 _SAME = 0.999
-# Beside chance: draws at a site, the fewest examples that tell, and how many standard errors a loss must be larger.
+# For the comparison with chance: draws at a site, the fewest examples, and by how many standard errors the loss must be larger.
 _DRAWS, _EXAMPLES, _SIGMAS = 4, 8, 3.0
 
 
@@ -72,19 +72,19 @@ _MESSAGES = {
 
 
 def find_collapse(model: nn.Module, batches: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> list[Collapse]:
-    """Find the sites that do not choose, from what they keep and whether their scorers get a gradient.
+    """Find the sites that do not choose, based on the positions they keep and on whether their scorers get a gradient.
 
     Args:
-        model: with hard attention; its mode, gradients and weights stay as they are.
-        batches: a batch of keyword inputs, or several; at least two rows in all tell constant choices from good ones.
-            With labels, the gradient is looked at too, and with eight examples or more what is kept is compared with as many
-            positions drawn at random.
+        model: a model with hard attention; its mode, gradients and weights are not changed.
+        batches: a batch of keyword inputs, or several, with at least two rows in total to tell constant choices from good ones.
+            With labels, the gradient is checked too, and with eight examples or more the selection is compared with random
+            selection of as many positions.
 
     Returns:
-        findings, in the order of the sites; empty when nothing is wrong.
+        findings, in the order of the sites; empty if nothing is wrong.
 
     Raises:
-        HardAttentionError: no sites, or weights that FSDP2 has sharded.
+        HardAttentionError: no sites, or weights that are sharded by FSDP2.
     """
     model = unwrap(model)
     refuse_sharded(model, "find_collapse")
@@ -118,8 +118,8 @@ def find_collapse(model: nn.Module, batches: Mapping[str, Any] | Iterable[Mappin
 
 
 def _beside_chance(model: nn.Module, site: str, data: list[Any]) -> dict[str, Any] | None:
-    """The losses of a site whose choice serves worse than chance at the same budget, all others free; None where it does not, or where
-    the batches do not tell."""
+    """Return the losses of a site whose choice is worse than chance at the same budget, while all other sites choose freely; None if
+    it is not worse, or if the batches do not suffice to tell."""
     own, random = [], []
     generator = torch.Generator().manual_seed(0)
     for batch in data:
@@ -141,7 +141,7 @@ def _beside_chance(model: nn.Module, site: str, data: list[Any]) -> dict[str, An
 
 
 def _losses(model: nn.Module, batch: Mapping[str, Any], output: Any) -> Any:
-    """The task loss of each example, fp32 ``[B]`` on the CPU; None where the batch has no labels."""
+    """Return the task loss of each example, fp32 ``[B]`` on the CPU; None if the batch has no labels."""
     family = family_of(model)
     losses = None if family is None else family.example_loss(model, dict(batch), output)
     return None if losses is None else losses.detach().float().cpu()
@@ -164,7 +164,7 @@ def _kinds(selections: list[Selection], data_dependent: bool) -> list[str]:
         or len({s.mask.shape[-1] for s in selections}) > 1
         or any(s.positions is not None for s in selections)
     ):
-        return []  # nothing to compare, or places that mean something else in every row
+        return []  # nothing to compare, or indices that stand for other positions in every row
     if (masks == masks[:1]).all():
         return ["position_constant"]
     scores = torch.cat([_rows(s.scores, s) for s in selections])
@@ -175,15 +175,15 @@ def _kinds(selections: list[Selection], data_dependent: bool) -> list[str]:
 
 
 def _rows(values: Tensor, selection: Selection) -> Tensor:
-    """``[B, H, Q, N]`` to the choices of one head and query each, ``[B * H * Q, N]``; what is not valid counts as nothing."""
+    """Flatten ``[B, H, Q, N]`` to one row per example, head and query, ``[B * H * Q, N]``; entries that are not valid become 0."""
     return torch.where(selection.valid, values.expand(selection.mask.shape), 0).flatten(0, -2)
 
 
 def _dead(model: nn.Module, batch: Mapping[str, Any]) -> set[str]:
-    """Sites whose scorer has parameters and gets no gradient from the training loss; none when the batch has no loss."""
+    """Return the sites whose scorer has parameters but gets no gradient from the training loss; no sites if there is no loss."""
     twin = copy.deepcopy(model).train()
     for selector in selectors(twin).values():
-        selector.annealing = None  # a budget that still keeps everything gives no gradient, and is no fault
+        selector.annealing = None  # a budget that still keeps everything gives no gradient, which is not an error
     output = twin(**batch)
     loss = output.get("loss") if hasattr(output, "get") else None
     if loss is None:

@@ -1,4 +1,4 @@
-"""Curves: faithfulness as positions are removed or added, and accuracy against cost."""
+"""Curves: faithfulness while positions are removed or added, and accuracy against cost."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def faithfulness_curves(measured: Mapping[str, Mapping[str, Any]]) -> Any:
     """Draw deletion and insertion curves of several explanations side by side.
 
     Args:
-        measured: name of the explanation to what ``faithfulness`` returned.
+        measured: maps the name of an explanation to the result of ``faithfulness``.
 
     Returns:
-        matplotlib figure; colour and marker both tell the explanations apart.
+        matplotlib figure; the explanations differ in both colour and marker.
     """
     figure = new_figure(8.4, 3.8)
     areas: dict[str, list[str]] = {name: [] for name in measured}
@@ -31,7 +31,7 @@ def faithfulness_curves(measured: Mapping[str, Mapping[str, Any]]) -> Any:
         plain(axis)
         axis.set_title(f"{kind}: {better} is better", fontsize=10)
         axis.set_xlabel(f"share of positions {'removed' if kind == 'deletion' else 'given'}, best first", fontsize=9)
-    # below the axes, where it covers no curve; in brackets the areas under both curves
+    # Below the axes, where the legend covers no curve, with the areas under both curves in brackets.
     labels = [f"{name} ({', '.join(values)})" for name, values in areas.items()]
     figure.legend(figure.axes[0].lines, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.axes[0].set_ylabel("p(answer), the model as it runs = 1", fontsize=9)
@@ -44,14 +44,14 @@ def tradeoff(
     quality: str,
     spread: Mapping[str, Sequence[float]] = {},
 ) -> Any:
-    """Draw quality against cost, one line a family of models (soft, hard at several budgets, random).
+    """Draw quality against cost, with one line per family of models (soft, hard at several budgets, random).
 
     Args:
-        points: family to its (cost, quality) pairs. cost, quality: labels of the axes with their units; a cost is counted or
-            measured, never both in one picture. spread: family to one error bar a point.
+        points: maps a family to its (cost, quality) pairs. cost, quality: labels of the axes with their units; a cost is counted or
+            measured, never both in one figure. spread: maps a family to one error bar per point.
 
     Returns:
-        matplotlib figure; up and to the left is better.
+        matplotlib figure; further up and to the left is better.
     """
     figure = new_figure(5.2, 3.6)
     axis = figure.subplots()

@@ -28,8 +28,8 @@ def audit_rows(
     """Audit ``bundle`` on ``rows``.
 
     Args:
-        rows: a ``datasets.Dataset``. column: of its images or texts. by: columns of subgroups. site: to audit; the model's first
-            site whose candidates are the input by default. batch: rows at a time.
+        rows: a ``datasets.Dataset``. column: its column of images or texts. by: columns that define subgroups. site: the site to
+            audit; by default the first whose candidates are the model's input. batch: rows per forward pass.
 
     Raises:
         HardAttentionError: a soft model, or a column that does not exist.
@@ -71,10 +71,10 @@ def audit_rows(
 def kept_and_free(
     model: Any, batch: Mapping[str, Any], recording: Recording, site: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``site`` kept of a batch's input, and what it might have kept: both bool ``[B, P]``.
+    """Return the positions of a batch's input that ``site`` kept, and those that it could have kept: both bool ``[B, P]``.
 
     Args:
-        recording: of a call on ``batch``. site: the first whose candidates are the input, by default.
+        recording: of a call on ``batch``. site: by default the first whose candidates are the input.
     """
     tower, free, _ = choosable(model, batch)
     name = site or next((s for s in recording.sites if recording.tower(s) == tower), recording.sites[0])

@@ -1,4 +1,4 @@
-"""Which estimator trains this model? Gradients of every site, against the exact one where it can be had."""
+"""Which estimator trains this model? Compares the gradients at every site with the exact one, where it can be computed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ..recording import record, selectors
 from ..unwrapping import refuse_offloaded, refuse_other_than_batch, refuse_sharded, unwrap
 from .collapse import Collapse, find_collapse
 
-_SUSPECT = 0.5  # cosine below which a mean gradient points elsewhere
-_NOISY = 0.5  # noise of a mean over its size, above which it is no reference
+_SUSPECT = 0.5  # cosine below which a mean gradient counts as pointing in another direction
+_NOISY = 0.5  # relative noise of a mean above which it cannot serve as a reference
 _LEGEND = """relative_sd: noise of one step's gradient over the size of its mean. bias: 1 - cosine of the mean gradient to the exact one, where all
 choices can be tried. error: 1 - cosine of one step's gradient to the exact one, else to RLOO's mean; the smaller, the faster the scorer learns.
 cosine_to_rloo: of the mean gradients. entropy: of the law that is drawn from. distinct: different selections among the draws."""
@@ -34,15 +34,16 @@ class Row:
     """The measurements of one estimator at one site. Gradients are those of the scorer's parameters.
 
     Attributes:
-        site, estimator: names. biased: as the estimator declares.
-        relative_sd: root mean square of the gradient's noise over the size of its mean.
-        bias: 1 - cosine of the mean gradient to the exact one; None where too many choices forbid enumeration.
-        error: mean of 1 - cosine of a single step's gradient to the exact one, or to the reference where there is none.
-        cosine_to_rloo: of the mean gradient to the mean of RLOO with 8 samples.
-        entropy: of the sampling law, in nats; None for a deterministic choice without one.
-        distinct: different selections among the draws of a row, mean over rows, in [1, draws].
+        site, estimator: names. biased: as declared by the estimator.
+        relative_sd: root mean square of the gradient's noise, divided by the norm of its mean.
+        bias: 1 - cosine of the mean gradient to the exact one; None if there are too many choices to enumerate.
+        error: mean of 1 - cosine of a single step's gradient to the exact one, or to the reference if there is no exact one.
+        cosine_to_rloo: cosine of the mean gradient to the mean of RLOO with 8 samples.
+        entropy: entropy of the sampling law, in nats; None for a deterministic choice without one.
+        distinct: number of different selections among the draws of a row, mean over rows, in [1, draws].
         failed: why there is no gradient, or None.
-        suspect: the mean gradient points elsewhere: its cosine to the exact one, or to RLOO's where there is none, is below 0.5.
+        suspect: the mean gradient points in another direction: its cosine to the exact one, or to that of RLOO if there is no exact
+            one, is below 0.5.
     """
 
     site: str
@@ -60,11 +61,11 @@ class Row:
 
 @dataclass
 class Diagnosis:
-    """The result of ``diagnose``: print it for a table, or take ``to_dict()``.
+    """The result of ``diagnose``: print it as a table, or call ``to_dict()``.
 
     Attributes:
         rows: a row for each site and estimator. collapses: findings of ``find_collapse``.
-        draws: training steps per row. noise: site to the noise left in the mean of RLOO's gradients, over its size.
+        draws: training steps per row. noise: maps a site to the noise left in the mean of RLOO's gradients, relative to its norm.
     """
 
     draws: int
@@ -73,7 +74,7 @@ class Diagnosis:
     noise: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers and names only, for JSON."""
+        """Return numbers and names only, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -91,7 +92,7 @@ class Diagnosis:
         return "\n".join([*lines, "", _LEGEND, *self._advice()])
 
     def _advice(self) -> Iterator[str]:
-        """A sentence for each site: what to train with."""
+        """Yield one sentence of advice for each site: which estimator to train with."""
         for site in dict.fromkeys(row.site for row in self.rows):
             noisy = (
                 all(row.bias is None for row in self.rows if row.site == site) and self.noise.get(site, 0.0) > _NOISY
@@ -108,7 +109,7 @@ class Diagnosis:
 
 
 def _draws(name: str) -> bool:
-    """Whether an estimator chooses, neither by trying everything, which is the reference, nor by a head, which is not trained here."""
+    """Whether to measure an estimator: not ``soft``, not one that tries every choice (the reference), nor one with a head to train."""
     return name != "soft" and not {"choices", "class"} & set(registry.load("estimators", name).needs)
 
 
@@ -125,17 +126,17 @@ def diagnose(
     limit: int = 256,
     seed: int = 0,
 ) -> Diagnosis:
-    """Measure the gradient of each estimator at each site of a model, on a batch, as a training step would see it.
+    """Measure the gradient of each estimator at each site of a model, on a batch, as it would be in a training step.
 
-    A site is measured while all others stand at their deterministic choice, and with the same weights and noise for every
-    estimator. The model itself is not touched.
+    Each site is measured while all others make their deterministic choice, with the same weights and noise for every
+    estimator. The model itself is not changed.
 
     Args:
-        model: with hard attention.
+        model: a model with hard attention.
         batch: keyword inputs with labels; a few examples suffice.
         estimators: names of ``estimators/``, or site overrides such as ``{"estimator": "simple", "estimator_options":
             {"sample": False}, "temperature": 0.5}``; every estimator by default.
-        draws: training steps per row, >= 2. limit: most choices to enumerate for the exact gradient.
+        draws: training steps per row, >= 2. limit: largest number of choices to enumerate for the exact gradient.
         seed: of the noise.
 
     Returns:
@@ -208,7 +209,7 @@ def _row(
 
 
 def _is_suspect(row: Row, noise: float) -> bool:
-    """Whether a mean gradient points elsewhere, as far as the references tell."""
+    """Whether a mean gradient points in another direction than the reference, if there is a usable one."""
     if row.failed or row.cosine_to_rloo is None:
         return False
     if row.bias is not None:
@@ -224,7 +225,7 @@ def _words(key: str, value: Any) -> list[str]:
 
 
 def _prepared(model: nn.Module, site: str, changes: Mapping[str, Any]) -> tuple[nn.Module, Selector]:
-    """A copy of the model in training with one live site; dropout is off, since the estimators' noise is what is measured."""
+    """Return a copy of the model in training with one live site; dropout is off, since only the estimators' noise is measured."""
     before = selectors(model)
     sites = {name: asdict(selector.config) for name, selector in before.items()}
     sites[site] |= {
@@ -232,7 +233,7 @@ def _prepared(model: nn.Module, site: str, changes: Mapping[str, Any]) -> tuple[
         "baseline_options": {},
         "estimator_options": {},
         "execution": "auto",
-        **({} if before[site].steps else {"anneal": 0}),  # in a training, what a step sees; else the budget itself
+        **({} if before[site].steps else {"anneal": 0}),  # in training, the step's budget; else the final budget
         **changes,
     }
     twin = copy.deepcopy(model)
@@ -242,7 +243,7 @@ def _prepared(model: nn.Module, site: str, changes: Mapping[str, Any]) -> tuple[
         selector.scorer.load_state_dict(before[name].scorer.state_dict())
         selector.step, selector.steps = before[name].step or 0, before[name].steps
     twin.eval()
-    twin.training = True  # the hook of a training pass; no dropout below it
+    twin.training = True  # runs the hook of a training pass, but without dropout in the layers
     live = selectors(twin)[site]
     live.train()
     return twin, live
@@ -251,7 +252,7 @@ def _prepared(model: nn.Module, site: str, changes: Mapping[str, Any]) -> tuple[
 def _measure(
     model: nn.Module, batch: Mapping[str, Any], site: str, changes: Mapping[str, Any], draws: int, seed: int
 ) -> tuple[Tensor, float | None, float]:
-    """Gradients ``[draws, P]`` of the site's scorer, the mean entropy, and the mean number of distinct selections."""
+    """Return the gradients ``[draws, P]`` of the site's scorer, the mean entropy, and the mean number of distinct selections."""
     twin, live = _prepared(model, site, changes)
     parameters = list(live.scorer.parameters())
     gradients, masks, entropies = [], [], []
@@ -279,7 +280,7 @@ def _measure(
 
 
 def _exact(model: nn.Module, batch: Mapping[str, Any], site: str, limit: int) -> Tensor | None:
-    """The gradient of the expected loss, by enumeration; None where that is too much."""
+    """Return the gradient of the expected loss, by enumeration; None if there are too many choices."""
     options = {"objective": "expectation", "limit": limit}
     try:
         gradients, _, _ = _measure(model, batch, site, {"estimator": "marginal", "estimator_options": options}, 1, 0)

@@ -23,7 +23,7 @@ from .perturbation import PerturbationEvaluator
 
 
 def top(scores: Tensor, places: Tensor, ratio: float) -> Tensor:
-    """The ``max(1, ceil(ratio * places))`` best-scored places of each row, bool ``[B, P]``; ties to the lower index."""
+    """Return the ``max(1, ceil(ratio * places))`` best-scored places of each row, bool ``[B, P]``; ties go to the lower index."""
     k = (places.sum(-1) * ratio - 1e-9).ceil().long().clamp(min=1 if ratio > 0 else 0)
     return topk_mask(scores.float(), k, places)
 
@@ -40,14 +40,14 @@ def faithfulness(
 
     Args:
         scores: ``[B, P]``, higher = more important. thresholds: shares of the input taken as rationale.
-        steps: of the deletion and insertion curves. human: bool ``[B, P]``, a person's rationales.
-        leave_one_out: ``[B, P]``, of ``attribution.leave_one_out``.
+        steps: number of steps of the deletion and insertion curves. human: bool ``[B, P]``, rationales marked by people.
+        leave_one_out: ``[B, P]``, from ``attribution.leave_one_out``.
 
     Returns:
-        ``sufficiency`` and ``comprehensiveness`` (AOPC over the thresholds), ``deletion`` and ``insertion`` (areas, over p of the
-        whole), ``curves``; ``rank_correlation`` with leave-one-out over the places where that is known; with ``human``, of as
-        many places as the person marked, ``sufficiency_of_size``, ``comprehensiveness_of_size``, ``f1`` and ``iou``, and ``auprc``. A
-        person's rationale is a set without an order: compare it by these. Definitions: ``measures``.
+        ``sufficiency`` and ``comprehensiveness`` (AOPC over the thresholds), ``deletion`` and ``insertion`` (areas, relative to p of
+        the whole input), and ``curves``. With ``leave_one_out``, also ``rank_correlation`` with it. With ``human``, also
+        ``sufficiency_of_size``, ``comprehensiveness_of_size``, ``f1`` and ``iou`` of as many places as the person marked, and
+        ``auprc``. A person's rationale is a set without an order, so compare it by these. ``measures`` has the definitions.
     """
     places, full = evaluator.places, evaluator.full
     chosen = [top(scores, places, ratio) for ratio in thresholds]
@@ -81,7 +81,7 @@ def faithfulness(
 
 
 def plausibility(scores: Tensor, human: Tensor, places: Tensor) -> dict[str, float]:
-    """Agreement with people's rationales, bool ``[B, P]``: ``f1`` and ``iou`` of as many places as the person marked, ``auprc``."""
+    """Return the agreement with human rationales, bool ``[B, P]``: ``auprc``, and ``f1`` and ``iou`` of as many places as marked."""
     mine = topk_mask(scores.float(), human.sum(-1), places)
     rows = list(zip(mine, human, scores, places, strict=True))
     f1 = [token_f1(a[w].tolist(), h[w].tolist())["f1"] for a, h, _, w in rows]
@@ -95,13 +95,13 @@ def plausibility(scores: Tensor, human: Tensor, places: Tensor) -> dict[str, flo
 
 
 def own_sufficiency(evaluator: PerturbationEvaluator) -> Tensor:
-    """``p(y^|x) - p(y^|what the model kept)``, fp32 ``[B]``. With an ``inputs`` site and removal ``select`` this is 0 by construction:
-    it is the same computation. Only where every row keeps fewer than the batch has slots for (all are padded) may rounding be left."""
+    """Return ``p(y^|x) - p(y^|kept positions)``, fp32 ``[B]``. With an ``inputs`` site and removal ``select`` it is 0 by construction,
+    because both are the same computation. Rounding errors remain only if no row of the batch fills all slots (all are padded)."""
     return evaluator.full - evaluator(evaluator.own())
 
 
 def compare(
     evaluator: PerturbationEvaluator, explanations: Mapping[str, Tensor], **options: Any
 ) -> dict[str, dict[str, Any]]:
-    """``faithfulness`` of several explanations of the same answers, by name; options as there."""
+    """Return ``faithfulness`` of several explanations of the same answers, by name; ``options`` are passed on to it."""
     return {name: faithfulness(evaluator, scores, **options) for name, scores in explanations.items()}

@@ -1,4 +1,4 @@
-"""A video as a strip of frames, the kept ones framed."""
+"""A video as a strip of frames, in which the kept ones have a thick border."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def frame_strip(
     row: int = 0,
     columns: int = 8,
 ) -> Any:
-    """Draw the frames of a video in order: what was kept stays, the rest fades, and a frame that keeps something has a thick border.
+    """Draw the frames of a video in order: dropped patches are faded, and a frame of which something was kept has a thick border.
 
     Args:
-        frames: ``[F, C, height, width]``; in the site's input a frame is its patches (BLIP's vision tower) or one place (a T5 encoder
-            given one embedding a frame).
-        recording: of one forward. timestamps: seconds, one a frame. site: the recording's first by default.
+        frames: ``[F, C, height, width]``; in the input of the site, a frame is a set of patches (BLIP's vision tower) or a single
+            position (a T5 encoder with one embedding per frame).
+        recording: of one forward pass. timestamps: seconds, one per frame. site: the first in the recording by default.
 
     Returns:
         matplotlib figure.
@@ -52,7 +52,7 @@ def frame_strip(
 
 
 def _lit(frame: Tensor, kept: Tensor) -> Tensor:
-    """A frame, ``[height, width, 3]``, faded where its places ``[P]`` are not kept; they are square patches, or the whole frame."""
+    """Return a frame, ``[height, width, 3]``, faded where ``kept`` ``[P]`` is False; P counts square patches, or is 1 for the frame."""
     if len(kept) == 1:
         return shown(frame) if bool(kept[0]) else faded(shown(frame))
     side = round((frame[0].numel() / len(kept)) ** 0.5)

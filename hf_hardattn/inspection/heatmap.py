@@ -11,13 +11,13 @@ from .style import MAP, new_figure
 
 
 def heat_map(recording: Recording, tower: str | None = None, grid: tuple[int, int] | None = None) -> Any:
-    """Draw the share of rows (and heads, queries) that kept each position, one line or one map a site.
+    """Draw the share of rows (and heads, queries) that kept each position, with one line or one map per site.
 
-    A position that is bright at every site is kept whatever the input: position bias.
+    A position that is bright at every site is kept for every input, which is position bias.
 
     Args:
-        recording: of forwards over as many rows as you have. tower: whose input the positions belong to; the first by default.
-        grid: patches down and across of the images; each site is then a map of the image, without the class token.
+        recording: of forward passes over as many rows as possible. tower: whose input is shown; that of the first site by default.
+        grid: number of patches down and across the images; each site is then a map of the image, without the class token.
 
     Returns:
         matplotlib figure.
@@ -43,7 +43,7 @@ def heat_map(recording: Recording, tower: str | None = None, grid: tuple[int, in
 
 
 def _maps(sites: list[str], rates: torch.Tensor, grid: tuple[int, int]) -> Any:
-    """One map of the image a site, four in a row."""
+    """Draw one map of the image per site, four in a row."""
     columns = min(4, len(sites))
     figure = new_figure(1.0 + 2.1 * columns, 2.3 * -(-len(sites) // columns))
     axes = figure.subplots(-(-len(sites) // columns), columns, squeeze=False)

@@ -1,4 +1,4 @@
-"""HTML without scripts: what comes from a model or a user is escaped, and a page may load nothing."""
+"""HTML without scripts: everything that comes from a model or a user is escaped, and a page cannot load anything."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ img { max-width: 100%; border: 1px solid var(--line); border-radius: 4px; backgr
 @media (min-width: 40rem) { td:first-child { white-space: nowrap; } }
 figure { margin: .8rem 0; } figcaption, .note { color: var(--faint); font-size: .92rem; }
 """
-# Kept and dropped differ in ground, weight and a line through, not in colour alone. The colours fall back to the page's own.
+# Kept and dropped tokens differ in background, weight and strikethrough, not in colour alone. On other pages, default colours apply.
 TOKENS = """
 .hfha { line-height: 2; overflow-wrap: anywhere; }
 .hfha mark { color: inherit; background: var(--kept, rgb(230 159 0 / .35)); font-weight: 600; border-bottom: 3px solid var(--edge, #d55e00); border-radius: 3px; padding: .05em .12em; }
@@ -34,14 +34,14 @@ TOKENS = """
 
 
 class Html(str):
-    """A piece of HTML; a notebook shows it as such. ``str(piece)`` is its source."""
+    """A piece of HTML, which a notebook renders. ``str(piece)`` is its source."""
 
     def _repr_html_(self) -> str:
         return str(self)
 
 
 def page(title: str, *parts: str) -> Html:
-    """One self-contained page: its policy forbids scripts and every request."""
+    """Return a self-contained page, whose policy forbids scripts and all requests."""
     return Html(
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -53,17 +53,17 @@ def page(title: str, *parts: str) -> Html:
 
 
 def section(title: str, *parts: str) -> str:
-    """A heading and what belongs under it."""
+    """Return a section: a heading and its content."""
     return f"<section><h2>{escape(title)}</h2>\n" + "\n".join(parts) + "</section>"
 
 
 def cards(parts: list[str]) -> str:
-    """Pieces side by side, as many as fit."""
+    """Return pieces side by side, as many per row as fit."""
     return '<div class="cards">' + "\n".join(f"<article>{part}</article>" for part in parts) + "</div>"
 
 
 def panels(parts: list[tuple[str, str]]) -> str:
-    """Titled pieces in one row, each as wide as its content, on more rows where the page is narrow."""
+    """Return titled pieces in a row, each as wide as its content; on a narrow page they wrap to several rows."""
     return (
         '<div class="panels">'
         + "\n".join(f"<div><h4>{escape(title)}</h4>{part}</div>" for title, part in parts)
@@ -72,12 +72,12 @@ def panels(parts: list[tuple[str, str]]) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """Plain text, escaped; ``kind="note"`` sets it back."""
+    """Return plain text, escaped; ``kind="note"`` makes it less prominent."""
     return f'<p class="{escape(kind)}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
-    """A table; numbers stand right, everything is escaped."""
+    """Return a table; numbers are right-aligned, and everything is escaped."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = ""
     for row in rows:
@@ -91,7 +91,7 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 
 
 def picture(figure: Any, text: str, dpi: int = 90, colours: int = 128, caption: bool = True) -> str:
-    """A matplotlib figure inside the page, as a PNG of few colours; ``text`` is read aloud, and stands below as its caption."""
+    """Return a matplotlib figure as an embedded PNG with few colours; ``text`` is its alternative text and its caption."""
     from PIL import Image
 
     drawn = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What faithfulness, plausibility and agreement mean, as functions of numbers; the modules in ``metrics/`` call these.
+"""Definitions of faithfulness, plausibility and agreement as functions of numbers; the modules in ``metrics/`` call these.
 
 p is the model's probability of its own answer y^, given the whole input x, the rationale r alone, or x without r.
 Source of the ERASER definitions: DeYoung et al. 2020, "ERASER: A Benchmark to Evaluate Rationalized NLP Models", section 5.
@@ -17,24 +17,24 @@ THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.5)  # ERASER's bins: shares of the input t
 
 
 def sufficiency(full: Tensor, rationale: Tensor) -> Tensor:
-    """``p(y^|x) - p(y^|r)``; lower is better, 0 means that the rationale alone gives the same answer as surely.
+    """Return ``p(y^|x) - p(y^|r)``; lower is better, and 0 means that the rationale alone gives the answer the same probability.
 
     Args:
         full: ``[B]``. rationale: ``[B]`` or ``[B, thresholds]``.
 
     Returns:
-        of the shape of ``rationale``; its mean over thresholds is the AOPC.
+        a tensor of the shape of ``rationale``; its mean over thresholds is the AOPC.
     """
     return full.view(-1, *[1] * (rationale.dim() - 1)) - rationale
 
 
 def comprehensiveness(full: Tensor, rest: Tensor) -> Tensor:
-    """``p(y^|x) - p(y^|x without r)``; higher is better: without the rationale the answer goes. Shapes as ``sufficiency``."""
+    """Return ``p(y^|x) - p(y^|x without r)``; higher is better: the answer depends on the rationale. Shapes as in ``sufficiency``."""
     return sufficiency(full, rest)
 
 
 def area(curve: Tensor) -> Tensor:
-    """Area under a deletion or insertion curve ``[B, steps]`` over [0, 1], by trapezoids.
+    """Return the area under a deletion or insertion curve ``[B, steps]`` over [0, 1], by the trapezoidal rule.
 
     Deletion removes the most important places first (lower is better); insertion adds them first (higher is better).
     Source: Petsiuk, Das & Saenko 2018, "RISE", arXiv:1806.07421.
@@ -45,7 +45,7 @@ def area(curve: Tensor) -> Tensor:
 
 
 def token_f1(found: Sequence[int], human: Sequence[int]) -> dict[str, float]:
-    """Precision, recall and F1 of kept places against a person's rationale (both 0 or 1 a place); 0 where nothing is shared."""
+    """Return precision, recall and F1 of kept places against a person's rationale (both 0 or 1 per place); 0 if nothing is shared."""
     both = sum(1 for a, b in zip(found, human, strict=True) if a and b)
     precision = both / max(1, sum(map(bool, found)))
     recall = both / max(1, sum(map(bool, human)))
@@ -54,14 +54,14 @@ def token_f1(found: Sequence[int], human: Sequence[int]) -> dict[str, float]:
 
 
 def overlap(one: Sequence[int], other: Sequence[int]) -> float:
-    """``|A and B| / |A or B|`` (intersection over union, Jaccard index) of two choices, 0 or 1 a place; 1 where both are empty."""
+    """Return ``|A and B| / |A or B|`` (intersection over union, Jaccard index) of two choices, 0 or 1 per place; 1 if both are empty."""
     both = sum(1 for a, b in zip(one, other, strict=True) if a and b)
     any_ = sum(1 for a, b in zip(one, other, strict=True) if a or b)
     return both / any_ if any_ else 1.0
 
 
 def average_precision(scores: Sequence[float], human: Sequence[int]) -> float:
-    """Area under the precision-recall curve of ``scores`` against a person's rationale; NaN where that is empty."""
+    """Return the area under the precision-recall curve of ``scores`` against a person's rationale; NaN if the rationale is empty."""
     try:
         from sklearn.metrics import average_precision_score
     except ImportError as error:
@@ -70,9 +70,9 @@ def average_precision(scores: Sequence[float], human: Sequence[int]) -> float:
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Kendall's tau-b between two rankings of the same places; NaN where one is constant.
+    """Return Kendall's tau-b between two rankings of the same places; NaN if one is constant.
 
-    Source: Jain & Wallace 2019, "Attention is not Explanation", which compares attention with leave-one-out by it.
+    Source: Jain & Wallace 2019, "Attention is not Explanation", which uses it to compare attention with leave-one-out.
     """
     try:
         from scipy.stats import kendalltau
@@ -82,7 +82,7 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def chance_overlap(places: int, one: int, other: int) -> float:
-    """Expected ``overlap`` of two random choices of ``one`` and ``other`` of ``places``: what agreement must beat."""
+    """Return the expected ``overlap`` of random choices of ``one`` and ``other`` out of ``places``, which agreement must exceed."""
     from math import comb
 
     ways = comb(places, other)

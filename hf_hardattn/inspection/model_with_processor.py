@@ -1,4 +1,4 @@
-"""A model together with its processor: from images and texts to predictions, with every selection recorded."""
+"""A model together with its processor: from images and texts to predictions, with all selections recorded."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Prediction:
     """The prediction of a model for one input.
 
     Attributes:
-        text: the class's name or the generated text. probability: of the class; None for a text.
-        recording: the selections of that forward or ``generate()``. tokens: ids of a generated text without its prompt, else empty.
+        text: name of the class, or the generated text. probability: of the class; None for a text.
+        recording: the selections of the forward pass or ``generate()``. tokens: ids of a generated text without its prompt, or empty.
     """
 
     text: str
@@ -43,7 +43,7 @@ class ModelWithProcessor:
     """A model in evaluation mode and its processor.
 
     Attributes:
-        model: with any head. processor: tokenizer, image processor or both; None scales pixels to [-1, 1] at the model's size.
+        model: with any head. processor: tokenizer, image processor or both; None scales images to the model's size and to [-1, 1].
         name: shown in titles.
     """
 
@@ -53,7 +53,7 @@ class ModelWithProcessor:
 
     @classmethod
     def load(cls, path: str) -> ModelWithProcessor:
-        """Load a hard checkpoint of any form, with the head and the processor it was saved with; ``hf_hardattn.load`` says how safely.
+        """Load a hard checkpoint of any form, with its saved head and processor; ``hf_hardattn.load`` documents the safety checks.
 
         Raises:
             HardAttentionError: a soft, incomplete, damaged or hostile checkpoint.
@@ -69,7 +69,7 @@ class ModelWithProcessor:
         """Load a checkpoint, hard or stock, with the head it was saved with.
 
         Args:
-            budget: at every site of a hard one, instead of the saved budgets.
+            budget: used at every site of a hard checkpoint, instead of the saved budgets.
 
         Raises:
             HardAttentionError: a damaged or hostile checkpoint, a budget for a stock one, or a class that Transformers does not have.
@@ -97,7 +97,7 @@ class ModelWithProcessor:
 
     @property
     def goes_on(self) -> bool:
-        """True if the model writes behind its input, which its output repeats."""
+        """True if the model generates text after its input, so that its output repeats the input."""
         return not self.takes_images and self.model.can_generate() and not self.model.config.is_encoder_decoder
 
     @property
@@ -114,7 +114,7 @@ class ModelWithProcessor:
         """Encode images (PIL) or texts as a batch of the model's inputs.
 
         Raises:
-            HardAttentionError: a text without a word; no tokenizer to read it.
+            HardAttentionError: an empty text; no tokenizer.
         """
         if not self.takes_images:
             empty = [index for index, text in enumerate(inputs) if not text.strip()]
@@ -125,12 +125,12 @@ class ModelWithProcessor:
             if self.processor is None:
                 raise HardAttentionError(f"{self.name} holds no tokenizer; save it beside the model to explain a text.")
             padding: dict[str, Any] = {"padding": True}
-            if self.goes_on:  # the last token of a prompt stands at the end
+            if self.goes_on:  # padding on the left keeps the last token of a prompt at the end
                 padding = {"padding": len(inputs) > 1, "padding_side": "left"}
             rows = self.processor(list(inputs), truncation=True, return_tensors="pt", **padding)
             return {name: rows[name] for name in ("input_ids", "attention_mask")}
         config = getattr(self.model.config, "vision_config", self.model.config)
-        channels = getattr(config, "num_channels", 3)  # BLIP's configuration does not say
+        channels = getattr(config, "num_channels", 3)  # BLIP's configuration does not have it
         images = [image.convert("L" if channels == 1 else "RGB") for image in inputs]  # no alpha, no palette
         if self.processor is not None:
             return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}
@@ -143,7 +143,7 @@ class ModelWithProcessor:
 
     @torch.no_grad()
     def predict(self, batch: dict[str, Any], max_new_tokens: int = 40) -> Prediction:
-        """Run the model on one input, a batch of one row, and record every selection."""
+        """Run the model on one input, as a batch of one row, and record all selections."""
         recording = Recording()
         if self.hard and any(not is_soft_now(selector) for selector in selectors(self.model).values()):
             with record(self.model) as recording:
@@ -176,12 +176,12 @@ class ModelWithProcessor:
         return getattr(self.processor, "tokenizer", self.processor)
 
     def words(self, ids: Sequence[int]) -> list[str]:
-        """Tokens as a reader takes_images them."""
+        """Return tokens as a person reads them."""
         return [self.tokenizer.decode([token]).strip() or "␣" for token in ids]
 
     @contextmanager
     def at_budget(self, budget: float | int | None) -> Iterator[ModelWithProcessor]:
-        """Keep ``budget`` at every site inside the block; None leaves the model's own."""
+        """Use ``budget`` at every site inside the block; None keeps the model's own budgets."""
         found = [] if budget is None else [m for m in self.model.modules() if isinstance(m, Selector)]
         before = [selector.config for selector in found]
         for selector in found:
@@ -196,24 +196,24 @@ class ModelWithProcessor:
 
 
 def _stock_config(path: str) -> Any:
-    """The configuration of a checkpoint without hard attention; None for a hard one of any form."""
+    """Return the configuration of a checkpoint without hard attention, or None for a hard checkpoint of any form."""
     folder = Path(path)
     if path == sample.NAME or (folder.is_dir() and not (folder / "config.json").is_file()):
         return None
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError):
-        return None  # selectors alone, or an adapter: load() says what else it may be
+        return None  # selectors only, or an adapter; load() raises for anything else
     return None if getattr(config, "hard_attention", None) is not None else config
 
 
 def _processor(place: str) -> Any:
-    """What turns inputs into tensors, from a folder or repository; None where there is none (a selector-only one leaves it to its base)."""
+    """Load the processor from a folder or repository; None if it has none (selectors saved alone leave it to their base)."""
     folder = Path(place)
     if folder.is_dir() and not [*folder.glob("*token*.json"), *folder.glob("*processor*.json")]:
         return None
     error: Exception | None = None
-    # a head of one tower, such as SigLIP's classifier, is saved with a part of its family's processor
+    # A model of one tower, such as SigLIP's classifier, is saved with only a part of its family's processor.
     for auto in (AutoProcessor, AutoImageProcessor, AutoTokenizer):
         try:
             return auto.from_pretrained(place, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""Images with the kept patches lit and the dropped ones dimmed: a batch at one site, or one image layer by layer."""
+"""Images with the kept patches lit and the dropped ones faded: a batch at one site, or one image layer by layer."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def patch_overlay(
     columns: int = 6,
     caption: str = "",
 ) -> Any:
-    """Draw images with the patches that a ``vision`` site kept lit, the others dimmed, and a frame around each kept patch.
+    """Draw images in which the patches that a ``vision`` site kept are lit and framed, and the others are faded.
 
     Args:
-        pixel_values: ``[B, C, height, width]``, C = 1 or 3, any range (each image is stretched to its own).
-        selection: of ``vision.inputs`` or ``vision.tokens.L`` for the same batch; rows that are no patch (CLS, registers) come first.
-        patch_size: pixels.
-        titles: one a image. columns: images a row. caption: below the figure.
+        pixel_values: ``[B, C, height, width]``, C = 1 or 3, any range (each image is scaled by its own range).
+        selection: of ``vision.inputs`` or ``vision.tokens.L`` for the same batch; rows that are not patches (CLS, registers) come first.
+        patch_size: side of a patch, in pixels.
+        titles: one per image. columns: images per row. caption: text below the figure.
 
     Returns:
         matplotlib figure; ``figure.savefig("kept.png")``.
@@ -38,7 +38,7 @@ def patch_overlay(
     batch, _, height, width = pixel_values.shape
     patches = (height // patch_size) * (width // patch_size)
     protected = selection.protected
-    # a later site has fewer rows than the image, and then knows how many in front are protected
+    # A later site has fewer rows than the image; ``protected`` then shows how many rows come before the patches.
     first = max(0, selection.valid.shape[-1] - patches) if protected is None else int(protected.flatten(0, -2)[0].sum())
     kept = torch.zeros(batch, first + patches, dtype=torch.int)
     places = selection.places[:, 0, 0].expand(batch, -1).cpu()
@@ -52,11 +52,11 @@ def layer_overlay(
     """Draw one image as each ``vision`` site left it, in order, beside the image itself.
 
     Args:
-        pixel_values: ``[B, C, height, width]``. recording: of one forward of this batch. row: which image.
-        columns: pictures a row. whole: draw the image itself too.
+        pixel_values: ``[B, C, height, width]``. recording: of one forward pass of this batch. row: which image.
+        columns: pictures per row. whole: also draw the image itself.
 
     Returns:
-        matplotlib figure; each title says the site and the share of patches kept of all.
+        matplotlib figure; each title names the site and the share of all patches that it kept.
     """
     sites = [site for site in recording.sites if site.startswith("vision.")]
     if not sites:
@@ -76,7 +76,7 @@ def layer_overlay(
 
 
 def whole_image(pixel_values: Tensor) -> Any:
-    """Draw the first image of a batch as it is, at the size of an overlay.
+    """Draw the first image of a batch unchanged, at the size of an overlay.
 
     Args:
         pixel_values: ``[B, C, height, width]``.
@@ -85,14 +85,14 @@ def whole_image(pixel_values: Tensor) -> Any:
     axis = figure.subplots()
     axis.set_axis_off()
     axis.imshow(shown(pixel_values[0]).numpy())
-    axis.set_title("image", fontsize=8)  # as an overlay has one, beside which it stands
+    axis.set_title("image", fontsize=8)  # overlays have a title, too, and this is shown beside one
     return figure
 
 
 def difference_overlay(pixel_values: Tensor, difference: Difference, patch_size: int, rows: int = 6) -> Any:
-    """Draw what two models kept differently of the same images, the most changed ones first.
+    """Draw which patches of the same images two models kept differently, the most changed images first.
 
-    Frames: thin, both keep the patch; thick blue, the first alone; thick green and dashed, the second alone.
+    Thin frames: both models keep the patch. Thick blue frames: only the first. Thick green, dotted frames: only the second.
 
     Args:
         pixel_values: ``[B, C, height, width]``. difference: of ``agreement.selection_diff`` at a ``vision`` site.
@@ -117,18 +117,18 @@ def difference_overlay(pixel_values: Tensor, difference: Difference, patch_size:
 
 
 def shown(image: Tensor) -> Tensor:
-    """An image ``[C, height, width]`` of any range as ``[height, width, 3]`` in [0, 1]."""
+    """Convert an image ``[C, height, width]`` of any range to ``[height, width, 3]`` in [0, 1]."""
     image = image.detach().float().cpu()
     return ((image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)).expand(3, -1, -1).permute(1, 2, 0)
 
 
 def faded(image: Tensor) -> Tensor:
-    """What was dropped: towards a light grey, so that it differs from what was kept in colour and in contrast."""
+    """Fade an image towards light grey, so that dropped patches differ from kept ones in both colour and contrast."""
     return 0.72 + 0.16 * image
 
 
 def lit_image(image: Tensor, kept: Tensor, patch_size: int) -> Tensor:
-    """One image as ``shown`` gives it, faded where ``kept``, bool ``[CLS and registers + patches]``, is False."""
+    """Return an image as ``shown`` does, but faded where ``kept``, bool ``[CLS and registers + patches]``, is False."""
     _, height, width = image.shape
     down, across = height // patch_size, width // patch_size
     lit = (
@@ -143,11 +143,11 @@ def lit_image(image: Tensor, kept: Tensor, patch_size: int) -> Tensor:
 
 
 def frame_patches(axis: Any, kept: Tensor, patch_size: int, width: int, **style: Any) -> None:
-    """Draw a frame around each kept patch of an image ``width`` pixels wide; ``style`` as matplotlib's rectangles take it."""
+    """Draw a frame around each kept patch of an image ``width`` pixels wide; ``style``: options of matplotlib's rectangles."""
     from matplotlib.patches import Rectangle
 
     across, style = width // patch_size, {"linewidth": 0.9, "edgecolor": KEPT, **style}
-    first = len(kept) % across  # CLS and registers, where there are any
+    first = len(kept) % across  # CLS and registers, if there are any
     for place in kept[first:].nonzero().flatten().tolist():
         corner = (place % across * patch_size - 0.5, place // across * patch_size - 0.5)
         axis.add_patch(Rectangle(corner, patch_size, patch_size, fill=False, **style))

@@ -1,4 +1,4 @@
-"""Evaluate how a model's confidence in its own answer changes when parts of the input are removed."""
+"""Measure how a model's confidence in its own answer changes when parts of the input are removed."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ NOT_INPUTS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 
 
 class PerturbationEvaluator:
-    """Compute ``p(y^ | part of the input)`` of a model on a batch, y^ its own answer to the whole.
+    """Compute ``p(y^ | part of the input)`` of a model on a batch, where y^ is its own answer to the whole input.
 
-    The answer is the class of a classifier, or the text a model generates greedily; the probability of a text is the geometric
-    mean of its tokens'. The model is evaluated in evaluation mode, without gradient.
+    The answer is the class of a classifier, or the text that a model generates greedily. The probability of a text is the geometric
+    mean of the probabilities of its tokens. The model runs in evaluation mode, without gradient.
 
     Args:
-        model: with a head that classifies, or one that writes; hard or soft.
-        batch: keyword inputs; labels in it are left out.
-        removal: ``"select"`` computes on the given part only, through the model's ``inputs`` site: what is left out is not there.
-            ``"replace"`` greys patches (0, the mean of normalised pixels) and masks tokens. None takes ``select`` where the model
+        model: a hard or soft model that classifies or generates text.
+        batch: keyword inputs; labels in it are ignored.
+        removal: ``"select"`` computes on the given part only, through the model's ``inputs`` site: the rest is removed.
+            ``"replace"`` greys patches (0, the mean of normalised pixels) and masks tokens. None uses ``select`` if the model
             has an ``inputs`` site in force.
-        answer_tokens: most tokens of a generated answer.
+        answer_tokens: largest number of tokens of a generated answer.
 
     Attributes:
-        tower: whose input the places belong to. places: bool ``[B, P]``, what can be left out (no CLS, ``</s>``, padding).
+        tower: the tower whose input is perturbed. places: bool ``[B, P]``, positions that can be removed (no CLS, ``</s>``, padding).
         full: ``p(y^ | x)``, fp32 ``[B]``, of the model as it runs. answer: int64 ``[B]`` class, or ``[B, T]`` tokens.
-        removal: the one in force.
+        removal: the one in use.
     """
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Any], removal: str | None = None, answer_tokens: int = 32):
@@ -57,7 +57,7 @@ class PerturbationEvaluator:
             self.full = self.probability()
 
     def __call__(self, keep: Tensor) -> Tensor:
-        """``p(y^ | keep)``, fp32 ``[B]``; ``keep``: bool ``[B, P]``, to which CLS or ``</s>`` is added."""
+        """Return ``p(y^ | keep)``, fp32 ``[B]``; ``keep``: bool ``[B, P]``, to which CLS or ``</s>`` is added."""
         with torch.no_grad():
             if self.removal == "select":
                 kept = keep | self.protected
@@ -73,21 +73,21 @@ class PerturbationEvaluator:
         return self.tower == "decoder" and self.model.can_generate()
 
     def own(self, site: str | None = None) -> Tensor:
-        """What the model itself keeps at ``site`` (the ``inputs`` site by default), bool ``[B, P]``, among ``places``."""
+        """Return what the model itself keeps at ``site`` (the ``inputs`` site by default), bool ``[B, P]``, among ``places``."""
         with torch.no_grad(), record(self.model) as recording:
             self.model(**self.batch)
         kept = recording.kept(recording[site or self.site][0]).flatten(1, 2).any(1)
         return kept.expand_as(self.places) & self.places
 
     def replaced(self, dropped: Tensor) -> dict[str, Any]:
-        """The batch with ``dropped``, bool ``[B, P]``, masked (tokens) or greyed (patches)."""
+        """Return the batch with ``dropped``, bool ``[B, P]``, masked (tokens) or greyed (patches)."""
         if self.tower != "vision":
             mask = self.batch.get("attention_mask", torch.ones_like(dropped, dtype=torch.long))
             return {**self.batch, "attention_mask": mask * (~dropped).to(mask)}
         return self.family.replace_inputs(self.model, self.batch, {self.tower: dropped}, "zero", 0)
 
     def probability(self, batch: Mapping[str, Any] | None = None) -> Tensor:
-        """``p(y^ | batch)``, with gradient where it is enabled; the batch as it is by default."""
+        """Return ``p(y^ | batch)``, with gradient if it is enabled; by default for the unchanged batch."""
         batch = self.batch if batch is None else batch
         output = self.model(**(self._answered(batch) if self.goes_on else batch))
         logs = _logits(self.model, output).float().log_softmax(-1)
@@ -98,7 +98,7 @@ class PerturbationEvaluator:
         return (tokens.sum(-1) / self.counted.sum(-1).clamp(min=1)).exp()
 
     def _ask(self, answer_tokens: int) -> None:
-        """Fix the answer; a generated one becomes the decoder's input, so that one forward scores it."""
+        """Determine the answer; a generated text becomes the decoder's input, so that one forward pass scores it."""
         if not self.model.can_generate():
             logits = _logits(self.model, self.model(**self.batch))
             if logits.dim() != 2:
@@ -115,14 +115,14 @@ class PerturbationEvaluator:
         self.steps = texts.shape[1] - prompt + 1
         self.answer = texts[:, prompt:]
         ends = torch.isin(self.answer, torch.tensor(_ends(self.model), device=texts.device))
-        self.counted = ((ends.cumsum(-1) - ends.long()) == 0).float()  # up to the first end, which counts
+        self.counted = ((ends.cumsum(-1) - ends.long()) == 0).float()  # up to and including the first end token
         if self.tower == "vision":
             self.batch |= {"input_ids": texts, "attention_mask": torch.ones_like(texts)}
         elif not self.goes_on:
             self.batch["decoder_input_ids"] = texts[:, :-1]
 
     def _answered(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A prompt with the answer behind it; the labels say where the prompt, from which sites choose, ends."""
+        """Return the prompt followed by the answer; the labels mark the end of the prompt, from which the sites choose."""
         answer = self.answer
         name, rows = "input_ids", answer
         if name not in batch:
@@ -138,7 +138,7 @@ class PerturbationEvaluator:
 
 
 def choosable(model: nn.Module, batch: Mapping[str, Any]) -> tuple[str, Tensor, Tensor]:
-    """The tower that reads the input; bool ``[B, P]``: its places that may be left out, and those that may not (CLS, ``</s>``).
+    """Return the tower that reads the input, its positions that can be removed, and those that cannot (CLS, ``</s>``), bool ``[B, P]``.
 
     Raises:
         HardAttentionError: an unsupported model, or a batch with neither images nor texts.
@@ -169,7 +169,7 @@ def _logits(model: Any, output: Any) -> Tensor:
 
 
 def _ends(model: Any) -> list[int]:
-    """Ids that end a generated text."""
+    """Return the ids that end a generated text."""
     text = getattr(model.config, "text_config", model.config)
     found: list[int] = []
     for value in (model.generation_config.eos_token_id, text.eos_token_id, getattr(text, "sep_token_id", None)):

@@ -1,4 +1,4 @@
-"""A page to try a model on: give it an image or a text, move the budget, and see full and hard attention side by side."""
+"""A page to try out a model: give it an image or a text, change the budget, and see full and hard attention side by side."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .perturbation import PerturbationEvaluator
 from .side_by_side import pictures, quoted
 from .uploads import MOST_BYTES, MOST_CHARACTERS, BoundedBodies, check_text, read_image
 
-# The browser itself then refuses every request to another host, whatever a library's page asks for.
+# With this policy, the browser refuses every request to another host, even if the page of a library makes one.
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "connect-src 'self'; object-src 'none'; base-uri 'self'"
 )
-# what a model of texts shows before anybody writes one
+# The text that is shown for a text model before the visitor enters one.
 TEXT = "The council approved the budget on Tuesday, after a long debate about schools, roads and the price of a new bridge."
 WIDE = "<style>#hard img, #soft img { width: 100%; }</style>"
-_turn = threading.Lock()  # a model runs soft, then hard, then at a budget: one visitor at a time
+_turn = threading.Lock()  # the model's mode and budget are changed during a request, so only one runs at a time
 
 
 class SameOrigin:
-    """ASGI middleware that sends ``POLICY`` with every answer."""
+    """ASGI middleware that sends ``POLICY`` with every response."""
 
     def __init__(self, app: Callable[..., Any]):
         self.app = app
@@ -52,10 +52,10 @@ def _load(path: str) -> ModelWithProcessor:
 
 
 def compare(path: str, image: Any, text: str, ratio: float) -> tuple[str, str]:
-    """Render what the page shows: the model with full attention, and the same weights keeping ``ratio`` of the positions at every site.
+    """Render the two results: the model with full attention, and the same weights keeping ``ratio`` of the positions at every site.
 
     Args:
-        path: of the model. image: file of a visitor, or None. text: of a visitor.
+        path: of the model. image: file from the visitor, or None. text: from the visitor.
     """
     bundle = _load(path)
     if image is None if bundle.takes_images else not text.strip():
@@ -85,7 +85,7 @@ def compare(path: str, image: Any, text: str, ratio: float) -> tuple[str, str]:
 
 
 def build(models: Sequence[str]) -> Any:
-    """Build the page over the checkpoints ``models``; visitors choose among these, and no others.
+    """Build the page for the checkpoints ``models``; visitors can choose only among these.
 
     Raises:
         ImportError: gradio is not installed. HardAttentionError: no model, or a soft one.
@@ -107,7 +107,7 @@ def build(models: Sequence[str]) -> Any:
     images = [str(path) for path in sample.image_paths()] if any(_load(path).takes_images for path in models) else []
 
     def opening(bundle: Any) -> tuple[str | None, str]:
-        """The image and the text that a page shows before anybody gives one."""
+        """Return the image and the text that the page shows before the visitor enters one."""
         return (images[0], "") if bundle.takes_images else (None, TEXT)
 
     # uploads are removed after an hour
@@ -167,10 +167,10 @@ def build(models: Sequence[str]) -> Any:
 
 
 def launch(models: Sequence[str], port: int | None = None, host: str | None = None, block: bool = True) -> str:
-    """Serve the page; returns its address (at once, when ``block`` is False).
+    """Serve the page and return its address (immediately if ``block`` is False).
 
     Args:
-        models: checkpoints. port, host: where; Gradio's own choice by default, which a Space sets.
+        models: checkpoints. port, host: where to serve; by default those of Gradio, which a Space sets.
     """
     page = build(models)
     import gradio as gr
@@ -192,7 +192,7 @@ def launch(models: Sequence[str], port: int | None = None, host: str | None = No
 
 
 def _own_ratio(bundle: ModelWithProcessor) -> float:
-    """The share that the model's own budget keeps, where it is a ratio or a count of patches, else a half."""
+    """Return the share that the model's own budget keeps if it is a ratio or a count of patches, otherwise one half."""
     budget = final_budget(next(iter(selectors(bundle.model).values())).config.budget)
     if isinstance(budget, int) and bundle.takes_images:
         config = getattr(bundle.model.config, "vision_config", bundle.model.config)

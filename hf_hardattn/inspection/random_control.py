@@ -1,4 +1,4 @@
-"""The same model with a random selection of equal size: what its own selection is worth."""
+"""The same model with random selections of equal size, to measure the value of its own selection."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..unwrapping import unwrap
 
 
 def drawn_like(selection: Selection, generator: torch.Generator) -> Selection:
-    """The selection with as many positions drawn at random.
+    """Return the selection with the same number of positions, drawn at random.
 
     Args:
-        generator: on the CPU, so that all devices draw the same.
+        generator: a CPU generator, so that the draws are the same on all devices.
     """
     free = selection.valid.expand(selection.mask.shape)
     always = torch.zeros_like(free) if selection.protected is None else selection.protected.expand(free.shape)
@@ -33,14 +33,14 @@ def beside_random(model: nn.Module, batch: Mapping[str, Any], seed: int = 0) -> 
     """Compare a model with itself under random selections of equal size, at all sites.
 
     Args:
-        model: with hard attention; its mode and gradients stay as they are.
+        model: a model with hard attention; its mode and gradients are not changed.
         batch: keyword inputs, with labels.
         seed: of the random selections.
 
     Returns:
-        ``changed_by_random``: share of the answers (the likeliest label, wherever there is a label) that differ, in [0, 1]: 0 for a
-        model that does not use what it selects. ``loss_over_random``: by how much the loss grows, > 0 where the selection is worth
-        something. What the output does not tell is left out; empty where nothing is selected.
+        ``changed_by_random``: share of the answers (the likeliest label, wherever there is a label) that differ, in [0, 1]. It is 0
+        for a model that does not use its selection. ``loss_over_random``: the increase of the loss, > 0 if the selection is better
+        than random. Values that the output does not provide are left out; the result is empty if nothing is selected.
     """
     inner = unwrap(model)
     generator = torch.Generator().manual_seed(seed)
@@ -62,7 +62,7 @@ def beside_random(model: nn.Module, batch: Mapping[str, Any], seed: int = 0) -> 
 
 
 def _answers(model: nn.Module, batch: Mapping[str, Any], output: Any) -> Tensor | None:
-    """The likeliest label wherever there is one, int64 ``[M]``; None where the output has no logits in line with the labels."""
+    """Return the likeliest label wherever there is a label, int64 ``[M]``; None if the output has no logits that match the labels."""
     family, logits = family_of(model), output.get("logits")
     labels = None if family is None else family.labels(model, dict(batch))
     if not isinstance(logits, Tensor) or labels is None:

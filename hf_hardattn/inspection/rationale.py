@@ -1,4 +1,4 @@
-"""Kept places as things a person knows: characters of a text, boxes of pixels, seconds of a video."""
+"""Kept places in units that people understand: characters of a text, boxes of pixels, seconds of a video."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..recording import Recording
 
 
 def kept_places(recording: Recording, site: str) -> Tensor:
-    """Places that the first call at ``site`` kept for any head or query, bool ``[B, P]`` over the tower's input.
+    """Return the places that the first call at ``site`` kept for any head or query, bool ``[B, P]`` over the tower's input.
 
     Raises:
         HardAttentionError: the recording has no such site; the message lists those it has.
@@ -22,15 +22,15 @@ def kept_places(recording: Recording, site: str) -> Tensor:
 
 
 def kept_per_token(recording: Recording, site: str, beam_indices: Tensor | None = None) -> Tensor:
-    """Places that ``site`` kept for each generated token (any head): the choice made at the query that predicted it.
+    """Return the places that ``site`` kept for each generated token (any head): the choice made at the query that predicted it.
 
     Args:
         recording: of one ``generate()`` call.
-        beam_indices: int64 ``[B, T]`` of ``generate(..., return_dict_in_generate=True)`` with beams: which row of each step
-            the returned sequence came from; -1 behind its end.
+        beam_indices: int64 ``[B, T]`` from ``generate(..., return_dict_in_generate=True)`` with beams: the row of each step
+            that the returned sequence came from; -1 after its end.
 
     Returns:
-        bool ``[B, T, P]``; all False behind a sequence's end when ``beam_indices`` says where it ends.
+        bool ``[B, T, P]``; all False after the end of a sequence if ``beam_indices`` is given.
     """
     selections: list[Selection] = recording[site]
     once = (
@@ -58,12 +58,12 @@ def spans_per_token(
     offsets: Sequence[Sequence[tuple[int, int]]],
     beam_indices: Tensor | None = None,
 ) -> list[list[list[tuple[int, int]]]]:
-    """Characters of the source that each generated token could read: a row, a token, then (start, end) spans.
+    """Return the characters of the source that each generated token could read: for each row and token, a list of (start, end) spans.
 
     Args:
         recording: see ``kept_per_token``.
         site: see ``kept_per_token``.
-        offsets: of each row's source tokens, see ``character_spans``.
+        offsets: offsets of the source tokens of each row, see ``character_spans``.
         beam_indices: see ``kept_per_token``.
     """
     kept = kept_per_token(recording, site, beam_indices)
@@ -75,12 +75,12 @@ def spans_per_token(
 
 
 def character_spans(kept: Tensor, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Characters of a text that the kept tokens cover, touching spans merged.
+    """Return the characters of a text that the kept tokens cover; touching spans are merged.
 
     Args:
         kept: bool ``[P]``, one row of ``kept_places``.
-        offsets: (start, end) of each token, as a fast tokenizer gives with ``return_offsets_mapping=True``; special tokens have
-            start = end and cover nothing.
+        offsets: (start, end) of each token, as returned by a fast tokenizer with ``return_offsets_mapping=True``; special tokens
+            have start = end and cover nothing.
     """
     if len(offsets) > len(kept):
         raise HardAttentionError(
@@ -100,12 +100,12 @@ def character_spans(kept: Tensor, offsets: Sequence[tuple[int, int]]) -> list[tu
 def pixel_boxes(
     kept: Tensor, patch_size: int, model_size: tuple[int, int], image_size: tuple[int, int] | None = None
 ) -> list[tuple[float, float, float, float]]:
-    """Boxes (left, top, right, bottom) in pixels of the kept patches, row by row.
+    """Return boxes (left, top, right, bottom) of the kept patches, in pixels, row by row.
 
     Args:
         kept: bool ``[CLS and registers + patches]``.
-        model_size: (height, width) of what the model reads. image_size: of the original image that was resized to it, whose
-            pixels the boxes then count; ``model_size`` by default.
+        model_size: (height, width) of the image that the model reads. image_size: (height, width) of the original image before
+            resizing, in whose pixels the boxes are then given; ``model_size`` by default.
     """
     height, width = model_size
     across, down = width // patch_size, height // patch_size
@@ -121,12 +121,12 @@ def pixel_boxes(
 
 
 def frame_places(kept: Tensor, frames: int) -> Tensor:
-    """The kept places of a video by frame, bool ``[F, P]``: P patches of each frame, or 1 where a frame is one place.
+    """Return the kept places of a video by frame, bool ``[F, P]``: P patches of each frame, or P = 1 if a frame is one place.
 
     Args:
-        kept: bool, one row of ``kept_places``: ``[1 + F * P]`` of a vision tower that reads videos, CLS first; or one place a frame and
-            perhaps others behind (``</s>``).
-        frames: F.
+        kept: bool, one row of ``kept_places``: ``[1 + F * P]`` for a vision tower that reads videos, CLS first; or one place per frame,
+            possibly followed by others (``</s>``).
+        frames: F, the number of frames.
     """
     patches, rest = divmod(len(kept) - 1, frames)
     if rest == 0 and patches > 1:
@@ -137,6 +137,6 @@ def frame_places(kept: Tensor, frames: int) -> Tensor:
 
 
 def frame_times(kept: Tensor, timestamps: Sequence[float]) -> list[float]:
-    """Seconds of the frames that keep a place; ``kept`` as in ``frame_places``, a timestamp for each frame."""
+    """Return the timestamps, in seconds, of the frames that keep a place; ``kept`` as in ``frame_places``, one timestamp per frame."""
     held = frame_places(kept, len(timestamps)).any(-1).tolist()
     return [time for keep, time in zip(held, timestamps, strict=True) if keep]

@@ -1,4 +1,4 @@
-"""One self-contained page about what a model kept, what that proves, and what it does not."""
+"""One self-contained page about what a model kept, and about what this proves and does not prove."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ def explain(
     title: str = "",
     beside: ModelWithProcessor | None = None,
 ) -> Html:
-    """Write the page: each input with full attention beside what the model kept, and what is proved and measured about that.
+    """Write the page: each input with full attention and with what the model kept, and what is proved and measured about this.
 
     Args:
-        bundle: a hard model. inputs: PIL images or texts. measure: also faithfulness and the sanity check (some hundred forwards).
-        title: of the page. beside: another model of the same kind of inputs, hard or not, shown beside it on every input.
+        bundle: a hard model. inputs: PIL images or texts. measure: also measure faithfulness and run the sanity check (several hundred
+            forward passes).
+        title: of the page. beside: another model, hard or not, for the same kind of inputs, shown beside the first on every input.
 
     Returns:
-        the page's source, without scripts and without a request; ``Path("report.html").write_text(page)``.
+        the source of the page, which has no scripts and makes no requests; ``Path("report.html").write_text(page)``.
 
     Raises:
         HardAttentionError: a soft model, no inputs, or two models of which one reads images and the other texts.
@@ -65,7 +66,7 @@ def explain(
     names = _names(bundle, beside)
     asked = [[answer for one, name in names for answer in ask(one, given, name)] for given in inputs]
     shown = [card(given, answers) for given, answers in zip(inputs, asked, strict=True)]
-    # a text, a grid of words or two models take the whole width
+    # A text, a grid of words or two models need the whole width.
     wide = beside is not None or not bundle.takes_images or bundle.model.can_generate()
     key = paragraph(LIT if bundle.takes_images else MARKED, "note")
     parts = [in_short(asked), section("What it kept", key, "\n".join(shown) if wide else cards(shown))]
@@ -77,7 +78,7 @@ def explain(
 
 
 def _names(bundle: ModelWithProcessor, beside: ModelWithProcessor | None) -> list[tuple[ModelWithProcessor, str]]:
-    """The models, each with what tells it from the other."""
+    """Return the models, each with a name that distinguishes it from the other."""
     if beside is None:
         return [(bundle, "")]
     same = bundle.name == beside.name
@@ -85,7 +86,7 @@ def _names(bundle: ModelWithProcessor, beside: ModelWithProcessor | None) -> lis
 
 
 def _about(bundle: ModelWithProcessor, inputs: Sequence[Any], measure: bool, name: str) -> list[str]:
-    """The sections about one model; ``name`` ends their titles."""
+    """Return the sections about one model; ``name`` is appended to their titles."""
     parts = []
     if bundle.hard:
         evaluator = PerturbationEvaluator(bundle.model, bundle.encode(inputs))
@@ -104,7 +105,7 @@ def _about(bundle: ModelWithProcessor, inputs: Sequence[Any], measure: bool, nam
 
 
 def _grid(bundle: ModelWithProcessor, batch: dict[str, Any]) -> tuple[int, int] | None:
-    """Patches down and across, for images of a vision tower whose sites keep patches."""
+    """Return the number of patches down and across, if the model reads images and all its sites keep patches."""
     pixels = batch.get("pixel_values")
     sites = selectors(bundle.model)
     if pixels is None or pixels.dim() != 4 or not all(site.startswith("vision.") for site in sites):
@@ -113,7 +114,7 @@ def _grid(bundle: ModelWithProcessor, batch: dict[str, Any]) -> tuple[int, int] 
 
 
 def _provenance(bundle: ModelWithProcessor, inputs: int, name: str) -> str:
-    """What the page is about: the model, its sites, and the versions that made it."""
+    """Return the section about the page itself: the model, its sites, and the versions that made it."""
     config = bundle.model.config
     rows = [
         ["model", f"{bundle.name} ({type(bundle.model).__name__})"],
@@ -141,12 +142,12 @@ def _measured(evaluator: PerturbationEvaluator, name: str) -> str:
     for method, make in attribution.EXPLANATIONS.items():
         try:
             scores[method] = make(evaluator)
-        except (HardAttentionError, ImportError) as error:  # a comparison that this model or installation has not
+        except (HardAttentionError, ImportError) as error:  # not available for this model or installation
             absent.append(paragraph(f"Not compared with {method}: {error}", "note"))
     left_out = None
     if evaluator.places.shape[1] <= 300:
         try:
-            rank_correlation([0.0, 1.0], [0.0, 1.0])  # needs an extra, without which the other columns are measured
+            rank_correlation([0.0, 1.0], [0.0, 1.0])  # needs an extra; without it, only the other columns are measured
             left_out = attribution.leave_one_out(evaluator)
         except ImportError as error:
             absent.append(paragraph(f"Not compared with leave-one-out: {error}", "note"))

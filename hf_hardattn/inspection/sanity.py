@@ -1,4 +1,4 @@
-"""Does an explanation depend on what the model learned? Shuffle its weights and look again."""
+"""Does an explanation depend on what the model learned? Shuffle its weights and compare."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .agreement import jaccard
 
 
 def shuffled(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy with the entries of every weight permuted: the same numbers, nothing learned."""
+    """Return a copy with the entries of every weight permuted: the same numbers, but nothing learned."""
     copied = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -26,15 +26,15 @@ def shuffled(model: nn.Module, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def randomised_weights(model: nn.Module, batch: Mapping[str, Any], seeds: int = 3) -> dict[str, dict[str, float]]:
-    """Compare what a model keeps with what it keeps with its weights shuffled.
+    """Compare what a model keeps with what it keeps after its weights were shuffled.
 
     Args:
-        seeds: shuffles to average over.
+        seeds: number of shuffles to average over.
 
     Returns:
-        site to ``jaccard`` with the shuffled model, and ``chance``, that of two random choices of as many places. An agreement
-        far above chance means that the selection does not need what was learned: the input's own statistics or its positions
-        decide, and it explains nothing about this model.
+        maps a site to ``jaccard`` with the shuffled model, and to ``chance``, that of two random choices of as many places. An
+        agreement far above chance means that the selection does not need what was learned: the statistics of the input or its
+        positions decide, and the selection explains nothing about this model.
 
     Source: Adebayo et al. 2018, "Sanity Checks for Saliency Maps", arXiv:1810.03292.
     """

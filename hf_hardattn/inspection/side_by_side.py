@@ -1,4 +1,4 @@
-"""One input as one model or two answer it: with full attention, and computing on what they keep."""
+"""The answers of one or two models to one input: with full attention, and with hard attention."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Answer:
     """The answer of one model to one input.
 
     Attributes:
-        bundle: the model. name: shown in the page. hard: whether its sites selected. batch: the encoded input.
-        prediction: with the selections of a hard one. flops: counted, of the forward pass that scores the answer.
+        bundle: the model. name: shown on the page. hard: whether its sites selected. batch: the encoded input.
+        prediction: with the selections of a hard model. flops: counted, of the forward pass that scores the answer.
     """
 
     bundle: ModelWithProcessor
@@ -44,13 +44,13 @@ class Answer:
     flops: float
 
     def row(self, full: Answer) -> list[Any]:
-        """A line of the table of answers; ``full`` is the same model with full attention."""
+        """Return a row of the table of answers; ``full`` is the answer of the same model with full attention."""
         certain = self.prediction.probability
         cells = [self.name, self.prediction.text, "" if certain is None else f"{certain:.2f}"]
         return [*cells, self.kept(), f"{self.flops / full.flops:.0%}"]
 
     def kept(self) -> str:
-        """How many positions the first site kept of those it could choose among; protected ones are no choice."""
+        """Return how many positions the first site kept, out of those it could choose from, without protected ones."""
         if not self.hard:
             return "all"
         recording = self.prediction.recording
@@ -64,7 +64,7 @@ def ask(bundle: ModelWithProcessor, given: Any, name: str = "") -> list[Answer]:
     """Run a model on one input with full attention and, if it is hard, with its sites.
 
     Args:
-        given: PIL image or text. name: in front of the names of its answers, where two models are shown.
+        given: PIL image or text. name: prefix for the names of its answers, if two models are shown.
     """
     found = []
     batch = bundle.encode([given])
@@ -78,7 +78,7 @@ def ask(bundle: ModelWithProcessor, given: Any, name: str = "") -> list[Answer]:
 
 
 def card(given: Any, answers: Sequence[Answer]) -> str:
-    """Show one input: the image with full attention beside what each hard model kept, and a table of all answers."""
+    """Show one input: the image with full attention beside the patches that each hard model kept, and a table of all answers."""
     label = Path(getattr(given, "filename", "")).name
     heading = f"<h3>{escape(label)}</h3>" if label else ""
     shown = []
@@ -96,7 +96,7 @@ def card(given: Any, answers: Sequence[Answer]) -> str:
         full = full if answer.hard else answer
         rows.append(answer.row(full))
     header = ["", "answer", "probability", "kept", "FLOPs"]
-    if all(row[2] == "" for row in rows):  # a text has no one probability
+    if all(row[2] == "" for row in rows):  # a text does not have a single probability
         header, rows = [*header[:2], *header[3:]], [[*row[:2], *row[3:]] for row in rows]
     return heading + panels(shown) + table(header, rows)
 
@@ -104,7 +104,7 @@ def card(given: Any, answers: Sequence[Answer]) -> str:
 def pictures(
     bundle: ModelWithProcessor, given: Any, batch: dict[str, Any], prediction: Prediction, whole: bool = True
 ) -> list[str]:
-    """Draw every picture of one prediction, as pieces of HTML; ``whole`` draws the image itself beside what was kept."""
+    """Draw all pictures of one prediction, as pieces of HTML; ``whole`` also draws the image itself."""
     recording, found = prediction.recording, []
     sites = recording.sites
     cross = next((site for site in sites if ".cross." in site), None)
@@ -125,7 +125,7 @@ def pictures(
     offsets = [(int(start), int(end)) for start, end in row["offset_mapping"]]
     for site in sites:
         kind = site.split(".")[1]
-        # a prompt's keys are chosen once, for all that is written behind it
+        # The keys of a prompt are chosen once, for all tokens that are generated after it.
         if kind in ("inputs", "tokens") or (kind == "self" and bundle.goes_on):
             found.append(paragraph(f"{site}:", "note"))
             found.append(token_highlight(recording, given, offsets, site))
@@ -141,7 +141,7 @@ def quoted(prediction: Prediction) -> str:
 
 
 def in_short(asked: Sequence[Sequence[Answer]]) -> str:
-    """Compare the answers of all inputs: how often each agrees with the first, and what each costs."""
+    """Compare the answers to all inputs: how often each agrees with the first, and how much each costs."""
     first, rows = [answers[0] for answers in asked], []
     fulls = first
     for column in zip(*asked, strict=True):
@@ -155,7 +155,7 @@ def in_short(asked: Sequence[Sequence[Answer]]) -> str:
 
 @torch.no_grad()
 def differences(one: ModelWithProcessor, other: ModelWithProcessor, inputs: Sequence[Any]) -> str:
-    """Show what two hard models keep differently of the same inputs, site by site."""
+    """Show how the selections of two hard models differ on the same inputs, site by site."""
     title = "Where the two selections differ"
     batch, second = one.encode(inputs), other.encode(inputs)
     alike = batch.keys() == second.keys() and all(batch[name].shape == second[name].shape for name in batch)
@@ -163,7 +163,7 @@ def differences(one: ModelWithProcessor, other: ModelWithProcessor, inputs: Sequ
         return section(
             title, paragraph("The models read these inputs as other positions, which cannot be compared.", "note")
         )
-    scored = PerturbationEvaluator(one.model, batch).batch  # with the first one's answer, where a text is written
+    scored = PerturbationEvaluator(one.model, batch).batch  # includes the first model's answer if it generates text
     try:
         found = selection_diff(one.model, other.model, scored)
     except HardAttentionError as error:

@@ -1,4 +1,4 @@
-"""What a user names to be explained: a text, an image, a folder of images, or a column of a data set."""
+"""Read the inputs that a user names: a text, an image, a folder of images, or a column of a data set."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ FILES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parq
 
 
 def read_inputs(given: str, column: str | None = None, limit: int = 8) -> list[Any]:
-    """Images as PIL images, or texts.
+    """Return PIL images or texts.
 
     Args:
         given: path of an image, of a folder of images, of a csv, tsv, json, jsonl or parquet file, or of a data set saved by
-            ``save_to_disk``; anything else is the text itself. column: of the file or data set; paths of images in it, from the
-            file's folder on, are read. limit: inputs at most.
+            ``save_to_disk``; anything else is the text itself. column: of the file or data set; if it holds paths of images, relative
+            to the folder of the file, the images are read. limit: largest number of inputs.
 
     Raises:
         HardAttentionError: a file of another kind, an empty folder, a missing column.
@@ -47,7 +47,7 @@ def read_inputs(given: str, column: str | None = None, limit: int = 8) -> list[A
 
 
 def read_table(given: str) -> Any:
-    """A file, a folder of images or a saved data set as a ``datasets.Dataset``."""
+    """Load a file, a folder of images or a saved data set as a ``datasets.Dataset``."""
     from datasets import Dataset, load_dataset, load_from_disk
 
     path = Path(given)
@@ -65,7 +65,7 @@ def read_table(given: str) -> Any:
 
 
 def _value(value: Any, folder: Path) -> Any:
-    """A cell of a table, opened where it is the path of an image."""
+    """Return a cell of a table; if it is the path of an image, return the image."""
     names_image = isinstance(value, str) and value.lower().endswith(IMAGES) and (folder / value).is_file()
     return _image(folder / value) if names_image else value
 
@@ -76,5 +76,5 @@ def _image(path: Path) -> Any:
     with Image.open(path) as image:
         image.load()
         found = image.copy()
-    found.filename = str(path)  # type: ignore[attr-defined]  # a report names it
+    found.filename = str(path)  # type: ignore[attr-defined]  # shown in reports
     return found

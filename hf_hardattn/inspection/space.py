@@ -1,4 +1,4 @@
-"""The page as a folder that is a Hugging Face Space."""
+"""Write the page as a folder for a Hugging Face Space."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ EXTRAS = ("interpret", "plots", "vision", "text")
 def write_space(folder: Path, models: Sequence[str]) -> list[str]:
     """Write a Space: ``app.py``, ``requirements.txt``, ``README.md`` with its front matter, the library, and local checkpoints.
 
-    The library travels as source, so that the Space needs nothing but packages from the index and, for models named by their
-    place on the Hub, the Hub. Push it with ``hf upload USER/NAME FOLDER --repo-type space``.
+    The library is included as source, so that the Space needs only packages from the index and, for models given by their name
+    on the Hub, the Hub. Push it with ``hf upload USER/NAME FOLDER --repo-type space``.
 
     Args:
         folder: new or empty. models: local folders, whose weights, configurations and processors (nothing else) are copied
             into ``models/``, or names on the Hub.
 
     Returns:
-        the files at its top.
+        the names at the top level of the folder.
 
     Raises:
-        HardAttentionError: no model, a soft one, or a folder that is not empty; a model's folder that holds an access token.
+        HardAttentionError: no model, a soft model, or a folder that is not empty; a model folder that contains an access token.
     """
     if not models:
         raise HardAttentionError(
@@ -82,7 +82,7 @@ def write_space(folder: Path, models: Sequence[str]) -> list[str]:
 
 
 def requirements() -> list[str]:
-    """The library's dependencies with the extras that the page needs, without Gradio, which a Space brings."""
+    """Return the library's dependencies with the extras that the page needs, without Gradio, which a Space provides."""
     from packaging.requirements import Requirement
 
     found = set()

@@ -1,4 +1,4 @@
-"""How every picture looks: colours that colour-blind people tell apart, on a ground that carries both themes."""
+"""The style of all pictures: colours that colour-blind people can distinguish, on a background that suits both themes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import missing_extra
 
-# Okabe & Ito's palette; kept and dropped also differ in lightness, so that a grey print still tells them apart.
+# Okabe & Ito's palette; kept and dropped also differ in lightness, so that they can be distinguished in a grey print.
 KEPT, OTHER, ACCENT, GREEN, PURPLE, INK, FAINT = (
     "#e69f00",
     "#0072b2",
@@ -18,14 +18,14 @@ KEPT, OTHER, ACCENT, GREEN, PURPLE, INK, FAINT = (
 )
 SERIES = (OTHER, KEPT, GREEN, PURPLE, ACCENT, "#56b4e9", INK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MAP = "cividis"  # perceptually uniform, and the same to colour-blind eyes
+MAP = "cividis"  # perceptually uniform, and looks the same to colour-blind people
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, in inches; white, so that a dark page frames it and its ink stays readable.
+    """Return an empty matplotlib figure, with its size in inches; white, so that it is readable on a dark page too.
 
     Raises:
-        ImportError: matplotlib is not installed; the message names the extra that brings it.
+        ImportError: matplotlib is not installed; the message names the extra that installs it.
     """
     try:
         from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def plain(axis: Any) -> None:
-    """Take the frame's top and right away and put a faint grid behind."""
+    """Remove the top and right lines of the frame, and draw a faint grid behind the data."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color="#e4e4e4", linewidth=0.8)
     axis.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""A text with its kept tokens lit, as HTML."""
+"""A text with its kept tokens marked, as HTML."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def token_highlight(
 ) -> Html:
     """Show ``text`` with the kept tokens marked and the dropped ones faint and struck through.
 
-    Nothing of the text can act: every character is escaped, and there is no script. Marks differ in ground, weight and line, not
-    in colour alone, and take the page's own ink, so that they read in light and dark.
+    No part of the text can be executed: every character is escaped, and there is no script. The marks differ in background, weight
+    and lines, not in colour alone, and use the text colour of the page, so that they are readable in light and dark themes.
 
     Args:
-        recording: of one forward. text: of ``row``. offsets: (start, end) of each token in ``text``.
-        site: of the encoder; the recording's first one by default.
+        recording: of one forward pass. text: of ``row``. offsets: (start, end) of each token in ``text``.
+        site: of the encoder; the first in the recording by default.
     """
     kept = kept_places(recording, site or recording.sites[0])
     spans = character_spans(kept[min(row, len(kept) - 1)], offsets)
@@ -28,7 +28,7 @@ def token_highlight(
 
 
 def mark_spans(text: str, spans: Sequence[tuple[int, int]]) -> str:
-    """``text``, escaped, with the characters in ``spans`` (ascending, disjoint) in ``<mark>`` and the others in ``<s>``."""
+    """Return ``text``, escaped, with the characters in ``spans`` (ascending, disjoint) in ``<mark>`` and the others in ``<s>``."""
     parts, end = [], 0
     for start, stop in [*spans, (len(text), len(text))]:
         gap = text[end:start]

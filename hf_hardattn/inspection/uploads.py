@@ -1,4 +1,4 @@
-"""What a page takes from its visitors: bounded before it is stored, decoded or given to a model."""
+"""Uploads from visitors of a page, whose size is checked before they are stored, decoded or passed to a model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 class BoundedBodies:
-    """ASGI middleware that ends a request whose body is larger than an upload may be.
+    """ASGI middleware that ends a request whose body is too large.
 
     Args:
-        app: what answers the others. most: bytes; above those of a file, for the form around it.
+        app: the application that answers the other requests. most: largest body in bytes; above that of a file, since a form adds some.
     """
 
     def __init__(self, app: Callable[..., Any], most: int = 2 * MOST_BYTES):
@@ -37,7 +37,7 @@ class BoundedBodies:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if seen > self.most else message  # sent in pieces, without its length
+            return {"type": "http.disconnect"} if seen > self.most else message  # a body sent in chunks has no length
 
         await self.app(scope, bounded, send)
 
@@ -50,10 +50,10 @@ async def _refuse(send: Any) -> None:
 
 
 def read_image(path: str | Path) -> Any:
-    """Open an uploaded picture, upright; its size is checked before a pixel is decoded.
+    """Open an uploaded image and rotate it upright; its size is checked before any pixel is decoded.
 
     Raises:
-        HardAttentionError: no picture of a known format, a damaged one, too many bytes or pixels.
+        HardAttentionError: not an image of a known format, a damaged image, too many bytes or pixels.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 

@@ -1,4 +1,4 @@
-"""Check, on the user's own batch, that masked and gathered execution agree and what the dropped positions can still do."""
+"""Check on a batch of the user that masked and gathered execution agree, and how dropped positions can still affect the output."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from ..recording import Recording, record, replay, selectors
 from ..unwrapping import refuse_other_than_batch, unwrap
 
 REPLACEMENTS = ("noise", "zero", "swap")
+REPLACED = "they are replaced by noise, by a constant or by their neighbours"
 
 
 @dataclass
 class SiteReport:
-    """What the positions dropped at one site can do to the output, given the selection.
+    """How the positions that were dropped at one site can affect the output, given the selection.
 
     Attributes:
         site: its name.
         kept_ratio: mean kept share of the valid candidates.
-        leak: largest change of any output over all replacements of what was dropped; None where this was not measured.
-        certified: the outputs stayed bit-identical under every replacement.
+        leak: largest change of any output over all replacements of the dropped positions; None if it was not measured.
+        certified: whether the outputs stayed bit-identical under every replacement.
         statement: the same as a sentence.
-        overlap: Jaccard index of what it keeps before and after what it dropped was replaced, where it is free to choose again, in
-            [0, 1]; the lowest over all replacements, mean over rows; None where this was not measured.
+        overlap: Jaccard index of the positions kept before and after the dropped ones were replaced, if the site is free to choose
+            again, in [0, 1]; the lowest over all replacements, mean over rows; None if it was not measured.
         answers_changed: share of the batch's rows whose answer, the largest logit, then changes; None without logits.
     """
 
@@ -44,13 +45,13 @@ class SiteReport:
 
     @property
     def end_to_end(self) -> str | None:
-        """What the scorer, which reads everything, makes of other content at dropped positions; None where it was not measured."""
+        """A sentence on how the choice changes with the content of dropped positions, which the scorer reads; None if not measured."""
         if self.overlap is None:
             return None
         answers = "" if self.answers_changed is None else f", and {self.answers_changed:.1%} of the answers change"
         return (
-            f"{self.site}: free to choose again, which the certificate does not cover, what it keeps overlaps with what it kept by "
-            f"{self.overlap:.2f} (Jaccard){answers}"
+            f"{self.site}: when the model selects again after such a replacement, which no certificate covers, the old and the new "
+            f"selection overlap by {self.overlap:.2f} (Jaccard){answers}"
         )
 
 
@@ -60,8 +61,8 @@ class Report:
 
     Attributes:
         parity: largest difference between masked and gathered outputs.
-        parity_ok: it is at most the tolerance.
-        sites: one report a site.
+        parity_ok: whether it is at most the tolerance.
+        sites: one report per site.
     """
 
     parity: float
@@ -90,17 +91,17 @@ def verify(model: nn.Module, batch: Mapping[str, Any], *, tolerance: float = 1e-
     2. Certificate: every input token or patch that a site dropped is replaced by noise, by a constant and by its neighbour, while the
        selection is held fixed. At ``inputs`` sites the outputs must stay bit-identical. At other sites the leak is measured: earlier
        layers and the residual stream may have carried the dropped content on.
-    3. End to end: the scorer read what was dropped before it chose. With the selection free to change, how many other positions are
-       kept, and how many answers change?
+    3. End to end: the scorer read the dropped positions before it chose. If the selection is free to change, how many other positions
+       are kept, and how many answers change?
 
     Args:
-        model: hard model; it is evaluated in evaluation mode and left in its mode.
+        model: hard model; it runs in evaluation mode, and its mode is restored afterwards.
         batch: keyword inputs of its forward.
         tolerance: of parity, absolute.
         seed: of the noise.
 
     Raises:
-        HardAttentionError: no sites; a row that is all padding; parity or a certificate that must hold fails is NOT raised but reported.
+        HardAttentionError: no sites; a row that is all padding. A failure of parity or of a certificate is reported and NOT raised.
     """
     model = unwrap(model)
     refuse_other_than_batch(batch, "verify")
@@ -133,7 +134,7 @@ def _site(
     kind, tower = site.split(".")[1], selections.tower(site)
     lengths = family.input_rows(model, batch)
     if tower not in lengths:
-        sentence = f"{site}: keeps {kept_ratio:.1%}; not measured (its candidates are made by the model, not given)"
+        sentence = f"{site}: keeps {kept_ratio:.1%}; not measured, because the model makes the candidates itself"
         return SiteReport(site, kept_ratio, None, False, sentence)
     candidates, kept = (
         places.expand(lengths[tower].shape[0], -1, -1, -1).flatten(1, 2).any(1)
@@ -141,9 +142,9 @@ def _site(
     )
     dropped = candidates & ~kept & lengths[tower]
     if kept_ratio < 1.0 and not bool(dropped.any()):
-        why = "every position is kept for some query or head, so that none is dropped altogether"
-        return SiteReport(site, kept_ratio, None, False, f"{site}: keeps {kept_ratio:.1%}; not measured ({why})")
-    # nothing replaced, yet written like the replacements: another memory layout alone can change a convolution's last bits
+        why = "because each position is kept by some query or head"
+        return SiteReport(site, kept_ratio, None, False, f"{site}: keeps {kept_ratio:.1%}; not measured, {why}")
+    # Nothing is replaced, but the tensors are written in the same way: a different memory layout can change a convolution's last bits.
     same = family.replace_inputs(model, dict(batch), {tower: torch.zeros_like(dropped)}, "zero", seed)
     with replay(model, selections):
         reference = _tensors(model(**same))
@@ -159,32 +160,31 @@ def _site(
             free = _tensors(model(**changed))
         overlap = min(overlap, _overlap(selections, again, site))
         answers = _most(answers, _changed_answers(reference, free, len(dropped)))
-    if kind == "inputs":
-        verdict = (
-            "cannot influence the output (bit-identical under noise, constant and swap)"
-            if leak == 0.0
-            else f"LEAKS: outputs change by {leak:.2g}; this is a bug"
-        )
-    elif leak == 0.0:
-        verdict = "did not influence the output in this batch (bit-identical under noise, constant and swap)"
+    if leak == 0.0:
+        finding = "cannot influence the output" if kind == "inputs" else "did not influence the output in this batch"
+        verdict = f"{finding}: it is bit-identical when {REPLACED}"
+    elif kind == "inputs":
+        verdict = f"LEAK: they change the output by {leak:.2g}, which is a bug"
     else:
         through = _channel(site, tower, _shared(model, family, site))
         verdict = (
-            f"still changes outputs by up to {leak:.2g} in {int(rows.sum())} of {len(rows)} rows, through {through}"
+            f"still change the output by up to {leak:.2g} in {int(rows.sum())} of {len(rows)} rows, through {through}"
         )
-    sentence = f"{site}: keeps {kept_ratio:.1%}; what it dropped ({int(dropped.sum())} positions), given the selection, {verdict}"
+    sentence = (
+        f"{site}: keeps {kept_ratio:.1%}. Given this selection, the {int(dropped.sum())} dropped positions {verdict}"
+    )
     return SiteReport(site, kept_ratio, leak, leak == 0.0, sentence, overlap, answers)
 
 
 def _overlap(selections: Recording, again: Recording, site: str) -> float:
-    """Mean Jaccard index of two choices at a site, the protected positions left out."""
+    """Return the mean Jaccard index of two choices at a site, without protected positions."""
     one, other = (kept.kept(kept[site][0], choice=True) for kept in (selections, again))
     shared, either = (one & other).sum(-1), (one | other).sum(-1)
     return float((shared / either.clamp(min=1)).where(either > 0, 1.0).mean())
 
 
 def _changed_answers(one: Mapping[str, Tensor], other: Mapping[str, Tensor], batch: int) -> float | None:
-    """Share of the batch's rows in which a largest logit is another; None without logits of several classes."""
+    """Return the share of the batch's rows in which the largest logit changes; None without logits of several classes."""
     found = [
         (value.argmax(-1) != other[name].argmax(-1)).reshape(batch, -1).any(-1)
         for name, value in one.items()
@@ -198,8 +198,8 @@ def _most(one: float | None, other: float | None) -> float | None:
 
 
 def _channel(site: str, tower: str, shared: bool) -> str:
-    """What carries dropped content past a site: the layers that mixed it into kept rows before, the residual stream after, and attention that
-    does not share its choice."""
+    """Describe what carries dropped content past a site: earlier layers that mixed it into kept rows, the residual stream, and
+    attention that does not share the site's choice."""
     _, kind, number = site.split(".")
     layer = int(number)
     if kind == "tokens":
@@ -228,12 +228,12 @@ def _layers(last: int) -> str:
 
 
 def _tensors(output: Any) -> dict[str, Tensor]:
-    """The outputs a reader of the model sees, floating-point tensors by name."""
+    """Return the floating-point tensors among the model's outputs, by name."""
     return {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
 
 
 def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Largest absolute difference; infinite where shapes or finiteness differ, 0.0 only when bit-identical."""
+    """Return the largest absolute difference; it is infinite if shapes or finiteness differ, and 0.0 only if bit-identical."""
     largest = 0.0
     for name, value in one.items():
         if value.shape != other[name].shape:
@@ -244,7 +244,7 @@ def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float
 
 
 def _changed_rows(one: Mapping[str, Tensor], other: Mapping[str, Tensor], batch: int) -> Tensor:
-    """Rows of the batch in which any output changed, bool ``[batch]``; all of them where an output has no row for each."""
+    """Return the rows of the batch in which any output changed, bool ``[batch]``; all rows if the shape of an output changed."""
     found = torch.zeros(batch, dtype=torch.bool)
     for name, value in one.items():
         if value.shape == other[name].shape and value.dim() and len(value) == batch:

@@ -1,1 +1,1 @@
-"""How Transformers, PEFT and the Trainer learn about hard attention."""
+"""Integration of hard attention into Transformers, PEFT and the Trainer."""

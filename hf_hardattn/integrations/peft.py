@@ -1,7 +1,7 @@
-"""PEFT writes where it adapts a model, but not where the model looks: whatever saves an adapter leaves the hard ``config.json`` too.
+"""Saving adapters: PEFT writes which modules it adapts, but not the model's sites, so the hard ``config.json`` is saved as well.
 
-``peft_model.push_to_hub`` and the Trainer save through the same method, so what they write reloads hard: with ``hf_hardattn.load``,
-``PeftModel.from_pretrained`` or an Auto class.
+``peft_model.push_to_hub`` and the Trainer save through the same method, so the adapters they write also load as hard models: with
+``hf_hardattn.load``, ``PeftModel.from_pretrained`` or an Auto class.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _save_pretrained(save: Callable[..., Any], self: Any, *args: Any, **kwargs: 
 
 def _save_pretrained_of_transformers(save: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     result = save(self, *args, **kwargs)
-    # of a model with adapters Transformers writes the adapter alone
+    # For a model with adapters, Transformers writes only the adapter.
     if getattr(self, "_hf_peft_config_loaded", False) and _is_hard(self):
         given = inspect.signature(save).bind(self, *args, **kwargs)
         given.apply_defaults()
@@ -51,6 +51,6 @@ def _is_hard(model: Any) -> bool:
 
 
 def save_config(model: Any, folder: Path) -> None:
-    """Write a model's ``config.json`` with the class that it is to be loaded as."""
+    """Write a model's ``config.json``, including the class to load it with."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

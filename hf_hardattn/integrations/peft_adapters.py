@@ -1,6 +1,6 @@
-"""PEFT's own ways to train and load adapters: a hard model's adapter holds its selectors, and loads as a hard model.
+"""Training and loading adapters with PEFT: the adapter of a hard model contains its selectors and loads as a hard model.
 
-An adapter is hard when the ``config.json`` beside it, which ``peft`` writes, has ``hard_attention``.
+An adapter is hard if the ``config.json`` beside it, which the module ``peft`` writes, has ``hard_attention``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .wrapping import wrap_method
 logger = logging.getLogger(__name__)
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-_WHOLE = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")  # files of a whole model
-_ROOT = "base_model.model."  # where PEFT's files say that the model is
+_WHOLE = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")  # weight files of a whole model
+_ROOT = "base_model.model."  # prefix of the model's parameters in PEFT's files
 
 
 def register() -> None:
@@ -55,10 +55,10 @@ def _inject_adapter(
 
 
 def add_selectors(model: nn.Module, config: Any) -> None:
-    """Add a hard model's selectors to ``modules_to_save`` of an adapter that is to be trained, as PEFT adds a classifier.
+    """Add a hard model's selectors to ``modules_to_save`` of an adapter that is to be trained, as PEFT does with a classifier.
 
-    Without it they would stay as they are, most often at their random initial values, and no file would hold them. To keep
-    them as they are, call ``requires_grad_(False)`` on their parameters afterwards.
+    Otherwise the selectors would not be trained, would usually keep their random initial values, and would be in no file. To leave
+    them untrained, call ``requires_grad_(False)`` on their parameters afterwards.
     """
     if getattr(config, "inference_mode", False) or not hasattr(config, "modules_to_save"):
         return
@@ -70,7 +70,7 @@ def add_selectors(model: nn.Module, config: Any) -> None:
 
 
 def _selector_names(model: nn.Module) -> list[str]:
-    """Attributes under which the model holds selectors that learn."""
+    """Return the attributes under which the model holds selectors with parameters."""
     found = set()
     for module in model.modules():
         for name in HOSTS:
@@ -134,15 +134,15 @@ def _load_adapter_of_transformers(
 
 
 def prepare(model: Any, place: Any, hub: Mapping[str, Any]) -> None:
-    """Make a soft model hard before a hard model's adapter is loaded; check that a hard one has the adapter's selectors.
+    """Make a soft model hard before the adapter of a hard model is loaded; check that a hard one has the adapter's selectors.
 
-    A model that was loaded with ``hard_attention=None`` stays soft. One that is hard keeps its own configuration.
+    A model that was loaded with ``hard_attention=None`` stays soft. A model that is already hard keeps its own configuration.
 
     Args:
-        place: of the adapter. hub: token, revision and the like.
+        place: folder or repository of the adapter. hub: token, revision and similar options.
 
     Raises:
-        HardAttentionError: the adapter's selectors are not all there, or are not the model's.
+        HardAttentionError: the adapter's selectors are incomplete, or do not fit the model.
     """
     if _is_to_be_soft(model):
         return
@@ -161,10 +161,10 @@ def prepare(model: Any, place: Any, hub: Mapping[str, Any]) -> None:
 
 
 def check_selectors(model: nn.Module, place: Any, hub: Mapping[str, Any], *, complete: bool) -> None:
-    """Raise when an adapter holds selectors that the model lacks, or (``complete``) lacks some that the model has.
+    """Raise if an adapter holds selectors that the model lacks, or (with ``complete``) lacks some that the model has.
 
     Args:
-        place: of the adapter. hub: token, revision and the like.
+        place: folder or repository of the adapter. hub: token, revision and similar options.
     """
     from peft.utils import load_peft_weights
 
@@ -189,13 +189,13 @@ def _is_of_selector(key: str) -> bool:
 
 
 def _selector_keys(model: nn.Module) -> set[str]:
-    """What an adapter file calls the parameters of the model's selectors."""
+    """Return the names that the parameters of the model's selectors have in an adapter file."""
     names = (name for name, _ in model.named_parameters() if _is_of_selector(f".{name}"))
     return {_ROOT + name.replace(".original_module", "") for name in names if ".modules_to_save." not in name}
 
 
 def _is_to_be_soft(model: Any) -> bool:
-    """Whether the model was asked to be soft, by ``hard_attention=None``."""
+    """Whether the user requested a soft model, with ``hard_attention=None``."""
     return vars(model.config).get("hard_attention", ...) is None if hasattr(model, "config") else False
 
 
@@ -210,13 +210,13 @@ def _warn_of_lost_selectors(model: Any, place: Any, unexpected: Iterable[str]) -
 
 
 def _options(hub: Mapping[str, Any]) -> dict[str, Any]:
-    """What both PEFT and Transformers take to find a file of a repository."""
+    """Return the options for finding a file of a repository that both PEFT and Transformers accept."""
     known = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
     return {name: hub[name] for name in known if hub.get(name) is not None}
 
 
 def adapter_configuration(place: Any, hub: Mapping[str, Any]) -> HardAttentionConfig | None:
-    """The hard configuration beside an adapter, in a folder or on the Hub; None where there is none."""
+    """Return the hard configuration beside an adapter, in a folder or on the Hub, or None if there is none."""
     from transformers.utils import cached_file
 
     file = cached_file(
@@ -232,12 +232,10 @@ def adapter_configuration(place: Any, hub: Mapping[str, Any]) -> HardAttentionCo
 
 
 def base_of_adapter(place: Any) -> dict[str, Any] | None:
-    """What an adapter's folder says of its base, where Transformers would take the folder for a whole model.
-
-    The hard ``config.json`` in it makes it look like one.
+    """Return the base of an adapter whose folder Transformers would take for a whole model, because of its hard ``config.json``.
 
     Returns:
-        Name and revision of the base; None for any other place.
+        Name and revision of the base; None for any other folder or repository.
     """
     folder = Path(place) if isinstance(place, (str, Path)) else None
     if folder is None or not (folder / ADAPTER_CONFIG).is_file() or not (folder / CONFIG).is_file():

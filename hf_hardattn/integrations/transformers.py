@@ -1,8 +1,8 @@
-"""How Transformers learns about hard attention: six methods are wrapped, inert until a config carries ``hard_attention``.
+"""Integration into Transformers: six of its methods are wrapped, without effect unless a config has ``hard_attention``.
 
-``post_init``, which every model calls at the end of every way to construct it, then adds that one model's hooks and selectors. Transformers' own ``register_patch_mapping`` is not used: its ``patch_output_recorders`` rewrites class-level
-recorders, so that models of the stock classes, even those built before, return no attentions any more; and it misses
-``ViTModel(config)``.
+The wrapper of ``post_init``, which every model calls at the end of its construction, adds the hooks and selectors of that model.
+Transformers' own ``register_patch_mapping`` is not used: its ``patch_output_recorders`` rewrites class-level recorders, so that
+models of the stock classes, even those built before, no longer return attentions. It also misses ``ViTModel(config)``.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from . import peft, peft_adapters
 from .peft_adapters import CONFIG, base_of_adapter, check_selectors
 from .wrapping import wrap_method
 
-SELECTORS = "hard_attention.json"  # what save(selectors_only=True) writes in place of config.json
+SELECTORS = "hard_attention.json"  # written by save(selectors_only=True) instead of config.json
 _ADVICE = "Pass hard_attention=... to use them, or hard_attention=None to silence this."
 
 
 def _check_loaded(
     model: PreTrainedModel, info: Mapping[str, Any], place: Any, kwargs: Mapping[str, Any], asked: bool
 ) -> None:
-    """Raise when a checkpoint says that it is hard and lacks its selectors; warn when it has selectors and runs soft."""
+    """Raise if a checkpoint is hard by its config but lacks its selectors; warn if it has selectors but runs soft."""
     if asked or getattr(model, "_hf_peft_config_loaded", False):  # an adapter's tensors were checked when it was loaded
         return
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Selector))
     lacking = sorted(key for key in info["missing_keys"] if key.startswith(prefixes)) if prefixes else []
-    # where no weight at all was found, the file is not of this model, and Transformers' own report says so
+    # If no weight at all was found, the file belongs to another model, and Transformers' own report says so.
     if lacking and not info["missing_keys"] >= dict(model.named_parameters()).keys():
         saved = _saved_hard_attention(place, kwargs)
         if saved and HardAttentionConfig.parse(saved).to_dict() == model.config.hard_attention:
@@ -54,7 +54,7 @@ def _check_loaded(
     spare = [key for key in info["unexpected_keys"] if "selector.scorer." in key]
     modules = (
         {name for name, _ in model.named_modules()} if prefixes else set()
-    )  # a tower that the class leaves out is no loss
+    )  # tensors of a tower that the class does not have are not missed
     forgotten = [key for key in spare if re.sub(r"(?:^|\.)(?:input_)?selector\.scorer\..*", "", key) in modules]
     if forgotten:
         raise HardAttentionError(
@@ -70,7 +70,7 @@ def _check_loaded(
 
 
 def _saved_hard_attention(place: Any, kwargs: Mapping[str, Any]) -> Any:
-    """What the checkpoint's own config.json says; None where there is none, as with a state dict that was passed."""
+    """Return ``hard_attention`` of the checkpoint's own config.json; None if there is no file, as when a state dict was passed."""
     if place is None:
         return None
     hub = {k: kwargs[k] for k in ("revision", "subfolder", "token", "cache_dir", "local_files_only") if k in kwargs}
@@ -82,9 +82,9 @@ def _saved_hard_attention(place: Any, kwargs: Mapping[str, Any]) -> Any:
 
 
 def _asks(config: Any) -> bool:
-    """Whether the caller's ``config`` says whether to be hard: the Auto classes put the keyword there.
+    """Whether the caller set ``hard_attention`` in ``config``, where the Auto classes put the keyword.
 
-    A dict is what a checkpoint said, not the caller; a model that no configuration made hard has no such attribute of its own.
+    A dict comes from a checkpoint and not from the caller. Without any setting, the config has no such attribute of its own.
     """
     given = getattr(config, "__dict__", {})
     return "hard_attention" in given and not isinstance(given["hard_attention"], Mapping)
@@ -92,7 +92,7 @@ def _asks(config: Any) -> bool:
 
 def _post_init(post_init: Callable[..., Any], self: PreTrainedModel) -> None:
     wanted = getattr(self.config, "hard_attention", None)
-    # a class that no family knows may hold a model that one does, or be a part of one: those decide
+    # A class that no family supports may contain, or be part of, a model that one does; that model then decides.
     known = wanted is not None and family_of(self) is not None
     if known:
         attach_to(self, HardAttentionConfig.parse(wanted), is_part=_is_part(self))
@@ -102,12 +102,12 @@ def _post_init(post_init: Callable[..., Any], self: PreTrainedModel) -> None:
             f"{', '.join(names())}. Leave hard_attention out, or pass hard_attention=None where a config.json asks for it."
         )
     elif wanted is None and selectors(self):
-        remove(self)  # the outer config decides: hard parts of a model that was asked to be soft
+        remove(self)  # the outer config decides: this removes the sites of hard parts if the whole model is to be soft
     post_init(self)
 
 
 def _is_part(model: PreTrainedModel) -> bool:
-    """Whether the model is being built in the ``__init__`` of another one, which attaches its sites when it is complete."""
+    """Whether the model is being built in the ``__init__`` of another one, which attaches the sites once it is complete."""
     frame = inspect.currentframe()
     while frame is not None:
         builder = frame.f_locals.get("self") if frame.f_code.co_name == "__init__" else None
@@ -134,8 +134,8 @@ def _set_gradient_checkpointing(set_checkpointing: Callable[..., Any], self: Pre
     set_checkpointing(self, **kwargs)
 
 
-# While Transformers loads a model it replaces functions for the whole process, weight tying among them. Of two threads that load at
-# once, the second would take the replacement for the original and leave it in place: no later model would tie its weights.
+# While Transformers loads a model, it replaces functions for the whole process, including weight tying. If two threads loaded at the
+# same time, the second would take the replacement for the original and restore that: no later model would tie its weights.
 _loading = threading.RLock()
 
 
@@ -158,12 +158,12 @@ def _from_pretrained(
     if adapter is None:
         _check_loaded(model, info, place, kwargs, asked)
     elif selectors(model) and _saved_hard_attention(adapter["name"], kwargs) is None:
-        check_selectors(model, place, {}, complete=True)  # the base has none: the adapter must hold them all
+        check_selectors(model, place, {}, complete=True)  # the base has none, so the adapter must hold all
     return (model, info) if output_loading_info else model
 
 
 def _through_base(adapter: Mapping[str, Any], folder: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords that load an adapter's base, under the configuration in the adapter's folder, and the adapter onto it."""
+    """Return the keywords that load an adapter's base with the configuration in the adapter's folder, and then the adapter."""
     known = {**kwargs, "config": kwargs.get("config") or str(folder)}
     known["adapter_kwargs"] = {**(kwargs.get("adapter_kwargs") or {}), "_adapter_model_path": str(folder)}
     if adapter["revision"]:
@@ -191,7 +191,7 @@ def _get_config_dict(
 
 def register() -> None:
     """Wrap Transformers once; called by ``import hf_hardattn``."""
-    PreTrainedConfig.hard_attention = None  # from_pretrained takes keywords its config has an attribute for
+    PreTrainedConfig.hard_attention = None  # from_pretrained accepts keywords for which its config has an attribute
     wrap_method(PreTrainedModel, "post_init", _post_init)
     wrap_method(PreTrainedModel, "_initialize_weights", _initialize_weights)
     wrap_method(PreTrainedModel, "_set_gradient_checkpointing", _set_gradient_checkpointing)

@@ -1,4 +1,4 @@
-"""Wrap methods of other libraries, once a process whatever number of copies of this package is imported."""
+"""Wrap methods of other libraries once per process, even if several copies of this package are imported."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-WRAPPERS = "_hard_attention_wrappers"  # attribute of the class: method name to the wrapper
+WRAPPERS = "_hard_attention_wrappers"  # attribute of the class: maps a method name to its wrapper
 
 
 def wrap_method(owner: type, name: str, around: Callable[..., Any]) -> None:
     """Put ``around(method, self, *args, **kwargs)`` in place of a method or class method.
 
-    A second copy of this package (vendored, or imported anew by a notebook) takes the place of the first: both at once would read
-    each other's configurations.
+    A second copy of this package (vendored, or imported again by a notebook) replaces the first. Otherwise both would act on each
+    other's configurations.
     """
     wrappers: dict[str, Any] = owner.__dict__.get(WRAPPERS, {})
     if name in wrappers:

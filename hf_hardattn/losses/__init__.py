@@ -1,1 +1,1 @@
-"""What hard attention adds to a training loss."""
+"""The terms that hard attention adds to a training loss."""

@@ -22,11 +22,11 @@ from ..recording import Recording
 
 @dataclass
 class Teacher:
-    """What a soft pass shows.
+    """The result of a soft forward pass.
 
     Attributes:
-        output: of the model.
-        attention: ``(tower, kind, layer)`` to weights ``[B, H, Q, N]``.
+        output: output of the model.
+        attention: maps ``(tower, kind, layer)`` to weights ``[B, H, Q, N]``.
     """
 
     output: Any
@@ -38,7 +38,7 @@ def teach(model: nn.Module, forward: Callable[..., Any], attention: bool) -> Tea
     """Run ``forward`` soft, in evaluation mode, without gradient.
 
     Args:
-        attention: also collect the attention weights of every layer (then through the eager attention).
+        attention: also collect the attention weights of every layer; the model then uses eager attention.
     """
     seen: dict[tuple[str, str, int], Tensor] = {}
     with evaluating(model), soft(model):
@@ -50,7 +50,7 @@ def teach(model: nn.Module, forward: Callable[..., Any], attention: bool) -> Tea
 
 @contextmanager
 def _weights(model: nn.Module, seen: dict[tuple[str, str, int], Tensor]) -> Iterator[None]:
-    """Make every attention module hand out its weights, and keep them."""
+    """Make every attention module return its weights, and collect them in ``seen``."""
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     handles = []
@@ -80,10 +80,11 @@ def _weights(model: nn.Module, seen: dict[tuple[str, str, int], Tensor]) -> Iter
 
 
 def attention_at(teacher: Teacher, made: Recording, selection: Selection, per_query: bool) -> Tensor:
-    """What the teacher pays to the candidates of a selection, fp32, broadcastable to ``[B, H, Q, N]``, not normalised.
+    """Return the teacher's attention to the candidates of a selection, fp32, broadcastable to ``[B, H, Q, N]``, not normalised.
 
-    At ``self`` and ``cross`` sites the layer's own attention; at ``tokens`` and ``inputs`` sites what each position receives in
-    the layers that follow. A mean over heads and queries where the choice is shared. ``made``: the selections of the same pass.
+    At ``self`` and ``cross`` sites it is the attention of the layer itself; at ``tokens`` and ``inputs`` sites it is the attention
+    that each position receives in the layers that follow. It is a mean over heads and queries that share a choice. ``made``: the
+    selections of the same pass.
     """
     tower, kind, *rest = selection.site.split(".")
     layer = int(rest[0]) if rest else -1
@@ -97,7 +98,7 @@ def attention_at(teacher: Teacher, made: Recording, selection: Selection, per_qu
         weights = weights.mean(1, keepdim=True)
     if not per_query:
         weights = weights.mean(2, keepdim=True)
-    if weights.shape[-1] != selection.mask.shape[-1]:  # earlier sites dropped rows; those left stand in their old order
+    if weights.shape[-1] != selection.mask.shape[-1]:  # earlier sites dropped rows; the others keep their order
         left = made.candidates(selection).flatten(1, 2).any(1)
         places = mask_to_indices(left, selection.mask.shape[-1])[:, None, None].expand(-1, *weights.shape[1:3], -1)
         weights = weights.gather(-1, places)
@@ -105,7 +106,7 @@ def attention_at(teacher: Teacher, made: Recording, selection: Selection, per_qu
 
 
 def attention_loss(teacher: Teacher, made: Recording, selection: Selection, selector: Selector) -> Tensor:
-    """``weight * KL(attention || softmax(scores / temperature))`` over the candidates, a mean over rows that have a choice."""
+    """Return ``weight * KL(attention || softmax(scores / temperature))`` over the candidates, a mean over rows with candidates."""
     candidates = selection.valid if selection.protected is None else selection.valid & ~selection.protected
     paid = attention_at(teacher, made, selection, per_query=selection.scores.shape[2] > 1 and not selector.once)
     paid = torch.where(candidates, paid, 0.0)
@@ -117,7 +118,7 @@ def attention_loss(teacher: Teacher, made: Recording, selection: Selection, sele
 
 
 def prediction_loss(teacher: Teacher, output: Any, labels: Tensor | None) -> Tensor | None:
-    """``KL(soft model || hard model)`` of the predictions, a mean over examples or labels; None when the output has no logits.
+    """Return ``KL(soft model || hard model)`` of the predictions, a mean over examples or labels; None if the output has no logits.
 
     Source: DynamicViT (Rao et al., 2021), equation 19.
     """

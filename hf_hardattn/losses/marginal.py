@@ -22,18 +22,18 @@ from ..recording import replay
 def marginal_loss(
     model: nn.Module, selector: Selector, selection: Selection, inputs: dict[str, Any], forward: Callable[[], Any]
 ) -> Tensor:
-    """Run ``forward`` once for each choice and weigh the labels' likelihoods; see ``estimators/marginal.py``.
+    """Run ``forward`` once for each choice and weigh the likelihoods of the labels; see ``estimators/marginal.py``.
 
     Args:
-        selection: of the deterministic pass; its scores carry the gradient to the scorer.
+        selection: selection of the deterministic pass; its scores carry the gradient to the scorer.
         forward: the model's own forward on ``inputs``.
 
     Returns:
-        fp32 scalar, a mean over labels as the model's own loss.
+        fp32 scalar, a mean over labels like the model's own loss.
 
     Raises:
-        HardAttentionError: no labels (a contrastive loss, say, in which rows meet), too many choices, heads that choose for
-            themselves, queries whose choices meet again later, or gradient checkpointing.
+        HardAttentionError: no labels (for example with a contrastive loss, which mixes rows), too many choices, a choice per head,
+            choices per query that later layers mix, or gradient checkpointing.
     """
     n, site, estimator = selection.mask.shape[-1], selection.site, selector.estimator
     family = _family(model, selection, inputs)
@@ -66,7 +66,7 @@ def marginal_loss(
         likelihoods.append(-losses[0] * counted)
     log_y = torch.stack(likelihoods)  # [S, B, T]
     if log_p.shape[-1] == 1:
-        log_y = log_y.sum(-1, keepdim=True)  # one choice for the row: its labels share it
+        log_y = log_y.sum(-1, keepdim=True)  # one choice for the row, which all its labels share
     elif log_p.shape[-1] != log_y.shape[-1] or not _last(model, site):
         raise HardAttentionError(
             f"queries choose for themselves at '{site}', and later layers mix them; estimator 'marginal' can weigh their choices one "
@@ -89,7 +89,7 @@ def marginal_loss(
 
 
 def _family(model: nn.Module, selection: Selection, inputs: dict[str, Any]) -> Family:
-    """The model's family; refused are models and calls in which the choices cannot be tried one by one."""
+    """Return the model's family, or raise if the choices of this model or call cannot be tried one by one."""
     site, family = selection.site, family_of(model)
     if selection.mask.shape[1] > 1 or family is None:
         raise HardAttentionError(
@@ -109,13 +109,13 @@ def _family(model: nn.Module, selection: Selection, inputs: dict[str, Any]) -> F
 
 
 def _monotonic(scores: Tensor, candidates: Tensor, log_y: Tensor, places: list[int], counted: Tensor | None) -> Tensor:
-    """Log-likelihood of each row ``[B]``, summed over the alignments that never go back, by the forward algorithm.
+    """Return the log-likelihood of each row ``[B]``, summed over the alignments that never go back, by the forward algorithm.
 
     ``alpha_t(n) = p(y_t | n) sum_{m <= n} alpha_{t-1}(m) exp(s_t(n)) / sum_{j >= m} exp(s_t(j))``
 
     Args:
-        scores, candidates: ``[B, T, N]``. log_y: ``[S, B, T]``, log-likelihood of each label read at each of ``places``.
-        counted: bool ``[B, T]``, labels that exist; the others leave the alignment as it is.
+        scores, candidates: ``[B, T, N]``. log_y: ``[S, B, T]``, log-likelihood of each label if it is read at each of ``places``.
+        counted: bool ``[B, T]``, labels that exist; the others do not change the alignment.
     """
     allowed = candidates[..., places]
     logits = scores[..., places].masked_fill(~allowed, LOW)
@@ -130,7 +130,7 @@ def _monotonic(scores: Tensor, candidates: Tensor, log_y: Tensor, places: list[i
 
 
 def _log_prob(law: ConditionalBernoulli, subset: Tensor, candidates: Tensor) -> Tensor:
-    """Log-probability of one subset in each row; a subset with a position that a row lacks has none."""
+    """Return the log-probability of one subset in each row, or ``LOW`` if the subset has a position that is no candidate there."""
     inside = (candidates | ~subset).all(-1)
     return torch.where(inside, law.log_prob(subset.expand(candidates.shape)), LOW)
 

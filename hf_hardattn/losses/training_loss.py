@@ -1,4 +1,4 @@
-"""The training loss of a hard model: the estimators' terms are added to ``outputs.loss`` when a call ends."""
+"""The training loss of a hard model: the estimators' terms are added to ``outputs.loss`` at the end of a call."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .distillation import attention_loss, prediction_loss, teach
 from .marginal import marginal_loss
 from .score_function import auxiliary_loss
 
-_TOLD = "hard_attention_told"  # attribute of a model: it was said that nothing is annealed
+_TOLD = "hard_attention_told"  # attribute of a model: the warning that nothing is annealed was issued
 
 
 def prepare_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: ForwardContext) -> None:
-    """Before a training call: give the estimators that read the answer the labels, or their states."""
+    """Before a training call, give the labels, or the states of the labels, to the estimators that need them."""
     if not model.training:
         return
     found = context.selectors = selectors(model)
@@ -49,7 +49,7 @@ def prepare_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _tell_of_annealing(model: nn.Module, found: Mapping[str, Selector]) -> None:
-    """Say once that budgets stand at their targets, because nobody said how long the training is."""
+    """Warn once that the budgets are not annealed, because the length of the training is not known."""
     sites = [site for site, selector in found.items() if selector.lacks_length and selector.learned]
     if not sites or model.__dict__.get(_TOLD):
         return
@@ -65,12 +65,12 @@ def _tell_of_annealing(model: nn.Module, found: Mapping[str, Selector]) -> None:
 def add_terms(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, context: ForwardContext
 ) -> None:
-    """After a training call: put the whole training loss into ``output``."""
+    """After a training call, put the whole training loss into ``output``."""
     Step(model, args, kwargs, context).close(output)
 
 
 class Step:
-    """One training forward pass of a hard model, with the further passes that its estimators ask for."""
+    """One training forward pass of a hard model, with the additional passes that its estimators need."""
 
     def __init__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: ForwardContext | None = None
@@ -83,7 +83,7 @@ class Step:
         self.inputs = _named(model, args, self.kwargs)
 
     def forward(self, context: ForwardContext | None = None, **changes: Any) -> Any:
-        """The model's own forward once more, past its hooks."""
+        """Call the model's own forward once more, without its hooks."""
         context = self.another() if context is None else context
         if self.hands_down:
             return self.model.forward(*self.args, **{**self.kwargs, **changes, CONTEXT: context})
@@ -97,7 +97,7 @@ class Step:
             set_current(None)
 
     def another(self) -> ForwardContext:
-        """A context for one more forward pass on the same inputs."""
+        """Return a context for one more forward pass on the same inputs."""
         context, known = ForwardContext(self.model), self.context
         context.target, context.source_given = known.target, known.source_given
         context.classes = known.classes
@@ -134,7 +134,7 @@ class Step:
         output["loss"] = loss
 
     def _warn_of_lost_terms(self, selections: list[Selection]) -> None:
-        """Warn of terms of the training loss that are added to no loss, because the model returns none."""
+        """Warn about terms of the training loss that have no effect, because the model returns no loss."""
         own = [(selection, self.selectors[selection.site]) for selection in selections]
         needs = {need for _, selector in own for need in selector.estimator.needs}
         lost = {
@@ -179,7 +179,7 @@ class Step:
         return total
 
     def _distillation(self, output: Any, selections: list[Selection]) -> Iterator[Tensor]:
-        """What the soft teacher adds."""
+        """Yield the terms of the soft teacher."""
         distilled = [s for s in selections if "teacher" in self.selectors[s.site].estimator.needs]
         weight = self._distillation_weight()
         if not distilled and not weight:
@@ -198,23 +198,23 @@ class Step:
                 yield weight * term
 
     def _greedy_reward(self) -> Tensor:
-        """Reward of the deterministic choices: the same forward in evaluation mode, without gradient."""
+        """Return the reward of the deterministic choices: the same forward in evaluation mode, without gradient."""
         with evaluating(self.model), torch.no_grad():
             output = self.forward()
         return _reward(self.model, self.inputs, output, output["loss"])
 
 
 def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
-    """This batch's share of an accumulated one. The Trainer asks for a loss summed and divided by the items of all
-    micro-batches; where the model obeys, the terms must follow, or they would weigh more with every micro-batch."""
+    """Return the share of this micro-batch in an accumulated batch. The Trainer asks for a loss that is summed and then divided by
+    the items of all micro-batches. If the model does so, the terms must too, or their weight would grow with every micro-batch."""
     total, family = inputs.get("num_items_in_batch"), family_of(model)
     items = None if total is None or family is None else family.loss_items(model, inputs)
     return 1.0 if items is None else items / torch.as_tensor(total, device=items.device).flatten()[0]
 
 
 def _reward(model: nn.Module, inputs: dict[str, Any], output: Any, loss: Tensor) -> Tensor:
-    """Reward of each example ``[B]``, or of the batch ``[]`` where the output does not tell."""
-    # not through __dict__: compiled code watches attributes only
+    """Return the reward of each example ``[B]``, or of the batch ``[]`` if the loss of each example is not known."""
+    # Read as an attribute and not through __dict__, since compiled code only guards attributes.
     custom = getattr(model, "_hard_attention_reward", None)
     with torch.no_grad():
         if custom is not None:
@@ -230,7 +230,7 @@ def _reward(model: nn.Module, inputs: dict[str, Any], output: Any, loss: Tensor)
 
 
 def _target(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-    """States of the labels, ``[B, T, D]`` detached, all-zero rows where there is none; None without labels."""
+    """Return the states of the labels, ``[B, T, D]``, detached, with zeros where there is no label; None without labels."""
     family = family_of(model)
     if family is None:
         return None
@@ -243,10 +243,10 @@ def _target(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
 
 
 def _classes(model: nn.Module, inputs: dict[str, Any], site: str) -> Tensor:
-    """The class of each example, int64 ``[B]``.
+    """Return the class of each example, int64 ``[B]``.
 
     Raises:
-        HardAttentionError: the call has no class for each example: no labels, several in a row, or numbers.
+        HardAttentionError: the call has no class for each example: no labels, several labels in a row, or regression targets.
     """
     family = family_of(model)
     labels = None if family is None else family.labels(model, inputs)
@@ -261,10 +261,10 @@ def _classes(model: nn.Module, inputs: dict[str, Any], site: str) -> Tensor:
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs by name."""
+    """Return the inputs by name."""
     names = [name for name in inspect.signature(model.forward).parameters if name != "kwargs"]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-# what a hard model carries as plain data: module-level functions, so that it can be copied and pickled
+# A hard model holds these as data. They are module-level functions, so that the model can be copied and pickled.
 TERMS = (add_terms, prepare_call)

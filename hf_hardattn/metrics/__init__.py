@@ -1,4 +1,4 @@
-"""Faithfulness, plausibility and agreement as modules of Hugging Face ``evaluate``; one file each, loaded by path, offline.
+"""Faithfulness, plausibility and agreement as modules of Hugging Face ``evaluate``; each has its own file, loaded by path, offline.
 
 >>> import evaluate, hf_hardattn.metrics as metrics                                # doctest: +SKIP
 >>> f1 = evaluate.load(metrics.path("rationale_f1"))                               # doctest: +SKIP
@@ -15,12 +15,12 @@ _FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """Every metric."""
+    """Return the names of all metrics."""
     return sorted(file.stem for file in _FOLDER.glob("[!_]*.py"))
 
 
 def path(name: str) -> str:
-    """Where the module ``name`` lies, for ``evaluate.load``."""
+    """Return the path of the module ``name``, for ``evaluate.load``."""
     if name not in names():
         raise unknown("metric", name, names())
     return str(_FOLDER / f"{name}.py")

@@ -1,4 +1,4 @@
-"""What the metrics take: columns of ``evaluate``."""
+"""The inputs of the metrics, as columns of ``evaluate``."""
 
 from datasets import Features, Sequence, Value
 

@@ -1,4 +1,4 @@
-"""``comprehensiveness``: the answer's probability lost when the rationale is taken away; higher is better."""
+"""``comprehensiveness``: the drop in the answer's probability when the rationale is removed; higher is better."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ _CITATION = """DeYoung et al. 2020, ERASER: A Benchmark to Evaluate Rationalized
 
 
 class Comprehensiveness(evaluate.Metric):
-    """Mean of p(y|x) - p(y|x without r); with several rationales of growing size a row, their mean too, the AOPC."""
+    """Mean of p(y|x) - p(y|x without r); with several rationales of growing size per row, it is the AOPC."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -13,7 +13,7 @@ _CITATION = """Petsiuk, Das and Saenko 2018, RISE: Randomized Input Sampling for
 
 
 class PerturbationAuc(evaluate.Metric):
-    """Mean area under p(y|x) divided by p of the whole input, as places are removed or added in order of importance."""
+    """Mean area under p(y|x), divided by p of the whole input, as places are removed or added by importance."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

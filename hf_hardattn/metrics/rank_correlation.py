@@ -12,7 +12,7 @@ _CITATION = """Jain and Wallace 2019, Attention is not Explanation"""
 
 
 class RankCorrelation(evaluate.Metric):
-    """Mean over the rows in which neither ranking is constant."""
+    """Mean over the rows where neither ranking is constant."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

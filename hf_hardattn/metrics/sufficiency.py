@@ -1,4 +1,4 @@
-"""``sufficiency``: the answer's probability lost when only the rationale is left; lower is better."""
+"""``sufficiency``: the drop in the answer's probability when only the rationale is left; lower is better."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ _CITATION = """DeYoung et al. 2020, ERASER: A Benchmark to Evaluate Rationalized
 
 
 class Sufficiency(evaluate.Metric):
-    """Mean of p(y|x) - p(y|r); with several rationales of growing size a row, their mean too, the AOPC."""
+    """Mean of p(y|x) - p(y|r); with several rationales of growing size per row, it is the AOPC."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -1,1 +1,1 @@
-"""How selection is put into a model: hooks on its layers choose positions, and its attention computes on what was chosen."""
+"""Selection inside a model: hooks on its layers choose positions, and its attention computes with the chosen ones."""

@@ -10,20 +10,20 @@ from torch import nn
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """The names of ``forward``'s parameters in order, ``**kwargs`` left out; read once, when a model is attached."""
+    """Return the names of ``forward``'s parameters in order, without ``**kwargs``; read once, when a model is attached."""
     parameters = inspect.signature(type(module).forward).parameters.values()
     named = (p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
     return tuple(named)[1:]
 
 
 def takes_keywords(module: nn.Module) -> bool:
-    """Whether ``forward`` accepts keywords that it does not name."""
+    """Return whether ``forward`` accepts keywords that it does not name."""
     parameters = inspect.signature(module.forward).parameters.values()
     return any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def given(names: tuple[str, ...], args: Sequence[Any], kwargs: dict[str, Any], name: str) -> Any:
-    """The value given under ``name`` in a call of a forward with the parameters ``names``, or None."""
+    """Return the value passed for ``name`` in a call of a ``forward`` with the parameters ``names``, or None."""
     if name in kwargs:
         return kwargs[name]
     if not args or name not in names:
@@ -35,7 +35,7 @@ def given(names: tuple[str, ...], args: Sequence[Any], kwargs: dict[str, Any], n
 class Arguments:
     """The arguments of one call.
 
-    Positional arguments stay positional: reentrant gradient checkpointing follows only those.
+    Positional arguments stay positional, because reentrant gradient checkpointing tracks only those.
     """
 
     __slots__ = ("names", "values", "keywords")
@@ -44,11 +44,11 @@ class Arguments:
         self.names, self.values, self.keywords = names, list(args), dict(kwargs)
 
     def get(self, name: str) -> Any:
-        """The value given under ``name``, or None."""
+        """Return the value passed for ``name``, or None."""
         return given(self.names, self.values, self.keywords, name)
 
     def set(self, name: str, value: Any) -> None:
-        """Give ``value`` under ``name``, where it was given before or as a keyword."""
+        """Set the argument ``name``: in its position if it was passed by position, otherwise as a keyword."""
         index = self._index(name)
         if name not in self.keywords and index < len(self.values):
             self.values[index] = value
@@ -56,7 +56,7 @@ class Arguments:
             self.keywords[name] = value
 
     def result(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a forward pre-hook returns."""
+        """Return the arguments in the form that a forward pre-hook returns."""
         return tuple(self.values), self.keywords
 
     def _index(self, name: str) -> int:

@@ -1,4 +1,4 @@
-"""Put selectors and hooks on a model, and take them off again."""
+"""Attach selectors and hooks to a model, and detach them."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ def attach(
     is_part: bool = False,
     is_built: bool = False,
 ) -> dict[str, Selector]:
-    """Give a model the sites of a configuration, in place. A configuration that is refused changes nothing.
+    """Attach the sites of a configuration to a model in place. A refused configuration changes nothing.
 
-    Selectors that are there already and fit the new configuration are kept, with what they learned.
+    Existing selectors that fit the new configuration are kept with their trained weights.
 
     Args:
-        family: of the model. training_loss: adds the estimators' terms to an output, and prepares a training call; see ``towers.TRAINING_LOSS``.
-        is_part: the model is being built inside another one, which has all the sites: here some may be missing.
-        is_built: the model is complete, and so must have a site of the configuration. A checkpoint's may all lie in towers that the
-            class being loaded leaves out.
+        family: family of the model. training_loss: two functions, see ``towers.TRAINING_LOSS``: one adds the estimators' terms to an
+            output, the other prepares a training call.
+        is_part: the model is being built inside another one, which has all the sites; some may be missing here.
+        is_built: the model is complete, and so must have at least one site of the configuration. While a checkpoint is loaded, all its
+            sites may be in towers that the model's class omits.
 
     Returns:
-        The selectors that were made, by site.
+        The newly created selectors, by site.
     """
     towers = family.towers(model)
     kinds: Kinds = {site: (tower, kind, n) for tower in towers.values() for site, kind, n in tower.sites()}
@@ -50,7 +51,7 @@ def attach(
     if is_part:
         absent |= {pattern.split(".")[0] for pattern in config.sites or recommended}
     elif config.sites is None and recommended:
-        config = config.replace(sites=recommended)  # a saved model does not change with the recommendation
+        config = config.replace(sites=recommended)  # a saved model must not change if the recommendation does
     resolved = config.resolve(kinds, recommended, type(model).__name__, ignore=absent)
     if not resolved and (is_built or not absent):
         raise HardAttentionError(
@@ -79,12 +80,12 @@ def attach(
             kept[site] = present
         else:
             built[site] = selector
-    # nothing was changed so far, so that a refusal leaves the model as it was
+    # nothing has been changed so far, so that a refusal leaves the model as it was
     family.release(model)
     detach(model)
     for site, present in kept.items():
         for selector in _copies(present):
-            selector.site = site  # a tower may have another name here than in the model that it stood in alone
+            selector.site = site  # a tower may have another name here than in a model of its own
             selector.config = resolved[site]
     for site, selector in {**kept, **built}.items():
         tower, kind, layer = kinds[site]
@@ -101,7 +102,7 @@ def attach(
 
 
 def _copies(selector: Any) -> Iterator[Selector]:
-    """The selector, or every copy that PEFT keeps of it."""
+    """Return the selector, or every copy of it that PEFT keeps."""
     return (module for module in selector.modules() if isinstance(module, Selector))
 
 
@@ -134,7 +135,7 @@ def _check_averages(model: nn.Module, resolved: Mapping[str, SiteConfig], kinds:
 
 
 def _existing(towers: Mapping[str, Tower]) -> dict[str, Any]:
-    """The selectors that a model has, by site; PEFT's wrappers where it wrapped them."""
+    """Return the existing selectors of a model by site, or PEFT's wrappers if it wrapped them."""
     found: dict[str, Any] = {}
     for tower in towers.values():
         for site, kind, layer in tower.sites():
@@ -147,7 +148,7 @@ def _existing(towers: Mapping[str, Tower]) -> dict[str, Any]:
 
 
 def detach(model: nn.Module) -> None:
-    """Take every hook, plan and selector off a model: outputs and state-dict keys are the stock ones, exactly."""
+    """Remove every hook, plan and selector from a model, so that outputs and state-dict keys are exactly the original ones."""
     remove_hooks(model)
     for module in model.modules():
         module.__dict__.pop(FOLLOWS, None)
@@ -159,7 +160,7 @@ def detach(model: nn.Module) -> None:
 
 
 def place(selector: Selector, model: nn.Module) -> None:
-    """Move a fresh selector to where the model's weights are, in their dtype."""
+    """Move a new selector to the device of the model's weights, with their dtype."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weight is not None:
         device = weight.device if not weight.is_meta else _execution_device(model)
@@ -167,7 +168,7 @@ def place(selector: Selector, model: nn.Module) -> None:
 
 
 def _execution_device(model: nn.Module) -> Any:
-    """Where Accelerate computes with weights that it keeps elsewhere; a selector of some kB stays there."""
+    """Return the device on which Accelerate computes with offloaded weights; a selector has only a few kB and stays there."""
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return next((device for device in devices if device is not None), "cpu")

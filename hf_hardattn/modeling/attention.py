@@ -1,4 +1,4 @@
-"""One call of a hard model's attention, in every regime, by the names of its ``AttentionSpec``."""
+"""One attention call of a hard model, in every execution regime, using the names in its ``AttentionSpec``."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class AttentionCall:
     Attributes:
         view: the module's projections.
         hidden: queries' states ``[B, Q, D]``. source: keys' states ``[B, N, D]``.
-        mask: of Transformers, in the form of the attention implementation; the caller's, over all N keys.
-        tables: of the rotary embedding, for all N keys; None where the family has none.
-        causal: without a mask, a row reads those before it only.
-        bias: position bias ``[B or 1, H, Q, N]`` or a table of distances; None where the family has none.
-        cache: of this layer; None without one.
-        wants_weights: the caller asked for attention weights, and the implementation can tell them.
-        replaceable: the implementation is softmax attention, so that another way to compute it may take its place.
+        mask: the caller's mask over all N keys, in the form of the attention implementation.
+        tables: tables of the rotary embedding for all N keys; None if the family has none.
+        causal: without a mask, a row attends only to its past.
+        bias: position bias ``[B or 1, H, Q, N]`` or a table of distances; None if the family has none.
+        cache: cache of this layer, or None.
+        wants_weights: the caller requested attention weights, and the implementation can return them.
+        replaceable: the implementation is softmax attention, so that it may be computed in another way.
     """
 
     def __init__(self, module: Any, plan: AttentionPlan, given: dict[str, Any], what: AttentionInput):
@@ -68,13 +68,13 @@ class AttentionCall:
         self.implementation: str = module.config._attn_implementation
         asked = what.weights or bool(given.get("output_attentions"))
         self.wants_weights = asked and (self.implementation == "eager" or not spec.interface)
-        # a function of the user's is called, where a known one may be computed in another way
+        # a user's function must be called, while a known one may be computed in another way
         self.replaceable = not spec.interface or is_softmax(self.implementation)
         self._whole_bias = self._own_bias()
         self._query: Tensor | None = None
 
     def _own_bias(self) -> Tensor | None:
-        """The bias that later layers of T5 get from this one: as it came, or the one that this layer makes."""
+        """Return the bias that this T5 layer passes to later ones: the bias that it received, or the one that it computes."""
         if not self.biased or self.plan.cross:
             return self.given.get("position_bias")
         if self.bias is None and self.module.has_relative_attention_bias:
@@ -85,7 +85,7 @@ class AttentionCall:
         return self.bias
 
     def finish(self, attended: Tensor, weights: Tensor | None) -> Any:
-        """The module's outputs: attended values ``[B, Q, H * d]`` through the output projection."""
+        """Return the module's outputs from the attended values ``[B, Q, H * d]``, after the output projection."""
         output = self.view.output(attended)
         return (output, self._whole_bias, weights) if self.plan.spec.position_bias else (output, weights)
 
@@ -96,17 +96,17 @@ class AttentionCall:
 
     @property
     def query(self) -> Tensor:
-        """The projected queries, ``[B, H, Q, d]``, turned by their positions."""
+        """The projected queries, ``[B, H, Q, d]``, rotated by their positions."""
         if self._query is None:
             self._query = self.view.rotated(self.view.query(self.hidden), self.tables)
         return self._query
 
     def key(self, states: Tensor, tables: Tables | None) -> Tensor:
-        """The projected keys of ``states``, ``[B, H, N, d]``, turned by the positions in ``tables``."""
+        """Return the projected keys of ``states``, ``[B, H, N, d]``, rotated by the positions in ``tables``."""
         return self.view.rotated(self.view.key(states), tables)
 
     def _tables_at(self, indices: Tensor) -> Tables | None:
-        """The rotary tables of the keys at int64 ``[B, K]``."""
+        """Return the rotary tables of the keys at int64 ``[B, K]``."""
         return None if self.tables is None else tables_at(self.tables, indices, self.source.shape[1])
 
     # ---------------------------------------------------------------- one choice for all queries
@@ -121,13 +121,13 @@ class AttentionCall:
         return attend_packed(query, key, value, packing, **options)
 
     def attend_keys(self, keys: KeySubset, gates: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Attend to a subset of the keys that serves all queries.
+        """Attend to a subset of the keys, the same for all queries.
 
         Args:
-            gates: ``[B, N]`` of masked training upstream.
+            gates: ``[B, N]``, from masked training at earlier sites.
 
         Returns:
-            ``[B, Q, H * d]``, and weights ``[B, H, Q, N]`` when asked for.
+            ``[B, Q, H * d]``, and weights ``[B, H, Q, N]`` if requested.
         """
         total = multiply_gates(keys.gates, gates)
         if keys.packing is not None and total is None and not self.wants_weights and self.replaceable:
@@ -156,7 +156,7 @@ class AttentionCall:
         return output, weights
 
     def _project(self, keys: KeySubset) -> tuple[Tensor, Tensor, Tensor]:
-        """The queries, and the keys and values of the subset; from the cache once it is filled."""
+        """Return the queries, and the keys and values of the subset, which come from the cache once it is filled."""
         if self.cache is not None and self.cache.filled:
             return self.query, *self.cache.read()
         if keys.indices is None:
@@ -184,7 +184,7 @@ class AttentionCall:
         return self.bias if keys.bias is None else keys.bias
 
     def _subset_mask(self, keys: KeySubset) -> Any:
-        """The mask over the subset, in the form that the implementation reads."""
+        """Return the mask over the subset, in the form that the implementation reads."""
         if keys.indices is None and keys.valid is None:
             return self.mask
         window = self._window()
@@ -196,7 +196,7 @@ class AttentionCall:
         return None if keys.valid is None else self._form(keys.valid)
 
     def _window(self) -> Tensor | None:
-        """The mask over all keys where it differs between queries, bool; None where it does not."""
+        """Return the bool mask over all keys if it differs between queries; None if it does not."""
         if self.mask is None and self.causal:
             return causal_mask(self.hidden.shape[1], self.hidden.device)
         if isinstance(self.mask, Tensor) and not differs_between_queries(self.mask):
@@ -206,7 +206,7 @@ class AttentionCall:
         return as_allowed(self.mask) if isinstance(self.mask, Tensor | BlockMask) else None
 
     def _form(self, allowed: Tensor) -> Any:
-        """A bool mask ``[B, H or 1, Q or 1, K]`` as the implementation reads it."""
+        """Convert a bool mask ``[B, H or 1, Q or 1, K]`` to the form that the implementation reads."""
         if self.implementation == "sdpa" or not self.plan.spec.interface:
             return allowed
         if self.implementation == "eager":
@@ -216,7 +216,7 @@ class AttentionCall:
         return padding_mask(allowed[:, 0, 0], self.module.config, self.hidden, allowed[:, 0, 0].unsqueeze(-1))
 
     def _allowed(self, keys: KeySubset, gates: Tensor) -> Tensor | None:
-        """The keys of the subset that masked training, weighed by ``gates``, may attend to, bool."""
+        """Return a bool mask of the subset's keys that masked training, weighted by ``gates``, may attend to."""
         window = self._window()
         if window is not None:
             allowed: Tensor | None = opened(window, keys.indices, gates.detach() > 0)
@@ -256,7 +256,7 @@ class AttentionCall:
         return output.transpose(1, 2).flatten(2), weights
 
     def _attend_packed_keys(self, keys: KeySubset) -> Tensor:
-        """Attend to kept keys whose numbers differ between rows, without padding them to the longest."""
+        """Attend to kept keys whose number differs between rows, without padding them to the longest row."""
         packing: Any = keys.packing
         indices: Any = keys.indices
         states = packing.to_packed(keep_rows(self.source, indices[:, 0]))
@@ -272,7 +272,7 @@ class AttentionCall:
         return attend_packed(query, key, value, packing, **options)
 
     def _attend_by_parts(self, query: Tensor, key: Tensor, value: Tensor, keys: KeySubset, bias: Tensor) -> Tensor:
-        """Attend with a bias whose columns would take more memory than the bias itself: some examples at a time."""
+        """Attend for a few examples at a time, if the columns of the bias would take more memory than the bias itself."""
         indices: Any = keys.indices
         options: dict[str, Any] = dict(scale=self.view.scale, dropout=self.view.dropout)
         output = attend_by_parts(query, key, value, indices, bias, allowed=keys.valid, **options)
@@ -281,17 +281,17 @@ class AttentionCall:
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention by the model's own implementation: ``[B, Q, H * d]``, and weights when asked for."""
+        """Attend with the model's own implementation: ``[B, Q, H * d]``, and weights if requested."""
         if bias is not None and distances.is_table(bias):
             if mask is None and not self.wants_weights and self.implementation == "sdpa":
-                # a view of the table serves as the bias: nothing of size Q x N is made
+                # a view of the table serves as the bias, so nothing of size Q x N is allocated
                 output, _ = attend(query, key, value, scale=self.view.scale, bias=bias, dropout=self.view.dropout)
                 return output.transpose(1, 2).flatten(2), None
             bias = distances.matrix(bias)
         differs = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[1:3] != (1, 1)
         if not self.plan.spec.interface or differs and self.implementation != "sdpa" and self.replaceable:
             if bias is None and isinstance(mask, Tensor) and mask.dtype != torch.bool:
-                bias, mask = mask, None  # an additive mask, as the kernel takes it
+                bias, mask = mask, None  # the kernel takes an additive mask as its bias
             return self.attend_plainly(query, key, value, mask, bias)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, stock_eager)
         extra: dict[str, Any] = {"position_bias": bias} if self.biased else {}
@@ -313,7 +313,7 @@ class AttentionCall:
         bias: Tensor | None = None,
         logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Softmax attention by SDPA, for families without an attention function and for choices of each query."""
+        """Compute softmax attention by SDPA, for families without an attention function and for per-query choices."""
         output, weights = attend(
             query,
             self.repeat(key, query),
@@ -329,6 +329,6 @@ class AttentionCall:
 
     @staticmethod
     def repeat(states: Tensor, query: Tensor) -> Tensor:
-        """Share ``[B, G, N, d]`` out to the query's H heads, where several heads share a key."""
+        """Repeat ``[B, G, N, d]`` for the query's H heads, where several heads share a key."""
         groups = query.shape[1] // states.shape[1]
         return states if groups == 1 else states.repeat_interleave(groups, 1)

@@ -1,6 +1,6 @@
-"""The attention forward of hard models: one for every family.
+"""The attention forward of hard models, the same for every family.
 
-It takes over only when the layer hands it an ``AttentionInput``; otherwise the stock forward runs.
+It takes effect only if the layer passes an ``AttentionInput``; otherwise the stock forward runs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .state import AttentionInput, KeySubset
 
 
 def install(module: nn.Module, spec: AttentionSpec, layer: int, cross: bool, windows: bool = False) -> None:
-    """Put the forward of this file on an attention module."""
+    """Replace the forward of an attention module by ``hard_forward``."""
     stock = module.__dict__.get("forward")
     module.__dict__[ATTENTION] = AttentionPlan(spec, parameter_names(module), layer, cross, windows, stock)
     module.__dict__["forward"] = functools.partial(hard_forward, module)
 
 
 def uninstall(module: Any) -> None:
-    """Take it off again, also where Accelerate has wrapped it since."""
+    """Restore the forward, even if Accelerate has wrapped it in the meantime."""
     plan = module.__dict__.pop(ATTENTION, None)
     if plan is None:
         return
@@ -42,7 +42,7 @@ def uninstall(module: Any) -> None:
 
 
 def hard_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """Attend to what was chosen; the stock forward where nothing was."""
+    """Attend to the chosen keys; run the stock forward if nothing was chosen."""
     plan: AttentionPlan = module.__dict__[ATTENTION]
     what = given(plan.names, args, kwargs, plan.spec.mask)
     if not isinstance(what, AttentionInput):

@@ -1,4 +1,4 @@
-"""The auxiliary head of ``cropr``: what positions say about the class, read by the weights that their scores give them."""
+"""The auxiliary head of ``cropr``, which predicts the class from positions weighted by their scores."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _NAME = r"selector\.head\."  # in the names of a head's tensors
 
 
 class AuxiliaryHead(nn.Module):
-    """Predict the class from positions, each weighted by how likely its scores make it to be kept:
+    """Predict the class from positions, each weighted by its probability of being kept according to the scores:
     ``logits = Wc norm(sum_n a_n V(x_n)) + bc`` with ``V(x) = W2 gelu(W1 norm(x) + b1)``.
 
-    Only training uses it; it is no part of a saved model.
+    It is used only in training and is not part of a saved model.
 
     Args:
-        hidden_size: D of the candidates. classes: C, that a label can be.
+        hidden_size: D of the candidates. classes: C, number of classes.
 
     Source: Bergner, Lippert & Mahendran 2024, "Token Cropr", arXiv:2412.00965, section 3.
     """
@@ -42,13 +42,13 @@ class AuxiliaryHead(nn.Module):
         nn.init.zeros_(self.class_bias)
 
     def values(self, states: Tensor) -> Tensor:
-        """``[B, N, D]`` to fp32 ``[B, N, d]``; the states get no gradient."""
+        """Map states ``[B, N, D]`` to values, fp32 ``[B, N, d]``; the states get no gradient."""
         states = functional.rms_norm(states.detach().float(), (self.hidden_size,))
         hidden = functional.gelu(functional.linear(states, self.weight_in.float(), self.bias_in.float()))
         return functional.linear(hidden, self.weight_out.float())
 
     def forward(self, values: Tensor, weights: Tensor, classes: Tensor) -> Tensor:
-        """Cross-entropy of the class, fp32 ``[B, H, Q]``; 0 where the class is -100.
+        """Return the cross-entropy of the class, fp32 ``[B, H, Q]``; 0 where the class is -100.
 
         Args:
             values: ``[B, N, d]``. weights: fp32 ``[B, H, Q, N]``, summing to 1 over N. classes: int64 ``[B]``.
@@ -61,7 +61,7 @@ class AuxiliaryHead(nn.Module):
 
 
 def leave_heads_out(model: nn.Module) -> None:
-    """Keep the heads of ``model`` out of what ``save_pretrained`` writes, and let ``from_pretrained`` make fresh ones."""
+    """Exclude the heads of ``model`` from ``save_pretrained``, and let ``from_pretrained`` create new ones."""
     for part in model.modules():
         if not isinstance(part, PreTrainedModel):
             continue

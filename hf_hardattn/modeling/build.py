@@ -1,4 +1,4 @@
-"""Build the selectors of a model, or say why a site cannot have one."""
+"""Build the selectors of a model, or explain why a site cannot have one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .selector import Selector
 
 Kinds = Mapping[str, tuple[Tower, str, int]]
 
-# What a weight of a selector depends on; a trained selector is kept where all of it stays.
+# The fields that the weights of a selector depend on; a trained selector is kept if none of them changes.
 _WEIGHTS = ("scorer", "scorer_options", "estimator", "estimator_options", "baseline", "baseline_options", "per_head")
 
 
 def name_scorers(resolved: Mapping[str, SiteConfig], kinds: Kinds) -> dict[str, SiteConfig]:
-    """Put a name where the configuration leaves the scorer to the kind of site."""
+    """Replace the scorer ``"auto"`` by the name of the scorer that suits the kind of site."""
     return {
         site: replace(config, scorer=_suitable_scorer(*kinds[site][:2])) if config.scorer == AUTO else config
         for site, config in resolved.items()
@@ -29,19 +29,19 @@ def name_scorers(resolved: Mapping[str, SiteConfig], kinds: Kinds) -> dict[str, 
 
 
 def _suitable_scorer(tower: Tower, kind: str) -> str:
-    """What was measured to tell relevant positions there (``results/compare``)."""
+    """Return the scorer that was measured to find relevant positions at such a site (``results/compare``)."""
     if kind != "inputs":
         return "linear"
-    # No layer has mixed the rows yet: a patch alone cannot tell a part of an object from clutter, and of embeddings that were
-    # never trained for it no direction separates the informative tokens.
+    # No layer has mixed the rows yet: from a single patch, a part of an object cannot be told from clutter, and in embeddings that
+    # were never trained for it, no direction separates the informative tokens.
     return "conv" if tower.has_patches else "mlp"
 
 
 def build_selector(site: str, config: SiteConfig, tower: Tower, kind: str, target_size: int, classes: int) -> Selector:
-    """A fresh selector for one site.
+    """Build a new selector for one site.
 
     Raises:
-        HardAttentionError: the scorer, estimator or attention implementation cannot serve the site.
+        HardAttentionError: if the scorer, estimator or attention implementation cannot serve the site.
     """
     scorer = registry.load("scorers", config.scorer)
     _check_inputs(site, config, tower, kind, scorer)
@@ -67,19 +67,19 @@ def build_selector(site: str, config: SiteConfig, tower: Tower, kind: str, targe
     )
     selector.scorer.prefix = tower.protected.first
     if config.estimator == "soft":
-        selector.requires_grad_(False)  # it never chooses: distributed training must not wait for its gradient
+        selector.requires_grad_(False)  # it never chooses, so distributed training must not wait for its gradient
     _check_execution(site, config, selector)
     return selector
 
 
 def reusable(selector: Any, config: SiteConfig, built: Selector) -> bool:
-    """Whether a selector that is there already can serve ``config``, so that what it learned is kept."""
+    """Return whether an existing selector can serve ``config``, so that its trained weights are kept."""
     same = all(getattr(selector.config, name) == getattr(config, name) for name in _WEIGHTS)
     return same and selector.sizes == built.sizes and selector.protected == built.protected
 
 
 def source_protected(tower: Tower) -> Protected:
-    """Rows that are always kept among those that the tower's cross-attention reads."""
+    """Return the protected rows among those that the tower's cross-attention reads."""
     return Protected(*tower.spec.source_protected)
 
 
@@ -137,7 +137,7 @@ def _check_choice(site: str, config: SiteConfig, tower: Tower, kind: str, scorer
 
 
 def _check_prompt_keys(site: str, config: SiteConfig, tower: Tower, scorer: Any) -> None:
-    """A decoder's ``self`` site leaves keys in the cache: the same for all later queries and for all heads."""
+    """Check a decoder's ``self`` site, whose keys in the cache are the same for all later queries and for all heads."""
     if scorer.per_query or config.per_head:
         what = f"scorer '{config.scorer}' chooses per query" if scorer.per_query else "per_head=True chooses per head"
         raise HardAttentionError(
@@ -167,8 +167,10 @@ def _check_execution(site: str, config: SiteConfig, selector: Selector) -> None:
 
 
 def shared_choices(resolved: Mapping[str, SiteConfig], kinds: Kinds) -> dict[str, str]:
-    """Each site that shares an earlier site's choice, and that site: of the same tower and kind, with the same configuration,
-    and no rows dropped between."""
+    """Return a dict from each site that shares the choice of an earlier one to that site.
+
+    Both are of the same tower and kind and have the same configuration, and no rows are dropped between them.
+    """
     leaders: dict[str, str] = {}
     choosing: list[str] = []
     for site in sorted((site for site in resolved if resolved[site].share_selection), key=lambda site: kinds[site][2]):
@@ -190,6 +192,6 @@ def shared_choices(resolved: Mapping[str, SiteConfig], kinds: Kinds) -> dict[str
 
 
 def _drops_between(resolved: Mapping[str, SiteConfig], kinds: Kinds, leader: str, site: str) -> bool:
-    """Whether the tower's rows change between two ``self`` sites; the rows that ``cross`` sites read do not."""
+    """Return whether the tower's rows change between two ``self`` sites; the rows that ``cross`` sites read never change."""
     (tower, kind, start), (_, _, end) = kinds[leader], kinds[site]
     return kind == "self" and any(f"{tower.name}.tokens.{layer}" in resolved for layer in range(start, end))

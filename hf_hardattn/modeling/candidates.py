@@ -1,4 +1,4 @@
-"""What a choice is made among."""
+"""The candidates of a choice."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class Protected(NamedTuple):
-    """Rows that are always kept and are no choice.
+    """Rows that are always kept and are not part of the choice.
 
     Attributes:
-        first: how many rows at the start (CLS, registers).
-        last: whether the last valid row (``</s>``).
+        first: number of protected rows at the start (CLS, registers).
+        last: whether the last valid row (``</s>``) is protected.
     """
 
     first: int = 0
@@ -23,11 +23,11 @@ class Protected(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many rows of a row of candidates are protected."""
+        """Number of protected rows among the candidates of one example."""
         return self.first + int(self.last)
 
     def mask(self, shape: tuple[int, int], valid: Tensor | None, device: torch.device) -> Tensor | None:
-        """Which rows are protected, bool ``[B, N]``; None when none is."""
+        """Return which rows are protected, bool ``[B, N]``; None if none is."""
         if not self.rows:
             return None
         place = torch.arange(shape[1], device=device).expand(shape)
@@ -39,15 +39,15 @@ class Protected(NamedTuple):
 
 @dataclass
 class Candidates:
-    """What a choice is made among.
+    """The candidates of a choice.
 
     Attributes:
-        valid: bool, broadcastable to ``[B, H, Q, N]``; None when every position is valid.
-        protected: bool ``[B, 1, 1, N]``, see ``Protected``; None when nothing is, or when ``ends`` says it.
-        ends: the protected rows; where ``protected`` places them elsewhere, how many a row has.
-        bound: how many valid candidates a row has at most.
-        varied: how many rows are protected differs between the rows of the batch, and only ``protected`` tells.
-        notes: what was worked out of ``valid``, shared by all choices among the same rows.
+        valid: bool, broadcastable to ``[B, H, Q, N]``; None if every position is valid.
+        protected: bool ``[B, 1, 1, N]``, see ``Protected``; None if nothing is protected, or if ``ends`` describes it.
+        ends: the protected rows at the ends; if ``protected`` places them elsewhere, only how many there are.
+        bound: upper bound of the number of valid candidates of a row.
+        varied: the number of protected rows differs between the rows of the batch and is known from ``protected`` only.
+        notes: results computed from ``valid``, shared by all choices among the same rows.
     """
 
     valid: Tensor | None = None
@@ -58,17 +58,17 @@ class Candidates:
     notes: dict[Any, Tensor] = field(default_factory=dict)
 
     def noted(self, name: Any, make: Callable[[], Tensor]) -> Tensor:
-        """What ``make`` works out of ``valid``; made once for all choices among the same rows, since a GPU waits for each operation."""
+        """Return what ``make`` computes from ``valid``, computed once for all choices among the same rows to save GPU operations."""
         if name not in self.notes:
             self.notes[name] = make()
         return self.notes[name]
 
     def masks(self, scores: Tensor) -> Masks:
-        """The masks of a choice by ``scores`` ``[B, H, Q, N]``, of one shape."""
+        """Return the masks of a choice by ``scores`` ``[B, H, Q, N]``, all of one shape."""
         n = scores.shape[-1]
         everything = self.valid is None
         valid: Tensor = scores.new_ones((1, 1, 1, n), dtype=torch.bool) if self.valid is None else self.valid
-        # torch.broadcast_shapes would take longer than the choice
+        # torch.broadcast_shapes would take longer than the choice itself
         shape = tuple(size if other == 1 else other for size, other in zip(scores.shape, valid.shape, strict=True))
         valid, protected = valid.expand(shape), self.protected_mask(n, scores.device)
         if protected is None:
@@ -78,7 +78,7 @@ class Candidates:
         return Masks(valid, valid & ~protected, valid & protected)
 
     def protected_mask(self, n: int, device: torch.device) -> Tensor | None:
-        """Which of ``n`` candidates are protected, bool ``[B or 1, 1, 1, N]``; None when none is."""
+        """Return which of ``n`` candidates are protected, bool ``[B or 1, 1, 1, N]``; None if none is."""
         if self.protected is not None or not self.ends.rows:
             return self.protected
         valid = None if self.valid is None else self.valid[:, 0, 0]
@@ -90,7 +90,8 @@ class Masks(NamedTuple):
     """Candidates as masks, bool ``[B, H, Q, N]``.
 
     Attributes:
-        valid: what may be kept. free: the valid ones among which there is a choice. protected: those without; None when there are none.
+        valid: what may be kept. free: the valid candidates that may be chosen. protected: those that are always kept; None if there are
+            none.
     """
 
     valid: Tensor
@@ -100,14 +101,14 @@ class Masks(NamedTuple):
 
 @dataclass
 class TrainingInputs:
-    """What else a training choice reads of the candidates.
+    """Further inputs of a choice in training.
 
     Attributes:
         summary: fp32 ``[B, D]`` or None; mean state, detached, for a learned baseline.
         keys: fp32 ``[B, N, d]`` or None; for an inference network.
         target: states of the labels ``[B, T, D]`` or None; for an inference network.
         values: fp32 ``[B, N, d]`` or None; for an auxiliary head.
-        classes: int64 ``[B]`` or None; what an auxiliary head predicts.
+        classes: int64 ``[B]`` or None; the targets of an auxiliary head.
     """
 
     summary: Tensor | None = None

@@ -1,9 +1,9 @@
-"""The hooks of a decoder's layers: what a prompt leaves in the residual stream and in the cache.
+"""The hooks of a decoder's layers: they choose which rows of a prompt stay in the residual stream and in the cache.
 
-A decoder reads a prompt, then writes row by row. Sites choose among the rows of the prompt, once, while the cache is empty:
-``inputs`` and ``tokens`` drop rows for all later layers; ``self`` lets the prompt read itself whole, then leaves the chosen keys in
-the cache of its layer. Kept rows keep their positions, the prompt's last row is kept always, and every layer's cache has a length of
-its own. With labels, the prompt is what stands in front of the first one; the answer is never a choice.
+A decoder reads a prompt and then generates row by row. Sites choose once among the rows of the prompt, while the cache is empty:
+``inputs`` and ``tokens`` drop rows for all later layers; ``self`` lets the whole prompt attend to itself, then leaves only the chosen
+keys in the cache of its layer. Kept rows keep their positions, the prompt's last row is always kept, and every layer's cache has its own
+length. With labels, the prompt consists of the rows before the first one; the answer is never part of the choice.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .selection import Selection
 from .selector import running
 from .state import AttentionInput, KeySubset, TowerState
 
-_RECORD = "record"  # what layers behind one selection share: the record of the rows in their caches
+_RECORD = "record"  # key of what layers after one selection share: the record of the rows in their caches
 
 
 def before_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a decoder's layer: choose at its ``inputs`` and ``self`` sites, and narrow its side inputs.
+    """Forward pre-hook of a decoder's layer: choose at its ``inputs`` and ``self`` sites, and reduce its other inputs to the kept rows.
 
     Returns:
-        The arguments to run with; None when nothing changes.
+        The arguments to run with; None if nothing changes.
     """
     context: ForwardContext | None = kwargs.get(CONTEXT)
     plan: LayerPlan = layer.__dict__[LAYER]
@@ -61,7 +61,7 @@ def before_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[st
 def _before_step(
     layer: nn.Module, plan: LayerPlan, state: TowerState, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Behind the prompt: give the layer the mask of its own cache."""
+    """After the prompt, give the layer the mask of its own cache."""
     memory: PromptMemory = state.prompt.memory
     rows = memory.of(plan.index)
     if rows is None:
@@ -94,12 +94,12 @@ class _PromptRows:
         return self.arguments.get(self.plan.names[0])
 
     def begin(self) -> None:
-        """At the first hooked layer: read which rows are there."""
+        """Read which rows are valid, at the first hooked layer."""
         if not self.state.begun:
             begin_rows(self.state, self.arguments.get("attention_mask"), self.hidden.shape[1])
 
     def select_inputs(self) -> None:
-        """Choose among the rows in front of the first layer."""
+        """Choose among the rows before the first layer."""
         if not self.plan.inputs:
             return
         indices = choose_rows(self, self.layer, "input_selector", self.hidden, self.hidden)
@@ -107,7 +107,7 @@ class _PromptRows:
             self.arguments.set(self.plan.names[0], keep_rows(self.hidden, indices))
 
     def select_keys(self) -> None:
-        """Choose the keys of the prompt that what follows it may read."""
+        """Choose the keys of the prompt that the rows after it may read."""
         plan, state = self.plan, self.state
         state.keys = None
         if plan.follows is not None:
@@ -138,14 +138,14 @@ class _PromptRows:
             state.key_leaders[selector.site] = selection
 
     def narrow(self) -> None:
-        """Hand the layer positions and a mask of the rows that are left."""
+        """Give the layer the positions and the mask of the remaining rows."""
         state, arguments, plan = self.state, self.arguments, self.plan
         given = arguments.get("attention_mask")
         if state.positions is not None:
             name, positions = str(plan.attention_spec.rotary), state.positions
             tables = arguments.get(name)
             arguments.set(name, state.shared(tables[0], lambda: tables_at(tables, positions, state.length)))
-            # flash attention takes positions with gaps for several texts in one row
+            # flash attention would interpret positions with gaps as several texts in one row
             arguments.set("position_ids", None)
         keys, answer = state.keys, self._answer()
         by_answer = keys is not None and answer is not None
@@ -162,12 +162,12 @@ class _PromptRows:
         )
 
     def _answer(self) -> Tensor | None:
-        """Rows that read what a ``self`` site left, bool ``[B, K]``; None when the call is all prompt."""
+        """Return which rows read only the keys that a ``self`` site kept, bool ``[B, K]``; None if the whole call is the prompt."""
         answer, positions = self.state.prompt.answer, self.state.positions
         return answer if answer is None or positions is None else answer.expand(len(positions), -1).gather(1, positions)
 
     def _weighed(self, allowed: Tensor, keys: Selection | None, answer: Any) -> Any:
-        """The mask argument where rows read other keys than their past, or gates weigh them."""
+        """Return the mask argument if some rows read only the chosen keys, or gates weigh the keys."""
         state = self.state
         gates: Tensor | None = None
         if keys is not None and keys.gates is None:
@@ -185,7 +185,7 @@ class _PromptRows:
         return f"{self.plan.tower}.self.{self.plan.index}"
 
     def remember(self) -> None:
-        """Note beside the cache which rows this layer's keys come from."""
+        """Store with the cache which rows this layer's keys come from."""
         if self.cache is None:
             return
         state = self.state
@@ -200,13 +200,13 @@ class _PromptRows:
             )
 
     def attach(self, memory: PromptMemory) -> None:
-        """Put what is to be remembered beside the cache."""
+        """Attach the memory to the cache."""
         drawn = self.layer.training or any(mode.sampled for mode in self.context.modes)
         attach_memory(self.cache, memory, drawn)
 
 
 def choose_rows(rows: Any, host: nn.Module, name: str, hidden: Tensor, states: Tensor) -> Tensor | None:
-    """Choose among the rows of a prompt; None when all stay."""
+    """Choose among the rows of a prompt; return None if all stay."""
     plan, context, state = rows.plan, rows.context, rows.state
     refuse_unknown(context, state, running(getattr(host, name)))
     projections = projections_of(rows.layer, plan)
@@ -214,16 +214,16 @@ def choose_rows(rows: Any, host: nn.Module, name: str, hidden: Tensor, states: T
 
 
 def refuse_unknown(context: ForwardContext, state: TowerState, selector: Any) -> None:
-    """Raise where a site would choose and nothing tells what the prompt is."""
+    """Raise an error if a site would choose but the prompt is not known."""
     if state.prompt.problem is not None and not context.is_soft(selector) and not selector.keeps_all:
         raise HardAttentionError(state.prompt.problem.format(site=selector.site))
 
 
 def after_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a decoder's layer: leave the chosen keys in its cache, and choose at its ``tokens`` site.
+    """Forward hook of a decoder's layer: leave only the chosen keys in its cache, and choose at its ``tokens`` site.
 
     Returns:
-        The output with the rows that go on; None when nothing changes.
+        The output with the remaining rows; None if nothing changes.
     """
     context: ForwardContext | None = kwargs.get(CONTEXT)
     plan: LayerPlan = layer.__dict__[LAYER]
@@ -239,7 +239,7 @@ def after_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     whole = isinstance(output, tuple)
     hidden: Tensor = output[0] if whole else output
     if keys is not None and keys.gates is not None and state.prompt.answer is None:
-        # no row read the choice: a gradient of zero rather than none, since distributed training waits for every parameter
+        # no row used the choice: give it a zero gradient, since distributed training waits for every parameter
         hidden = hidden + 0.0 * keys.gates.sum().to(hidden.dtype)
     elif not plan.tokens:
         return None
@@ -261,7 +261,7 @@ def after_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def prune(cache: Any, layer: int, selection: Selection, state: TowerState) -> None:
-    """Leave the chosen keys of a prompt in one layer's cache; hide the others where the choice is masked."""
+    """Leave only the chosen keys of a prompt in one layer's cache; if the choice is masked, hide the others instead."""
     memory: PromptMemory = getattr(cache, MEMORY)
     count, positions = selection.scores.shape[-1], state.positions
     if selection.masked or selection.gates is not None:
@@ -276,7 +276,7 @@ def prune(cache: Any, layer: int, selection: Selection, state: TowerState) -> No
     used = selection.slot_valid
     used = None if used is None else used[:, 0, 0].expand(len(store.keys), -1)
     if store.is_compileable:
-        for states in (store.keys, store.values):  # in place: compiled steps know the address
+        for states in (store.keys, store.values):  # in place, since compiled steps use fixed addresses
             kept = keep_heads(states[:, :, :count], indices)
             states[:, :, :slots] = kept
             states[:, :, slots:count] = 0

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of hard layers: always the kind that follows every tensor."""
+"""Gradient checkpointing of hard layers, which must be non-reentrant to track every tensor."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..errors import HardAttentionError
 
 
 def checkpoint_without_reentry(layer: nn.Module, chooses_inside: str | None = None) -> None:
-    """Make a checkpointed layer use non-reentrant checkpointing, where it was enabled before the model became hard.
+    """Make a layer use non-reentrant checkpointing, if checkpointing was enabled before hard attention was applied.
 
-    The reentrant kind follows positional tensors only. The gates of masked training travel inside the mask argument, which some
-    families pass by keyword, and choices of each query add terms to the loss inside the layer: both would lose their gradient.
+    Reentrant checkpointing tracks positional tensors only. The gates of masked training are passed inside the mask argument, which some
+    families pass by keyword, and per-query choices add terms to the loss inside the layer: both would lose their gradient.
 
     Args:
-        chooses_inside: a site that chooses inside the layer's forward, for each query, and so again when it is recomputed.
+        chooses_inside: a site that chooses for each query inside the layer's forward, and so again when the layer is recomputed.
 
     Raises:
-        HardAttentionError: the recomputation would draw other choices than the forward pass did.
+        HardAttentionError: if the recomputation would draw other choices than the forward pass did.
     """
     if torch.compiler.is_compiling() or not getattr(layer, "gradient_checkpointing", False):
         return
@@ -38,7 +38,7 @@ def checkpoint_without_reentry(layer: nn.Module, chooses_inside: str | None = No
 
 
 def without_reentry(function: Any) -> Any:
-    """A checkpoint function that is not reentrant; what is no ``partial`` of one stays what it is."""
+    """Return a non-reentrant checkpoint function; anything but a ``partial`` of a reentrant one is returned unchanged."""
     if not isinstance(function, functools.partial) or not function.keywords.get("use_reentrant"):
         return function
     return functools.partial(function.func, *function.args, **{**function.keywords, "use_reentrant": False})

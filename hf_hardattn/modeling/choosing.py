@@ -35,7 +35,7 @@ def choose(
 
     Args:
         features: ``[B, H, N, F]``, for scorers that take several glimpses.
-        settings: of this call. inputs: what else a training choice reads.
+        settings: settings of this call. inputs: further inputs of a choice in training.
     """
     if _keeps_the_best(selector, settings):
         if _is_plain(selector, candidates):
@@ -49,12 +49,12 @@ def choose(
 
 
 def _keeps_the_best(selector: Selector, settings: Settings) -> bool:
-    """Whether every row keeps its best and nothing is drawn: then sorting tells the indices, and no mask is made."""
+    """Return whether every row keeps its best candidates and nothing is drawn, so that sorting gives the indices without a mask."""
     return selector.sorts and not settings.drawing and settings.forced is None and not selector.runs_masked(settings)
 
 
 def _is_plain(selector: Selector, candidates: Candidates) -> bool:
-    """Whether every row keeps K of N, known from the shapes alone."""
+    """Return whether every row keeps K of N candidates, known from the shapes alone."""
     return candidates.valid is None and candidates.protected is None and not selector.data_dependent
 
 
@@ -66,7 +66,7 @@ def _best_indices(selector: Selector, scores: Tensor, candidates: Candidates) ->
     if first or last:
         # protected rows rank above all others, so that one sort places them too
         ranked = nn.functional.pad(scores[..., first : n - last], (first, last), value=torch.inf)
-    # stable: of equal scores the lower index is kept
+    # stable: of equal scores, the lower index is kept
     best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :slots]
     return Selection(
         selector.site,
@@ -82,7 +82,7 @@ def _best_indices(selector: Selector, scores: Tensor, candidates: Candidates) ->
 
 
 def _replayed(selector: Selector, scores: Tensor, masks: Masks, settings: Settings) -> Selection:
-    """The selection that the caller gave, at the candidates that are there."""
+    """Return the selection that the caller gave, restricted to the present candidates."""
     forced: Tensor = settings.forced  # type: ignore[assignment]
     shape = scores.shape
     if any(given not in (1, size) for given, size in zip(forced.shape, shape, strict=True)):
@@ -122,14 +122,14 @@ def _chosen_mask(
     dense = candidates.valid is None and not selector.data_dependent and not candidates.varied
     budget = selector.budget(drawing=settings.drawing, final=settings.final)
     slots = budget.slots(bound - protected_rows)
-    if dense:  # as many candidates in every row, so nothing is counted
+    if dense:  # every row has the same number of candidates, so nothing is counted
         k = torch.full(scores.shape[:-1], budget.slots(n - protected_rows), device=scores.device)
     else:
         k = budget.count(scores.detach(), masks.free)
     if not selector.once and not settings.drawing:
-        # a query meets the same keys again, in a computation of another shape: with a cache, without, in another batch
+        # a query may meet the same keys in computations of different shapes: with and without a cache, or in another batch
         scores = level_ties(scores, k, masks.free, slots)
-    # where padding stands in the place of a protected row, one more is free
+    # if padding is in the place of a protected row, one more position is free
     most = slots if candidates.valid is None else budget.slots(bound)
     sampling = _sampling(selector, scores, masks.free, inputs, settings) if settings.drawing else None
     features = features.expand(scores.shape[0], -1, -1, -1)
@@ -143,7 +143,7 @@ def _chosen_mask(
         gates = None if gates is None else gates.masked_fill(masks.protected, 1.0)
 
     masked, loose = selector.runs_masked(settings), selector.loose(settings)
-    # of monotonic choices the last find less left than the budget
+    # the last monotonic choices may find fewer positions left than the budget
     full, lengths = dense and not loose and not selector.scorer.monotonic, None
     slots += protected_rows
     counts = selector.data_dependent or selector.config.pack or candidates.varied
@@ -173,7 +173,7 @@ def _chosen_mask(
 def _ask_estimator(
     selector: Selector, scores: Tensor, features: Tensor, k: Tensor, free: Tensor, slots: int, sampling: Sampling | None
 ) -> tuple[Choice, Tensor]:
-    """The estimator's choice among the ``free`` positions, and the scores that ranked them."""
+    """Return the estimator's choice among the ``free`` positions, and the scores that ranked them."""
     with weights_in_place(selector.estimator):
         return _choose(selector, scores, features, k, free, slots, sampling)
 
@@ -203,7 +203,7 @@ def _choose(
 def _sampling(
     selector: Selector, scores: Tensor, free: Tensor, inputs: TrainingInputs | None, settings: Settings
 ) -> Sampling:
-    """How this training choice is drawn; ``scores`` and ``free`` are ``[B, H, Q, N]``."""
+    """Return how this choice in training is drawn; ``scores`` and ``free`` are ``[B, H, Q, N]``."""
     temperature = selector.now(selector.temperature, settings.final)
     backward: float | Tensor | None = None
     if selector.backward_temperature is not None:
@@ -227,11 +227,11 @@ def _sampling(
 
 
 def _gates(selector: Selector, choice: Choice, sampling: Sampling | None, settings: Settings) -> Tensor | None:
-    """Gates of masked training; elsewhere nothing is left of what they would weigh."""
+    """Return the gates of masked training; None in other calls, where the positions that they would weigh are gone."""
     if choice.gates is None or not settings.drawing or not selector.runs_masked(settings):
         return None
     if selector.posterior is not None and sampling is not None and sampling.posterior is None:
-        # no target: a gradient of zero rather than none, since distributed training waits for every parameter
+        # no target: give the posterior a zero gradient, since distributed training waits for every parameter
         with weights_in_place(selector.posterior):
             return choice.gates + 0.0 * torch.stack([p.float().sum() for p in selector.posterior.parameters()]).sum()
     return choice.gates

@@ -21,15 +21,15 @@ CONTEXT = "hard_attention_context"  # keyword that carries a ForwardContext from
 
 
 class Settings(NamedTuple):
-    """How one selector works in one call.
+    """The settings of one selector in one call.
 
     Attributes:
-        soft: it selects nothing.
-        drawing: it draws its choice, as in training; False takes the best one.
-        final: schedules stand at their end.
+        soft: the selector selects nothing.
+        drawing: the choice is drawn, as in training; False takes the best one.
+        final: schedules have their final values.
         execution: ``"masked"`` or ``"gathered"``, or None to follow the configuration.
-        forced: bool ``[B, H, Q, N]``, keep this instead; None to choose.
-        recorders: what receives the selection, each with the name that it knows the site by.
+        forced: bool ``[B, H, Q, N]``, positions to keep instead of choosing; None to choose.
+        recorders: recorders of the selection, each with its name for the site.
     """
 
     soft: bool = False
@@ -41,14 +41,14 @@ class Settings(NamedTuple):
 
 
 class Mode:
-    """What one context manager asks of the selectors of one model, in one thread.
+    """The mode that one context manager sets for the selectors of one model, in one thread.
 
     Args:
         sites: site of each of the model's selectors, by the selector's id.
         soft, sampled: see ``hf_hardattn.soft`` and ``hf_hardattn.sampled``.
         execution: see ``hf_hardattn.execution``.
         recorder: receives every selection.
-        replayed: site to the masks that its calls keep, in order.
+        replayed: dict from site to the masks that its calls keep, in order.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ _EVALUATING, _TRAINING = Settings(), Settings(drawing=True)
 
 _MODES: ContextVar[tuple[Mode, ...]] = ContextVar("hard_attention_modes", default=())
 _CURRENT: ContextVar[Any] = ContextVar("hard_attention_current", default=None)
-_traced: Any = None  # the same while Dynamo traces a call, which follows no ContextVar; None again when the call ends
+_traced: Any = None  # the same for Dynamo, which cannot trace a ContextVar; None again when the call ends
 
-# Compiled code cannot see a thread's modes, so models run eagerly while any thread has one. The stance is process-wide:
-# count its users, since blocks of different threads may overlap.
+# Compiled code cannot see a thread's modes, so models run eagerly while any thread has one. The stance is process-wide, so its users
+# are counted: blocks of different threads may overlap.
 _stance_lock = threading.Lock()
 _eager_blocks = 0
 _eager_stance: Any = None
@@ -111,29 +111,30 @@ def _leave_eager() -> None:
 
 
 class ForwardContext:
-    """What the towers of a model share during one call.
+    """State that the towers of a model share during one call.
 
-    A plain class on purpose: FSDP copies dataclasses that it finds among the arguments.
+    It is deliberately a plain class, because FSDP copies dataclasses that it finds among the arguments.
 
     Attributes:
-        owner: module whose call opened it.
+        owner: module whose call opened the context.
         modes: the thread's modes at that time.
-        towers: tower name to the state of its rows.
+        towers: dict from tower name to the state of its rows.
         selections: every selection of the call, in order.
-        labels: that the model was called with; None without labels.
-        candidates: rows of a prompt that stand for an image, bool ``[B, N]``; None where a decoder's sites choose among all, or where
-            the call does not tell.
-        predictions: the last rows whose logits the caller asked for; 0 where the call does not say.
+        labels: labels that the model was called with, or None.
+        candidates: rows of a prompt that represent an image, bool ``[B, N]``; None if a decoder's sites choose among all rows, or if the
+            call does not tell.
+        predictions: number of last rows whose logits the caller requested; 0 if the call does not say.
         target: states of the labels ``[B, T, D]``, for estimators that read the answer; None otherwise.
-        classes: of the examples, int64 ``[B]``, for estimators that learn from them; None otherwise.
-        kept_source: which rows of given encoder states were kept, bool ``[B, K]``; None when all were.
-        source_gates: their gates ``[B, K]``, where masked training made them; None otherwise.
-        source_given: the caller gave encoder states that were computed before.
+        classes: classes of the examples, int64 ``[B]``, for estimators that learn from them; None otherwise.
+        kept_source: which rows of given encoder states were kept, bool ``[B, K]``; None if all were.
+        source_gates: their gates ``[B, K]``, from masked training; None otherwise.
+        source_given: the caller passed encoder states that were computed before.
         copies_input: the model's head feeds the encoder's input to its decoder as well.
-        as_tuple: the caller asked for a tuple.
+        as_tuple: the caller requested a tuple.
         finished: the call is over; a layer that runs again is being recomputed in the backward pass.
-        terms: what the estimators added to the task loss; None when they added nothing.
-        selectors: of the model by site, in a training call; a walk through all modules finds them, so it is taken once a step.
+        terms: the terms that the estimators added to the task loss; None if they added nothing.
+        selectors: the model's selectors by site, in a training call. Finding them takes a walk through all modules, so it is done once
+            per step.
     """
 
     def __init__(self, owner: nn.Module | None = None):
@@ -158,7 +159,7 @@ class ForwardContext:
         self.selectors: dict[str, Selector] = {}
 
     def settings(self, selector: Selector) -> Settings:
-        """How ``selector`` works in this call."""
+        """Return the settings of ``selector`` in this call."""
         if not self.modes:
             return _TRAINING if selector.training else _EVALUATING
         modes = [(mode, mode.sites[id(selector)]) for mode in self.modes if id(selector) in mode.sites]
@@ -175,7 +176,7 @@ class ForwardContext:
         )
 
     def runs_masked(self, selector: Selector) -> bool:
-        """Whether a choice of ``selector`` in this call weighs all candidates."""
+        """Return whether ``selector`` runs masked in this call, so that its choice weighs all candidates."""
         if not self.modes:
             return selector.masked
         modes = [mode for mode in self.modes if id(selector) in mode.sites]
@@ -184,11 +185,11 @@ class ForwardContext:
         return selector.runs_masked(Settings(drawing=drawing, execution=executions[-1] if executions else None))
 
     def is_soft(self, selector: Selector) -> bool:
-        """Whether ``selector`` is switched off in this call."""
+        """Return whether ``selector`` is switched off in this call."""
         return bool(self.modes) and any(mode.soft and id(selector) in mode.sites for mode in self.modes)
 
     def add(self, selection: Selection, settings: Settings) -> None:
-        """Note a selection. A recomputation in the backward pass makes no new one."""
+        """Record a selection. A recomputation in the backward pass adds no new one."""
         if self.finished:
             return
         self.selections.append(selection)
@@ -197,12 +198,12 @@ class ForwardContext:
 
 
 def current_context() -> ForwardContext | None:
-    """The context of the model around this one, where a strict signature kept it from being handed down."""
+    """Return the context of the enclosing model, if a strict signature prevented it from being passed down."""
     return _traced if torch.compiler.is_compiling() else _CURRENT.get()
 
 
 def set_current(context: ForwardContext | None) -> None:
-    """Make ``context`` what towers find that were handed none."""
+    """Make ``context`` available to towers that are not passed one."""
     global _traced
     if torch.compiler.is_compiling():
         _traced = context
@@ -211,12 +212,12 @@ def set_current(context: ForwardContext | None) -> None:
 
 
 def is_soft_now(selector: nn.Module) -> bool:
-    """Whether this thread runs ``selector`` soft."""
+    """Return whether this thread runs ``selector`` soft."""
     return any(mode.soft and id(selector) in mode.sites for mode in _MODES.get())
 
 
 def has_modes(context: ForwardContext | None) -> bool:
-    """Whether a mode is on: in the call's context, or in this thread where no call has begun."""
+    """Return whether a mode is on: in the call's context, or in this thread if no call has begun."""
     if context is not None:
         return bool(context.modes)
     return not torch.compiler.is_compiling() and bool(_MODES.get())

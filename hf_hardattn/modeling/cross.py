@@ -1,4 +1,4 @@
-"""``cross`` sites and the hand-over from encoder to decoder: a decoder layer is given only the rows that it may read."""
+"""``cross`` sites and the hand-over from encoder to decoder: a decoder layer receives only the rows that it may read."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class KeptEncoderOutput(BaseModelOutput):
     """An encoder's output together with what its selections kept; ``generate`` expands all of it for beams.
 
     Attributes:
-        kept_indices: int64 ``[B, K]``, position of each row in the encoder's input; None when all are there.
+        kept_indices: int64 ``[B, K]``, position of each row in the encoder's input; None if none was dropped.
         kept_mask: bool ``[B, K]``, rows that may be read.
-        kept_gates: fp32 ``[B, K]`` of masked training; None otherwise.
+        kept_gates: gates of masked training, fp32 ``[B, K]``; None otherwise.
     """
 
     kept_indices: Tensor | None = None
@@ -41,9 +41,9 @@ class KeptEncoderOutput(BaseModelOutput):
 def hand_over_source(
     layer: nn.Module, plan: LayerPlan, context: ForwardContext, state: TowerState, arguments: Arguments
 ) -> None:
-    """Put what a decoder layer's cross-attention reads into its mask argument.
+    """Pass what a decoder layer's cross-attention reads in its mask argument.
 
-    Key and value projections, the attention and its cache then only ever see the rows that its site keeps.
+    The key and value projections, the attention and its cache then see only the rows that its site keeps.
     """
     source = None if plan.cross is None else arguments.get(SOURCE)
     if source is None:
@@ -65,13 +65,13 @@ def hand_over_source(
 
 
 def _unchosen(plan: LayerPlan, state: TowerState, arguments: Arguments) -> AttentionInput | None:
-    """A layer without a choice still weighs the source's gates, and hides its unused slots."""
+    """Return the input of a layer without a choice, which still applies the source's gates and hides its unused slots."""
     mask = arguments.get(SOURCE_MASK)
     if state.source_gates is not None:
         return AttentionInput(mask, gates=state.source_gates)
     if not plan.eager_only:
         return None
-    # stock attention of this kind loses the mask, and reads padding too; slots that a selection left unused must be hidden
+    # stock attention of this kind loses the mask and reads padding too, but slots that a selection left unused must be hidden
     hides = state.source_dropped and state.source_valid is not None
     return AttentionInput(mask if hides else None)
 
@@ -93,7 +93,7 @@ def _chosen(
         return None
     once = selector is None or selector.once
     if once and cache is not None and CacheLayer(cache, plan.index, cross=True).filled:
-        # the first step chose, and its keys are cached
+        # the first step has chosen, and its keys are cached
         site = plan.cross_follows if selector is None else selector.site
         keys = remembered(cache, str(site))
         return None if keys is None else AttentionInput(mask, keys, state.source_gates)
@@ -117,10 +117,10 @@ def choose_source_keys(
     mask: Any,
     cache: Any,
 ) -> KeySubset | None:
-    """Choose among the rows of the source ``[B, N, D]``, once for all queries; None to read all.
+    """Choose among the rows of the source ``[B, N, D]``, once for all queries; return None to read all of them.
 
     Args:
-        mask: of the source, as the layer was given it. cache: of the model, which later steps read, or None.
+        mask: mask of the source, as passed to the layer. cache: cache of the model, which later steps read, or None.
     """
     valid = source_candidates(state, mask)
     selection = choose_among(
@@ -144,10 +144,10 @@ def choose_source_keys(
 
 
 def source_candidates(state: TowerState, mask: Any) -> Tensor | None:
-    """Rows of the source that a choice may keep, bool ``[B, N]``; None when all.
+    """Return which rows of the source a choice may keep, bool ``[B, N]``; None if it may keep all.
 
     Args:
-        mask: of the source, as the layer was given it; None when Transformers found that it hides nothing.
+        mask: mask of the source, as passed to the layer; None if Transformers found that it hides nothing.
     """
     valid = None if mask is None else state.source_valid
     if state.source_gates is None:

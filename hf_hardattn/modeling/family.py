@@ -1,4 +1,4 @@
-"""A family of models: finds its towers in a model, by the names of its ``ModelSpec``."""
+"""A family of models, which finds its towers in a model by the names in its ``ModelSpec``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Tower:
     """A tower of one model.
 
     Attributes:
-        name: first part of its site names; the tower's own name, with a number where a model has several of the kind.
-        spec: its row. module: the tower itself.
+        name: first part of its site names: the name in its row, followed by a number if a model has several such towers.
+        spec: its row in ``models/``. module: the module itself.
     """
 
     def __init__(self, name: str, spec: TowerSpec, module: Any):
@@ -28,7 +28,7 @@ class Tower:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The stock list of layers."""
+        """The original list of layers."""
         layers: Any = self.module.get_submodule(self.spec.layers)
         return layers
 
@@ -38,17 +38,17 @@ class Tower:
 
     @property
     def hidden_size(self) -> int:
-        """D of its rows."""
+        """D, the width of its rows."""
         return self.config.hidden_size
 
     @property
     def heads(self) -> int:
-        """H of its attention."""
+        """H, the number of its attention heads."""
         return getattr(self.config, self.spec.heads)
 
     @property
     def source_size(self) -> int:
-        """D of the rows that its cross-attention reads."""
+        """D, the width of the rows that its cross-attention reads."""
         return getattr(self.config, self.spec.source_size)
 
     @property
@@ -57,7 +57,7 @@ class Tower:
 
     @property
     def source(self) -> str | None:
-        """Name of the tower that its cross-attention reads."""
+        """The name of the tower that its cross-attention reads."""
         return self.spec.reads
 
     @property
@@ -67,12 +67,12 @@ class Tower:
         return tuple(kind for kind in self.spec.kinds if kind != "cross" or has_cross)
 
     def crosses(self, layer: nn.Module) -> bool:
-        """Whether a layer has a cross-attention; a tower may have it in some of its layers only."""
+        """Return whether a layer has a cross-attention; a tower may have it in some of its layers only."""
         return self.spec.cross is not None and _has_submodule(layer, self.spec.cross)
 
     @property
     def protected(self) -> Protected:
-        """Rows that are always kept."""
+        """The rows that are always kept."""
         first = self.spec.protect_first
         if not isinstance(first, int):
             first = sum(part if isinstance(part, int) else getattr(self.config, part) for part in first)
@@ -80,12 +80,12 @@ class Tower:
 
     @property
     def reads_images(self) -> bool:
-        """Whether its rows are patches of an image in a grid, behind the protected ones."""
+        """Whether its rows are the patches of an image in a grid, after the protected rows."""
         return self.spec.inputs == "pixel_values" and not self.spec.patchified
 
     @property
     def has_patches(self) -> bool:
-        """Whether a scorer of pixels can choose what its embedding module embeds."""
+        """Whether a scorer of pixels can choose the patches that its embedding module embeds."""
         patches = self.spec.patches
         return patches is not None and type(self.module.get_submodule(patches.module)).__name__ == patches.embedding
 
@@ -100,7 +100,7 @@ class Tower:
                 yield f"{self.name}.inputs", kind, 0
 
     def window(self, index: int) -> int | None:
-        """Width of a layer's sliding window; None without one."""
+        """Return the width of a layer's sliding window; None if it has none."""
         if not self.spec.prompt:
             return None
         if self.spec.window is not None:
@@ -108,16 +108,16 @@ class Tower:
         return getattr(self.attention(self.layers[index], "self"), "sliding_window", None)
 
     def attention(self, layer: nn.Module, kind: str) -> Any:
-        """The attention module of a layer, for ``self`` or ``cross``."""
+        """Return the attention module of a layer, for ``self`` or ``cross``."""
         return layer.get_submodule(str(self.spec.attention if kind == "self" else self.spec.cross))
 
     def attention_spec(self, kind: str) -> AttentionSpec:
-        """The names inside it."""
+        """Return the names inside the attention module, for ``self`` or ``cross``."""
         cross = self.spec.cross_spec if kind == "cross" else None
         return self.spec.attention_spec if cross is None else cross
 
     def host(self, kind: str, layer: int, pixels: bool = False) -> tuple[nn.Module, str]:
-        """The module that holds a site's selector, whose scorer may read ``pixels``, and the attribute's name."""
+        """Return the module that holds a site's selector, and the name of its attribute; ``pixels``: the scorer reads pixels."""
         block = self.layers[layer]
         if kind == "inputs":
             if pixels and self.spec.patches is not None:
@@ -127,7 +127,7 @@ class Tower:
 
 
 def _fits(spec: TowerSpec, module: Any) -> bool:
-    """Whether a module of the right class is this tower: an encoder class used as a decoder is not."""
+    """Return whether a module of the right class is this tower; an encoder class used as a decoder, for example, is not."""
     if spec.where:
         return all(getattr(module, name, None) == value for name, value in spec.where.items())
     return spec.causal or not getattr(module.config, "is_decoder", False)
@@ -142,7 +142,7 @@ def _has_submodule(layer: nn.Module, path: str) -> bool:
 
 
 class Family:
-    """A row of ``models/`` at work.
+    """A family of models, as described by a row of ``models/``.
 
     Args:
         spec: the row.
@@ -157,11 +157,11 @@ class Family:
 
     @property
     def all_towers(self) -> tuple[str, ...]:
-        """Every tower name it knows."""
+        """The names of all towers that its models may have."""
         return tuple(tower.name for tower in self.spec.towers)
 
     def recommended(self, towers: Mapping[str, Tower]) -> tuple[str, ...]:
-        """The glob of the sites taken when the configuration names none; empty where it is for towers that the model lacks."""
+        """Return the glob of the sites used if the configuration names none; empty if the model lacks the recommended towers."""
         for pattern in self.spec.recommended:
             name, kind, *layer = pattern.split(".")
             if name in towers and kind in towers[name].kinds:
@@ -171,11 +171,11 @@ class Family:
         return ()
 
     def owns(self, model: nn.Module) -> bool:
-        """Whether the model's class, or one that it extends, is defined by this family."""
+        """Return whether the model's class, or one that it extends, is defined by this family."""
         return any(cls.__module__.startswith(self.spec.family) for cls in type(model).__mro__)
 
     def towers(self, model: nn.Module) -> dict[str, Tower]:
-        """The towers in ``model`` by name; empty when it has none of this family."""
+        """Return the towers in ``model`` by name; empty if it has none of this family."""
         if self.spec.find_towers is not None:
             found = self.spec.find_towers(model)
             return {name: Tower(name, spec, module) for name, (spec, module) in found.items()}
@@ -196,7 +196,7 @@ class Family:
         return towers
 
     def prepare(self, model: nn.Module) -> None:
-        """Do what else a hard model of the family needs."""
+        """Prepare whatever else a hard model of the family needs."""
         if "prepare" in self.spec.functions:
             self.spec.functions["prepare"](model)
 
@@ -212,41 +212,45 @@ class Family:
         return function(*args)
 
     def labels(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-        """Labels in line with the logits, int64 ``[B, T]`` (T = 1 for one label an example), -100 where there is none."""
+        """Return labels aligned with the logits, int64 ``[B, T]`` (T = 1 for one label per example), -100 where there is none."""
         labels: Tensor | None = self._call("labels", model, inputs)
         return labels
 
     def target_table(self, model: nn.Module) -> Tensor | None:
-        """A state for each label, ``[C, D]``: what an inference network reads of the answer; None when the head has none."""
+        """Return a state for each label, ``[C, D]``, from which an inference network reads the answer; None if the head has none."""
         table: Tensor | None = self._call("target_table", model)
         return table
 
     def token_loss(self, model: nn.Module, inputs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor] | None:
-        """Task loss of each label, fp32 ``[B, T]``, and which labels count, bool ``[B, T]``; None when the output does not tell."""
+        """Return the task loss of each label, fp32 ``[B, T]``, and which of them count, bool ``[B, T]``; None if the output has no loss."""
         losses: tuple[Tensor, Tensor] | None = self._call(
             "token_loss", model, inputs, output, self.labels(model, inputs)
         )
         return losses
 
     def example_loss(self, model: nn.Module, inputs: dict[str, Any], output: Any) -> Tensor | None:
-        """Task loss of each example, the mean over its labels, ``[B]``; None when the output does not tell (the batch's loss
-        then serves all)."""
+        """Return the task loss of each example, the mean over its labels, ``[B]``.
+
+        None if the output does not tell; all examples then share the loss of the batch.
+        """
         losses = self.token_loss(model, inputs, output)
         return None if losses is None else losses[0].sum(-1) / losses[1].sum(-1).clamp(min=1)
 
     def loss_items(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-        """Items of this batch, ``[]``, where the model divides their summed loss by the Trainer's ``num_items_in_batch``; None
-        where its loss is a mean whatever the Trainer asks for."""
+        """Return the number of items in this batch, ``[]``, if the model divides their summed loss by ``num_items_in_batch``.
+
+        None if its loss is a mean, whatever the Trainer requests.
+        """
         items: Tensor | None = self._call("loss_items", model, inputs)
         return items
 
     def replace_inputs(
         self, model: nn.Module, batch: dict[str, Any], dropped: dict[str, Tensor], how: str, seed: int
     ) -> dict[str, Any]:
-        """The batch with every dropped token or patch replaced.
+        """Return the batch with every dropped token or patch replaced.
 
         Args:
-            dropped: tower to bool ``[B, N]``. how: ``noise`` | ``zero`` | ``swap`` (with another position's).
+            dropped: dict from tower to bool ``[B, N]``. how: ``noise`` | ``zero`` | ``swap`` (with another position).
         """
         batch = dict(batch)
         for name, rows in dropped.items():
@@ -255,11 +259,11 @@ class Family:
         return batch
 
     def input_rows(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        """Towers whose rows are given inputs, with bool ``[B, N]``: which rows are an input token or patch."""
+        """Return the towers whose rows are inputs of the model, with bool ``[B, N]``: which rows are an input token or patch."""
         found = {}
         for name, tower in self.towers(model).items():
             if self.spec.candidates and tower.spec.prompt:
-                continue  # rows of an image are made by another tower
+                continue  # the rows of an image come from another tower
             rows = self._call("input_rows", tower, batch)
             if rows is not None:
                 found[name] = rows

@@ -25,27 +25,28 @@ def look(
 ) -> tuple[Choice, Tensor]:
     """Choose ``k`` positions in ``min(scorer.glimpses, slots)`` glimpses; the estimator makes the choice of each.
 
-    The law of the whole is the product of the laws of the glimpses, so log-probabilities and entropies add up: a score function stays
-    unbiased. Gates of different glimpses are disjoint in the forward and add up too.
+    The distribution of the whole choice is the product over the glimpses, so log-probabilities and entropies add up, and a score-function
+    estimator stays unbiased. Gates of different glimpses are disjoint in the forward pass and add up too.
 
     Args:
         features: fp32 ``[B, H, N, F]``. k: int64 ``[B, H, 1]``. candidates: bool ``[B, H, 1, N]``. slots: static bound of ``k``.
-        sampling: how to draw in training; None takes the best of each look.
-        adaptive: the gradient's temperature follows the spread of each look's scores, over what is left to choose from.
-        halts: the scorer may stop before ``k``: where the probability of going on is below one half in evaluation, by a draw in training.
+        sampling: how to draw in training; None takes the best positions of each glimpse.
+        adaptive: the gradient's temperature follows the spread of each glimpse's scores over the remaining candidates.
+        halts: the scorer may stop before ``k``: in evaluation if the probability of continuing is below one half, in training by a draw.
 
     Returns:
-        The choice, and fp32 scores ``[B, H, 1, N]``: of the look that kept a position (of the last look where none did), raised by a
-        constant per look, so that what was seen earlier ranks above what was seen later, and that above what was dropped.
+        The choice, and fp32 scores ``[B, H, 1, N]``: those of the glimpse that kept a position, or of the last glimpse if none did. They
+        are raised by a constant per glimpse, so that positions of earlier glimpses rank above those of later ones, and all of them above
+        dropped positions.
     """
-    # a row of nothing but its protected position has no slot; one look that chooses nothing serves it
+    # a row that has only its protected position has no slot; it makes one glimpse that chooses nothing
     looks = max(1, min(scorer.glimpses, slots))
-    # a row with a smaller budget makes fewer glimpses, as it would alone: none of the batch decides for it
+    # a row with a smaller budget makes fewer glimpses, as it would alone: the rest of the batch has no influence
     turns = k.clamp(min=1, max=looks)  # [B, H, 1]
     state, remaining = scorer("start", features), candidates
     kept = torch.zeros_like(candidates)
-    alive = torch.ones_like(k, dtype=features.dtype)  # [B, H, 1]: 1 while looking; its gradient is the stop's
-    reached = torch.ones_like(alive)  # probability of making this look
+    alive = torch.ones_like(k, dtype=features.dtype)  # [B, H, 1]: 1 until it stops; carries the stop's gradient
+    reached = torch.ones_like(alive)  # probability of making this glimpse
     gates: Tensor | None = None
     log_prob: Tensor | None = None
     entropy: Tensor | None = None
@@ -93,13 +94,13 @@ def look(
         remaining = remaining & ~choice.mask
         if scorer.monotonic:
             remaining = remaining & _behind(choice.mask)
-    # where everything is kept there is no choice, in whatever order the looks took it
+    # if everything is kept there is no choice, whatever the order of the glimpses
     chooses = (k < candidates.sum(-1)) | halts
     gates = None if gates is None else torch.where(chooses.unsqueeze(-1), gates, kept.to(gates.dtype))
     log_prob = None if log_prob is None else torch.where(chooses, log_prob, 0.0)
     entropy = None if entropy is None else torch.where(chooses, entropy, 0.0)
     if sampling is not None:
-        # the last state decides nothing: a gradient of zero rather than none, since distributed training waits for every parameter
+        # the last state decides nothing: give it a zero gradient, since distributed training waits for every parameter
         unread = 0.0 * (state.sum(-1, keepdim=True) + (scorer("go_on", state) if scorer.halts else 0.0))
         gates = None if gates is None else gates + unread.unsqueeze(-1)
         log_prob = None if log_prob is None else log_prob + unread
@@ -116,11 +117,11 @@ def read_on(
     slots: int,
     sampling: Sampling | None,
 ) -> Choice:
-    """Let each query choose from where the one before began to read: nothing in front of that.
+    """Choose for each query among the positions from the first one that the previous query kept.
 
     Args:
         scores: fp32 ``[B, H, Q, N]``. k: int64 ``[B, H, Q]``. candidates: bool ``[B, H, Q, N]``.
-        passed: bool ``[B, H, N]``: what earlier steps of decoding passed.
+        passed: bool ``[B, H, N]``: positions that earlier decoding steps have passed.
     """
     made = []
     for query in range(scores.shape[2]):
@@ -137,7 +138,7 @@ def read_on(
 
 
 def _of_query(sampling: Sampling, part: slice) -> Sampling:
-    """How one query's choice is drawn: its rows of what differs between queries, ``[B, H, Q, ...]``."""
+    """Return how one query's choice is drawn: its rows of all settings that differ between queries, ``[B, H, Q, ...]``."""
     temperature, posterior = sampling.backward_temperature, sampling.posterior
     return replace(
         sampling,
@@ -147,7 +148,7 @@ def _of_query(sampling: Sampling, part: slice) -> Sampling:
 
 
 def before(mask: Tensor) -> Tensor:
-    """Positions before the first True one, bool ``[..., N]``; none where there is none."""
+    """Return the positions before the first True one, bool ``[..., N]``; none if no position is True."""
     return (mask.cumsum(-1) == 0) & mask.any(-1, keepdim=True)
 
 
@@ -161,14 +162,14 @@ def _ceil(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def _behind(mask: Tensor) -> Tensor:
-    """Positions behind the last True one, bool ``[..., N]``; all of them where there is none."""
+    """Return the positions after the last True one, bool ``[..., N]``; all of them if no position is True."""
     n = mask.shape[-1]
     places = torch.arange(n, device=mask.device)
     return places > torch.where(mask, places, -1).amax(-1, keepdim=True)
 
 
 def _ranked(made: list[tuple[Tensor, Tensor]], candidates: Tensor) -> Tensor:
-    """See ``look``; the constants carry no gradient."""
+    """Return the scores described in ``look``; the constants carry no gradient."""
     *_, (_, ranked) = made
     ranked = ranked.expand(candidates.shape)
     for mask, scores in reversed(made):
@@ -181,7 +182,7 @@ def _ranked(made: list[tuple[Tensor, Tensor]], candidates: Tensor) -> Tensor:
 
 
 def spread(scores: Tensor, free: Tensor) -> Tensor:
-    """Standard deviation of each row's scores over its free positions, ``[..., 1]``."""
+    """Return the standard deviation of each row's scores over its free positions, ``[..., 1]``."""
     count = free.sum(-1, keepdim=True).clamp(min=1)
     known = scores.masked_fill(~free, 0.0)
     variance = known.square().sum(-1, keepdim=True) / count - (known.sum(-1, keepdim=True) / count).square()

@@ -1,4 +1,4 @@
-"""What the library reads of a model's head and inputs; families replace single functions where theirs differ."""
+"""Functions that read a model's head and inputs; families replace single functions if their heads differ."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def extends(model: nn.Module, names: Iterable[str]) -> bool:
-    """Whether the model's class, or one that it extends, has one of these names: a user's subclass of a head is that head."""
+    """Return whether the model's class or one of its bases has one of these names; a user's subclass of a head counts as that head."""
     return not {cls.__name__ for cls in type(model).__mro__}.isdisjoint(names)
 
 
 def labels(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-    """Labels in line with the logits, int64 ``[B, T]``; a class of each example is one label."""
+    """Return labels aligned with the logits, int64 ``[B, T]``; one class per example is one label."""
     found: Tensor | None = inputs.get("labels")
     if found is None or found.is_floating_point():
         return None
@@ -28,7 +28,7 @@ def labels(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
 
 
 def target_table(model: nn.Module) -> Tensor | None:
-    """The classifier's weight, a state for each class."""
+    """Return the classifier's weight, a state for each class."""
     weight: Tensor | None = getattr(getattr(model, "classifier", None), "weight", None)
     return weight
 
@@ -36,7 +36,7 @@ def target_table(model: nn.Module) -> Tensor | None:
 def token_loss(
     model: nn.Module, inputs: dict[str, Any], output: Any, known: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Cross-entropy of each label; squared or binary error where the labels are numbers."""
+    """Return the cross-entropy of each label, or the squared or binary error if the labels are floating-point numbers."""
     given, logits = inputs.get("labels"), output.get("logits")
     if given is None or logits is None:
         return None
@@ -54,7 +54,7 @@ def token_loss(
 def pair_loss(
     model: nn.Module, inputs: dict[str, Any], output: Any, known: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """For models that compare images with texts by softmax, the mean loss of both directions."""
+    """Return the mean loss of both directions, for models that compare images with texts by softmax."""
     if output.get("logits_per_text") is None:
         return token_loss(model, inputs, output, known)
     logits = output.logits_per_text.float()
@@ -65,12 +65,12 @@ def pair_loss(
 
 
 def loss_items(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-    """None: most heads return a mean."""
+    """Return None, because most heads return a mean."""
     return None
 
 
 def classified_items(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-    """The number of classes given, for image classifiers, whose loss function follows ``num_items_in_batch``."""
+    """Return the number of given classes, for image classifiers, whose loss function uses ``num_items_in_batch``."""
     given = inputs.get("labels")
     if not type(model).__name__.endswith("ForImageClassification") or given is None or given.is_floating_point():
         return None
@@ -80,10 +80,10 @@ def classified_items(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
 def replace_inputs(
     model: nn.Module, tower: Tower, batch: dict[str, Any], dropped: Tensor, how: str, seed: int
 ) -> dict[str, Any]:
-    """The changed inputs of one tower: pixels for towers of images, ids for towers of tokens."""
+    """Return the changed inputs of one tower: pixels for towers of images, ids for towers of tokens."""
     if tower.reads_images:
         first = tower.protected.first
-        # one row stands in front of the patches wherever pixels are replaced
+        # the replacement of pixels expects one row before the patches
         patches = nn.functional.pad(dropped[:, first:], (1, 0))
         size = patch_size(tower.config)
         return {"pixel_values": replace_patches(batch["pixel_values"], patches, size, how, seed)}
@@ -92,7 +92,7 @@ def replace_inputs(
 
 
 def input_rows(tower: Tower, batch: Any) -> Tensor | None:
-    """Which rows of a tower are input tokens or patches, bool ``[B, N]``; None when its rows are made, not given."""
+    """Return which rows of a tower are input tokens or patches, bool ``[B, N]``; None if its rows are computed, not given."""
     if "inputs" not in tower.kinds:
         return None
     if not tower.reads_images:
@@ -111,13 +111,13 @@ def input_rows(tower: Tower, batch: Any) -> Tensor | None:
 
 
 def patch_size(config: Any) -> tuple[int, int]:
-    """Height and width of a patch, in pixels."""
+    """Return the height and width of a patch in pixels."""
     patch = config.patch_size
     return (patch, patch) if isinstance(patch, int) else tuple(patch)
 
 
 def replace_tokens(ids: Tensor, dropped: Tensor, config: Any, how: str, seed: int) -> Tensor:
-    """Replace the dropped tokens ``[B, N]`` by random ones, the first ordinary token, or their neighbour."""
+    """Replace the dropped tokens ``[B, N]`` by random tokens, the first ordinary token, or their neighbour."""
     special = (config.pad_token_id, config.eos_token_id, getattr(config, "bos_token_id", None))
     lowest = max(token for token in (0, *special) if isinstance(token, int) and token < config.vocab_size - 1) + 1
     generator = torch.Generator().manual_seed(seed)
@@ -130,11 +130,11 @@ def replace_tokens(ids: Tensor, dropped: Tensor, config: Any, how: str, seed: in
     return torch.where(dropped, other, ids)
 
 
-# ---------------------------------------------------------------- models that write
+# ---------------------------------------------------------------- models that generate
 
 
 def next_labels(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-    """Labels of a model that predicts the next token, in line with its logits; a class of each example as of any model."""
+    """Return the labels of a next-token model, aligned with its logits; one class per example is read as for any model."""
     given: Tensor | None = inputs.get("labels")
     if given is None or given.dim() == 1:
         return labels(model, inputs)
@@ -142,7 +142,7 @@ def next_labels(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
 
 
 def vocabulary(model: Any) -> Tensor | None:
-    """The embeddings of the tokens that a label can be, or the weight of a classifier."""
+    """Return the embeddings of the tokens that a label can be, or the weight of a classifier."""
     if model.can_generate():
         table: Tensor = model.get_input_embeddings().weight
         return table
@@ -151,12 +151,12 @@ def vocabulary(model: Any) -> Tensor | None:
 
 
 def predicted_items(model: Any, inputs: dict[str, Any]) -> Tensor | None:
-    """The number of tokens to predict, by which a causal language model divides the loss that the Trainer accumulates."""
+    """Return the number of tokens to predict, by which a causal language model divides the loss that the Trainer accumulates."""
     known = next_labels(model, inputs) if model.can_generate() else None
     return None if known is None else (known != -100).sum()
 
 
-# what a row of a decoder replaces
+# the functions that the row of a decoder replaces
 NEXT_TOKEN: dict[str, Callable[..., Any]] = {
     "labels": next_labels,
     "target_table": vocabulary,

@@ -1,4 +1,4 @@
-"""Install the hooks of a hard model, by what its sites need, and take them off again."""
+"""Install the hooks that the sites of a hard model need, and remove them again."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def install_hooks(
     config: HardAttentionConfig,
     training_loss: tuple[Callable[..., None], Callable[..., None]],
 ) -> None:
-    """Put on a model what its selectors need: plans, and hooks where there is something to do.
+    """Install the plans that a model's selectors need, and hooks where there is something to do.
 
     Args:
         training_loss: see ``towers.TRAINING_LOSS``.
@@ -75,7 +75,7 @@ def install_hooks(
 
 
 def _selector_at(tower: Tower, kind: str, layer: int) -> Selector | None:
-    """The selector of a site; None where there is none, or where its estimator never selects."""
+    """Return the selector of a site; None if there is none, or if its estimator never selects."""
     if layer >= len(tower.layers):  # a tower may have no layers
         return None
     for pixels in (False, True) if kind == "inputs" else (False,):
@@ -88,18 +88,18 @@ def _selector_at(tower: Tower, kind: str, layer: int) -> Selector | None:
 
 
 def _selectors_at(tower: Tower) -> list[Selector]:
-    """The selectors of the tower's sites, those that never select left out."""
+    """Return the selectors of the tower's sites, without those that never select."""
     found = (_selector_at(tower, kind, layer) for _, kind, layer in tower.sites())
     return [selector for selector in found if selector is not None]
 
 
 def _keeps_all(tower: Tower) -> bool:
-    """Whether every site of the tower keeps everything."""
+    """Return whether every site of the tower keeps everything."""
     return all(selector.keeps_all for selector in _selectors_at(tower))
 
 
 def _first_drop(tower: Tower) -> int | None:
-    """The first layer behind which rows may be missing, -1 for the inputs; None when the tower drops none."""
+    """Return the first layer after which rows may be missing, -1 for the inputs; None if the tower drops none."""
     if "inputs" in tower.kinds and _selector_at(tower, "inputs", 0) is not None:
         return -1
     if "tokens" not in tower.kinds:
@@ -108,14 +108,14 @@ def _first_drop(tower: Tower) -> int | None:
 
 
 def _packs(tower: Tower) -> bool:
-    """Whether rows of the tower may be packed, because the host knows how many are left in each."""
+    """Return whether rows of the tower may be packed, because the host knows how many are left in each."""
     kinds = [("inputs", 0), *(("tokens", n) for n in range(len(tower.layers)))]
     found = [_selector_at(tower, kind, n) for kind, n in kinds if kind in tower.kinds]
     return any(s is not None and (s.data_dependent or bool(s.config.pack)) for s in found)
 
 
 def _install_layers(tower: Tower, first_drop: int | None, source_drops: bool, idle: bool) -> bool:
-    """Hook the layers that have something to do; whether any has."""
+    """Hook the layers that have something to do; return whether there are any."""
     spec, packs = tower.spec, _packs(tower)
     plans = [_layer_plan(tower, index) for index in range(len(tower.layers))]
     busy = not idle and (first_drop is not None or any(p.own or p.crosses for p in plans))
@@ -146,7 +146,7 @@ def _install_layers(tower: Tower, first_drop: int | None, source_drops: bool, id
         plan.pools, plan.restores = last and spec.pooling is not None, last and spec.pools_by_place
         prunes = spec.prompt and reads_keys
         if plan.tokens or plan.pools or plan.restores or prunes or (behind and packs):
-            # in front of others' hooks: FSDP2's takes the selector's weights away again
+            # before other hooks: FSDP2's hook takes the selector's weights away again
             layer.register_forward_hook(after_hook, with_kwargs=True, prepend=True)
         if spec.attention and (behind or plan.inputs or reads_keys or plan.uses_table or plan.eager_only):
             module, inner = tower.attention(layer, "self"), tower.attention_spec("self")
@@ -240,13 +240,13 @@ def _install_tower(
 
 
 def end_behind_later_hooks(model: nn.Module) -> None:
-    """Let the hook that ends a call run behind those that came after it: one of them may give the output its loss."""
+    """Move the hook that ends a call after hooks that were added later, since one of them may add the loss to the output."""
     for key in [key for key, hook in model._forward_hooks.items() if hook is close_call]:
         model._forward_hooks.move_to_end(key)  # type: ignore[attr-defined]
 
 
 def remove_hooks(model: nn.Module) -> None:
-    """Take every hook and plan off a model; selectors stay."""
+    """Remove every hook and plan from a model; selectors stay."""
     for module in model.modules():
         _unhook(module)
         attention_forward.uninstall(module)

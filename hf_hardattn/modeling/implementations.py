@@ -1,4 +1,4 @@
-"""Attention implementations of Transformers: what is known of them, and a family's eager function."""
+"""Attention implementations of Transformers: their known properties, and a family's eager function."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .spec import AttentionSpec
 
 
 def is_softmax(implementation: str) -> bool:
-    """Whether an implementation is known to compute softmax attention, so that another way to compute it may take its place."""
+    """Return whether an implementation is known to compute softmax attention, so that it may be computed in another way."""
     return implementation in ("eager", "sdpa", "flex_attention") or implementation.startswith("flash_attention")
 
 
 def refuse_per_query(implementation: str, spec: AttentionSpec, site: str) -> None:
-    """Refuse a choice of each query beside an attention function that is not known to take a mask of each query.
+    """Refuse per-query choices with an attention function that is not known to accept a per-query mask.
 
     Raises:
-        HardAttentionError: the implementation cannot serve the site.
+        HardAttentionError: if the implementation cannot serve the site.
     """
     if implementation in ("eager", "sdpa") or not spec.interface:
         return
@@ -33,5 +33,5 @@ def refuse_per_query(implementation: str, spec: AttentionSpec, site: str) -> Non
 
 
 def stock_eager(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """The eager attention function of a module's family."""
+    """Return the eager attention function of a module's family."""
     return family_function(module, "eager_attention_forward")(module, *args, **kwargs)

@@ -1,7 +1,7 @@
 """``self`` sites: which keys a layer's self-attention reads.
 
-The choice is made inside the attention, where the normalised states are at hand; under gradient checkpointing in front of the
-layer, so that the recomputation in the backward pass does not make it again.
+The choice is made inside the attention, where the normalised states are available. Under gradient checkpointing, it is made before the
+layer, so that the recomputation in the backward pass does not repeat it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def attention_input(
     bias: Tensor | None,
     tables: Tables | None,
 ) -> AttentionInput | None:
-    """What the self-attention of a layer with a ``self`` site gets in place of the mask; None where the stock one serves.
+    """Return the input that the self-attention at a ``self`` site gets in place of the mask; None if the stock attention suffices.
 
     Args:
-        attention: of the layer.
-        hidden: the layer's rows ``[B, N, D]``. mask: over them, in the form of the attention implementation.
-        bias: position bias as the layer was given it. tables: of a rotary embedding, for the rows.
+        attention: self-attention of the layer.
+        hidden: the layer's rows ``[B, N, D]``. mask: mask over them, in the form of the attention implementation.
+        bias: position bias as passed to the layer. tables: tables of the rotary embedding for the rows.
     """
     if plan.follows is not None:
         keys = state.leaders.get(plan.follows)
@@ -57,7 +57,7 @@ def attention_input(
 
 
 def is_checkpointed(layer: Any) -> bool:
-    """Whether the layer's forward will be recomputed in the backward pass; Transformers then takes its cache away."""
+    """Return whether the layer's forward will be recomputed in the backward pass; Transformers then takes its cache away."""
     return bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
 
 
@@ -71,7 +71,7 @@ def choose_keys(
     mask: Any,
     bias: Tensor | None,
 ) -> KeySubset | None:
-    """Choose among the keys of ``states`` ``[B, N, D]``, normalised as the attention reads them; None to read all."""
+    """Choose among the keys of ``states`` ``[B, N, D]``, normalised as the attention reads them; return None to read all of them."""
     if not selector.once:
         return _choose_per_query(selector, context, state, view, states, mask)
     valid = state.candidates
@@ -113,7 +113,7 @@ def _choose_per_query(
 
 
 def serves_table(what: AttentionInput | None, mask: Any, implementation: str, weights: bool, masked: bool) -> bool:
-    """Whether a layer can read T5's bias as a table of distances instead of a matrix.
+    """Return whether a layer can read T5's bias as a table of distances instead of a matrix.
 
     Args:
         masked: the choice that the attention will make weighs all keys, or differs between queries.
@@ -130,5 +130,5 @@ def serves_table(what: AttentionInput | None, mask: Any, implementation: str, we
 
 
 def as_matrix(bias: Tensor) -> Tensor:
-    """A position bias as a matrix."""
+    """Return a position bias as a matrix."""
     return distances.matrix(bias) if distances.is_table(bias) else bias

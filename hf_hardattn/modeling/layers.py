@@ -1,4 +1,4 @@
-"""The hooks of a layer: before it the rows and keys it computes on, after it the rows that go on."""
+"""The hooks of a layer: before it, they choose the rows and keys that it computes with; after it, the rows for later layers."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from .state import AttentionInput, TowerState
 
 
 def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a layer: choose at its ``inputs``, ``self`` and ``cross`` sites, and narrow its side inputs.
+    """Forward pre-hook of a layer: choose at its ``inputs``, ``self`` and ``cross`` sites, and reduce its other inputs to the kept rows.
 
     Returns:
-        The arguments to run with; None when nothing changes.
+        The arguments to run with; None if nothing changes.
     """
     context: ForwardContext | None = kwargs.get(CONTEXT)
     plan: LayerPlan = layer.__dict__[LAYER]
     state = None if context is None else context.towers.get(plan.tower)
     if context is None or state is None:
-        return None  # a layer called by itself computes as the stock one
+        return None  # a layer called on its own computes as the original one
     if state.begun and plan.only_narrows and not _reads_specially(plan, state):
         if not state.dropped:
             return None
@@ -56,7 +56,7 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _reads_specially(plan: LayerPlan, state: TowerState) -> bool:
-    """Whether a cross-attention without a site of its own has gates to weigh, or slots to hide that its tower's mask does not tell."""
+    """Return whether a cross-attention without its own site has gates to apply, or slots to hide that its tower's mask does not show."""
     hides = plan.unmasked_source and state.source_dropped and state.source_valid is not None
     return plan.cross is not None and (hides or state.source_gates is not None)
 
@@ -75,7 +75,7 @@ class _Rows:
         return attrgetter(self.plan.attention)(self.layer)
 
     def begin(self) -> None:
-        """At the first hooked layer: read which rows are there, and make T5's bias as a table of distances."""
+        """Read which rows are valid and build T5's bias as a table of distances, at the first hooked layer."""
         if self.state.begun:
             return
         self.state.begin(self.hidden.shape[1], self.arguments.get("attention_mask"))
@@ -84,7 +84,7 @@ class _Rows:
             self.arguments.set("position_bias", table)
 
     def select_inputs(self) -> None:
-        """Choose among the rows in front of the first layer."""
+        """Choose among the rows before the first layer."""
         plan, hidden = self.plan, self.hidden
         if not plan.inputs:
             return
@@ -100,7 +100,7 @@ class _Rows:
             self.arguments.set("position_bias", bias_of_rows(self.arguments.get("position_bias"), indices))
 
     def hand_over_mask(self) -> None:
-        """Put what the self-attention reads into the mask argument."""
+        """Pass what the self-attention reads in the mask argument."""
         plan, state, arguments = self.plan, self.state, self.arguments
         if not plan.attention:
             return
@@ -121,7 +121,7 @@ class _Rows:
             arguments.set("attention_mask", mask)
 
     def _narrow_tables(self) -> None:
-        """Give the layer the rotary tables of the rows that are left."""
+        """Give the layer the rotary tables of the remaining rows."""
         name, positions = self.plan.attention_spec.rotary, self.state.positions
         tables = None if name is None or positions is None else self.arguments.get(name)
         if name is not None and positions is not None and tables is not None:
@@ -148,18 +148,18 @@ class _Rows:
         return AttentionInput(mask) if plan.eager_only and plan.attention and self._serves_sdpa(mask) else None
 
     def _may_pack(self, mask: Any) -> bool:
-        """Whether each row of a packed batch may attend to all of itself, in another way than by the implementation's own function."""
+        """Return whether each row of a packed batch may attend to all of itself without the implementation's own function."""
         differs = isinstance(mask, Tensor) and differs_between_queries(mask)
         if differs or self.plan.causal or (self.plan.windows and isinstance(mask, BlockMask)):
             return False
         return not self.plan.attention_spec.interface or is_softmax(self.attention.config._attn_implementation)
 
     def _serves_sdpa(self, mask: Any) -> bool:
-        """Whether the attention of a family without an attention function is to run here: only the stock one tells weights."""
+        """Return whether the attention of a family without an attention function is computed here; only the stock one returns weights."""
         return not self._wants_weights or mask is not None
 
     def _settle_bias(self, what: AttentionInput | None, mask: Any) -> AttentionInput | None:
-        """Keep T5's bias a table of distances where this layer can read one; else make the matrix, for all later layers."""
+        """Keep T5's bias as a table of distances if this layer can read one; otherwise build the matrix for all later layers."""
         bias = self.arguments.get("position_bias")
         if bias is None or not distances.is_table(bias):
             return what
@@ -181,10 +181,10 @@ class _Rows:
 
 
 def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a layer: give packed rows their padding again, and choose at its ``tokens`` site.
+    """Forward hook of a layer: restore the padding of packed rows, and choose at its ``tokens`` site.
 
     Returns:
-        The output with the rows that go on; None when nothing changes.
+        The output with the remaining rows; None if nothing changes.
     """
     context: ForwardContext | None = kwargs.get(CONTEXT)
     plan: LayerPlan = layer.__dict__[LAYER]
@@ -210,8 +210,8 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     if plan.restores and state.positions is not None:
         hidden, changed = state.restore(hidden), True
     if plan.tokens and not changed and hidden.requires_grad and hasattr(layer, "set_reshard_after_backward"):
-        # FSDP2 fetches a layer's weights when the gradient reaches the layer's output. What leaves the layer must be made after the
-        # choice, or the gradient reaches the selector first, whose weights are not there yet
+        # FSDP2 fetches a layer's weights when the gradient reaches the layer's output. The output must therefore be created after the
+        # choice; otherwise the gradient reaches the selector first, whose weights are not there yet
         hidden, changed = hidden.clone(), True
     if not changed:
         return None

@@ -1,4 +1,4 @@
-"""Attention masks of the rows that a selection left, in the form that each attention implementation reads."""
+"""Attention masks of the rows that remain after a selection, in the form that each attention implementation reads."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .state import TowerState
 
 
 def padding_mask(valid: Tensor | None, config: Any, hidden: Tensor, source: Tensor | None = None) -> Any:
-    """The mask that hides unused slots and padding, and nothing else.
+    """Return a mask that hides only unused slots and padding.
 
     Args:
-        valid: bool ``[B, K]``; None when every row counts, then no mask is needed.
-        config: of the tower; its ``_attn_implementation`` decides the form.
-        hidden: ``[B, Q, D]``, the queries. source: ``[B, K, D]``, the keys' states, when they are not the queries'.
+        valid: bool ``[B, K]``; None if every row is valid, so that no mask is needed.
+        config: configuration of the tower; its ``_attn_implementation`` determines the form.
+        hidden: ``[B, Q, D]``, the queries. source: ``[B, K, D]``, the keys' states, if they are not the queries'.
 
     Returns:
-        None; bool ``[B, 1, 1, K]`` for SDPA; an additive mask for eager; whatever the mask function of any other
-        implementation makes of the 2-D mask (flash attention reads that itself, flex attention a ``BlockMask``).
+        None; bool ``[B, 1, 1, K]`` for SDPA; an additive mask for eager; for any other implementation, what its mask function makes of
+        the 2-D mask (flash attention reads that itself, flex attention a ``BlockMask``).
 
     Raises:
-        HardAttentionError: the implementation makes no masks.
+        HardAttentionError: if the implementation has no mask function.
     """
     if valid is None:
         return None
@@ -47,18 +47,18 @@ def padding_mask(valid: Tensor | None, config: Any, hidden: Tensor, source: Tens
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as numbers added to the logits."""
+    """Convert a bool mask to numbers that are added to the logits."""
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def row_mask(state: TowerState, plan: LayerPlan, config: Any, hidden: Tensor, given: Any) -> Any:
-    """The mask of a layer behind a selection; ``given`` while nothing was dropped.
+    """Return the mask of a layer after a selection, or ``given`` while nothing has been dropped.
 
-    A mask that differs between queries, the caller's own or a window, is taken over row by row; any other hides padding only,
-    and is made anew.
+    A mask that differs between queries (the caller's own, or a window) is gathered row by row. Any other mask hides only padding and is
+    created anew.
 
     Raises:
-        HardAttentionError: the implementation counts a window in rows, of which some are gone.
+        HardAttentionError: if the implementation counts a window in rows, some of which are missing.
     """
     if plan.windows and (state.dropped or plan.own or plan.follows is not None):
         _refuse_counted_window(config._attn_implementation, plan)
@@ -86,7 +86,7 @@ def _refuse_counted_window(implementation: str, plan: LayerPlan) -> None:
 
 
 def _block_mask_of_rows(state: TowerState, mask: BlockMask, hidden: Tensor) -> BlockMask:
-    """Flex attention's mask between the rows that are left."""
+    """Return flex attention's mask between the remaining rows."""
     batch, rows = hidden.shape[:2]
     positions, valid = state.positions, state.valid
 
@@ -99,7 +99,7 @@ def _block_mask_of_rows(state: TowerState, mask: BlockMask, hidden: Tensor) -> B
 
 
 def _mask_of_rows(state: TowerState, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask that differs between queries, at the rows that are left."""
+    """Restrict a mask that differs between queries to the remaining rows."""
     if state.positions is not None:
         mask = gather_keys(gather_queries(mask, state.positions), state.positions[:, None])
     if state.valid is None:
@@ -109,25 +109,25 @@ def _mask_of_rows(state: TowerState, mask: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def causal_mask(rows: int, device: torch.device) -> Tensor:
-    """Which keys each of ``rows`` queries may read when it reads no later one, bool ``[1, 1, Q, N]``."""
+    """Return the causal mask between ``rows`` queries and keys, bool ``[1, 1, Q, N]``."""
     return torch.ones(rows, rows, dtype=torch.bool, device=device).tril()[None, None]
 
 
 def row_of_padding(mask: Any) -> Any:
-    """One query's row of a mask that hides padding alone, a view: Transformers may have made it anew for each query."""
+    """Return one query's row of a mask that hides only padding, as a view; Transformers may have made a copy for each query."""
     return mask[:, :, :1] if isinstance(mask, Tensor) and mask.dim() == 4 else mask
 
 
 def differs_between_queries(mask: Tensor) -> bool:
-    """Whether a mask ``[B, H, Q, N]`` may hide other keys from each query; one that is broadcast to all queries cannot."""
+    """Return whether a mask ``[B, H, Q, N]`` may hide other keys from each query; one that is broadcast to all queries cannot."""
     return mask.dim() == 4 and mask.shape[2] > 1 and mask.stride(2) != 0
 
 
 def opened(mask: Tensor, indices: Tensor | None, kept: Tensor | None) -> Tensor:
-    """A mask of each query over the kept keys; a query in whose window nothing was kept reads everything that was.
+    """Return a per-query mask over the kept keys; a query with no kept key in its window reads all kept keys.
 
     Args:
-        mask: bool ``[B, H or 1, Q, N]``. indices: int64 ``[B, H or 1, K]``; None while all keys are there.
+        mask: bool ``[B, H or 1, Q, N]``. indices: int64 ``[B, H or 1, K]``; None while no key has been removed.
         kept: bool, broadcastable to ``[B, H or 1, Q, K]``; None for all.
     """
     allowed = mask if indices is None else gather_keys(mask, indices)
@@ -136,20 +136,20 @@ def opened(mask: Tensor, indices: Tensor | None, kept: Tensor | None) -> Tensor:
 
 
 def gather_keys(mask: Tensor, indices: Tensor) -> Tensor:
-    """Columns of ``[B or 1, H or 1, Q, N]`` at int64 ``[B, H or 1, K]``."""
+    """Gather the columns of ``[B or 1, H or 1, Q, N]`` at int64 ``[B, H or 1, K]``."""
     batch, heads = max(mask.shape[0], indices.shape[0]), max(mask.shape[1], indices.shape[1])
     columns = indices.unsqueeze(2).expand(batch, heads, mask.shape[2], -1)
     return mask.expand(batch, heads, -1, -1).gather(-1, columns)
 
 
 def gather_queries(mask: Tensor, positions: Tensor) -> Tensor:
-    """Rows of ``[B or 1, H or 1, N, N]`` at int64 ``[B, K]``."""
+    """Gather the rows of ``[B or 1, H or 1, N, N]`` at int64 ``[B, K]``."""
     rows = positions[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
     return mask.expand(len(positions), -1, -1, -1).gather(2, rows)
 
 
 def combine(mask: Any, allowed: Tensor | None, dtype: torch.dtype) -> Any:
-    """Hide from ``mask`` (bool, additive or None) what ``allowed`` hides too, in the same form."""
+    """Return ``mask`` (bool, additive or None) in the same form, but also hide what ``allowed`` hides."""
     if allowed is None:
         return mask
     if mask is None:
@@ -160,7 +160,7 @@ def combine(mask: Any, allowed: Tensor | None, dtype: torch.dtype) -> Any:
 
 
 def as_allowed(mask: Any) -> Tensor | None:
-    """A mask in any form as bool ``[B, H or 1, Q or 1, N]``, True = may attend; None when it hides nothing."""
+    """Convert a mask in any form to bool ``[B, H or 1, Q or 1, N]``, True = may attend; None if it hides nothing."""
     if isinstance(mask, BlockMask):
         batch, heads, queries, keys = mask.shape
         return create_mask(mask.mask_mod, batch, heads, queries, keys, device=mask.kv_indices.device)

@@ -1,6 +1,6 @@
-"""The layers of a hard tower: those that it was attached to, and no others.
+"""Check that a hard tower has exactly the layers to which hard attention was attached.
 
-A layer that came later has no hooks: it would compute on what was dropped, or leave a site out, and nobody would see it.
+A layer added later has no hooks. It would compute with what was dropped, or leave a site out, without anyone noticing.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from .arguments import takes_keywords
 from .family import Tower
 
 MEMBER = "hard_attention_member"  # on each layer of a hard tower: the tower's name
-CHECKED = "hard_attention_checked"  # on the tower: the ids of its layers when they were last looked at
+CHECKED = "hard_attention_checked"  # on the tower: the ids of its layers at the last check
 
 
 def check_signatures(tower: Tower) -> None:
-    """Refuse layers whose ``forward`` cannot be handed the state of a call.
+    """Refuse layers whose ``forward`` cannot receive the state of a call.
 
     Raises:
-        HardAttentionError: a layer of the user's own, with a strict signature.
+        HardAttentionError: if a user's own layer has a strict signature.
     """
     for number, layer in enumerate(tower.layers):
         if not takes_keywords(layer):
@@ -33,17 +33,17 @@ def check_signatures(tower: Tower) -> None:
 
 
 def mark(tower: Tower) -> None:
-    """Note which layers the tower has."""
+    """Mark the layers that the tower has."""
     for layer in tower.layers:
         layer.__dict__[MEMBER] = tower.name
     tower.module.__dict__[CHECKED] = tuple(map(id, tower.layers))
 
 
 def check(tower: nn.Module, path: str, name: str) -> None:
-    """Look at the layers again where the list has changed: it may be sliced, joined, or hold its layers in wrappers.
+    """Check the layers again if the list has changed; it may be sliced, joined, or contain wrapped layers.
 
     Raises:
-        HardAttentionError: a layer that the tower was not attached to.
+        HardAttentionError: if hard attention was not attached to a layer.
     """
     if torch.compiler.is_compiling():
         return
@@ -61,6 +61,6 @@ def check(tower: nn.Module, path: str, name: str) -> None:
 
 
 def unmark(module: nn.Module) -> None:
-    """Forget it all."""
+    """Remove the marks of a layer or a tower."""
     module.__dict__.pop(MEMBER, None)
     module.__dict__.pop(CHECKED, None)

@@ -12,9 +12,9 @@ from ..config import HardAttentionConfig
 
 
 def write_config(model: nn.Module, config: HardAttentionConfig | None) -> None:
-    """Write the dict to the configuration of the model and of every model inside it; config.json then carries it.
+    """Write the dict to the configuration of the model and of every model inside it, so that config.json contains it.
 
-    Configurations are copied before they change: other models may hold the same object.
+    Configurations are copied before they change, because other models may share the same object.
     """
     data = None if config is None else config.to_dict()
     copies: dict[int, Any] = {}
@@ -29,7 +29,7 @@ def write_config(model: nn.Module, config: HardAttentionConfig | None) -> None:
         if not isinstance(module, PreTrainedModel):
             continue
         if data is None:
-            vars(module.config).pop("hard_attention", None)  # the class says None
+            vars(module.config).pop("hard_attention", None)  # the class attribute is None
         else:
             module.config.hard_attention = data
 
@@ -46,5 +46,5 @@ def _copy_config(config: PreTrainedConfig, copies: dict[int, Any]) -> None:
 
 
 def remove_config(model: nn.Module) -> None:
-    """Take the dict out of the configurations again."""
+    """Remove the dict from the configurations."""
     write_config(model, None)

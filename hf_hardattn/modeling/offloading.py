@@ -1,4 +1,4 @@
-"""Weights that Accelerate keeps elsewhere until their module is called."""
+"""Access to weights that Accelerate keeps elsewhere until their module is called."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 
 def weights_in_place(module: nn.Module) -> AbstractContextManager[None]:
-    """Have a module's own weights on their device inside the block, for code that reads them without calling the module.
+    """Load a module's own weights to their device inside the block, for code that reads them without calling the module.
 
-    Accelerate loads an offloaded module's weights in a hook around its ``forward``; elsewhere they are on ``meta``.
+    Accelerate loads an offloaded module's weights in a hook around its ``forward``; outside it, they are on ``meta``.
     """
     hook = getattr(module, "_hf_hook", None)
     return nullcontext() if hook is None else _loaded(module, hook)

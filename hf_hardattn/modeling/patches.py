@@ -1,4 +1,4 @@
-"""Scorers of pixels: the whole image is seen coarsely, and patches are embedded only where that look chose them."""
+"""Scorers of pixels: they score a coarse version of the whole image, and only the chosen patches are embedded."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PLAN = "hard_attention_patches"
 
 @dataclass
 class PatchChoice:
-    """The chosen patches, on their way from the tower's hook to the embedding module in one of its arguments.
+    """The chosen patches, passed from the tower's hook to the embedding module in one of its arguments.
 
     Attributes:
-        given: what the caller gave for that argument.
-        patches: int64 ``[B, K]``, ascending, row by row of the image.
-        grid: patches down and across of these images; None when the table of positions needs no interpolation.
+        given: what the caller passed for that argument.
+        patches: int64 ``[B, K]``, ascending, in row-major order of the image.
+        grid: number of patches down and across these images; None if the table of positions needs no interpolation.
     """
 
     given: Any
@@ -48,7 +48,7 @@ def choose_patches(
     given, size = arguments.get(spec.carrier), _patch_size(tower.config)
     interpolates = spec.always_interpolates or bool(given)
     if pixels is None or not (interpolates or _fits(tower.config, spec, pixels, size)):
-        return  # Transformers says what is wrong
+        return  # Transformers raises the error
     settings = context.settings(selector)
     if settings.soft or (selector.keeps_all and not settings.drawing and not settings.recorders):
         return
@@ -79,7 +79,7 @@ def _patch_size(config: Any) -> tuple[int, int]:
 
 
 def _fits(config: Any, spec: PatchSpec, pixels: Tensor, size: tuple[int, int]) -> bool:
-    """Whether the positions of these images need no interpolation."""
+    """Return whether the positions of these images need no interpolation."""
     image = config.image_size
     image = (image, image) if isinstance(image, int) else tuple(image)
     if spec.fixed_size:
@@ -89,7 +89,7 @@ def _fits(config: Any, spec: PatchSpec, pixels: Tensor, size: tuple[int, int]) -
 
 
 def _coarse_image(pixels: Tensor, grid: tuple[int, int], size: tuple[int, int], cells: int) -> tuple[Tensor, Tensor]:
-    """The image averaged to ``cells`` x ``cells`` numbers a patch, and the mean of each patch ``[B, patches, C]``."""
+    """Return the image averaged to ``cells`` x ``cells`` numbers per patch, and the mean of each patch ``[B, patches, C]``."""
     whole = pixels[..., : grid[0] * size[0], : grid[1] * size[1]]
     coarse = nn.functional.adaptive_avg_pool2d(whole, (grid[0] * cells, grid[1] * cells))
     means = nn.functional.avg_pool2d(coarse, cells).flatten(2).transpose(1, 2)
@@ -97,13 +97,13 @@ def _coarse_image(pixels: Tensor, grid: tuple[int, int], size: tuple[int, int], 
 
 
 def install(embeddings: nn.Module, spec: PatchSpec) -> None:
-    """Let an embedding module embed chosen patches only."""
+    """Make an embedding module embed only the chosen patches."""
     embeddings.__dict__[PLAN] = (spec, parameter_names(embeddings), embeddings.__dict__.get("forward"))
     embeddings.__dict__["forward"] = functools.partial(embed_chosen, embeddings)
 
 
 def uninstall(embeddings: Any) -> None:
-    """Take that off again."""
+    """Restore the forward of an embedding module."""
     plan = embeddings.__dict__.pop(PLAN, None)
     if plan is None:
         return
@@ -114,7 +114,7 @@ def uninstall(embeddings: Any) -> None:
 
 
 def embed_chosen(embeddings: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Forward of an embedding module: the prefix rows and the chosen patches, ``[B, P + K, D]``; all patches without a choice."""
+    """Forward of an embedding module: the prefix rows and the chosen patches, ``[B, P + K, D]``, or all patches if there is no choice."""
     spec, names, stock = embeddings.__dict__[PLAN]
     arguments = Arguments(names, args, kwargs)
     choice = arguments.get(spec.carrier)
@@ -148,7 +148,7 @@ def _prefix_rows(embeddings: Any, spec: PatchSpec, table: Tensor, batch: int) ->
 
 
 def _position_table(embeddings: Any, spec: PatchSpec) -> Tensor:
-    """The embeddings of all positions, ``[1, prefix + P, D]``."""
+    """Return the embeddings of all positions, ``[1, prefix + P, D]``."""
     table = getattr(embeddings, spec.positions)
     if not isinstance(table, nn.Embedding):
         return table
@@ -162,10 +162,10 @@ def _kernel(projection: Any) -> tuple[int, int]:
 
 
 def embed_patches(projection: Any, pixels: Tensor, patches: Tensor, size: tuple[int, int]) -> Tensor:
-    """What the convolution ``projection``, whose stride is its kernel, gives at some patches, and nothing computed elsewhere.
+    """Apply the convolution ``projection``, whose stride equals its kernel size, at some patches, without computing the others.
 
     Args:
-        pixels: ``[B, C, height, width]``. patches: int64 ``[B, K]``, row by row. size: of a patch.
+        pixels: ``[B, C, height, width]``. patches: int64 ``[B, K]``, in row-major order. size: size of a patch.
 
     Returns:
         ``[B, K, D]``.
@@ -177,20 +177,21 @@ def embed_patches(projection: Any, pixels: Tensor, patches: Tensor, size: tuple[
     if is_bare(projection, nn.Conv2d):
         with weights_in_place(projection):
             return nn.functional.linear(found.flatten(2), projection.weight.flatten(1), projection.bias)
-    # an adapter or a hook stands around the convolution: ask it for each patch as for an image, or its part would be lost
+    # an adapter or a hook surrounds the convolution: call it on each patch as on an image, or its part would be lost
     rows: Any = projection(found.flatten(0, 1))
     return rows.flatten(1).unflatten(0, patches.shape)
 
 
 def embed_positions(table: Tensor, patches: Tensor, grid: tuple[int, int] | None, prefix: int = 1) -> Tensor:
-    """Position embeddings of some patches, ``[B, K, D]``.
+    """Return the position embeddings of some patches, ``[B, K, D]``.
 
-    Bicubic interpolation is separable: the weights of a place are those of its row times those of its column, and PyTorch's own come out
-    of interpolating unit vectors. Equal to Transformers' ``interpolate_pos_encoding`` up to the order of its sums.
+    Bicubic interpolation is separable: the weights of a position are those of its row times those of its column. Interpolating unit
+    vectors gives PyTorch's own weights. The result equals Transformers' ``interpolate_pos_encoding`` up to the order of its sums.
 
     Args:
         table: learned embeddings ``[1, prefix + P, D]``, the prefix first, then a square of patches.
-        patches: int64 ``[B, K]``. grid: patches down and across of these images; None: the table's own, nothing is interpolated.
+        patches: int64 ``[B, K]``. grid: number of patches down and across these images; None for the table's own grid, without
+            interpolation.
     """
     learned = table[0, prefix:]
     side = math.isqrt(len(learned))

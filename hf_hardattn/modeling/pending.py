@@ -1,4 +1,4 @@
-"""Choices that an attention makes itself, from the states that it is given."""
+"""Choices that are made inside an attention, from the states that it receives."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def attend_pending(call: AttentionCall, pending: PendingChoice, gates: Tensor | 
     """Choose the keys of a call, then attend to them.
 
     Args:
-        gates: ``[B, N]`` of masked training upstream.
+        gates: ``[B, N]``, from masked training at earlier sites.
 
     Returns:
-        ``[B, Q, H * d]``, and weights ``[B, H, Q, N]`` when asked for.
+        ``[B, Q, H * d]``, and weights ``[B, H, Q, N]`` if requested.
     """
     selector = running(call.module.selector)
     if not selector.once:
@@ -28,7 +28,7 @@ def attend_pending(call: AttentionCall, pending: PendingChoice, gates: Tensor | 
             call.implementation, call.plan.spec, selector.site
         )  # it may have changed since the model was attached
     if not selector.once and (call.plan.cross or call.cache is not None):
-        # what the scorer reads of earlier keys is in the cache, or the queries are made inside the layer
+        # the features of earlier keys are in the cache, or the queries are computed inside the layer
         return attend_per_query(call, selector, pending.context, gates)
     call.query  # noqa: B018  # projected before the choice: gradients are then summed in a fixed order
     plan, context, state = pending.plan, pending.context, pending.state

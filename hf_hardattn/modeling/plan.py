@@ -1,4 +1,4 @@
-"""What the hooks of a layer and of a tower have to do; plain data, written when a model is attached."""
+"""Plans of what the hooks of layers and towers have to do: plain data, written when a model is attached."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ FOLLOWS = "hard_attention_follows"  # attribute of an attention module: the site
 
 @dataclass
 class LayerPlan:
-    """What the hooks of one layer do.
+    """The plan of the hooks of one layer.
 
     Attributes:
-        tower: name of its tower. index: in the tower. names: parameters of the layer's forward.
+        tower: name of its tower. index: index in the tower. names: parameters of the layer's forward.
         attention, cross, norm: paths of its modules. attention_spec, cross_spec: names inside them.
-        protected, source_protected: rows always kept, among its own and among those its cross-attention reads.
-        inputs, own, tokens, crosses: whether it hosts a site of that kind.
-        follows, cross_follows: earlier site whose choice it shares; None when it has its own, or none.
-        chooses_inside: a site whose choice differs between queries, and so is made inside the layer; None when there is none.
+        protected, source_protected: rows that are always kept, among its own and among those that its cross-attention reads.
+        inputs, own, tokens, crosses: whether it hosts an ``inputs``, ``self``, ``tokens`` or ``cross`` site.
+        follows, cross_follows: earlier site whose choice it shares; None if it makes its own choice, or none.
+        chooses_inside: a site whose choice differs between queries, and so is made inside the layer; None if there is none.
         leads: sites of this layer whose choice later layers share.
         has_bias: its self-attention adds T5's position bias.
-        uses_table: its tower's bias is kept as a table of distances while that serves.
-        eager_only: its stock attention is eager; a hard tower's runs through SDPA in all layers.
-        unmasked_source: its tower takes no mask of the source.
-        windows: it, or a layer around it, hides rows by their distance.
+        uses_table: its tower's bias is kept as a table of distances while that suffices.
+        eager_only: its stock attention is eager; in a hard tower, all layers use SDPA instead.
+        unmasked_source: its tower accepts no mask of the source.
+        windows: it, or another layer of its tower, hides rows by their distance.
         causal: its rows attend to their past only.
-        pools: the tower pools its rows right behind this layer. restores: it reads them by their places there.
+        pools: the tower pools its rows right after this layer. restores: the tower then reads its rows by position.
         window: width of the layer's sliding window; None without one.
     """
 
@@ -67,13 +67,13 @@ class LayerPlan:
 
     @property
     def only_narrows(self) -> bool:
-        """Whether it has nothing to do before it but to hand on what belongs to the rows that are left."""
+        """Whether the pre-hook only reduces the layer's inputs to the remaining rows."""
         chooses = self.inputs or self.own or self.crosses or self.follows or self.cross_follows
         return not (chooses or self.uses_table or self.eager_only)
 
     @property
     def reads_rows_alone(self) -> bool:
-        """Whether its attention reads neither places nor another tower, and hides nothing of its own accord."""
+        """Whether its attention reads neither positions nor another tower, and hides nothing by itself."""
         spec = self.attention_spec
         places = self.has_bias or spec.own_bias or spec.rotary is not None
         return not (places or self.windows or self.causal or self.cross is not None)
@@ -86,12 +86,12 @@ class LayerPlan:
 
 @dataclass
 class AttentionPlan:
-    """What an attention module has to do; plain data on the module.
+    """The plan of an attention module: plain data on the module.
 
     Attributes:
         spec: the names inside it. names: parameters of its forward. layer: its layer's index.
         cross: it reads another tower. windows: its masks may hide keys by their distance.
-        stock: a forward that somebody had put on the module before, or None.
+        stock: a forward that had been set on the module before, or None.
     """
 
     spec: AttentionSpec
@@ -104,21 +104,21 @@ class AttentionPlan:
 
 @dataclass
 class TowerPlan:
-    """What the hooks of one tower do.
+    """The plan of the hooks of one tower.
 
     Attributes:
-        name: of the tower. layers: path of its list of layers. names: parameters of its forward.
+        name: name of the tower. layers: path of its list of layers. names: parameters of its forward.
         reads: name of the tower whose rows its cross-attention reads; None when there is none.
         restores: the output takes its full length again.
         is_read: another tower reads the output.
-        patches: how its embedding module is to be used by a scorer of pixels; None when no site needs it.
-        protected: rows always kept.
+        patches: how a scorer of pixels uses its embedding module; None if no site needs it.
+        protected: rows that are always kept.
         pools: an attention inside it pools the rows.
         adds_terms: an estimator of its sites adds a term to the training loss.
-        idle: every site in reach keeps everything: outside training there is nothing to do.
+        idle: every relevant site keeps everything, so that outside training there is nothing to do.
         patch_size: height and width of a patch, where the rows are patches of an image; None otherwise.
         always: see ``TowerSpec``.
-        prompt: the tower reads a prompt and goes on writing.
+        prompt: the tower reads a prompt and continues it.
     """
 
     name: str
@@ -138,5 +138,5 @@ class TowerPlan:
 
 
 def plan_of(module: Any, name: str) -> Any:
-    """The plan called ``name`` of a module."""
+    """Return a module's plan called ``name``."""
     return module.__dict__[name]

@@ -1,4 +1,4 @@
-"""What pools a tower's rows after its last layer: it must not see the slots that a selection left unused."""
+"""Pooling of a tower's rows after its last layer, which must not see the slots that a selection left unused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def install(module: nn.Module, tower: str) -> None:
 
 
 def uninstall(module: nn.Module) -> None:
-    """Take the hook off again."""
+    """Remove the hook."""
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, functools.partial) and hook.func is hide_unused_slots:
             del module._forward_pre_hooks[key]

@@ -1,4 +1,4 @@
-"""T5's relative position bias over the rows that a selection left."""
+"""T5's relative position bias between the rows that remain after a selection."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..functional import position_bias as distances
 
 
 def bias_table(attention: Any, length: int, device: torch.device) -> Tensor:
-    """The bias between all rows of a bidirectional layer as a table of distances, ``[H, 2 * length - 1]``."""
+    """Return the bias between all rows of a bidirectional layer as a table of distances, ``[H, 2 * length - 1]``."""
     distance = torch.arange(1 - length, length, device=device)
     bucket = attention._relative_position_bucket(
         distance,
@@ -23,21 +23,21 @@ def bias_table(attention: Any, length: int, device: torch.device) -> Tensor:
 
 
 def own_bias_of_rows(attention: Any, positions: Tensor, length: int) -> Tensor:
-    """The bias that a layer of UMT5 makes itself, between the rows int64 ``[B, K]`` that are left of ``length``, ``[B, H, K, K]``."""
+    """Return the bias that a UMT5 layer computes itself, ``[B, H, K, K]``, between the remaining rows int64 ``[B, K]`` of ``length``."""
     distance = torch.arange(1 - length, length, device=positions.device)
     table = attention.relative_attention_bias(attention._relative_position_bucket(distance))
     return distances.pairs(table.t(), positions)
 
 
 def bias_of_rows(bias: Tensor | None, indices: Tensor | None) -> Tensor | None:
-    """The bias between the rows int64 ``[B, K]`` that are left, ``[B, H, K, K]``; as it is when all are."""
+    """Return the bias between the remaining rows int64 ``[B, K]``, ``[B, H, K, K]``; unchanged if all rows remain."""
     if bias is None or indices is None:
         return bias
     return distances.pairs(bias, indices) if distances.is_table(bias) else _pairs(bias, indices)
 
 
 def _pairs(bias: Tensor, indices: Tensor) -> Tensor:
-    """Queries and keys of a bias: ``[B or 1, H, N, N]`` by int64 ``[B, K]`` to ``[B, H, K, K]``, contiguous."""
+    """Gather queries and keys of a bias: ``[B or 1, H, N, N]`` at int64 ``[B, K]`` to ``[B, H, K, K]``, contiguous."""
     n, heads = bias.shape[-1], bias.shape[1]
     pairs = (indices[:, :, None] * n + indices[:, None, :]).flatten(1)
     if bias.shape[0] == 1:

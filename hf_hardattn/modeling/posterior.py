@@ -1,4 +1,4 @@
-"""The inference network of variational attention: scores that have seen the answer."""
+"""The inference network of variational attention, whose scores depend on the answer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch.nn import functional
 
 
 class Posterior(nn.Module):
-    """Score each position by what the target says about it, beside what the prior's scorer said:
+    """Score each position by what the target says about it, in addition to the score of the prior:
     ``q_n = s_n + (Wt norm(y)) . (Wk norm(x_n)) / sqrt(d)``, with the target's neighbours mixed in by a small convolution.
 
-    It starts at the prior (``Wt = 0``). Only training uses it.
+    It starts at the prior (``Wt = 0``) and is used only in training.
 
     Args:
         hidden_size: D of the candidates. target_size: Dt of the target's states.
@@ -33,17 +33,17 @@ class Posterior(nn.Module):
         nn.init.zeros_(self.mix)
 
     def keys(self, states: Tensor) -> Tensor:
-        """``[B, N, D]`` to fp32 ``[B, N, d]``."""
+        """Map states ``[B, N, D]`` to keys, fp32 ``[B, N, d]``."""
         states = functional.rms_norm(states.float(), (self.hidden_size,))
         return functional.linear(states, self.key_weight.float())
 
     def forward(self, keys: Tensor, target: Tensor, queries: int) -> Tensor:
-        """What the target adds to the scores, fp32 ``[B, 1, Q, N]``; Q = 1 where the queries are not the target's positions.
+        """Return what the target adds to the scores, fp32 ``[B, 1, Q, N]``; Q = 1 if the queries are not the target's positions.
 
         Args:
             keys: ``[B, N, d]``.
             target: ``[B, T, Dt]``, all-zero rows where there is none (padding).
-            queries: that choose for themselves; where there are T, each reads its own part of the target.
+            queries: number of queries that choose for themselves; if it is T, each query reads its own part of the target.
         """
         present = (target != 0).any(-1, keepdim=True)
         states = functional.rms_norm(target.float(), (self.target_size,)) * present

@@ -1,4 +1,4 @@
-"""The projections of an attention module, by the names of its ``AttentionSpec``."""
+"""The projections of an attention module, found by the names in its ``AttentionSpec``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .spec import AttentionSpec
 
 
 class AttentionView:
-    """An attention module seen through its spec: the same attributes for every family.
+    """An attention module seen through its spec, with the same attributes for every family.
 
-    Queries and keys are not turned by a rotary embedding: scorers read them without their positions.
+    Queries and keys are not rotated by a rotary embedding, because scorers read them without their positions.
 
     Args:
         module: the stock attention module. spec: the names inside it.
-        tables: of the rotary embedding, for all rows that are read; None where the family has none.
+        tables: tables of the rotary embedding for all rows that are read; None if the family has none.
     """
 
     __slots__ = ("module", "spec", "tables")
@@ -31,32 +31,32 @@ class AttentionView:
 
     @property
     def scale(self) -> float:
-        """Factor of the logits."""
+        """The factor of the logits."""
         name = self.spec.scale
         return getattr(self.module, name) if name is not None else getattr(self.module, self.spec.head_size) ** -0.5
 
     @property
     def dropout(self) -> float:
-        """Dropout rate of the weights, 0 in evaluation."""
+        """The dropout rate of the weights, 0 in evaluation."""
         if not self.module.training:
             return 0.0
         rate = getattr(self.module, self.spec.dropout)
         return rate.p if isinstance(rate, nn.Dropout) else rate
 
     def query(self, states: Tensor) -> Tensor:
-        """``[B, Q, D]`` to ``[B, H, Q, d]``."""
+        """Project ``[B, Q, D]`` to queries ``[B, H, Q, d]``."""
         return self._normed(self._project(states, self.spec.query, 0), self.spec.query_norm)
 
     def key(self, states: Tensor) -> Tensor:
-        """``[B, N, D]`` to ``[B, H, N, d]``."""
+        """Project ``[B, N, D]`` to keys ``[B, H, N, d]``."""
         return self._normed(self._project(states, self.spec.key, 1), self.spec.key_norm)
 
     def value(self, states: Tensor) -> Tensor:
-        """``[B, N, D]`` to ``[B, H, N, d]``."""
+        """Project ``[B, N, D]`` to values ``[B, H, N, d]``."""
         return self._project(states, self.spec.value, 2)
 
     def all(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value of the same states, by one product where the module has one."""
+        """Project the same states to query, key and value, with one matrix product if the module has a fused projection."""
         if self.spec.fused is None:
             return self.query(states), self.key(states), self.value(states)
         projected = getattr(self.module, self.spec.fused)(states)
@@ -65,13 +65,13 @@ class AttentionView:
         return self._normed(query, self.spec.query_norm), self._normed(key, self.spec.key_norm), value
 
     def output(self, attended: Tensor) -> Tensor:
-        """``[B, Q, H * d]`` to ``[B, Q, D]``."""
+        """Project the attended values ``[B, Q, H * d]`` to ``[B, Q, D]``."""
         for name in (self.spec.output, self.spec.output_dropout):
             attended = attended if name is None else attrgetter(name)(self.module)(attended)
         return attended
 
     def projections(self, norm: nn.Module | None = None) -> Projections:
-        """The projections as a scorer reads them, behind the layer's norm for scorers of the residual stream."""
+        """Return the projections as a scorer reads them, after the layer's norm for scorers of the residual stream."""
 
         def normed(states: Tensor) -> Tensor:
             return states if norm is None else norm(states)
@@ -81,14 +81,14 @@ class AttentionView:
         )
 
     def logits(self, states: Tensor) -> Tensor:
-        """The logits of a self-attention among all rows ``[B, N, D]``, ``[B, H, N, N]``."""
+        """Return the logits of a self-attention among all rows: ``[B, N, D]`` to ``[B, H, N, N]``."""
         query, key = (self.rotated(x, self.tables) for x in (self.query(states), self.key(states)))
         groups = query.shape[1] // key.shape[1]
         key = key if groups == 1 else key.repeat_interleave(groups, 1)
         return query @ key.transpose(-1, -2) * self.scale
 
     def rotated(self, states: Tensor, tables: Tables | None) -> Tensor:
-        """Queries or keys ``[B, H, N, d]`` turned by their positions, where the family has a rotary embedding."""
+        """Rotate queries or keys ``[B, H, N, d]`` by their positions, if the family has a rotary embedding."""
         if tables is None:
             return states
         return rotate(self.module, self.spec.rotary_function, states, tables)
@@ -108,13 +108,13 @@ class AttentionView:
             bias = None if fused.bias is None else fused.bias[rows]
             states = nn.functional.linear(states, fused.weight[rows], bias)
         else:
-            # an adapter or a hook stands around the projection: call it whole, or its part would be lost
+            # an adapter or a hook surrounds the projection: call it as a whole, or its part would be lost
             states = fused(states)[..., rows]
         return states.view(*states.shape[:-1], -1, size).transpose(1, 2)
 
 
 def projections_of(layer: nn.Module, plan: LayerPlan) -> Callable[[], Projections]:
-    """The projections of a layer's self-attention behind its norm, made where a scorer asks for them."""
+    """Return a function that makes the projections of a layer's self-attention after its norm, for scorers that need them."""
 
     def make() -> Projections:
         norm = None if plan.norm is None else attrgetter(plan.norm)(layer)
@@ -124,8 +124,8 @@ def projections_of(layer: nn.Module, plan: LayerPlan) -> Callable[[], Projection
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is exactly of ``kind`` and no adapter, hook or other forward has a part in it, so that its weights tell all."""
+    """Return whether a module is exactly of ``kind``, without adapter, hook or other forward, so that its weights determine it."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    # Accelerate's forward moves weights and nothing else
+    # Accelerate's forward only moves weights
     replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
     return type(module) is kind and not any(hooks) and not replaced

@@ -1,4 +1,4 @@
-"""What a call of a decoder knows of its prompt, and what its cache remembers of the rows that a selection left there."""
+"""What a decoder's call knows about its prompt, and the record of the rows that a selection left in its cache."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .arguments import Arguments
 from .context import ForwardContext
 from .plan import TowerPlan
 
-CANDIDATES = "hard_attention_candidates"  # ids of a model's tokens that stand for an image's rows
+CANDIDATES = "hard_attention_candidates"  # ids of a model's tokens that represent an image's rows
 MEMORY = "hard_attention_prompt"  # attribute of a cache: its PromptMemory
 
 
 class CachedRows:
-    """The rows of a prompt that one layer's cache holds, in front of what was written since.
+    """The rows of a prompt that one layer's cache holds, before the rows generated since.
 
-    A plain class: layers whose caches hold the same rows share one, and know it by its identity. Without slots: an exporter takes a cache
-    apart by the attributes of what stands in it.
+    It is a plain class, because layers whose caches hold the same rows share one instance and recognise it by its identity. It has no
+    ``__slots__``, because exporters take a cache apart by the attributes of its contents.
 
     Attributes:
-        count: K. valid: bool ``[B, K]``, rows that may be read; None when all.
-        positions: int64 ``[B, K]``, where they stood in the prompt; None when all of it is there.
+        count: K, number of rows. valid: bool ``[B, K]``, rows that may be read; None if all may.
+        positions: int64 ``[B, K]``, their positions in the prompt; None if no row of it is missing.
     """
 
     def __init__(self, count: int, valid: Tensor | None, positions: Tensor | None):
@@ -33,11 +33,11 @@ class CachedRows:
 
 
 class PromptMemory:
-    """What stands beside the cache of a prompt. The beams of one prompt share it, so it needs no reordering; see ``attach_memory``.
+    """The record stored with the cache of a prompt. The beams of one prompt share it, so it needs no reordering; see ``attach_memory``.
 
     Attributes:
-        rows: N of the prompt. whole: the record of layers that hold all of it.
-        layers: layer to the rows that its cache holds, where some are missing.
+        rows: N, rows of the prompt. whole: the record of layers that hold all of them.
+        layers: dict from layer to the rows that its cache holds, if some are missing.
         padded: later calls of several rows were padded.
     """
 
@@ -47,7 +47,7 @@ class PromptMemory:
         self.padded = False
 
     def of(self, layer: int) -> CachedRows | None:
-        """The rows that a layer's cache holds; None where the mask that Transformers made fits it."""
+        """Return the rows that a layer's cache holds; None if the mask made by Transformers fits it."""
         known = self.layers.get(layer)
         if known is not None or not self.layers or min(self.layers) > layer:
             return known
@@ -55,10 +55,10 @@ class PromptMemory:
 
 
 def attach_memory(cache: Any, memory: PromptMemory, drawn: bool) -> None:
-    """Put a memory beside a cache.
+    """Attach a memory to a cache.
 
     Args:
-        drawn: choices are drawn, so that beams of one prompt keep different rows, and the memory must follow their reordering.
+        drawn: choices are drawn, so that beams of one prompt keep different rows and the memory must be reordered with them.
     """
     setattr(cache, MEMORY, memory)
     if drawn:
@@ -66,10 +66,10 @@ def attach_memory(cache: Any, memory: PromptMemory, drawn: bool) -> None:
 
 
 def _reorder(cache: Any, beams: Tensor) -> None:
-    """``reorder_cache`` of a cache whose beams keep rows of their own."""
+    """Reorder a cache whose beams keep different rows, together with its memory."""
     type(cache).reorder_cache(cache, beams)
     memory: PromptMemory = getattr(cache, MEMORY)
-    # layers that share a record go on sharing it
+    # layers that share a record continue to share it
     for record in {id(rows): rows for rows in memory.layers.values()}.values():
         for name in ("valid", "positions"):
             rows = getattr(record, name)
@@ -81,12 +81,12 @@ class PromptCall:
     """One call of a decoder.
 
     Attributes:
-        memory: of the cache that earlier calls filled; None while the prompt is read.
-        candidates: bool ``[B, N]``, rows of an image; None when a choice is among all rows of the prompt.
-        answer: bool ``[B or 1, N]``, rows that are no prompt: from the first label on, or those that assisted decoding drafts; None
-            when all are the prompt.
-        problem: why nothing can be selected in this call, with a place for the site; None when it can.
-        later: mask of what was written since the prompt, bool ``[B, M]``; None when every row counts.
+        memory: memory of the cache that earlier calls filled; None while the prompt is read.
+        candidates: bool ``[B, N]``, rows of an image; None if the choice is among all rows of the prompt.
+        answer: bool ``[B or 1, N]``, rows that are not part of the prompt: from the first label on, or drafted by assisted decoding; None
+            if all are the prompt.
+        problem: why nothing can be selected in this call, with a placeholder for the site; None if selection is possible.
+        later: mask of the rows generated after the prompt, bool ``[B, M]``; None if every row is valid.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class PromptCall:
 
 
 def open_prompt(tower: Any, plan: TowerPlan, context: ForwardContext, arguments: Arguments) -> PromptCall:
-    """Find out whether a call reads a prompt or goes on behind one, and what in it is the prompt."""
+    """Determine whether a call reads a prompt or continues one, and which of its rows are the prompt."""
     call = PromptCall()
     rows = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else arguments.get("inputs_embeds")
     cache, count = arguments.get("past_key_values"), rows.shape[1]
@@ -107,11 +107,11 @@ def open_prompt(tower: Any, plan: TowerPlan, context: ForwardContext, arguments:
         _go_on(call, memory, cache, count, rows.device, arguments)
     else:
         if memory is not None:
-            delattr(cache, MEMORY)  # of an earlier prompt, in a static cache that is used again
+            delattr(cache, MEMORY)  # of an earlier prompt, in a static cache that is reused
             cache.__dict__.pop("reorder_cache", None)
         _read_labels(call, context, count)
         if call.answer is None and 1 < context.predictions <= count:
-            # assisted decoding reads its first draft together with the prompt, and asks for logits from the prompt's last row on
+            # assisted decoding reads its first draft together with the prompt, and requests logits from the prompt's last row on
             place = torch.arange(count, device=rows.device)
             call.answer = (place > count - context.predictions).unsqueeze(0)
         call.candidates = context.candidates
@@ -123,14 +123,14 @@ def _is_filled(cache: Any, memory: PromptMemory | None, count: int) -> bool:
     if cache is None:
         return False
     if memory is not None and count == 1 and torch.compiler.is_compiling():
-        return True  # compiled steps of decoding ask the device nothing
+        return True  # compiled decoding steps must not wait for the device
     return int(cache.get_seq_length()) > 0
 
 
 def _go_on(
     call: PromptCall, memory: PromptMemory | None, cache: Any, count: int, device: torch.device, arguments: Arguments
 ) -> None:
-    """A call behind the prompt: it selects nothing."""
+    """Set up a call after the prompt, which selects nothing."""
     if memory is None:
         memory = PromptMemory(0, None)  # nothing was selected when the cache was filled
         if count > 1:
@@ -155,10 +155,11 @@ def _go_on(
 
 
 def _check_length(positions: Any, memory: PromptMemory, length: Any) -> None:
-    """Refuse rows that are fed twice: Transformers takes the length of the first layer's cache for that of the text.
+    """Refuse rows that are fed twice, because Transformers takes the length of the first layer's cache for that of the text.
 
     Args:
-        positions: int64 ``[B, n]``, or ``[4, B, n]`` with those of the text first; others tell nothing. length: of the text, counted.
+        positions: int64 ``[B, n]``, or ``[4, B, n]`` with those of the text first; other shapes are not checked. length: number of rows
+            of the text.
     """
     if not isinstance(positions, Tensor) or positions.dim() == 3 and len(positions) != 4:
         return
@@ -173,7 +174,7 @@ def _check_length(positions: Any, memory: PromptMemory, length: Any) -> None:
 
 
 def _read_labels(call: PromptCall, context: ForwardContext, count: int) -> None:
-    """Labels mark the prompt: the rows in front of the first one."""
+    """Read the prompt from the labels: it consists of the rows before the first one."""
     labels = context.labels
     if labels is None or labels.dim() != 2 or labels.shape[1] != count or labels.is_floating_point():
         return
@@ -187,7 +188,7 @@ def _read_labels(call: PromptCall, context: ForwardContext, count: int) -> None:
 
 
 def _unknown_prompt(tower: nn.Module, context: ForwardContext, arguments: Arguments) -> str | None:
-    """Why a model that writes cannot tell the prompt from the answer in this call; None where it can."""
+    """Return why a generating model cannot tell the prompt from the answer in this call; None if it can."""
     owner: Any = context.owner
     if owner is not None and owner.__dict__.get(CANDIDATES) and context.candidates is None:
         return (
@@ -215,17 +216,17 @@ def _unknown_prompt(tower: nn.Module, context: ForwardContext, arguments: Argume
 
 
 def begin_rows(state: Any, mask: Any, count: int) -> None:
-    """Read which rows of a prompt count, and which of them are no choice.
+    """Read which rows of a prompt are valid, and which of them are not part of the choice.
 
     Args:
-        state: of the tower. mask: of the first layer with a site. count: N.
+        state: state of the tower. mask: mask of the first layer with a site. count: N.
     """
     state.begun, state.length = True, count
     valid: Tensor | None = None
     if state.mask is not None:
         valid = state.mask[:, -count:].bool()
     elif isinstance(mask, Tensor) and mask.dim() == 4:
-        own = mask[:, 0, :, :count].diagonal(dim1=-2, dim2=-1)  # a row that counts reads itself, whatever the window
+        own = mask[:, 0, :, :count].diagonal(dim1=-2, dim2=-1)  # a valid row reads itself, whatever the window
         valid = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
     if valid is not None and not torch.compiler.is_compiling() and bool(valid.all()):
         valid = None
@@ -235,13 +236,15 @@ def begin_rows(state: Any, mask: Any, count: int) -> None:
 
 
 def always_kept(answer: Tensor | None, candidates: Tensor | None, valid: Tensor | None) -> Tensor | None:
-    """The rows that are no choice: all but the prompt's, or but an image's in it, and the prompt's last row, from which the answer begins.
+    """Return the rows that are not part of the choice.
+
+    These are all rows outside the prompt (or outside an image in it), and the prompt's last row, from which the answer begins.
 
     Args:
         answer, candidates, valid: bool ``[B, N]``, or None, see ``PromptCall``.
 
     Returns:
-        Bool ``[B, N]``; None where only the last row is no choice.
+        Bool ``[B, N]``; None if only the last row is not part of the choice.
     """
     if answer is None and candidates is None:
         return None

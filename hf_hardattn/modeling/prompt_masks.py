@@ -12,21 +12,21 @@ from ..errors import HardAttentionError
 from .masks import additive
 from .prompt import CachedRows
 
-_BY_POSITION = ("sdpa", "eager", "flex_attention")  # implementations that read a mask of each query
+_BY_POSITION = ("sdpa", "eager", "flex_attention")  # implementations that read a per-query mask
 
 
 class Places(NamedTuple):
-    """Maps the rows of a cache to their places in the text, for windows.
+    """Maps the rows of a cache to their positions in the text, for windows.
 
     Attributes:
-        positions: int64 ``[B, K]`` of the prompt's rows. rows: N of the prompt.
+        positions: positions of the prompt's rows, int64 ``[B, K]``. rows: N, rows of the prompt.
     """
 
     positions: Tensor
     rows: int
 
     def of(self, batch: Any, row: Any) -> Any:
-        """The place of a row of one example."""
+        """Return the position of a row of one example in the text."""
         count = self.positions.shape[1]
         place = self.positions[batch, row.clamp(max=count - 1)]
         return torch.where(row < count, place, row - count + self.rows)
@@ -35,14 +35,14 @@ class Places(NamedTuple):
 def prefill_mask(
     state: Any, config: Any, hidden: Tensor, given: Any, cache: Any, layer: int, window: int | None
 ) -> Any:
-    """The mask over the rows that a selection left of the prompt.
+    """Return the mask over the rows of the prompt that remain after a selection.
 
     Args:
-        given: over all of its rows, in any form.
+        given: mask over all rows of the prompt, in any form.
     """
     positions, valid = state.positions, state.valid
     if isinstance(given, Tensor) and given.dim() == 2:
-        return valid  # flash attention reads which rows count
+        return valid  # flash attention reads which rows are valid
     if given is None and valid is None and window is None:
         return None
     if not isinstance(given, Tensor):
@@ -50,7 +50,7 @@ def prefill_mask(
         return rows_mask(CachedRows(hidden.shape[1], valid, positions), config, hidden, cache, layer, window, places)
     count = hidden.shape[1]
     if positions is not None:
-        # rows and columns of the caller's mask: windows, packed texts and masks of the user's stay what they are
+        # gather rows and columns of the caller's mask, to preserve windows, packed texts and the user's own masks
         batch = len(positions)
         rows = positions[:, None, :, None].expand(-1, given.shape[1], -1, given.shape[-1])
         columns = positions[:, None, None, :].expand(-1, given.shape[1], count, -1)
@@ -74,10 +74,10 @@ def step_mask(
     window: int | None,
     n: int,
 ) -> Any:
-    """The mask of rows behind a prompt, over the cache of one layer.
+    """Return the mask of rows after a prompt, over the cache of one layer.
 
     Args:
-        later: mask of what was written since, bool ``[B, M]``, or None. n: rows of the prompt.
+        later: mask of the rows generated since, bool ``[B, M]``, or None. n: number of rows of the prompt.
     """
     fixed = cache.layers[layer].is_compileable
     if hidden.shape[1] == 1 and rows.valid is None and later is None and window is None and not fixed:
@@ -96,9 +96,9 @@ def rows_mask(
     places: Places | None,
     later: Tensor | None = None,
 ) -> Any:
-    """A causal mask over the rows that a layer's cache holds and those of this call, in the form of the implementation.
+    """Return a causal mask over the rows in a layer's cache and those of this call, in the form of the implementation.
 
-    A window is a matter of places in the text. The cache of a sliding layer forgets by number, and so never too early.
+    A window is counted in positions of the text. The cache of a sliding layer forgets by the number of rows, and so never too early.
     """
     if window is not None and config._attn_implementation not in _BY_POSITION:
         raise HardAttentionError(
@@ -125,7 +125,7 @@ def _place(places: Places | None, batch: Any, row: Any) -> Any:
 
 
 def dense_mask(state: Any, hidden: Tensor, window: int | None) -> Tensor:
-    """Which keys each row of a prompt and its answer may read, bool ``[B or 1, 1, N, N]``, for attention computed here."""
+    """Return which keys each row of a prompt and its answer may read, bool ``[B or 1, 1, N, N]``, for attention computed here."""
     count = hidden.shape[1]
     places = torch.arange(count, device=hidden.device).unsqueeze(0) if state.positions is None else state.positions
     distance = places[:, :, None] - places[:, None, :]
@@ -135,10 +135,10 @@ def dense_mask(state: Any, hidden: Tensor, window: int | None) -> Tensor:
 
 
 def as_form(allowed: Tensor, implementation: str, dtype: torch.dtype, site: str) -> Tensor:
-    """A bool mask of each query as the attention implementation reads it.
+    """Convert a per-query bool mask to the form that the attention implementation reads.
 
     Raises:
-        HardAttentionError: it reads no such mask.
+        HardAttentionError: if it reads no such mask.
     """
     if implementation == "sdpa":
         return allowed

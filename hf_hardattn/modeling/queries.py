@@ -1,4 +1,4 @@
-"""Choices that differ between queries: scorers that read the query, and causal attention, where a query has only a past."""
+"""Choices that differ between queries: scorers that read the query, and causal attention, where a query reads only its past."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def attend_per_query(
     """Choose the keys of each query inside its attention, then attend to them.
 
     Args:
-        call: the attention's arguments. selector: of the site. context: of the model's call.
-        gates: ``[B, N]`` of masked training upstream.
+        call: the attention's arguments. selector: selector of the site. context: context of the model's call.
+        gates: ``[B, N]``, from masked training at earlier sites.
 
     Returns:
-        ``[B, Q, H * d]``, and weights ``[B, H, Q, N]`` when asked for.
+        ``[B, Q, H * d]``, and weights ``[B, H, Q, N]`` if requested.
     """
     settings = context.settings(selector)
     query = call.query
@@ -44,7 +44,7 @@ def attend_per_query(
         inputs = selector.training_inputs(call.source, None, context, settings)
     selection = selector(features, Candidates(valid), settings, queries=call.hidden, inputs=inputs)
     if selector.scorer.monotonic and call.cache is not None:
-        # the next step reads on from here, in its own beam
+        # the next step continues from here, in its own beam
         call.cache.mark_passed(query.shape[-1], selector.heads, before(selection.mask[:, :, -1]))
     context.add(selection, settings)
     if query.shape[2] == 1 and not selection.masked:
@@ -57,7 +57,7 @@ def attend_per_query(
 def _keys_and_features(
     call: AttentionCall, selector: Selector, settings: Settings, query: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Keys and values, with those of earlier steps; what the scorer reads of each key; the logits where it reads those."""
+    """Return keys and values, including those of earlier steps, the scorer's features of each key, and the logits if it reads them."""
     size, cache, reads_logits = query.shape[-1], call.cache, selector.scorer.reads_logits
     caches_features = cache is not None and not reads_logits
     if cache is not None and cache.filled:
@@ -92,7 +92,7 @@ def _check_cache(cache: Any, width: int, site: str) -> None:
 
 
 def allowed_keys(mask: Any, queries: int, keys: int, causal: bool, device: torch.device) -> Tensor | None:
-    """Which keys each query may read, bool ``[B or 1, 1, Q, N]``; None when all."""
+    """Return which keys each query may read, bool ``[B or 1, 1, Q, N]``; None if it may read all."""
     allowed = as_allowed(mask)
     if allowed is None and causal and queries > 1:
         allowed = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
@@ -108,7 +108,7 @@ def _attend_gathered(
     gates: Tensor | None,
     logits: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Decoding: the keys of the one query are gathered."""
+    """Attend in a decoding step, where the keys of the single query are gathered."""
     indices = selection.indices[:, :, 0].expand(key.shape[0], -1, -1)
     used = selection.slot_valid
     used = None if used is None else used.expand(key.shape[0], -1, -1, -1)
@@ -137,7 +137,7 @@ def attend_to(
     logits: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend under a mask of each query, or weighed by gates."""
+    """Attend under a per-query mask, or weighted by gates."""
     bias = call.bias if bias is None else bias
     if gates is None:
         return call.attend_plainly(query, key, value, allowed, bias, logits)

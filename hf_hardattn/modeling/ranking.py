@@ -1,4 +1,4 @@
-"""The best candidates of rows that keep different numbers of them, in as few operations as a GPU can wait for."""
+"""Selection of the best candidates in rows that keep different numbers of them, with few GPU operations."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def best_of_ragged_rows(selector: Selector, scores: Tensor, candidates: Candidates) -> Selection:
     """Keep the highest-scored valid candidates of each row, and all protected ones.
 
-    One sort ranks protected candidates before all others and padding behind them; a row keeps its first ranks, and a second sort
-    puts those in order. The choice is that of ``functional.topk.topk_mask``: of equal scores the lower index is kept.
+    One sort ranks protected candidates before all others and padding after them; a row keeps its first ranks, and a second sort puts
+    those in order. The choice is that of ``functional.topk.topk_mask``: of equal scores, the lower index is kept.
 
     Args:
         scores: fp32 ``[B or 1, H, Q, N]``.
@@ -28,7 +28,7 @@ def best_of_ragged_rows(selector: Selector, scores: Tensor, candidates: Candidat
     ranked, available, protected = _rank(scores, candidates)
     bound = n if candidates.bound is None else candidates.bound
     slots = n if counted or candidates.varied else budget.slots(bound - ends) + ends
-    # stable: of equal scores the lower index is kept
+    # stable: of equal scores, the lower index is kept
     order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :slots]
     if counted:
         free = candidates.masks(scores).free
@@ -40,7 +40,7 @@ def best_of_ragged_rows(selector: Selector, scores: Tensor, candidates: Candidat
     if counted or selector.config.pack or candidates.varied:
         slots, full, lengths = count_slots(selector, kept.expand(order.shape), masked=False)
         order, kept = order[..., :slots], kept[..., :slots]
-    # what is kept sorts below zero, in its order, and so in front of the unused slots
+    # kept indices become negative, and so sort in their order before the unused slots
     indices = torch.add(order, kept, alpha=-n).sort(dim=-1).values % n
     return Selection(
         selector.site,
@@ -59,8 +59,10 @@ def best_of_ragged_rows(selector: Selector, scores: Tensor, candidates: Candidat
 
 
 def _rank(scores: Tensor, candidates: Candidates) -> tuple[Tensor, Tensor, Tensor | int]:
-    """Scores that rank protected candidates first and padding last, ``[B, H, Q, N]``; how many candidates of a row are valid, int64
-    ``[B, H or 1, Q or 1, 1]``, and how many protected, as ``Budget.ranks`` reads it."""
+    """Return scores that rank protected candidates first and padding last, ``[B, H, Q, N]``, and two numbers per row.
+
+    These are the number of valid candidates, int64 ``[B, H or 1, Q or 1, 1]``, and of protected ones, as ``Budget.ranks`` reads it.
+    """
     ranked, valid, ends = scores.detach(), candidates.valid, candidates.ends
     protected: Tensor | int
     if valid is None or candidates.protected is not None:
@@ -76,7 +78,7 @@ def _rank(scores: Tensor, candidates: Candidates) -> tuple[Tensor, Tensor, Tenso
         protected = seen[..., ends.first - 1 : ends.first]
     ranked = torch.where(valid, ranked, -torch.inf)
     if ends.last:
-        # of equal counts the first: where the last valid candidate stands
+        # argmax finds the first of equal counts, which is the last valid candidate
         last = candidates.noted("last", lambda: seen.argmax(-1, keepdim=True))
         ranked = ranked.scatter(-1, last.expand(*ranked.shape[:-1], 1), torch.inf)
         if isinstance(protected, Tensor):
@@ -86,12 +88,12 @@ def _rank(scores: Tensor, candidates: Candidates) -> tuple[Tensor, Tensor, Tenso
 
 
 def count_slots(selector: Selector, mask: Tensor, masked: bool) -> tuple[int, bool, tuple[int, ...] | None]:
-    """Slots that a choice needs, whether every row fills them, and the length of each row where rows are packed.
+    """Return the slots that a choice needs, whether every row fills them, and the length of each row if rows are packed.
 
     Args:
-        mask: bool ``[B, H, Q, N or K]``, what is kept. masked: nothing is gathered.
+        mask: bool ``[B, H, Q, N or K]``, the kept positions. masked: nothing is gathered.
 
-    The one place that waits for the device. A replayed choice is packed where the choice itself would be, or last bits
+    This is the only place that waits for the device. A replayed choice is packed if the original choice would be; otherwise the last bits
     would differ.
     """
     kept = mask.sum(-1)

@@ -1,4 +1,4 @@
-"""What is left of a tower's input behind each of its sites, worked out from the budgets alone."""
+"""What is left of a tower's input after each of its sites, computed from the budgets alone."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from .family import Tower
 from .heads import patch_size
 from .selector import Selector
 
-LEAST_SHARE = 0.05  # of the input; several sites are seldom meant to leave less together
-# Rows from which on a layer that chooses its keys was faster than stock at a quarter of them (``bench --suite break_even``, a CPU), by
-# whether layers share a choice. Rows that leave the stream spare whole layers, and pay from a few dozen on.
+LEAST_SHARE = 0.05  # of the input; several sites are rarely meant to leave less together
+# Number of rows from which a layer that reads a quarter of its keys was faster than stock (``bench --suite break_even``, on a CPU),
+# by whether layers share a choice. Rows that leave the stream save work in whole layers, which pays from a few dozen rows.
 KEYS_PAY_FROM = {False: 128, True: 64}
-DROPPING = ("inputs", "tokens")  # kinds whose choices multiply: each chooses among the rows that the last one left
+DROPPING = ("inputs", "tokens")  # kinds whose choices multiply: each chooses among the rows that the previous one left
 
 
 @dataclass(frozen=True)
 class Remaining:
-    """Rows that are left.
+    """The number of rows that are left.
 
     Attributes:
-        share: of the input, in (0, 1]; None where only the scores tell.
-        rows: how many; for texts, whose length differs, an upper bound, and None while only the share is known.
+        share: share of the input, in (0, 1]; None if it depends on the scores.
+        rows: number of rows; for texts, whose length differs, an upper bound, or None while only the share is known.
         total: rows of the input; None for texts.
     """
 
@@ -33,7 +33,7 @@ class Remaining:
     total: int | None = None
 
     def after(self, selector: Selector) -> Remaining:
-        """What a choice of ``selector`` leaves."""
+        """Return what is left after a choice of ``selector``."""
         if selector.keeps_all or self.share is None:
             return self
         if selector.data_dependent:
@@ -56,10 +56,10 @@ class Remaining:
 
 
 def remaining(towers: Mapping[str, Tower], selectors: Mapping[str, Selector]) -> dict[str, Remaining]:
-    """What is left behind each site: of the rows for ``inputs`` and ``tokens``, of the keys that are read for ``self`` and ``cross``."""
+    """Return what is left after each site: rows for ``inputs`` and ``tokens``, and keys that are read for ``self`` and ``cross``."""
     found: dict[str, Remaining] = {}
     ends: dict[str | None, Remaining] = {}
-    for tower in sorted(towers.values(), key=lambda tower: tower.source is not None):  # what is read, before its reader
+    for tower in sorted(towers.values(), key=lambda tower: tower.source is not None):  # sources before their readers
         left = whole(tower)
         for site, kind in _in_order(tower, selectors):
             source = ends.get(tower.source, Remaining()) if kind == "cross" else left
@@ -71,8 +71,10 @@ def remaining(towers: Mapping[str, Tower], selectors: Mapping[str, Selector]) ->
 
 
 def hardly_meant(towers: Mapping[str, Tower], selectors: Mapping[str, Selector]) -> Iterator[str]:
-    """Say what in the budgets is hardly meant: sites that leave next to nothing together, keys that nobody reads, a count of more
-    than there is."""
+    """Yield warnings about budgets that are probably unintended.
+
+    These are sites that together leave almost nothing, keys that are never read, and counts larger than the number of positions.
+    """
     left = remaining(towers, selectors)
     for tower in towers.values():
         sites = list(_in_order(tower, selectors))
@@ -101,7 +103,7 @@ def hardly_meant(towers: Mapping[str, Tower], selectors: Mapping[str, Selector])
 
 
 def seldom_faster(towers: Mapping[str, Tower], selectors: Mapping[str, Selector]) -> Iterator[str]:
-    """Say from how many rows on sites of keys save time, where the tower has fewer, or texts of any length."""
+    """Yield notes on the number of rows from which sites that select keys save time, for towers with fewer rows or texts of any length."""
     for tower in towers.values():
         for shared, rows in KEYS_PAY_FROM.items():
             sites = [site for site, kind in _in_order(tower, selectors) if kind == "self" and not tower.spec.prompt]
@@ -117,7 +119,7 @@ def seldom_faster(towers: Mapping[str, Tower], selectors: Mapping[str, Selector]
 
 
 def mixed_kinds(patterns: Iterable[str], selectors: Iterable[str]) -> Iterator[str]:
-    """Say which globs name sites of several kinds; ``"*"`` alone says that everything is meant."""
+    """Yield warnings about globs that name sites of several kinds, except ``"*"``, which clearly means every site."""
     sites = list(selectors)
     for pattern in patterns:
         kinds = sorted({site.split(".")[1] for site in sites if fnmatchcase(site, pattern)})
@@ -129,7 +131,7 @@ def mixed_kinds(patterns: Iterable[str], selectors: Iterable[str]) -> Iterator[s
 
 
 def whole(tower: Tower) -> Remaining:
-    """The input of a tower: of images, the size in its configuration says how many rows there are."""
+    """Return the whole input of a tower; for images, the size in its configuration determines the number of rows."""
     size: Any = getattr(tower.config, "image_size", None)
     if not tower.reads_images or size is None:
         return Remaining()
@@ -140,7 +142,7 @@ def whole(tower: Tower) -> Remaining:
 
 
 def _in_order(tower: Tower, selectors: Mapping[str, Selector]) -> Iterator[tuple[str, str]]:
-    """The tower's sites that have a selector, with their kinds, in the order in which a call comes to them."""
+    """Yield the tower's sites that have a selector, with their kinds, in the order in which a call reaches them."""
     order = ("inputs", "self", "cross", "tokens")
     for site, kind, _ in sorted(tower.sites(), key=lambda site: (site[2], order.index(site[1]))):
         if site in selectors:

@@ -1,6 +1,6 @@
-"""Rotary embeddings of the rows that a selection left: queries and keys keep the angles of their own positions.
+"""Rotary embeddings of the rows that remain after a selection: queries and keys keep the angles of their own positions.
 
-Shapes: B batch, H heads, N rows, K kept rows, d head size. Tables are the family's ``(cos, sin)``, in the form its layers get them:
+Shapes: B batch, H heads, N rows, K kept rows, d head size. Tables are the family's ``(cos, sin)``, in the form that its layers receive:
 ``[N, d]``, ``[B or 1, N, d]``, ``[B or 1, 1, N, d]`` or ``[3, B, N, d]`` (one for each axis of a video).
 """
 
@@ -18,20 +18,20 @@ Tables = tuple[Tensor, Tensor]  # cos and sin
 
 
 def rotate(module: Any, function: str, states: Tensor, tables: Tables) -> Tensor:
-    """Queries or keys ``[B, H, N, d]`` turned by their positions, as the family's own function turns them.
+    """Rotate queries or keys ``[B, H, N, d]`` by their positions, with the family's own function.
 
     Args:
-        module: the attention. function: name of the function in the family's file.
+        module: the attention module. function: name of the function in the family's file.
     """
     turned, _ = family_function(module, function)(states, states[:, :1], *tables)
     return turned
 
 
 def family_function(module: Any, name: str) -> Callable[..., Any]:
-    """A function of the file that defines a module's class; a subclass of the user's lives in another file.
+    """Return a function from the file that defines a module's class or one of its bases, since a user's subclass is in another file.
 
     Raises:
-        NotImplementedError: no such file has it.
+        NotImplementedError: if no such file has it.
     """
     for cls in type(module).__mro__:
         function = getattr(sys.modules.get(cls.__module__), name, None)
@@ -41,10 +41,10 @@ def family_function(module: Any, name: str) -> Callable[..., Any]:
 
 
 def tables_at(tables: Tables, indices: Tensor, rows: int) -> Tables:
-    """The tables of some rows.
+    """Return the tables of some rows.
 
     Args:
-        indices: int64 ``[B, K]``, among ``rows`` rows. Rows in front of those that a table ``[N, d]`` knows are not turned.
+        indices: int64 ``[B, K]``, among ``rows`` rows. Rows before those that a table ``[N, d]`` covers are not rotated.
 
     Returns:
         ``[B, 1, K, d]`` for tables without a batch, which broadcast over heads; otherwise of the same form with K rows.
@@ -69,7 +69,7 @@ def _at(table: Tensor, indices: Tensor) -> Tensor:
 
 
 def packed_tables(tables: Tables, packing: Packing) -> Tables:
-    """The tables of packed rows: ``[B, K, d]`` to ``[1, T, d]``, ``[B, 1, K, d]`` to ``[1, 1, T, d]``."""
+    """Return the tables of packed rows: ``[B, K, d]`` to ``[1, T, d]``, ``[B, 1, K, d]`` to ``[1, 1, T, d]``."""
     cos, sin = (_packed(table, packing) for table in tables)
     return cos, sin
 

@@ -1,4 +1,4 @@
-"""Sites that choose rows: ``inputs`` before a tower's first layer, ``tokens`` behind a layer."""
+"""Sites that choose rows: ``inputs`` before a tower's first layer, ``tokens`` after a layer."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def candidates_among(
     varied: bool = False,
     notes: dict[Any, Tensor] | None = None,
 ) -> Candidates:
-    """The candidates ``[B, N]`` of a choice that serves a whole row.
+    """Return the candidates ``[B, N]`` of a choice that applies to all queries of a row.
 
     Args:
-        valid: bool ``[B, N]`` or None. states: ``[B, N, D]``. bound: of the valid ones in a row, or None.
-        always: rows that are no choice, bool ``[B, N]``, in place of ``protected``; None when that says it all.
-        varied: their number differs between the rows of the batch; otherwise ``protected`` says it.
-        notes: see ``Candidates``; of ``valid``.
+        valid: bool ``[B, N]`` or None. states: ``[B, N, D]``. bound: upper bound of the valid ones in a row, or None.
+        always: rows that are always kept, bool ``[B, N]``, in place of ``protected``; None if that describes them.
+        varied: their number differs between the rows of the batch; otherwise ``protected`` gives it.
+        notes: notes of ``valid``, see ``Candidates``.
     """
     if always is not None:
         valid = None if valid is None else valid[:, None, None]
@@ -54,15 +54,15 @@ def choose_among(
     grid: tuple[int, int] | None = None,
     notes: dict[Any, Tensor] | None = None,
 ) -> Selection | None:
-    """Make one choice for each row of ``states`` ``[B, N, D]``; None where the site is switched off or keeps everything.
+    """Make one choice for each row of ``states`` ``[B, N, D]``; return None if the site is switched off or keeps everything.
 
     Args:
-        valid: bool ``[B, N]`` or None. bound: of the valid positions in a row.
-        projections: makes those of the host attention, for scorers that look through them.
-        always, varied, notes: see ``candidates_among``. grid: of the image, see ``Projections``.
+        valid: bool ``[B, N]`` or None. bound: upper bound of the valid positions in a row.
+        projections: function that makes the projections of the host attention, for scorers that use them.
+        always, varied, notes: see ``candidates_among``. grid: grid of the image, see ``Projections``.
     """
     settings = context.settings(selector)
-    # keeping everything needs no scores, unless somebody records or trains them
+    # keeping everything needs no scores, unless they are recorded or trained
     idle = selector.keeps_all and not settings.drawing and not settings.recorders
     if settings.soft or (idle and settings.forced is None):
         return None
@@ -87,14 +87,14 @@ def select_rows(
     states: Tensor,
     projections: Callable[[], Projections] | None,
 ) -> Tensor | None:
-    """Choose among the rows that are left, and note what later layers need to know.
+    """Choose among the remaining rows, and record what later layers need to know.
 
     Args:
         host, name: module and attribute of the selector.
-        hidden: ``[B, N, D]``, the rows. states: what a scorer reads that looks through the attention's projections.
+        hidden: ``[B, N, D]``, the rows. states: what scorers read that use the attention's projections.
 
     Returns:
-        Which rows go on, int64 ``[B, K]``; None when all stay where they are.
+        The indices of the remaining rows, int64 ``[B, K]``; None if all stay where they are.
     """
     selector = running(getattr(host, name))
     read = states if selector.scorer.needs_projections else hidden

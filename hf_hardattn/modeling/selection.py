@@ -16,26 +16,26 @@ class Selection:
 
     Shapes: B batch, H heads (1 when shared), Q queries (1 when shared), N candidates, K slots (K >= kept).
 
-    A choice that sorting makes knows its ``indices`` and makes ``mask``, ``valid`` and ``protected`` only when they are read; any other
-    choice knows its ``mask`` and makes ``indices`` when they are read.
+    A choice made by sorting stores its ``indices`` and computes ``mask``, ``valid`` and ``protected`` only when they are read. Any other
+    choice stores its ``mask`` and computes ``indices`` when they are read.
 
     Attributes:
         site: name of the site, ``tower.kind.layer``.
         mask: bool ``[B, H, Q, N]``, True where the position is kept; never True where ``valid`` is False.
         valid: bool, broadcastable to ``mask``; False for padding, and for the future in causal attention.
-        protected: bool, broadcastable to ``mask``, or None; kept always, not a choice (CLS, a T5 row's ``</s>``).
+        protected: bool, broadcastable to ``mask``, or None; always kept, not part of the choice (CLS, a T5 row's ``</s>``).
         scores: fp32, broadcastable to ``mask``; higher = keep.
-        gates: fp32, shape of ``mask`` or None; 1 at kept positions in the forward, the estimator's gradient in the backward.
-        log_prob: fp32 ``[B, H, Q]`` or None; log-probability of the sampled choice under the estimator's own law.
-        entropy: fp32 ``[B, H, Q]`` or None; entropy of that law, in nats.
+        gates: fp32, shape of ``mask`` or None; 1 at kept positions in the forward pass, the estimator's gradient in the backward pass.
+        log_prob: fp32 ``[B, H, Q]`` or None; log-probability of the sampled choice under the estimator's own distribution.
+        entropy: fp32 ``[B, H, Q]`` or None; entropy of that distribution, in nats.
         penalty: fp32 ``[B, H, Q]`` or None; a term of the training loss.
         summary: fp32 ``[B, D]`` or None; mean of the candidates' states, detached, for a learned baseline.
         slots: K, an upper bound of kept positions per row (static where the budget allows it).
-        dense: every row is known to fill all its slots, without asking the device.
-        masked: all candidates are computed on, and the choice weighs them; False: what was dropped is not computed on.
-        positions: int64 ``[B, N]`` or None; position of each candidate in the tower's input, once earlier sites dropped some.
-        counted: how many positions a row keeps is known from the choice alone: the scores, or a replay, decide it.
-        lengths: kept positions of each of the B rows (H = Q = 1), where the host had to ask; None otherwise.
+        dense: every row is known to fill all its slots, without waiting for the device.
+        masked: all candidates are computed, and the choice weighs them; False: dropped candidates are not computed.
+        positions: int64 ``[B, N]`` or None; position of each candidate in the tower's input, if earlier sites dropped some.
+        counted: the number of kept positions of a row is known only from the choice, because the scores or a replay determine it.
+        lengths: number of kept positions of each of the B rows (H = Q = 1), if the host had to read them; None otherwise.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Selection:
         self.slots, self.dense, self.masked = slots, dense, masked
         self.positions, self.lengths, self.counted = positions, lengths, counted
         self._mask, self._valid, self._protected, self._indices = mask, valid, protected, indices
-        # of a choice known by its indices: which slots hold a kept position (None: all), and what it was made among
+        # of a choice stored as indices: which slots hold a kept position (None: all), and its candidates
         self._used, self._candidates = used, candidates
 
     def __repr__(self) -> str:
@@ -112,12 +112,12 @@ class Selection:
 
     @property
     def own(self) -> Selection:
-        """The selection as its site made it: a recording works out what no estimator gave."""
+        """The selection as its site made it, without the values that only a recording computes."""
         return self
 
     @property
     def indices(self) -> Tensor:
-        """Kept positions, int64 ``[B, H, Q, K]``, ascending; unused slots come last (see ``slot_mask``)."""
+        """Indices of the kept positions, int64 ``[B, H, Q, K]``, ascending; unused slots come last (see ``slot_mask``)."""
         if self._indices is None:
             self._indices = mask_to_indices(self.mask, self.slots)
         return self._indices
@@ -134,7 +134,7 @@ class Selection:
 
     @property
     def places(self) -> Tensor:
-        """``indices`` as positions in the tower's input, int64 ``[B, H, Q, K]``: what a rationale shows."""
+        """``indices`` as positions in the tower's input, int64 ``[B, H, Q, K]``, as a rationale shows them."""
         if self.positions is None:
             return self.indices
         shape = self.indices.shape
@@ -143,14 +143,14 @@ class Selection:
 
     @property
     def kept_ratio(self) -> Tensor:
-        """Kept share of the valid candidates, fp32 ``[B, H, Q]``; what is protected counts on neither side."""
+        """Kept share of the valid candidates, fp32 ``[B, H, Q]``; protected positions are not counted."""
         choice, candidates = self.mask, self.valid.expand_as(self.mask)
         if self.protected is not None:
             choice, candidates = choice & ~self.protected, candidates & ~self.protected
         return choice.sum(-1) / candidates.sum(-1).clamp(min=1)
 
     def replace(self, **changes: Any) -> Selection:
-        """A copy with some attributes changed."""
+        """Return a copy with some attributes changed."""
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
         for name, value in {"site": self.site, **changes}.items():

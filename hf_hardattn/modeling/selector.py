@@ -24,11 +24,11 @@ from .offloading import weights_in_place
 from .posterior import Posterior
 from .selection import Selection
 
-ANNEAL = 0.4  # share of the training over which a pathwise estimator's budget falls from everything, unless the configuration says
+ANNEAL = 0.4  # default share of the training over which a pathwise estimator's budget falls from everything
 
 
 class Selector(nn.Module):
-    """Makes the choice of one site.
+    """The module that makes the choice of one site.
 
     Args:
         site: name, ``tower.kind.layer``.
@@ -39,16 +39,16 @@ class Selector(nn.Module):
         protected: rows that are always kept.
         causal: a query chooses among its past only.
         target_size: D of the target's states, for estimators that need the target.
-        classes: that a label can be, for estimators that need the class.
+        classes: number of classes, for estimators that need the class.
 
     Attributes:
-        step, steps: optimizer step, and how many the training has, for the schedules (set by ``set_step``).
+        step, steps: optimizer step and number of training steps, for the schedules (set by ``set_step``).
         once: one choice serves all queries of a row.
         scores_features: the scorer's features are its scores.
-        learned: there is something to learn; a control without parameters can train gathered under any estimator.
+        learned: the scorer has parameters; a control without parameters can train gathered with any estimator.
         keeps_all: nothing can be dropped here, whatever the scores.
         halts: a scorer of several glimpses may stop before the budget is spent.
-        data_dependent: only the scores tell how many positions are kept.
+        data_dependent: the number of kept positions depends on the scores.
         sorts: outside training every row keeps its best candidates, which sorting finds.
     """
 
@@ -69,7 +69,7 @@ class Selector(nn.Module):
         self.site, self._config, self.causal = site, config, causal
         self.protected = protected or Protected()
         self.heads = heads if config.per_head else 1
-        # what the weights were made for: a selector is reused only where this is the same
+        # the sizes of the weights: a selector is reused only if they are the same
         self.sizes: tuple[int, ...] = (hidden_size, query_size, self.heads, target_size)
         self.scorer = registry.load("scorers", config.scorer)(
             hidden_size=hidden_size, query_size=query_size, heads=self.heads, **config.scorer_options
@@ -79,7 +79,7 @@ class Selector(nn.Module):
         self.learned = next(self.scorer.parameters(), None) is not None
         self.estimator = registry.load("estimators", config.estimator)(**config.estimator_options)
         self.baseline = None
-        # several samples are each other's baseline
+        # several samples serve as each other's baseline
         if "reward" in self.estimator.needs and self.estimator.samples == 1:
             self.baseline = registry.load("baselines", config.baseline)(**config.baseline_options)
             self.baseline.build(hidden_size)
@@ -95,7 +95,7 @@ class Selector(nn.Module):
         self._read_config()
 
     def _read_config(self) -> None:
-        # Read once: a call asks for these facts at every site, and a lookup in a module costs as much as a small kernel.
+        # Read once: a call needs these values at every site, and an attribute lookup in a module costs as much as a small kernel.
         config, site, scorer = self._config, self.site, self.scorer
         self.temperature = Schedule.parse(config.temperature, site)
         adaptive = config.backward_temperature in (None, "adaptive")
@@ -113,7 +113,7 @@ class Selector(nn.Module):
         self.annealing = self._annealing()
 
     def _annealing(self) -> Schedule | None:
-        """The share that is kept at least in training, over the steps; None where the budget is not annealed."""
+        """Return the minimum share to keep in training, over the steps; None if the budget is not annealed."""
         budget, share = self.config.budget, self.config.anneal
         if share is None:
             share = 0.0 if self.estimator.trains_gathered else ANNEAL
@@ -123,7 +123,7 @@ class Selector(nn.Module):
 
     @property
     def config(self) -> SiteConfig:
-        """The configuration of the site; another one has the same scorer, estimator and baseline."""
+        """The configuration of the site; it may only be replaced by one with the same scorer, estimator and baseline."""
         return self._config
 
     @config.setter
@@ -132,7 +132,7 @@ class Selector(nn.Module):
         self._read_config()
 
     def reset_parameters(self) -> None:
-        """Initialise afresh; called by Transformers for weights that no checkpoint holds."""
+        """Initialise all weights; called by Transformers for weights that are in no checkpoint."""
         for part in (self.scorer, self.estimator, self.baseline, self.posterior, self.head):
             if part is not None:
                 part.reset_parameters()
@@ -145,12 +145,12 @@ class Selector(nn.Module):
 
     @property
     def lacks_length(self) -> bool:
-        """Whether the budget would be annealed if anybody said how many steps the training has."""
+        """Whether the budget would be annealed if the number of training steps were known."""
         return self.annealing is not None and self.config.anneal is None and not self.steps
 
     @property
     def adds_terms(self) -> bool:
-        """Whether a training choice may add a term to the loss: a reward's, a penalty, an entropy bonus, a teacher's."""
+        """Whether a choice in training may add a term to the loss: from a reward, a penalty, an entropy bonus or a teacher."""
         estimator = self.estimator
         reads_loss = bool({"reward", "choices", "teacher", "target", "class"} & set(estimator.needs))
         entropy = not self.entropy_weight.constant or self.entropy_weight.end != 0
@@ -158,22 +158,22 @@ class Selector(nn.Module):
 
     @property
     def masked(self) -> bool:
-        """Whether a forward in the module's present mode runs masked rather than gathered."""
+        """Whether a forward in the module's present mode runs masked instead of gathered."""
         return self.runs_masked(Settings(drawing=self.training))
 
     def runs_masked(self, settings: Settings) -> bool:
-        """Whether the choice weighs all candidates (pathwise estimators need it to train) instead of dropping some."""
+        """Return whether the choice weighs all candidates (pathwise estimators need it to train) instead of dropping some."""
         execution = settings.execution or self._config.execution
         if execution == "auto":
             return settings.drawing and not self.estimator.trains_gathered and self.learned
         return execution == "masked"
 
     def loose(self, settings: Settings) -> bool:
-        """Whether this choice may keep more than the budget: an estimator with gates of its own count, or soft rows."""
+        """Return whether this choice may keep more than the budget, because the estimator keeps its own count or some rows are soft."""
         return settings.drawing and (not self.estimator.exact_budget or bool(self.config.soft_rate))
 
     def budget(self, *, drawing: bool, final: bool = False) -> Budget:
-        """The budget in force: of the current step in training, the schedule's end in evaluation."""
+        """Return the budget in force: that of the current step in training, the end of the schedule in evaluation."""
         schedule = self.budget_schedule
         if schedule is not None and drawing:
             return Budget.parse(float(self.now(schedule, final)), self.site)
@@ -182,11 +182,11 @@ class Selector(nn.Module):
         return replace(self.final_budget, least=float(self.now(self.annealing)))
 
     def now(self, schedule: Schedule | Sampled, final: bool = False) -> float:
-        """The value of a schedule at the current step, or at its end."""
+        """Return the value of a schedule at the current step, or at its end."""
         if schedule.constant or final:
             return schedule.end
         if self.step is None:
-            # nobody counts steps: a model that is not being trained stands at the end of its schedules
+            # no steps are counted: a model that is not being trained uses the end of its schedules
             if not self.training:
                 return schedule.end
             warnings.warn(
@@ -212,14 +212,14 @@ class Selector(nn.Module):
         past: int | Tensor = 0,
         projections: Projections | None = None,
     ) -> Tensor:
-        """Features of each position alone, fp32 ``[B, H, N, F]``, for ``forward`` and for caching beside the attention's keys.
+        """Return features of each position on its own, fp32 ``[B, H, N, F]``, for ``forward`` and for caching with the attention's keys.
 
         Args:
             states: ``[B, N, D]``.
-            settings: of this call.
-            valid: bool ``[B, N]`` or None (all): padding does not count as a place.
-            past: positions already cached.
-            projections: the host attention's.
+            settings: settings of this call.
+            valid: bool ``[B, N]`` or None (all); padding is not counted as a place.
+            past: number of positions already cached.
+            projections: projections of the host attention.
         """
         scorer = self.scorer
         if settings.drawing and scorer.draws:
@@ -235,7 +235,7 @@ class Selector(nn.Module):
     def training_inputs(
         self, states: Tensor, valid: Tensor | None, context: ForwardContext, settings: Settings
     ) -> TrainingInputs | None:
-        """What else a training choice reads of the candidates ``[B, N, D]``; None when it reads nothing."""
+        """Return further inputs of a choice in training, from the candidates ``[B, N, D]``; None if it needs none."""
         if not settings.drawing:
             return None
         summarised = self.baseline is not None and self.baseline.needs_summary
@@ -268,12 +268,12 @@ class Selector(nn.Module):
         queries: Tensor | None = None,
         inputs: TrainingInputs | None = None,
     ) -> Selection:
-        """Choose.
+        """Choose the positions to keep.
 
         Args:
             features: ``[B, H, N, F]`` from ``keys``.
             candidates: what may be kept.
-            settings: of this call.
+            settings: settings of this call.
             queries: ``[B, Q, D]`` for scorers with ``per_query``.
             inputs: from ``training_inputs``.
 
@@ -283,7 +283,7 @@ class Selector(nn.Module):
         if queries is not None and self.estimator.detaches:
             queries = queries.detach()
         with full_precision(features.device):
-            if self.scores_features:  # nothing to call a module for
+            if self.scores_features:  # no module has to be called
                 scores = Scorer.score(self.scorer, features)
             else:
                 scores = self.scorer("score", features, queries)
@@ -291,13 +291,13 @@ class Selector(nn.Module):
 
 
 def full_precision(device: torch.device) -> Any:
-    """Leave autocast: scores, noise and log-probabilities are fp32 in every training loop."""
+    """Disable autocast, so that scores, noise and log-probabilities are fp32 in every training loop."""
     enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def _places(states: Tensor, valid: Tensor | None, past: int | Tensor) -> Tensor:
-    """The place of each position in its row, int64 ``[B, N]``; padding is not counted."""
+    """Return the place of each position in its row, int64 ``[B, N]``; padding is not counted."""
     if valid is None:
         places = torch.arange(states.shape[1], device=states.device).expand(states.shape[:2])
     else:
@@ -306,7 +306,7 @@ def _places(states: Tensor, valid: Tensor | None, past: int | Tensor) -> Tensor:
 
 
 def running(selector: Any) -> Selector:
-    """The selector that works now, where PEFT keeps copies of it for several adapters."""
+    """Return the active selector, if PEFT keeps copies of it for several adapters."""
     copies = getattr(selector, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         return selector

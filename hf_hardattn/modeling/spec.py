@@ -1,4 +1,4 @@
-"""What a row of ``models/`` says about a family: the names of its modules. No code runs here."""
+"""The form of a row of ``models/``, which contains the names of a family's modules. No code runs here."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ class AttentionSpec:
 
     Attributes:
         query, key, value: linear projections of the states.
-        fused: one projection that holds query, key and value as three equal blocks of rows; it replaces the three above.
-        output: projection of the attended values; None when the module returns them as they are.
-        output_dropout: module behind that projection; None when there is none.
-        query_norm, key_norm: norms of the projected queries and keys, head by head; None when there are none.
-        rotary: parameter of ``forward`` that carries the tables ``(cos, sin)`` of a rotary embedding; None without one.
-        rotary_function: name of the function in the family's file that turns queries and keys by these tables.
+        fused: one projection with query, key and value as three equal blocks of rows; it replaces the three above.
+        output: projection of the attended values; None if the module returns them as they are.
+        output_dropout: module after that projection; None if there is none.
+        query_norm, key_norm: norms of the projected queries and keys, head by head; None if there are none.
+        rotary: parameter of ``forward`` that carries the tables ``(cos, sin)`` of a rotary embedding; None if there is none.
+        rotary_function: name of the function in the family's file that rotates queries and keys by these tables.
         head_size: attribute with the width of a head.
         scale: attribute with the factor of the logits; None for ``head_size ** -0.5``.
         dropout: attribute with the dropout rate of the weights, a number or a ``Dropout``.
         mask: parameter of ``forward`` that carries the mask.
-        source: parameter of ``forward`` that carries the states of another tower; given, the module is a cross-attention.
+        source: parameter of ``forward`` that carries the states of another tower; if they are passed, the module is a cross-attention.
         position_bias: the module adds a relative position bias and returns ``(output, bias, weights)``, as T5's does.
         own_bias: the module adds a relative position bias of its own, and returns ``(output, weights)``, as UMT5's does.
-        interface: the module calls an attention function of ``AttentionInterface``; False when it computes attention itself.
+        interface: the module calls an attention function of ``AttentionInterface``; False if it computes attention itself.
         eager_only: the module computes attention eagerly, and its cross-attention never sees the source's mask. In a hard tower
             all layers run through SDPA instead.
     """
@@ -59,15 +59,15 @@ class PatchSpec:
     """Names inside the module that turns an image into rows.
 
     Attributes:
-        embedding: name of the embedding module's class; another class embeds in its own way and serves no scorer of pixels.
+        embedding: name of the embedding module's class; other classes embed in their own way and do not support scorers of pixels.
         module: path of the embedding module, from the tower.
         projection: path of its convolution, whose kernel and stride are one patch.
         positions: its table of position embeddings: a parameter ``[1, P, D]``, or an ``Embedding``.
-        cls: parameter of the CLS row, which has the table's first position; None when there is no such row.
-        registers: parameter ``[1, R, D]`` of rows that follow CLS and have no position; None when there are none.
-        carrier: parameter of the embedding's ``forward`` that the tower passes on as it got it.
+        cls: parameter of the CLS row, which has the table's first position; None if there is no such row.
+        registers: parameter ``[1, R, D]`` of rows that follow CLS and have no position; None if there are none.
+        carrier: parameter of the embedding's ``forward`` that the tower passes on unchanged.
         fixed_size: images of another size need ``interpolate_pos_encoding=True``.
-        always_interpolates: positions are interpolated for other image sizes without being asked.
+        always_interpolates: positions are interpolated for other image sizes without that argument.
     """
 
     embedding: str
@@ -89,33 +89,33 @@ class TowerSpec:
         name: first part of its site names.
         module: name of the tower's class; subclasses count.
         layers: path of the list of layers, from the tower.
-        attention, cross: paths of the attention modules, from a layer; None where there is none.
+        attention, cross: paths of the attention modules, from a layer; None if there is none.
         attention_spec, cross_spec: names inside them.
-        norm: path of the norm in front of the self-attention, from a layer; None when the attention reads the layer's input.
-        where: attributes that the tower must have, to tell towers of one class apart.
-        protect_first: rows that are always kept at the start (CLS, registers), a number or names of configuration fields to add up.
+        norm: path of the norm before the self-attention, from a layer; None if the attention reads the layer's input.
+        where: attributes that the tower must have, to distinguish towers of one class.
+        protect_first: number of rows at the start that are always kept (CLS, registers), or numbers and names of configuration fields to
+            add up.
         protect_last: whether the last valid row is always kept.
-        windows: some layers hide rows by their distance: their masks are taken over, not made anew.
-        causal: a row attends to the rows before it only, and each chooses its own keys at ``self`` sites. Such a tower drops no rows.
-        prompt: the tower reads a prompt and goes on writing: its sites choose among the rows of the prompt, once, while its cache
-            is filled (see ``modeling/causal.py``). Its ``causal`` is False, since one choice serves all rows.
-        continues: rows may follow the prompt; not in ``reading_heads``.
-        window: configuration field with the width of a sliding window; None when the attention modules tell their own.
+        windows: some layers hide rows by their distance; their masks are kept for the remaining rows instead of being created anew.
+        causal: a row attends only to its past, and each row chooses its own keys at ``self`` sites. Such a tower drops no rows.
+        prompt: the tower reads a prompt and continues it: its sites choose once among the rows of the prompt, while its cache is filled
+            (see ``modeling/causal.py``). Its ``causal`` is False, since one choice serves all rows.
+        continues: rows may follow the prompt; False for ``reading_heads``.
+        window: configuration field with the width of a sliding window; None if the attention modules have their own.
         reads: name of the tower whose output the cross-attention reads.
-        source_protected: rows of that tower that are always kept, ``(how many at the start, whether the last)``.
+        source_protected: rows of that tower that are always kept, ``(number at the start, whether the last)``.
         source_size: configuration field with the width of those rows.
-        restores: whether the output takes its full length again, for heads that read it by position; not where another tower
-            reads it.
-        patches: how an image becomes rows, for scorers of pixels; None where they are not served.
+        restores: whether the output gets its full length back, for heads that read it by position, unless another tower reads it.
+        patches: how an image becomes rows, for scorers of pixels; None if these are not supported.
         pooling: path of the module inside the tower that pools the rows after the last layer, a ``MultiheadAttention`` or one that
-            takes an ``attention_mask``; None when there is none.
-        pools_by_place: the tower itself reads rows of its output by their places in the input, so that they take these places again
-            behind the last layer.
-        always: where the protected rows of a call stand, if not at the ends: ``(tower, arguments of its call)`` to bool ``[B, N]``, with
-            as many True in each row as ``protect_first`` and ``protect_last`` name; None where these say it all.
-        only: kinds of its sites, where not every kind is served: another part of the model may read its rows by number.
+            takes an ``attention_mask``; None if there is none.
+        pools_by_place: the tower itself reads rows of its output by their positions in the input, so that they return to these positions
+            after the last layer.
+        always: function that finds the protected rows of a call if they are not at the ends: ``(tower, arguments of its call)`` to bool
+            ``[B, N]``, with as many True in each row as ``protect_first`` and ``protect_last`` specify; None if these suffice.
+        only: kinds of its sites, if not every kind is supported, for example because another part of the model reads its rows by index.
         heads: configuration field with the number of attention heads.
-        inputs: name of the model input that the rows come from. patchified: it holds patches ``[B, N, P]``, not images.
+        inputs: name of the model input that the rows come from. patchified: this input contains patches ``[B, N, P]``, not images.
     """
 
     name: str
@@ -162,24 +162,25 @@ class ModelSpec:
     """A family of models.
 
     Attributes:
-        name: of the family. family: prefix of the Python modules that define it.
-        towers: its towers. recommended: globs of the sites taken when the configuration names none; the first whose tower a model has is
-            taken. ``vision.tokens.25%`` is the site after a quarter of the layers. One site that drops rows, not several: ratios of
-            what is left multiply, and the model is to keep what the budget says.
+        name: name of the family. family: prefix of the Python modules that define it.
+        towers: its towers. recommended: globs of the sites used if the configuration names none; the first one whose tower a model has is
+            used. ``vision.tokens.25%`` is the site after a quarter of the layers. Only one site drops rows, because the ratios of several
+            sites multiply and the model should keep what the budget says.
         heads: names of the Transformers classes that the contract suites try.
         tiny: sizes of a tiny configuration for them.
-        restored_heads: names of heads whose predictions are aligned with the input: its towers take their full length again.
-        averaging_heads: names of heads that average the rows, so that every row of a batch must keep as many.
+        restored_heads: names of heads whose predictions are aligned with the input, so that the outputs of its towers get their full
+            length back.
+        averaging_heads: names of heads that average the rows, so that every row of a batch must keep the same number.
         copying_heads: names of heads that feed the encoder's input to the decoder as well, shifted by one.
-        candidates: configuration fields with the ids of tokens that stand for an image's rows, among which a decoder's sites then choose;
-            empty where they choose among the whole prompt.
+        candidates: configuration fields with the ids of tokens that represent an image's rows, among which a decoder's sites then choose;
+            empty if they choose among the whole prompt.
         counting_heads: names of heads that count rows by the caller's mask, so that none may be dropped.
-        reading_heads: names of heads that read a prompt and never write behind it, so that no row reads the keys that a ``self`` site
-            leaves in the cache.
-        hands_down: its models pass keywords that they do not know on to their towers.
-        find_towers: maps a model to its towers by name, where the class name alone does not tell which tower is which.
+        reading_heads: names of heads that read a prompt and never continue it, so that no row reads the keys that a ``self`` site leaves
+            in the cache.
+        hands_down: its models pass unknown keywords on to their towers.
+        find_towers: maps a model to its towers by name, if class names alone do not identify the towers.
         functions: replacements of the functions in ``modeling/heads.py`` that read a head's labels and losses; ``prepare`` and
-            ``release`` do what else a hard model of the family needs.
+            ``release`` set up and undo whatever else a hard model of the family needs.
     """
 
     name: str

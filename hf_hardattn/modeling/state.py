@@ -1,4 +1,4 @@
-"""The rows of one tower during one call: which are left, and what later layers share because of it."""
+"""The rows of one tower during one call: which ones are left, and what later layers share as a result."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .selection import Selection
 
 
 class KeySubset(NamedTuple):
-    """The keys that a choice leaves an attention, one choice for all queries of a row.
+    """The keys that a choice leaves to an attention, with one choice for all queries of a row.
 
     Attributes:
-        indices: int64 ``[B, H or 1, K]``, ascending; None while all N keys are there.
-        valid: bool, broadcastable to ``[B, H, 1, K or N]``; None when every key there counts.
-        gates: fp32, broadcastable to ``[B, H, 1, N]``, of masked training; None otherwise.
-        bias: position bias of the kept keys, ``[B or 1, H, Q, K]``, once gathered; None where there is none.
-        packing: of the kept keys, where rows keep different counts and the host knows them; None otherwise.
-        total: N, how many keys the choice was made among.
+        indices: int64 ``[B, H or 1, K]``, ascending; None while all N keys are present.
+        valid: bool, broadcastable to ``[B, H, 1, K or N]``; None if every key is valid.
+        gates: fp32, broadcastable to ``[B, H, 1, N]``, from masked training; None otherwise.
+        bias: position bias of the kept keys, ``[B or 1, H, Q, K]``, once gathered; None if there is none.
+        packing: packing of the kept keys, if rows keep different counts and the host knows them; None otherwise.
+        total: N, number of keys among which the choice was made.
     """
 
     indices: Tensor | None = None
@@ -38,7 +38,7 @@ class KeySubset(NamedTuple):
 
     @classmethod
     def of(cls, selection: Selection) -> KeySubset:
-        """Read a selection whose choice serves all queries of a row (Q = 1)."""
+        """Create the subset from a selection that serves all queries of a row (Q = 1)."""
         total = selection.scores.shape[-1]
         everything = selection.slots >= total
         if selection.gates is not None:
@@ -50,12 +50,12 @@ class KeySubset(NamedTuple):
 
 
 class PendingChoice:
-    """A choice that an attention is to make itself, from the states that it is given.
+    """A choice that is to be made inside an attention, from the states that it receives.
 
-    A plain class, so that nothing takes it apart on the way.
+    It is a plain class, so that nothing takes it apart on the way.
 
     Attributes:
-        plan: of the layer. context: of the model's call. state: of the tower.
+        plan: plan of the layer. context: context of the model's call. state: state of the tower.
     """
 
     __slots__ = ("plan", "context", "state")
@@ -65,18 +65,18 @@ class PendingChoice:
 
 
 class AttentionInput(NamedTuple):
-    """What a layer hands its attention in place of the mask, when the attention has more to do than the stock one.
+    """What a layer passes to its attention in place of the mask, if the attention has more to do than the stock one.
 
-    It travels in the mask argument, the one that every layer passes on as it is.
+    It is passed in the mask argument, the one argument that every layer passes on unchanged.
 
     Attributes:
         mask: the mask of the rows, in the form the attention implementation reads.
-        keys: the keys that a site of this layer, or an earlier layer whose choice it shares, left.
-        gates: fp32 ``[B, N]`` of masked training upstream; None otherwise.
-        packing: the layer's rows are packed end to end; None when they are a padded batch.
-        bias: position bias of the rows, where the attention would make it from their numbers; None otherwise.
-        pending: a choice that the attention is to make itself; None otherwise.
-        weights: the caller asked for attention weights.
+        keys: the keys left by a site of this layer, or of an earlier layer whose choice it shares.
+        gates: fp32 ``[B, N]``, from masked training at earlier sites; None otherwise.
+        packing: packing of the layer's rows end to end; None if they are a padded batch.
+        bias: position bias of the rows, if the attention would compute it from their indices; None otherwise.
+        pending: a choice that is to be made inside the attention; None otherwise.
+        weights: the caller requested attention weights.
     """
 
     mask: Any = None
@@ -100,26 +100,26 @@ class TowerState:
     Attributes:
         length: N, rows of the tower's input.
         mask: the 2-D mask that the caller gave the tower, or None.
-        valid: bool ``[B, K]``, rows that are no padding; None when all count.
-        chosen: bool ``[B, K]``, rows that masked selections kept so far; None when there was none.
-        gates: fp32 ``[B, K]`` of masked training; None otherwise.
-        bound: bound of the rows that count; None while nothing was dropped.
-        packing: of the rows that count, where their numbers differ and the host knows them; None otherwise.
-        leaders: site to the keys it left, for later layers that share its choice.
-        dropped: some rows are no longer computed on, or no longer seen.
-        begun: the rows that are there have been read.
-        grid: patches down and across of the image that the rows came from; None for other inputs.
+        valid: bool ``[B, K]``, rows that are not padding; None if there is no padding.
+        chosen: bool ``[B, K]``, rows that masked selections have kept so far; None if there were none.
+        gates: fp32 ``[B, K]``, from masked training; None otherwise.
+        bound: upper bound of the valid rows of an example; None while nothing has been dropped.
+        packing: packing of the valid rows, if their numbers differ and the host knows them; None otherwise.
+        leaders: dict from site to the keys it left, for later layers that share its choice.
+        dropped: some rows are no longer computed, or no longer visible.
+        begun: ``begin`` has read which rows are valid.
+        grid: number of patches down and across the image that the rows came from; None for other inputs.
         per_query: the caller's mask differs between queries.
-        source_valid: bool ``[B, M]``, rows of the tower that its cross-attention reads; None when all count.
-        source_gates: fp32 ``[B, M]`` of masked training in that tower; None otherwise.
+        source_valid: bool ``[B, M]``, valid rows of the tower that its cross-attention reads; None if all are valid.
+        source_gates: fp32 ``[B, M]``, from masked training in that tower; None otherwise.
         source_dropped: that tower dropped rows.
-        output_valid: rows of the tower's output that a reader may read, bool; None when all, or while it runs.
-        always: bool ``[B, K]``, rows that are no choice in this call (an answer, words beside an image); None when the tower's
-            protected rows say it all.
+        output_valid: rows of the tower's output that a reader may read, bool; None if it may read all, or while the tower runs.
+        always: bool ``[B, K]``, rows that are not part of the choice in this call (an answer, words beside an image); None if these are
+            just the tower's protected rows.
         varied: their number differs between the rows of the batch; otherwise it is that of the tower's protected rows.
-        prompt: what a tower that reads a prompt knows of its cache; None in other towers.
+        prompt: the ``PromptCall`` of a tower that reads a prompt; None in other towers.
         keys: the choice of the ``self`` site of the layer that is running, in such a tower.
-        key_leaders: site to its choice there, for later layers that share it.
+        key_leaders: dict from site to its choice in such a tower, for later layers that share it.
     """
 
     def __init__(self, mask: Tensor | None = None):
@@ -149,17 +149,17 @@ class TowerState:
         self._asked: bool | None = None
 
     def begin(self, length: int, mask: Any) -> None:
-        """Read which rows are there, before the first selection.
+        """Read which rows are valid, before the first selection.
 
         Args:
-            length: N. mask: of the first layer with a site, in any form.
+            length: N. mask: mask of the first layer with a site, in any form.
         """
         self.begun, self.length = True, length
         if isinstance(mask, Tensor) and mask.dim() == 4:
             per_query = mask.shape[2] > 1 and mask.stride(2) != 0
             rows: Any = as_bool(mask)
             if per_query and self.mask is None:
-                # the caller's own mask, or a window: a row is there if any query may read it
+                # the caller's own mask, or a window: a row is valid if any query may read it
                 self.per_query = True
                 self.valid = rows.any(2)[:, 0]
             else:
@@ -169,19 +169,19 @@ class TowerState:
 
     @property
     def is_dense(self) -> bool:
-        """Whether every row counts, and alike: a layer then needs to know nothing but the rows."""
+        """Whether every row counts, and all count equally, so that a layer needs nothing but the rows."""
         return self.valid is None and self.chosen is None and self.gates is None and self.packing is None
 
     @property
     def candidates(self) -> Tensor | None:
-        """Rows that a selection may keep, bool ``[B, K]``; None when every row."""
+        """Rows that a selection may keep, bool ``[B, K]``; None if it may keep all."""
         if self.chosen is None:
             return self.valid
         return self.chosen if self.valid is None else self.valid & self.chosen
 
     @property
     def positions(self) -> Tensor | None:
-        """Position of each row in the tower's input, int64 ``[B, K]``; None while all are there."""
+        """Position of each row in the tower's input, int64 ``[B, K]``; None while no row has been removed."""
         if not self._steps:
             return None
         while len(self._steps) > 1:
@@ -190,13 +190,13 @@ class TowerState:
         return self._steps[0]
 
     def apply(self, selection: Selection, batch: int, rows: int) -> Tensor | None:
-        """Take a selection among the rows in.
+        """Apply a selection to the rows.
 
         Args:
-            batch, rows: B and K before it.
+            batch, rows: B and K before the selection.
 
         Returns:
-            Which rows go on, int64 ``[B, K']``; None when all stay where they are.
+            The indices of the remaining rows, int64 ``[B, K']``; None if all stay where they are.
         """
         if selection.gates is None and selection.slots >= rows and selection.lengths is None and not selection.counted:
             return None  # everything valid is kept
@@ -206,7 +206,7 @@ class TowerState:
             kept = selection.mask[:, 0, 0].expand(batch, rows)
             self.chosen = kept if self.chosen is None else self.chosen & kept
             if selection.gates is None:
-                self.valid = kept  # masked execution in evaluation: dropped rows are hidden, as padding is
+                self.valid = kept  # masked execution in evaluation: dropped rows are hidden like padding
             else:
                 gates = selection.gates[:, 0, 0]
                 self.gates = gates if self.gates is None else self.gates * gates
@@ -216,10 +216,10 @@ class TowerState:
         valid = None if valid is None else valid[:, 0, 0].expand(batch, -1)
         lengths = selection.lengths
         if self.prompt is not None:
-            lengths = None  # a cache keeps a batch of rows, not packed ones
+            lengths = None  # a cache holds a padded batch, not packed rows
             indices, valid = unused_first(indices, valid)
         if lengths is None and self.packing is not None and valid is not None:
-            lengths = tuple(valid.sum(-1).tolist())  # of rows that differed in number before
+            lengths = tuple(valid.sum(-1).tolist())  # the rows were packed before this selection
         self.packing = Packing.of(lengths, selection.slots, indices.device)
         self._steps.append(indices)
         self.valid, self.chosen = valid, None
@@ -228,10 +228,10 @@ class TowerState:
         return indices
 
     def shared(self, original: Any, make: Callable[[], Any], purpose: Any = None) -> Any:
-        """What ``make`` returns for ``original``; made once for all layers until the next selection.
+        """Return the result of ``make`` for ``original``, made once for all layers until the next selection.
 
         Args:
-            purpose: tells several things apart that are made of one original, such as the masks of several sliding windows.
+            purpose: distinguishes several results made from one original, such as the masks of several sliding windows.
         """
         for known, use, made in self._shared:
             if known is original and use == purpose:
@@ -241,23 +241,23 @@ class TowerState:
         return made
 
     def wants_weights(self, attention: Any, arguments: Arguments) -> bool:
-        """Whether the caller of a layer asked for attention weights, in the call or by the configuration; the same for all layers."""
+        """Return whether attention weights were requested, in the call or in the configuration; the same for all layers."""
         if self._asked is None:  # a configuration is slow to read
             asked = arguments.get("output_attentions")
             self._asked = bool(getattr(attention.config, "output_attentions", False) if asked is None else asked)
         return self._asked
 
     def notes_of(self, valid: Tensor | None) -> dict[Any, Tensor]:
-        """What the choices of all layers note of one mask of candidates, see ``Candidates``."""
+        """Return the notes that the choices of all layers share about one mask of candidates, see ``Candidates``."""
         return self.shared(valid, dict, "notes")
 
     def final_rows(self, hidden: Tensor, *, restore: bool, gate: bool) -> Tensor:
-        """The tower's output: unused slots hold zeros.
+        """Return the tower's output, in which unused slots hold zeros.
 
         Args:
             hidden: ``[B, K, D]`` after the last layer and its norm.
-            restore: give the rows their places in ``[B, N, D]`` again; dropped places hold zeros.
-            gate: weigh the rows by the gates of masked training, when no reader of the tower does.
+            restore: return the rows to their positions in ``[B, N, D]``; dropped positions hold zeros.
+            gate: weigh the rows by the gates of masked training, if no reader of the tower does.
         """
         if not self.dropped:
             return hidden
@@ -274,14 +274,14 @@ class TowerState:
             return restore_rows(hidden, self.positions, self.valid, self.length)
         if (
             self.gates is not None and self.chosen is not None
-        ):  # nothing was dropped: padding rows stay what stock makes them
+        ):  # nothing was dropped: padding rows stay as the stock model makes them
             return hidden
         return hidden if self.valid is None else torch.where(self.valid.unsqueeze(-1), hidden, 0.0)
 
     def gather_chosen(self, hidden: Tensor) -> Tensor:
-        """Behind masked execution, the rows that gathered execution would have: ``[B, N, D]`` to ``[B, K, D]``.
+        """Gather, after masked execution, the rows that gathered execution would have: ``[B, N, D]`` to ``[B, K, D]``.
 
-        What pools the rows then sees the kept ones alone, in training as in evaluation.
+        Pooling then sees only the kept rows, in training as in evaluation.
         """
         kept = self.candidates
         if self.chosen is None or kept is None or self.bound is None:
@@ -296,7 +296,7 @@ class TowerState:
         return keep_rows(hidden, indices)
 
     def restore(self, hidden: Tensor) -> Tensor:
-        """Give the rows ``[B, K, D]`` their places in the tower's input again, ``[B, N, D]``; dropped ones hold zeros."""
+        """Scatter the rows ``[B, K, D]`` back to their positions in the tower's input, ``[B, N, D]``; dropped ones hold zeros."""
         positions: Any = self.positions
         kept = self.kept_positions(len(hidden), hidden.device)
         rows = restore_rows(hidden, positions, self.valid, self.length)
@@ -309,12 +309,12 @@ class TowerState:
     def _output_gates(self) -> Tensor:
         gates: Any = self.gates
         if self.valid is not None and self.bound is not None and self.bound >= self.length:
-            # nothing was dropped: padding rows stay what stock makes them
+            # nothing was dropped: padding rows stay as the stock model makes them
             return gates.masked_fill(~self.valid, 1.0)
         return gates
 
     def kept_positions(self, batch: int, device: torch.device) -> Tensor | None:
-        """Which positions of the tower's input are still computed on, bool ``[B, N]``; None when all are."""
+        """Return which positions of the tower's input are still computed, bool ``[B, N]``; None if all are."""
         kept, positions = self.candidates, self.positions
         if positions is None:
             return None if kept is None else kept.expand(batch, -1)
@@ -322,7 +322,7 @@ class TowerState:
         return torch.zeros(batch, self.length, dtype=torch.bool, device=device).scatter(1, positions, kept)
 
     def kept_mask(self, batch: int, device: torch.device, restored: bool) -> Tensor | None:
-        """Which rows of the output a reader may read, bool ``[B, K or N]``; None when all."""
+        """Return which rows of the output a reader may read, bool ``[B, K or N]``; None if it may read all."""
         if not self.dropped:
             return None
         valid = self.valid
@@ -333,9 +333,9 @@ class TowerState:
 
 
 def unused_first(indices: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Move the unused slots of int64 ``[B, K]`` in front, as padding stands in front of a prompt.
+    """Move the unused slots of int64 ``[B, K]`` to the front, like the padding before a prompt.
 
-    The rows that are written next then follow the prompt's last row, and a sliding cache forgets unused slots first.
+    The rows that are generated next then follow the prompt's last row, and a sliding cache forgets unused slots first.
     """
     if valid is None:
         return indices, None

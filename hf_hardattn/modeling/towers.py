@@ -1,4 +1,4 @@
-"""The hooks of a tower and of a model: they open the state of a call, and hand its result on."""
+"""The hooks of a tower and of a model, which open the state of a call and pass its result on."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ from .state import TowerState
 HANDS_DOWN = "hard_attention_hands_down"  # whether a model's forward passes keywords on to its towers
 COPIES = "hard_attention_copies"  # parameters of a module that feeds its decoder the encoder's input
 NAMES = "hard_attention_names"  # the parameters of a model's forward
-SHARES = "hard_attention_shares"  # a tower that needs to know what another one kept, or what the call says; None where there is none
+SHARES = "hard_attention_shares"  # a tower that needs to know what another one kept, or what the call says; None if there is none
 # a pair of functions: one adds the terms of a training loss to an output, one prepares a training call
 TRAINING_LOSS = "hard_attention_training_loss"
 
 
 def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a tower: start the state of its rows.
+    """Forward pre-hook of a tower: create the state of its rows.
 
-    A tower whose outer model handed nothing down, because it is called by itself or has a strict signature, opens a call of
-    its own.
+    If the outer model passed nothing down, because the tower is called on its own or a signature is strict, the tower opens its own call.
     """
     plan: TowerPlan = tower.__dict__[TOWER]
     context: ForwardContext | None = kwargs.get(CONTEXT) or current_context()
@@ -48,14 +47,14 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     state = TowerState(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
     context.towers[plan.name] = state
     pixels = arguments.get("pixel_values") if plan.patch_size is not None else None
-    if isinstance(pixels, Tensor) and plan.patch_size is not None:  # of anything else Transformers says what is wrong
+    if isinstance(pixels, Tensor) and plan.patch_size is not None:  # for anything else, Transformers raises the error
         state.grid = pixels.shape[-2] // plan.patch_size[0], pixels.shape[-1] // plan.patch_size[1]
     if plan.always is not None:
         state.always = plan.always(tower, arguments)
     if plan.prompt:
         state.prompt = open_prompt(tower, plan, context, arguments)
     if plan.pools:
-        set_current(context)  # what pools the rows gets no keywords
+        set_current(context)  # the pooling module gets no keywords
     if plan.patches is not None:
         # imported late: only models whose scorer reads pixels need it
         from .patches import choose_patches
@@ -67,7 +66,7 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _refuse_compiled_training(tower: str) -> None:
-    """Raise outside of compiled code, where Dynamo hands the error on instead of trying again without compiling."""
+    """Raise the error outside of compiled code, where Dynamo passes it on instead of retrying without compilation."""
     raise HardAttentionError(
         f"the estimator of '{tower}' adds a term to the training loss, and the compiled model around it does not hand its keywords "
         f"down to '{tower}', so the term would be lost. Let forward take **kwargs and pass them on, train without torch.compile, "
@@ -76,7 +75,7 @@ def _refuse_compiled_training(tower: str) -> None:
 
 
 def _refuse_compiled_call(model: str, tower: str) -> None:
-    """Raise outside of compiled code, too."""
+    """Raise the error outside of compiled code, as ``_refuse_compiled_training`` does."""
     raise HardAttentionError(
         f"{model}.forward takes no keywords to hand down, and compiled code has no other way to tell '{tower}' which rows were kept, or are "
         "an image's: it would read what was dropped. Let forward take **kwargs and pass them on, or run it without torch.compile."
@@ -84,7 +83,7 @@ def _refuse_compiled_call(model: str, tower: str) -> None:
 
 
 def _read_source(plan: TowerPlan, context: ForwardContext, state: TowerState, arguments: Arguments) -> None:
-    """Learn which rows of the other tower may be read, and give its cross-attention the mask of those."""
+    """Read which rows of the other tower may be read, and give the cross-attention a mask of them."""
     source: Tensor = arguments.get(SOURCE)
     if context.source_given:
         kept, gates = context.kept_source, context.source_gates
@@ -111,17 +110,17 @@ def _read_source(plan: TowerPlan, context: ForwardContext, state: TowerState, ar
 
 
 def _for_beams(rows: Tensor | None, source: Tensor) -> Tensor | None:
-    """``[B, K]`` repeated as generation repeats the source for its beams."""
+    """Repeat ``[B, K]`` as generation repeats the source for its beams."""
     if rows is None or len(rows) == len(source):
         return rows
     return rows.to(source.device).repeat_interleave(len(source) // len(rows), 0)
 
 
 def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a tower: hand on the rows that were kept, and say which they are.
+    """Forward hook of a tower: return the kept rows, and record which ones they are.
 
     Returns:
-        The output with the rows that were kept; None when nothing was dropped.
+        The output with the kept rows; None if nothing was dropped.
     """
     context: ForwardContext | None = kwargs.get(CONTEXT)
     plan: TowerPlan = tower.__dict__[TOWER]
@@ -143,10 +142,10 @@ def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return (rows, *output[1:])
     pooled = output.get("pooler_output")
     if pooled is not None and state.gates is not None:
-        # the last choice may not reach what was pooled inside the tower: a gradient of zero rather than none, since distributed
-        # training waits for every parameter
+        # the last choice may not affect what was pooled inside the tower: give it a zero gradient, since distributed training waits
+        # for every parameter
         output["pooler_output"] = pooled + 0.0 * state.gates.sum().to(pooled.dtype)
-    # exporters have the model return a plain dict of tensors
+    # exporters make the model return a plain dict of tensors
     if not plan.is_read or type(output) is dict:
         output["last_hidden_state"] = rows
         return output
@@ -159,7 +158,7 @@ def _kept_output(plan: TowerPlan, state: TowerState, output: Any, rows: Tensor) 
         valid = state.chosen if valid is None else valid & state.chosen
     known = {name: output.get(name) for name in ("last_hidden_state", "hidden_states", "attentions")}
     if not isinstance(output, KeptEncoderOutput) and set(output.keys()) - set(known):
-        output.last_hidden_state = rows  # an output with fields of its own keeps its class; the context knows the rest
+        output.last_hidden_state = rows  # an output with extra fields keeps its class; the context knows the rest
         return output
     return KeptEncoderOutput(
         **{**known, "last_hidden_state": rows},
@@ -170,14 +169,14 @@ def _kept_output(plan: TowerPlan, state: TowerState, output: Any, rows: Tensor) 
 
 
 def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a model: open the context of a call, unless the model around it has one."""
+    """Forward pre-hook of a model: open the context of a call, unless an enclosing model has one."""
     if kwargs.get(CONTEXT) is not None or current_context() is not None:
         return None
     hands_down = model.__dict__[HANDS_DOWN]
     if not hands_down and torch.compiler.is_compiling():
         if model.__dict__[SHARES] is not None:
             torch.compiler.disable(_refuse_compiled_call)(type(model).__name__, model.__dict__[SHARES])
-        return None  # compiled code cannot read a thread's context variable: each tower opens a call of its own
+        return None  # compiled code cannot read a thread's context variable: each tower opens its own call
     context = ForwardContext(model)
     arguments = Arguments(model.__dict__[NAMES], args, kwargs)
     context.labels, predictions = arguments.get("labels"), arguments.get("logits_to_keep")
@@ -199,14 +198,14 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     before(model, args, kwargs, context)
     if hands_down:
         if tokens:
-            set_current(context)  # such models call their image tower without their keywords
+            set_current(context)  # such models call their image tower without passing keywords on
         return args, {**kwargs, CONTEXT: context}
     set_current(context)
     return args, kwargs
 
 
 def open_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a module inside a model that feeds its decoder the encoder's input, as BART's does under any head."""
+    """Forward pre-hook of an inner module that feeds the encoder's input to its decoder, as BART's model does under any head."""
     context = kwargs.get(CONTEXT) or current_context()
     if context is not None:
         _note_copy(module, args, kwargs, context)
@@ -219,7 +218,7 @@ def _note_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 
 def close_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a model: end the call; in training mode add the estimators' terms to ``outputs.loss``."""
+    """Forward hook of a model: end the call and, in training mode, add the estimators' terms to ``outputs.loss``."""
     handed = kwargs.get(CONTEXT)
     context: ForwardContext | None = handed or current_context()
     if context is None or context.owner is not model:

@@ -1,4 +1,4 @@
-"""The families of models: one file each, a row of names; the file name is the family's."""
+"""The families of models. Each has one file, named after it, with a row of names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from ..modeling.family import FAMILY, Family
 from ..modeling.spec import ModelSpec, TowerSpec
 
-# plain data, not functools.cache: Dynamo traces a training loss that asks for the family, and would run what is cached again
+# plain data, not functools.cache: Dynamo traces a training loss that looks up the family, and would run a cached function again
 _names = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
 _loaded: dict[str, Family] = {}
 
@@ -22,7 +22,7 @@ def names() -> tuple[str, ...]:
 
 
 def load(name: str) -> Family:
-    """The family called ``name``."""
+    """Return the family called ``name``."""
     if name not in _loaded:
         module = importlib.import_module(f"{__name__}.{name}")
         (spec,) = (value for value in vars(module).values() if isinstance(value, ModelSpec))
@@ -31,7 +31,7 @@ def load(name: str) -> Family:
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """The family that knows ``model``, or a model inside it; None when there is none."""
+    """Return the family that knows ``model``, or a model inside it; None if there is none."""
     known = model.__dict__.get(FAMILY)
     if known is not None:
         return load(known)
@@ -41,10 +41,10 @@ def family_of(model: nn.Module) -> Family | None:
 
 
 def towers_inside(model: nn.Module, paths: Mapping[str, str]) -> dict[str, tuple[TowerSpec, nn.Module]]:
-    """The towers of a model that is made of others, each with the row of its own family.
+    """Return the towers of a model that consists of other models, each with the row of its own family.
 
     Args:
-        paths: name of the tower to the path of the model that it is in.
+        paths: dict from tower name to the path of the model that contains the tower.
     """
     found = {}
     for name, path in paths.items():

@@ -1,4 +1,4 @@
-"""What BART and its successors share."""
+"""The common row of BART and its successors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,11 +17,11 @@ def bart_like(
     copying_heads: tuple[str, ...] = ("ForQuestionAnswering", "ForSequenceClassification", "Model"),
     **fields: Any,
 ) -> ModelSpec:
-    """The row of a family whose classes start with ``classes`` and are otherwise BART's.
+    """Return the row of a family whose classes start with ``classes`` and are otherwise BART's.
 
     Args:
-        norm: path of the norm in front of the self-attention, from a layer; None where it stands behind.
-        encoder: fields of the encoder's row. heads, copying_heads: the ends of their names. fields: of the family's row.
+        norm: path of the norm before the self-attention, from a layer; None if the norm comes after it.
+        encoder: fields of the encoder's row. heads, copying_heads: suffixes of their names. fields: further fields of the family's row.
     """
     attention = AttentionSpec(output="out_proj", dropout="dropout", source="key_value_states")
     stack: dict[str, Any] = dict(layers="layers", attention_spec=attention, norm=norm)
@@ -51,7 +51,7 @@ def bart_like(
 
 
 def target_table(model: nn.Module) -> Tensor | None:
-    """The embeddings of the words that a label can be, or the classifier's weight."""
+    """Return the embeddings of the words that a label can be, or the classifier's weight."""
     projection: Any = getattr(model, "lm_head", getattr(model, "proj_out", None))
     if projection is None:
         projection = getattr(

@@ -1,4 +1,4 @@
-"""What BERT and its successors share."""
+"""The common row of BERT and its successors."""
 
 from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
 
@@ -14,7 +14,7 @@ ALIGNED = (
 
 
 def bert_like(name: str, classes: str) -> ModelSpec:
-    """The row of a family whose classes start with ``classes`` and are otherwise BERT's."""
+    """Return the row of a family whose classes start with ``classes`` and are otherwise BERT's."""
     attention = AttentionSpec("query", "key", "value", output=None, head_size="attention_head_size", dropout="dropout")
     tower = TowerSpec(
         "text",

@@ -1,4 +1,4 @@
-"""``generate`` of models that call their towers one by one in it."""
+"""``generate`` of models that call their towers one by one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..modeling.context import ForwardContext, current_context, set_current
 
 
 def generate_in_one_call(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """``generate`` with one context around it: what reads the image then knows which of its rows were kept."""
+    """Run ``generate`` inside one context, so that the towers that read the image know which of its rows were kept."""
     if current_context() is not None:
         return type(model).generate(model, *args, **kwargs)
     set_current(ForwardContext(model))
@@ -23,13 +23,13 @@ def generate_in_one_call(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def prepare(model: nn.Module) -> None:
-    """Wrap ``generate`` of a hard model that has one of its own; ``release`` undoes it."""
+    """Wrap ``generate`` of a hard model that defines its own; ``release`` undoes it."""
     if getattr(type(model), "generate", GenerationMixin.generate) is not GenerationMixin.generate:
         model.__dict__["generate"] = functools.partial(generate_in_one_call, model)
 
 
 def release(model: nn.Module) -> None:
-    """Take the wrapper off."""
+    """Remove the wrapper."""
     found = model.__dict__.get("generate")
     if isinstance(found, functools.partial) and found.func is generate_in_one_call:
         del model.__dict__["generate"]

@@ -1,4 +1,4 @@
-"""What Llama and its successors share: rows and keys of the prompt."""
+"""The common row of Llama and its successors, whose sites choose rows and keys of the prompt."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ READING = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 
 
 def decoder(module: str, window: str | None = None, **attention: Any) -> TowerSpec:
-    """The tower of a decoder.
+    """Return the tower of a decoder.
 
     Args:
-        module: name of its class. window: see ``TowerSpec``. attention: names inside its attention that are not Llama's.
+        module: name of its class. window: see ``TowerSpec``. attention: names inside its attention that differ from Llama's.
     """
     return TowerSpec(
         "decoder",
@@ -28,7 +28,7 @@ def decoder(module: str, window: str | None = None, **attention: Any) -> TowerSp
 
 
 def llama_like(name: str, classes: str, **names: Any) -> ModelSpec:
-    """The row of a family whose classes start with ``classes`` and are otherwise Llama's; ``names`` go to ``decoder``."""
+    """Return the row of a family whose classes start with ``classes`` and are otherwise Llama's; ``names`` go to ``decoder``."""
     return ModelSpec(
         name=name,
         family=f"transformers.models.{name}.",

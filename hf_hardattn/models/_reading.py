@@ -1,4 +1,4 @@
-"""A decoder of any family that reads an encoder of any family: it finds the encoder's rows by number, so none may be dropped."""
+"""A decoder of any family that reads an encoder of any family: it finds the encoder's rows by index, so none may be dropped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import towers_inside
 
 
 def find_encoder(model: Any) -> dict[str, tuple[TowerSpec, nn.Module]]:
-    """The encoder's tower, by the family of the model inside."""
+    """Return the encoder's tower, with the row of the family of the model inside."""
     if not heads.extends(model, ["EncoderDecoderModel", "VisionEncoderDecoderModel"]):
         return {}
     found = towers_inside(model, {"vision": "encoder", "text": "encoder"})
@@ -21,10 +21,10 @@ def find_encoder(model: Any) -> dict[str, tuple[TowerSpec, nn.Module]]:
 
 
 def reading(name: str, tower: TowerSpec) -> ModelSpec:
-    """The row of such a family.
+    """Return the row of a family that combines any encoder with any decoder.
 
     Args:
-        tower: the usual encoder; ``find_encoder`` takes that of the family that a checkpoint is made of.
+        tower: the usual encoder; ``find_encoder`` finds the one that a checkpoint actually has.
     """
     return ModelSpec(
         name=name,

@@ -1,4 +1,4 @@
-"""What SigLIP and SigLIP 2 share: no CLS, an attention pools an image's rows, and a text is pooled at its last place."""
+"""The common row of SigLIP and SigLIP 2: no CLS, an image's rows are pooled by an attention, a text at its last position."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ATTENTION = AttentionSpec(output="out_proj", scale="scale", dropout="dropout")
 
 
 def refuse_hidden_end(tower: Any, arguments: Arguments) -> None:
-    """Refuse a text with padding at its last place, where the tower pools it.
+    """Refuse a text with padding at its last position, where the tower pools it.
 
     Raises:
-        HardAttentionError: a text has padding there.
+        HardAttentionError: if a text has padding there.
     """
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and not torch.compiler.is_compiling() and not mask[:, -1].all():
@@ -33,7 +33,7 @@ def refuse_hidden_end(tower: Any, arguments: Arguments) -> None:
 def pair_loss(
     model: nn.Module, inputs: dict[str, Any], output: Any, known: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """For the contrastive model, the loss of each text with every image."""
+    """Return the loss of each text with every image, for the contrastive model."""
     logits = output.get("logits_per_text")
     if logits is None:
         return heads.token_loss(model, inputs, output, known)
@@ -49,10 +49,10 @@ def siglip_like(
     functions: Mapping[str, Callable[..., Any]] | None = None,
     counting_heads: tuple[str, ...] = (),
 ) -> ModelSpec:
-    """The row of a family whose classes start with ``classes``.
+    """Return the row of a family whose classes start with ``classes``.
 
     Args:
-        vision: the row of its image tower. functions, counting_heads: of the family.
+        vision: the row of its image tower. functions, counting_heads: fields of the family's row.
     """
     text = TowerSpec(
         "text",

@@ -1,4 +1,4 @@
-"""What T5 and its successors share: a relative position bias, and a decoder that reads the encoder."""
+"""The common row of T5 and its successors: a relative position bias, and a decoder that reads the encoder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ATTENTION = AttentionSpec(
 
 
 def target_table(model: nn.Module) -> Tensor | None:
-    """The embeddings of the words that a label can be, or the classifier's weight."""
+    """Return the embeddings of the words that a label can be, or the classifier's weight."""
     if hasattr(model, "lm_head"):
         table: Any = model.shared
         return table.weight
@@ -34,7 +34,7 @@ def target_table(model: nn.Module) -> Tensor | None:
 def token_loss(
     model: nn.Module, inputs: dict[str, Any], output: Any, known: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """For question answering, the mean loss of both ends of the answer."""
+    """Return the loss of each label; for question answering, the mean loss of both ends of the answer."""
     if output.get("start_logits") is None or inputs.get("start_positions") is None:
         return heads.token_loss(model, inputs, output, known)
     ends = [(output.start_logits, inputs["start_positions"]), (output.end_logits, inputs["end_positions"])]
@@ -46,7 +46,7 @@ def token_loss(
 
 
 def t5_like(name: str, classes: str, attention: AttentionSpec) -> ModelSpec:
-    """The row of a family whose classes start with ``classes`` and are otherwise T5's.
+    """Return the row of a family whose classes start with ``classes`` and are otherwise T5's.
 
     Args:
         attention: the names inside its attention modules.

@@ -1,4 +1,4 @@
-"""BLIP: attention without an attention function, text towers that differ by head, and a ``generate`` that calls towers apart."""
+"""BLIP: attention without an attention function, text towers that differ by head, and a ``generate`` that calls its towers separately."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ ANSWER = replace(TEXT, name="answer", causal=True, reads="text")
 
 
 def find_towers(model: Any) -> dict[str, tuple[TowerSpec, nn.Module]]:
-    """Which text tower is which depends on the head."""
+    """Return the towers; which text tower is which depends on the head."""
     classes = {cls.__name__ for cls in type(model).__mro__}
     found: dict[str, tuple[TowerSpec, nn.Module]] = {}
     vision = model if "BlipVisionModel" in classes else getattr(model, "vision_model", None)
@@ -81,13 +81,13 @@ def find_towers(model: Any) -> dict[str, tuple[TowerSpec, nn.Module]]:
 
 
 def labels(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-    """The decoder predicts the next word; the labels are not shifted."""
+    """Return the next word for each row: the decoder predicts it, and the model's labels are not shifted."""
     given = inputs.get("labels")
     return None if given is None else nn.functional.pad(given[:, 1:], (0, 1), value=-100)
 
 
 def target_table(model: Any) -> Tensor | None:
-    """The embeddings of the words that a label can be."""
+    """Return the embeddings of the words that a label can be."""
     decoder = getattr(model, "text_decoder", None)
     return None if decoder is None else decoder.bert.embeddings.word_embeddings.weight
 

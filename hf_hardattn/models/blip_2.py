@@ -1,4 +1,4 @@
-"""BLIP-2: an image tower whose attention takes no mask, and a Q-Former in which some layers alone read it."""
+"""BLIP-2: an image tower whose attention takes no mask, and a Q-Former in which only some layers read the image."""
 
 from __future__ import annotations
 

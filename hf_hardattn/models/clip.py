@@ -12,14 +12,14 @@ from ..modeling.arguments import Arguments
 from ..modeling.family import Tower
 from ..modeling.spec import AttentionSpec, ModelSpec, PatchSpec, TowerSpec
 
-LEGACY_EOS = 2  # in configurations of this id, CLIP pools at the highest id of a text
+LEGACY_EOS = 2  # in configurations with this id, CLIP pools at the highest id of a text
 
 
 def end_of_text(tower: Any, arguments: Arguments) -> Tensor | None:
-    """The row that the text tower pools at, bool ``[B, N]``."""
+    """Return the row that the text tower pools at, bool ``[B, N]``."""
     ids: Tensor | None = arguments.get("input_ids")
     if ids is None:
-        return None  # Transformers says what is wrong
+        return None  # Transformers raises the error
     ids = ids.view(-1, ids.shape[-1])
     found = ids if tower.eos_token_id == LEGACY_EOS else (ids == tower.eos_token_id).int()
     return torch.arange(ids.shape[1], device=ids.device) == found.argmax(-1, keepdim=True)
@@ -28,7 +28,7 @@ def end_of_text(tower: Any, arguments: Arguments) -> Tensor | None:
 def replace_inputs(
     model: nn.Module, tower: Tower, batch: dict[str, Any], dropped: Tensor, how: str, seed: int
 ) -> dict[str, Any]:
-    """The changed inputs of one tower; a text still ends where it ended, as that is where it is read."""
+    """Return the changed inputs of one tower; a text still ends in the same position, because it is pooled there."""
     changed = heads.replace_inputs(model, tower, batch, dropped, how, seed)
     if tower.name != "text":
         return changed
@@ -67,7 +67,7 @@ CLIP = ModelSpec(
             causal=True,
             only=("inputs", "tokens"),
             protect_last=True,
-            always=end_of_text,  # padding may stand behind it
+            always=end_of_text,  # padding may follow it
             pools_by_place=True,
         ),
     ),

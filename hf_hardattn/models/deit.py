@@ -1,4 +1,4 @@
-"""DeiT: a distillation token stands behind CLS."""
+"""DeiT: a distillation token follows CLS."""
 
 from ..modeling.spec import ModelSpec, TowerSpec
 

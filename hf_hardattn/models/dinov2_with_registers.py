@@ -1,4 +1,4 @@
-"""DINOv2 with registers: rows behind CLS that belong to no patch, always kept."""
+"""DINOv2 with registers: rows after CLS that belong to no patch and are always kept."""
 
 from ..modeling import heads
 from ..modeling.spec import ModelSpec, TowerSpec

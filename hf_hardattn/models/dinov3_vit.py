@@ -1,4 +1,4 @@
-"""DINOv3: registers behind CLS, and patches turned by their place in the image; in training, stock code jitters these places."""
+"""DINOv3: registers follow CLS, and rotary angles encode a patch's position in the image, which the stock code jitters in training."""
 
 from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
 

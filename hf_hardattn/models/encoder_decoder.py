@@ -1,4 +1,4 @@
-"""A text encoder that a text decoder reads."""
+"""A text encoder whose output a text decoder reads."""
 
 from ..modeling.spec import TowerSpec
 from ._reading import reading

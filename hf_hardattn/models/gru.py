@@ -10,7 +10,7 @@ from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
 
 
 def target_table(model: nn.Module) -> Tensor | None:
-    """The embeddings of the words that a label can be."""
+    """Return the embeddings of the words that a label can be."""
     found: Any = getattr(model, "decoder", model)  # the decoder itself, while it is built
     return found.embed_tokens.weight
 

@@ -13,7 +13,7 @@ from . import towers_inside
 
 
 def find_towers(model: Any) -> dict[str, tuple[TowerSpec, nn.Module]]:
-    """The towers by the families of the models inside; the decoder counts the image's rows, so its tower keeps them all."""
+    """Return the towers, with the rows of their own families; the decoder counts the image's rows, so the image tower keeps them all."""
     inner = getattr(model, "model", model)
     if not hasattr(inner, "language_model"):
         return {}
@@ -27,7 +27,7 @@ def find_towers(model: Any) -> dict[str, tuple[TowerSpec, nn.Module]]:
 LLAVA = ModelSpec(
     name="llava",
     family="transformers.models.llava.",
-    # usual ones; ``find_towers`` takes those of the families that a checkpoint is made of
+    # the usual towers; ``find_towers`` finds those that a checkpoint actually has
     towers=(
         TowerSpec("vision", module="CLIPVisionModel", layers="encoder.layers", inputs="pixel_values", only=("self",)),
         TowerSpec("decoder", module="LlamaModel", layers="layers", prompt=True),

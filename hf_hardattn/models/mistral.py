@@ -1,4 +1,4 @@
-"""Mistral: layers may see a window."""
+"""Mistral: layers may have a sliding window."""
 
 from ._llama import llama_like
 

@@ -1,4 +1,4 @@
-"""ModernBERT: most layers see a window, and layers with a window turn queries and keys by other angles."""
+"""ModernBERT: most layers have a sliding window, and these layers rotate queries and keys by other angles."""
 
 from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
 from ._bert import ALIGNED

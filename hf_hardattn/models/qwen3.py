@@ -1,4 +1,4 @@
-"""Qwen3: queries and keys have norms."""
+"""Qwen3: queries and keys are normalised."""
 
 from ._llama import llama_like
 

@@ -1,4 +1,4 @@
-"""SigLIP 2: images come as patches, as many as their shape asks for, and padding behind them."""
+"""SigLIP 2: images are given as patches, whose number depends on their shape, followed by padding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATCHES = "pixel_values"  # [B, N, channels * patch * patch], not an image
 
 
 def input_rows(tower: Tower, batch: Any) -> Tensor | None:
-    """Which rows are a patch of an image, or a token, bool ``[B, N]``."""
+    """Return which rows are a patch of an image, or a token, bool ``[B, N]``."""
     if tower.spec.inputs != PATCHES or tower.name != "vision":
         return heads.input_rows(tower, batch)
     mask: Tensor | None = batch.get("pixel_attention_mask")
@@ -26,7 +26,7 @@ def input_rows(tower: Tower, batch: Any) -> Tensor | None:
 def replace_inputs(
     model: nn.Module, tower: Tower, batch: dict[str, Any], dropped: Tensor, how: str, seed: int
 ) -> dict[str, Any]:
-    """The dropped patches replaced."""
+    """Return the inputs of one tower with the dropped patches or tokens replaced."""
     if tower.name != "vision":
         return heads.replace_inputs(model, tower, batch, dropped, how, seed)
     patches: Tensor = batch[PATCHES]

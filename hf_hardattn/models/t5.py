@@ -1,4 +1,4 @@
-"""T5: the position bias of the first layer serves all."""
+"""T5: all layers share the position bias of the first layer."""
 
 from ._t5 import ATTENTION, t5_like
 

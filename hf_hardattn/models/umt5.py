@@ -1,4 +1,4 @@
-"""UMT5: T5 with a position bias of each layer's own."""
+"""UMT5: T5 in which each layer has its own position bias."""
 
 from dataclasses import replace
 

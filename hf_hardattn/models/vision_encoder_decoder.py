@@ -1,4 +1,4 @@
-"""An image encoder that a text decoder reads."""
+"""An image encoder whose output a text decoder reads."""
 
 from ..modeling.spec import TowerSpec
 from ._reading import reading

@@ -1,4 +1,4 @@
-"""An image encoder beside a text encoder, each with the sites of its own family."""
+"""An image encoder and a text encoder, each with the sites of its own family."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import towers_inside
 
 
 def find_towers(model: Any) -> dict[str, tuple[TowerSpec, nn.Module]]:
-    """The towers by the families of the models inside."""
+    """Return the towers, with the rows of their own families."""
     if not heads.extends(model, ["VisionTextDualEncoderModel"]):
         return {}
     return towers_inside(model, {"vision": "vision_model", "text": "text_model"})
@@ -21,7 +21,7 @@ def find_towers(model: Any) -> dict[str, tuple[TowerSpec, nn.Module]]:
 VISION_TEXT_DUAL_ENCODER = ModelSpec(
     name="vision_text_dual_encoder",
     family="transformers.models.vision_text_dual_encoder.",
-    # usual ones; ``find_towers`` takes those of the families that a checkpoint is made of
+    # the usual towers; ``find_towers`` finds those that a checkpoint actually has
     towers=(
         TowerSpec("vision", module="ViTModel", layers="layers", inputs="pixel_values"),
         TowerSpec("text", module="BertModel", layers="encoder.layer"),

@@ -1,4 +1,4 @@
-"""Whisper: its encoder's rows are frames of audio, two columns of the spectrogram apart, each made of the columns around it."""
+"""Whisper: the encoder's rows are audio frames, two columns of the spectrogram apart, each computed from the columns around it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from ..modeling.family import Tower
 from ._bart import bart_like
 
-STRIDE, REACH = 2, 2  # columns from one frame to the next, and columns that a frame reads before and behind its own
+STRIDE, REACH = 2, 2  # columns from one frame to the next, and columns that a frame reads before and after its own
 
 
 def input_rows(tower: Tower, batch: Any) -> Tensor | None:
-    """The encoder's frames, bool ``[B, frames]``."""
+    """Return the encoder's frames, bool ``[B, frames]``."""
     features = batch.get("input_features")
     if features is None or tower.name != "encoder":
         return None
@@ -24,10 +24,10 @@ def input_rows(tower: Tower, batch: Any) -> Tensor | None:
 def replace_inputs(
     model: nn.Module, tower: Tower, batch: dict[str, Any], dropped: Tensor, how: str, seed: int
 ) -> dict[str, Any]:
-    """The spectrogram with every column replaced that no kept frame reads."""
+    """Return the spectrogram, in which every column that no kept frame reads is replaced."""
     features: Tensor = batch["input_features"]
     kept = (~dropped).to(features.dtype).repeat_interleave(STRIDE, 1)
-    kept[:, 1::STRIDE] = 0.0  # a frame stands at the first of its columns
+    kept[:, 1::STRIDE] = 0.0  # a frame is at the first of its columns
     read = nn.functional.max_pool1d(kept[:, None], 2 * REACH + 1, stride=1, padding=REACH) > 0
     if how == "noise":
         other = torch.randn(features.shape, generator=torch.Generator().manual_seed(seed)).to(features)

@@ -1,7 +1,7 @@
-"""A small trained model and two images inside the package, to try the library without a download.
+"""A small trained model and two images inside the package, for trying the library without a download.
 
 ``hf_hardattn.load("sample")`` loads it: a ViT of three layers that reads one handwritten digit among fragments of others from 9 of 64
-patches, the hard model that ``hf-hardattn demo`` trains. ``results/sample.json`` in the repository records its training.
+patches. It is the hard model that ``hf-hardattn demo`` trains. ``results/sample.json`` in the repository records its training.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ NAME = "sample"
 
 
 def folder() -> Path:
-    """The folder with the model's files."""
+    """Return the folder of the model's files."""
     return Path(__file__).parent / "model"
 
 
 def image_paths() -> list[Path]:
-    """The images, whose file names say which digit each shows."""
+    """Return the paths of the images; each file name contains the digit in the image."""
     return sorted((Path(__file__).parent / "images").glob("*.png"))
 
 
 def images() -> list[Any]:
-    """The images as ``PIL.Image``, RGB, 64 pixels a side.
+    """Return the images as ``PIL.Image``, RGB, 64 pixels per side.
 
     Raises:
-        ImportError: Pillow is not installed; the message names the extra that brings it.
+        ImportError: Pillow is not installed; the message names the extra that installs it.
     """
     from ..errors import missing_extra
 

@@ -1,7 +1,7 @@
-"""Scorers: hidden states to scores, higher = keep. One file each; the file name is the registered name.
+"""Scorers: hidden states to scores, higher = keep. Each has its own file, whose name is the registered name.
 
-A scorer works in two steps, so that decoding with a cache gives what decoding without one gives: ``keys`` maps each
-position alone to features (cached beside the attention's keys), ``score`` turns features, and the queries where the
+A scorer works in two steps, so that decoding with a cache gives the same result as decoding without one: ``keys`` maps each
+position by itself to features (cached with the attention's keys), and ``score`` turns the features, and the queries if the
 scorer uses them, into scores.
 """
 
@@ -18,13 +18,13 @@ from ..options import Configurable
 
 @dataclass
 class Projections:
-    """The host attention's own projections, for scorers that look through them.
+    """The projections of the host attention, for scorers that use them.
 
     Attributes:
-        query: states ``[B, Q, D]`` to queries ``[B, H, Q, d]``, scaled so that ``query @ key`` is the attention logit.
-        key: states ``[B, N, D]`` to keys ``[B, H, N, d]``.
-        valid: bool ``[B, N]``, the positions that are there; None when all are.
-        grid: patches down and across of the image, for scorers that read a grid; None when it is not known.
+        query: maps states ``[B, Q, D]`` to queries ``[B, H, Q, d]``, scaled so that ``query @ key`` is the attention logit.
+        key: maps states ``[B, N, D]`` to keys ``[B, H, N, d]``.
+        valid: bool ``[B, N]``, the valid positions; None if all are valid.
+        grid: number of patches down and across the image, for scorers that read a grid; None if it is not known.
     """
 
     query: Callable[[Tensor], Tensor]
@@ -34,23 +34,24 @@ class Projections:
 
 
 class Scorer(Configurable, nn.Module):
-    """A scorer. Built as ``Scorer(hidden_size=D, query_size=Dq, heads=H, **scorer_options)``; H is 1 when heads share a choice.
+    """Base class, built as ``Scorer(hidden_size=D, query_size=Dq, heads=H, **scorer_options)``; H is 1 if heads share a choice.
 
     Class attributes:
-        per_query: each query chooses for itself (``score`` gets ``queries``).
+        per_query: each query has its own choice (``score`` gets ``queries``).
         needs_cls: reads a CLS token at position 0 of the same tower.
-        needs_grid: reads a whole grid of patches behind a CLS token (``vision.inputs`` only).
-        needs_pixels: reads the image, before any patch is embedded (``vision.inputs`` only): its states are the pixels, averaged to
-            ``cells`` x ``cells`` numbers a patch and channel, ``[B, C, rows * cells, columns * cells]``, and D is C.
-        needs_projections: reads the attention's own projections.
-        needs_positions: ``keys`` reads ``positions``; False saves making them.
-        draws: in training its features are noise, from ``draw``.
-        reads_logits: ``score`` gets the attention's logits ``[B, heads of the attention, Q, N]`` in place of features; ``keys`` is not asked.
+        needs_grid: reads a whole grid of patches after a CLS token (``vision.inputs`` only).
+        needs_pixels: reads the image, before any patch is embedded (``vision.inputs`` only). Its states are the pixels, averaged to
+            ``cells`` x ``cells`` numbers per patch and channel, ``[B, C, rows * cells, columns * cells]``, and D is C.
+        needs_projections: reads the projections of the host attention.
+        needs_positions: ``keys`` reads ``positions``; if False, they are not computed.
+        draws: in training, the features are noise from ``draw``.
+        reads_logits: ``score`` gets the attention's logits ``[B, heads of the attention, Q, N]`` instead of features; ``keys`` is not
+            called.
         sequential: selects in several glimpses (a ``Sequential``).
-        monotonic: no glimpse or query selects a position in front of those before it. With ``per_query`` the last feature tells
-            which positions were passed (1) in earlier steps of decoding.
+        monotonic: no glimpse or query selects a position before those of the previous one. With ``per_query``, the last feature
+            marks (1) the positions that were passed in earlier decoding steps.
         features: F, number of features per position and head.
-        prefix: rows in front of the patches (CLS, registers), for scorers that read a grid or pixels; set for the tower.
+        prefix: number of rows before the patches (CLS, registers), for scorers that read a grid or pixels; set for the tower.
     """
 
     kind = "scorer"
@@ -76,7 +77,7 @@ class Scorer(Configurable, nn.Module):
     def forward(self, method: str, *args: Any) -> Tensor:
         """Call ``keys``, ``score`` or another method by name.
 
-        Whatever hangs on a module's call (offloaded weights, sharding, quantisation) is then done before the weights are read.
+        Calling the module runs its hooks (for offloaded weights, sharding, quantisation) before the weights are read.
         """
         return getattr(self, method)(*args)
 
@@ -84,12 +85,12 @@ class Scorer(Configurable, nn.Module):
         """Initialise the parameters with ``torch.nn.init`` (Transformers guards it against overwriting loaded weights)."""
 
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
-        """Map each position alone to features.
+        """Map each position by itself to features.
 
         Args:
             states: ``[B, N, D]``.
-            positions: int64 ``[B, N]``, place of each position in its row, padding not counted; None unless ``needs_positions``.
-            projections: the host attention's, when ``needs_projections``.
+            positions: int64 ``[B, N]``, place of each position in its row, not counting padding; None unless ``needs_positions``.
+            projections: projections of the host attention, if ``needs_projections``.
 
         Returns:
             fp32 ``[B, H, N, F]``.
@@ -97,7 +98,7 @@ class Scorer(Configurable, nn.Module):
         raise NotImplementedError
 
     def draw(self, states: Tensor) -> Tensor:
-        """Random features for positions ``[B, N, D]``, fp32 ``[B, H, N, F]``; used in training when the scorer ``draws``."""
+        """Return random features for ``states`` ``[B, N, D]``, fp32 ``[B, H, N, F]``; used in training if the scorer ``draws``."""
         raise NotImplementedError
 
     def score(self, features: Tensor, queries: Tensor | None = None) -> Tensor:
@@ -106,11 +107,11 @@ class Scorer(Configurable, nn.Module):
 
 
 class Sequential(Scorer):
-    """A scorer that selects in several glimpses: ``glimpses.look`` asks it for the scores of each.
+    """A scorer that selects in several glimpses; ``glimpses.look`` calls it for the scores of each glimpse.
 
     Attributes:
         glimpses: T, the largest number of glimpses.
-        halting_cost: what a full set of glimpses costs in the training loss when the scorer learns to stop; None: it never stops early.
+        halting_cost: cost of a full set of glimpses in the training loss, if the scorer learns to stop; None: it never stops early.
     """
 
     sequential = True
@@ -119,23 +120,23 @@ class Sequential(Scorer):
 
     @property
     def halts(self) -> bool:
-        """Whether it may stop before its budget is spent."""
+        """Whether the scorer may stop before its budget is used up."""
         return self.halting_cost is not None
 
     def start(self, features: Tensor) -> Tensor:
-        """The state before the first glimpse, fp32 ``[B, H, d]``; ``features`` is ``[B, H, N, F]``."""
+        """Return the state before the first glimpse, fp32 ``[B, H, d]``; ``features`` is ``[B, H, N, F]``."""
         raise NotImplementedError
 
     def look(self, features: Tensor, state: Tensor) -> Tensor:
-        """Scores of this glimpse, fp32 ``[B, H, 1, N]``."""
+        """Return the scores of this glimpse, fp32 ``[B, H, 1, N]``."""
         raise NotImplementedError
 
     def see(self, state: Tensor, seen: Tensor) -> Tensor:
-        """The state after a glimpse; ``seen`` fp32 ``[B, H, F]`` is the mean of the features it kept (0 when it kept none)."""
+        """Return the state after a glimpse; ``seen`` fp32 ``[B, H, F]`` is the mean of the features that it kept (0 if it kept none)."""
         raise NotImplementedError
 
     def go_on(self, state: Tensor) -> Tensor:
-        """Logit of another glimpse, fp32 ``[B, H, 1]``, where it ``halts``."""
+        """Return the logit for taking another glimpse, fp32 ``[B, H, 1]``; only called if the scorer ``halts``."""
         raise NotImplementedError
 
     def score(self, features: Tensor, queries: Tensor | None = None) -> Tensor:

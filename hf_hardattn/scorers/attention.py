@@ -1,4 +1,4 @@
-"""The layer's own attention: each query keeps what it would attend to most."""
+"""The layer's own attention: each query keeps the positions that it would attend to most."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ class Attention(Scorer):
     """Score each pair of query and position by the host attention's logit: ``s_qn = a_h q_q . k_n``, the mean over heads when they
     share a choice. Position biases are left out.
 
-    A trained soft model starts with a choice that means something, and nothing is learned anew but the scale ``a`` (1 at first).
-    With ``per_head`` it is top-k attention; with budget 1 the classic hard attention, drawn from the attention itself.
+    A trained soft model thus starts with a meaningful choice, and the only new parameter is the scale ``a`` (initially 1).
+    With ``per_head`` it is top-k attention; with budget 1 it is classic hard attention, drawn from the attention itself.
 
-    Cost: none beside the attention's own logits, which are made once, for the choice and for the weights; the keys of all positions are.
+    Cost: none besides the attention's own logits, which are computed once, for the choice and for the weights, and the keys of all
+    positions.
     Source: Xu et al. 2015, "Show, Attend and Tell", section 4.1; Gupta et al. 2021, "Memory-efficient Transformers via Top-k
     Attention", arXiv:2106.06899.
     """

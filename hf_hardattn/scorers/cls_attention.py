@@ -1,4 +1,4 @@
-"""The CLS token's own attention, no parameters."""
+"""The attention of the CLS token, without parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import Projections, Scorer
 class ClsAttention(Scorer):
     """Score each position by the attention CLS pays to it in this layer: ``s_n = log mean_h softmax_n(q_cls . k_n)``.
 
-    Training-free. Cost: the key projection of the layer, once more. Source: EViT (Liang et al., 2022), section 3.2.
+    It needs no training. Cost: the key projection of the layer, a second time. Source: EViT (Liang et al., 2022), section 3.2.
     """
 
     needs_positions = False
@@ -22,7 +22,7 @@ class ClsAttention(Scorer):
             raise TypeError("ClsAttention.keys needs the host attention's projections.")
         logits = projections.query(states[:, :1]).float() @ projections.key(states).float().transpose(-1, -2)
         if projections.valid is not None:
-            # CLS pays nothing to positions that are not there, in masked execution as in gathered
+            # CLS pays no attention to positions that are not valid, in masked execution as in gathered.
             logits = logits.masked_fill(~projections.valid[:, None, None], float("-inf"))
         attention = logits.softmax(-1).transpose(-1, -2)
         attention = attention if self.heads > 1 else attention.mean(1, keepdim=True)

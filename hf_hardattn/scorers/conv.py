@@ -1,4 +1,4 @@
-"""A small MLP that also sees the neighbouring patches."""
+"""A small MLP that also reads the neighbouring patches."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from . import Projections, Scorer
 class Conv(Scorer):
     """Score each patch from itself and its 3x3 neighbourhood: ``h = gelu(W1 norm(x) + b1)``, ``s = W2 gelu(h + depthwise3x3(h)) + b2``.
 
-    At ``vision.inputs`` no layer has mixed the patches yet, so a patch alone cannot tell a part of the object from clutter; its
-    neighbours can. What stands in front of the patches (CLS) gets no score of its own. A video is a row of frames, each a grid.
+    At ``vision.inputs`` no layer has mixed the patches yet, so a single patch does not show whether it belongs to the object or to
+    clutter, but its neighbours do. Rows before the patches (CLS) get a score of 0. A video is a row of frames, each of which is a grid.
 
     Args:
         hidden: width of the hidden layer, in [1, 8192].
-        frames: F of a video, in [1, 65536].
-        whole_frames: all patches of a frame share its mean score, so that a budget of whole frames (a share k/F) keeps k of them;
-            choose patches within them at the next site, ``vision.tokens.0``. Choices that are drawn rather than sorted
+        frames: F, the number of frames of a video, in [1, 65536].
+        whole_frames: give all patches of a frame its mean score, so that a budget of whole frames (a share k/F) keeps k of them.
+            Choose patches within the frames at the next site, ``vision.tokens.0``. Choices that are drawn rather than sorted
             (``sample=True`` of some estimators) may split a frame in training.
 
     Raises:
-        HardAttentionError: the patches form no grid, that of the image or a square.
+        HardAttentionError: the patches form neither the grid of the image nor a square.
 
     Cost: (D + 10) * hidden multiplications per patch.
     """
@@ -75,7 +75,7 @@ class Conv(Scorer):
         return nn.functional.pad(scores, (0, 0, self.prefix, 0)).transpose(1, 2).unsqueeze(-1)
 
     def _grid(self, patches: int, known: tuple[int, int] | None) -> tuple[int, int]:
-        """Patches down and across of each frame: the image's, or a square where nobody knows the image."""
+        """Return the number of patches down and across each frame: those of the image, or a square if the image is not known."""
         if known is not None and known[0] * known[1] * self.frames == patches:
             return known
         side = math.isqrt(patches // self.frames)

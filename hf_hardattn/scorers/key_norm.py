@@ -1,4 +1,4 @@
-"""The norm of the position's attention key, no parameters."""
+"""The norm of the position's attention key, without parameters."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from . import Projections, Scorer
 
 
 class KeyNorm(Scorer):
-    """Score each position by the size of its key: ``s_n = -|k_n|`` (or ``+|k_n|``), the mean over heads when they share a choice.
+    """Score each position by the norm of its key: ``s_n = -|k_n|`` (or ``+|k_n|``), the mean over heads when they share a choice.
 
-    Training-free control. Args: keep: ``"low"`` (default; low norms draw attention) or ``"high"``.
+    A control that needs no training. Args: keep: ``"low"`` (default; keys of low norm attract attention) or ``"high"``.
 
     Cost: the key projection of the layer. Source: Devoto et al. (2024), "A simple and effective L2 norm-based strategy for KV
     cache compression".

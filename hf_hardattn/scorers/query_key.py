@@ -1,4 +1,4 @@
-"""Each query chooses for itself."""
+"""Each query makes its own choice."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from . import Projections, Scorer
 class QueryKey(Scorer):
     """Score each pair of query and position: ``s_qn = (Wq norm(x_q)) . (Wk norm(x_n)) / sqrt(d)``, with its own small projections.
 
-    With budget 1 on cross-attention this is the classic hard attention: the output is one value vector.
+    With budget 1 on cross-attention this is classic hard attention: the output is one value vector.
 
     Args:
         size: d, width of the projections per head, in [1, 8192].
-        monotonic: a query reads on from where the one before read (its first position kept), for transduction.
+        monotonic: a query starts from the first position that the previous query kept, for transduction.
 
     Cost: d multiplications per pair of query and position; monotonic choices are made one query after the other. Source: Show, Attend
     and Tell (Xu et al., 2015), section 4.1; monotonic: Wu & Cotterell 2019, arXiv:1905.06319, section 3.

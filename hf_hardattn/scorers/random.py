@@ -1,4 +1,4 @@
-"""A random choice: the control every learned choice must beat."""
+"""A random choice: the control that every learned choice must beat."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from . import Projections, Scorer
 class Random(Scorer):
     """Score each position by uniform noise.
 
-    Training draws fresh noise. Evaluation hashes the position's own state and place: a choice that means nothing, yet the same
-    for a row alone, in any batch, and with or without a decoding cache.
+    Training draws new noise. Evaluation hashes the state and the place of the position: the choice is meaningless, but it is the
+    same for a row by itself, in any batch, and with or without a decoding cache.
 
     Args:
-        seed: in [0, 2**31); another seed, another choice.
+        seed: in [0, 2**31); each seed gives another choice.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Random(Scorer):
         return uniform((len(states), self.heads, states.shape[1], 1), states.device)
 
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
-        # coarse bins: the same input gives the same hash although another batch size rounds the last bits differently
+        # Coarse bins: the same input gives the same hash, although the last bits are rounded differently at another batch size.
         bins = (states.float().detach().sum(-1) * 8).round().long()
         head = torch.arange(self.heads, device=states.device)[None, :, None]
         x = (bins * 1_000_003 + positions * 7_919)[:, None, :] + head * 104_729 + self.seed * 15_485_863

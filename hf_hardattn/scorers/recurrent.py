@@ -1,4 +1,4 @@
-"""Looks several times: what was seen so far decides where to look next."""
+"""Selection in several glimpses: those made so far decide where the next one goes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ class Recurrent(Sequential):
     """Score the remaining positions from a recurrent state: ``s_n = (Wq h_t) . (Wk norm(x_n)) / sqrt(d)``, then
     ``h_{t+1} = GRU(mean of the glimpse's keys, h_t)``; ``h_0`` is learned.
 
-    The budget is spread evenly over the glimpses, and no position is looked at twice. One choice serves all queries of a row.
+    The budget is spread evenly over the glimpses, and no position is selected twice. One choice serves all queries of a row.
 
     Args:
         size: d, width of the keys and of the state, in [1, 4096].
-        glimpses: T, the largest number of glimpses, in [1, 4096]; a budget below T takes as many glimpses as it has positions.
-        halting_cost: number in [0, 1e6]: the model learns to stop early, and pays this for a full set of glimpses (in units of the loss, in
-            proportion to the expected glimpses); None takes T glimpses.
-        monotonic: a glimpse reads on behind the last position of the one before.
+        glimpses: T, the largest number of glimpses, in [1, 4096]; with a budget below T, there is one glimpse for each position.
+        halting_cost: number in [0, 1e6]: the model learns to stop early, and a full set of glimpses costs this much (in units of the
+            loss, in proportion to the expected number of glimpses). None always takes T glimpses.
+        monotonic: a glimpse starts after the last position of the previous one.
 
-    Gradient and cost: through the state too (back-propagation through the glimpses); N d multiplications a glimpse.
+    Gradient and cost: the gradient also passes through the state (back-propagation through the glimpses); N d multiplications per
+    glimpse.
 
     Source: Mnih et al. 2014, "Recurrent Models of Visual Attention", arXiv:1406.6247, section 3.1; halting: Graves 2016,
     arXiv:1603.08983, with a hard stop in place of a mixture.
@@ -66,7 +67,7 @@ class Recurrent(Sequential):
             nn.init.zeros_(bias)
         if self.halts:
             nn.init.zeros_(self.halt_weight)
-            nn.init.constant_(self.halt_bias, 2.0)  # goes on at first: stopping is to be learned
+            nn.init.constant_(self.halt_bias, 2.0)  # initially it rarely stops; stopping has to be learned
 
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
         states = nn.functional.rms_norm(states.float(), (self.hidden_size,))

@@ -1,4 +1,4 @@
-"""A low-resolution look at the whole image decides where it is worth a close one."""
+"""A low-resolution view of the whole image decides which patches are read at full resolution."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class Scout(Scorer):
     """Score each patch from its pixels at low resolution and from its 3x3 neighbourhood: ``h = gelu(W1 x + b1)``,
     ``s = W2 gelu(h + depthwise3x3(h)) + b2``, x the averages of ``cells`` x ``cells`` cells of the patch.
 
-    Nothing else reads the whole image: patches are embedded, and get their positions, only where they were chosen. So an image of
-    4,096 pixels a side costs the tower what its budget costs (an int budget, that is), and the scout ``C cells^2 + 10`` times
-    ``hidden`` multiplications a patch. It knows no places, so it goes with images of any size and shape.
+    Nothing else reads the whole image: only the chosen patches are embedded and get their positions. With an int budget, the cost
+    of the tower is therefore set by the budget, even for an image of 4,096 pixels a side. The scout itself costs ``C cells^2 + 10``
+    times ``hidden`` multiplications per patch. It uses no positions, so it works with images of any size and shape.
 
     Args:
         hidden: width of the hidden layer, in [1, 8192].
-        cells: a side of the grid of averages that stands for a patch, in [1, 256]; 1 sees nothing but its mean.
+        cells: side of the grid of averages that represents a patch, in [1, 256]; with 1, only the mean of the patch is read.
 
     Source: Katharopoulos & Fleuret 2019, "Processing Megapixel Images with Deep Attention-Sampling Models", arXiv:1905.03711, section 3
-    (attention computed at low resolution, features only where it looks).
+    (attention computed at low resolution, features only at the selected locations).
     """
 
     needs_positions = False
@@ -55,7 +55,7 @@ class Scout(Scorer):
         nn.init.zeros_(self.bias_out)
 
     def keys(self, states: Tensor, positions: Tensor, projections: Projections | None = None) -> Tensor:
-        """Averages ``[B, C, rows * cells, columns * cells]`` to scores ``[B, H, prefix + patches, 1]``; the rows in front get 0."""
+        """Map averages ``[B, C, rows * cells, columns * cells]`` to scores ``[B, H, prefix + patches, 1]``; the prefix rows get 0."""
         grid = nn.functional.conv2d(states.float(), self.weight_in.float(), self.bias_in.float(), stride=self.cells)
         grid = nn.functional.gelu(grid)
         grid = grid + nn.functional.conv2d(grid, self.kernel.float(), padding=1, groups=grid.shape[1])

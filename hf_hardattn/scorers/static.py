@@ -1,4 +1,4 @@
-"""The same places in every row: a control."""
+"""The same positions in every row: a control."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from . import Projections, Scorer
 
 
 class Static(Scorer):
-    """Score each position by its place alone: ``s_n = t_n``, one learned number per place and head. Control: what a choice that never looks
-    at the input can reach.
+    """Score each position by its place alone: ``s_n = t_n``, one learned number per place and head. A control: it shows what a
+    choice that does not depend on the input can reach.
 
     Args:
-        positions: places with a score of their own, in [1, 2**20]; those behind share the last one's.
+        positions: number of places with their own score, in [1, 2**20]; later places share the last score.
 
     Source: DynamicViT (Rao et al., 2021), Table 4, "static".
     """

@@ -1,4 +1,4 @@
-"""The flags that the training scripts share. A script's own dataclass inherits from these and adds its columns."""
+"""Flags that the training scripts share. The dataclass of a task inherits from these and adds its own flags."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import HardAttentionError
 
 
 def flag(default: Any, text: str) -> Any:
-    """A dataclass field with a default and a help text."""
+    """Return a dataclass field with a default and a help text."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
@@ -72,7 +72,7 @@ class HardAttentionArguments:
 class DataArguments:
     """Which data: the Hub's, a folder of images, or csv and json files."""
 
-    folder_format: ClassVar[str] = "imagefolder"  # what `datasets` reads --train_dir with
+    folder_format: ClassVar[str] = "imagefolder"  # builder of `datasets` that reads --train_dir
     dataset_name: str | None = flag(None, "Data set on the Hub, or its local directory.")
     dataset_config_name: str | None = flag(None, "Its configuration.")
     train_split: str = flag("train", "Split of dataset_name to train on.")
@@ -136,7 +136,7 @@ class EvaluationArguments:
 
 @dataclass(kw_only=True)
 class OutputArguments:
-    """What a run writes, and how it goes on after an interruption."""
+    """What a run writes, and how it continues after an interruption."""
 
     output_dir: str = flag("outputs/run", "Where the model, results.json, log.jsonl and checkpoints go.")
     overwrite: bool = flag(False, "Replace what an earlier run left in output_dir.")
@@ -175,15 +175,15 @@ class LoopArguments(OptimizationArguments, EvaluationArguments, OutputArguments,
 
 @dataclass(kw_only=True)
 class ScriptArguments(ModelArguments, HardAttentionArguments, DataArguments, LoopArguments):
-    """All of them."""
+    """All shared flags."""
 
 
 def validate(args: ScriptArguments) -> None:
-    """Raise for values that the types let through.
+    """Raise for invalid values that the types do not exclude.
 
     Raises:
-        HardAttentionError: a count below 1, a share outside [0, 1), a checkpoint interval that is neither a count nor 'epoch', or settings of
-            the schedule that are no mapping.
+        HardAttentionError: a count below 1, a share outside [0, 1), a checkpoint interval that is neither a count nor 'epoch', or settings
+            of the schedule that are not a mapping.
     """
     for name in (
         *("logging_steps", "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
@@ -203,15 +203,15 @@ def validate(args: ScriptArguments) -> None:
         )
     if args.train_selectors_only and args.use_peft:
         raise HardAttentionError("--train_selectors_only leaves LoRA adapters nothing to do; drop it or --use_peft.")
-    if args.push_to_hub and not args.hub_model_id:  # now, not after the training
+    if args.push_to_hub and not args.hub_model_id:  # raise now, not after the training
         raise HardAttentionError("--push_to_hub needs a repository; name it with --hub_model_id me/my-model.")
 
 
 def schedule_settings(args: LoopArguments) -> dict[str, Any]:
-    """What ``lr_scheduler_kwargs`` says.
+    """Parse ``lr_scheduler_kwargs``.
 
     Raises:
-        HardAttentionError: it is no JSON mapping.
+        HardAttentionError: it is not a JSON mapping.
     """
     try:
         found = json.loads(args.lr_scheduler_kwargs or "{}")

@@ -1,4 +1,4 @@
-"""The Trainer's link to the selectors: schedules, warm-up, logs."""
+"""Callback that connects the Trainer to the selectors: schedules, warm-up, logs."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from .stock_trainer import prepare_trainer
 class HardAttentionCallback(TrainerCallback, ExportableState):
     """Drive the selectors of a model that the stock ``Trainer`` trains.
 
-    Schedules follow ``state.global_step``, after a resume too. At each logging step the Trainer's logs gain
-    ``hardattn/<site>/kept_ratio``, ``entropy``, ``temperature`` and ``budget``, and with a score-function estimator
-    ``hardattn/reward`` and ``hardattn/baseline`` (means since the last logging step). The baselines travel in
+    Schedules follow ``state.global_step``, also after a resume. At each logging step the callback adds
+    ``hardattn/<site>/kept_ratio``, ``entropy``, ``temperature`` and ``budget`` to the Trainer's logs, and with a score-function
+    estimator ``hardattn/reward`` and ``hardattn/baseline`` (means since the last logging step). The state of the baselines is saved in
     ``trainer_state.json``.
 
-    Each evaluation compares the model with itself under random selections of equal size, on its first batch. The next row gains
-    ``hardattn/changed_by_random``, the share of the answers that change (0: the model does not use what it selects), and
-    ``hardattn/loss_over_random``, by how much the loss grows. Left out where weights are sharded or evaluated in another dtype.
+    Each evaluation compares the model with itself under random selections of equal size, on its first batch. It adds two numbers to the
+    next row: ``hardattn/changed_by_random``, the share of answers that change (0: the model does not use what it selects), and
+    ``hardattn/loss_over_random``, the increase of the loss. Both are omitted if weights are sharded or evaluated in another dtype.
 
-    Trackers (W&B, TensorBoard, trackio ...) get these numbers too. ``resume_from_checkpoint`` and ``load_best_model_at_end`` load
-    every weight, or raise; see ``stock_trainer``.
+    Trackers (W&B, TensorBoard, trackio ...) receive these numbers as well. ``resume_from_checkpoint`` and ``load_best_model_at_end``
+    load every weight or raise an error; see ``stock_trainer``.
 
     Args:
         selector_warmup_steps: optimizer steps, >= 0, in which only the selectors learn. The Trainer clips gradients before
-            a callback can drop the backbone's, so the norm it clips by is the whole model's.
-        selector_learning_rate: > 0, of the selectors in an optimizer that the Trainer makes. None: the Trainer's, 1e-3 at least,
-            because selectors start from nothing where the model is fine-tuned.
+            a callback can drop those of the backbone, so it clips by the norm of the whole model.
+        selector_learning_rate: learning rate of the selectors, > 0, in an optimizer that the Trainer creates. None: the Trainer's rate,
+            but at least 1e-3, because selectors are trained from scratch while the model is fine-tuned.
 
     Raises:
-        HardAttentionError: a learning rate that is not positive; a warm-up under DeepSpeed, which keeps gradients of its own.
+        HardAttentionError: the learning rate is not positive, or a warm-up is used under DeepSpeed, which keeps its own gradients.
 
     Examples:
         >>> Trainer(model, callbacks=[HardAttentionCallback(selector_warmup_steps=100)], ...).train()   # doctest: +SKIP
@@ -113,7 +113,7 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
         other_weights = args.deepspeed or args.fsdp or args.fp16_full_eval or args.bf16_full_eval
         if self.driver is None or not self.driver.selectors or eval_dataloader is None or other_weights:
             return
-        with torch.random.fork_rng():  # a loader draws a seed when it is iterated; the training must not notice
+        with torch.random.fork_rng():  # iterating a loader draws a seed; this must not affect the training
             batch = next(iter(eval_dataloader))
             found = beside_random(model, batch, seed=state.global_step)
         self.control = {f"hardattn/{name}": value for name, value in found.items()}
@@ -126,7 +126,7 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.driver is not None and logs is not None and "loss" in logs:  # a training row, not an evaluation's
+        if self.driver is not None and logs is not None and "loss" in logs:  # a row of training, not of evaluation
             row = {**self.driver.logs(), **self.control}
             self.control = {}
             logs.update(row)
@@ -139,12 +139,12 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
         self.close()
 
     def close(self) -> None:
-        """Take the callback's hooks off the model; called when a training ends, with an error too."""
+        """Remove the callback's hooks from the model; called when a training ends, even with an error."""
         if self.driver is not None:
             self.driver.close()
 
     def state(self) -> dict[str, Any]:
-        """What ``trainer_state.json`` keeps."""
+        """Return the state that is saved in ``trainer_state.json``."""
         baselines = self.baselines if self.driver is None else self.driver.state_dict()
         args = {
             "selector_warmup_steps": self.selector_warmup_steps,

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: complete or absent, the newest kept, resumed at the exact optimizer step."""
+"""Checkpoints of a run. They are written atomically, only the newest are kept, and a run resumes at the exact optimizer step."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .results import read_json, write_json
 
 logger = get_logger(__name__)
 MANIFEST = "files.json"  # name, size and sha256 of every file; it is written last
-# what a damaged file makes its reader raise, and a full disk its writer: pickle, zip and safetensors each have their own
+# exceptions of reading a damaged file and of writing to a full disk: pickle, zip and safetensors each have their own
 FILE_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, UnpicklingError, SafetensorError)
 
 
 @dataclass
 class RunState:
-    """Where a run stands; saved with each checkpoint.
+    """Progress of a run; saved with each checkpoint.
 
     Attributes:
-        layout: what the data order depends on; a resumed run must agree.
+        layout: values that the data order depends on; they must be the same in a resumed run.
         step: optimizer steps done. loss, losses: sum and number of micro-batch losses of this process since the last log row.
-        seconds: of training, over all resumes.
-        best: the best value of the metric that chooses the model; best_step: where it was; waited: evaluations since then.
+        seconds: training time over all resumes.
+        best: best value of the metric that the model is chosen by; best_step: its step; waited: evaluations since then.
     """
 
     layout: dict[str, int]
@@ -66,13 +66,13 @@ class RunState:
 def save(
     accelerator: Accelerator, output_dir: str, run: RunState, limit: int | None = None, best: bool = False
 ) -> None:
-    """Save the whole state under ``output_dir/checkpoints``; a crash on the way leaves the last complete one in place.
+    """Save the whole state under ``output_dir/checkpoints``; a crash while saving leaves the last complete checkpoint in place.
 
     Args:
-        limit: keep so many checkpoints, the newest; None for all. best: save it as the best one, besides those.
+        limit: number of newest checkpoints to keep; None for all. best: save it as the best checkpoint, in addition to those.
 
     Raises:
-        HardAttentionError: it cannot be written; what was there is still there.
+        HardAttentionError: the checkpoint cannot be written; existing checkpoints are unchanged.
     """
     folder = Path(output_dir) / "checkpoints"
     name = f"{'best' if best else 'step'}_{run.step:08d}"
@@ -87,7 +87,7 @@ def save(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _seal(partial)
-            if final.exists():  # the run went over this step again; a rename replaces no folder that holds something
+            if final.exists():  # the run repeated this step; a rename does not replace a non-empty folder
                 final.rename(folder / f"partial_old_{name}")
             partial.rename(final)
             shutil.rmtree(folder / f"partial_old_{name}", ignore_errors=True)
@@ -95,7 +95,7 @@ def save(
         if limit is not None and not best:
             for old in complete(output_dir)[: -max(limit, 1)]:
                 _forget(old)
-        if not best:  # an older best one is what an older checkpoint knows of, and that is gone or superseded now
+        if not best:  # older best checkpoints belong to older checkpoints, which are removed or superseded now
             for old in folder.glob("best_*"):
                 if old.name != f"best_{run.best_step or 0:08d}":
                     _forget(old)
@@ -103,20 +103,20 @@ def save(
 
 
 def complete(output_dir: str) -> list[Path]:
-    """The complete checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     return sorted((Path(output_dir) / "checkpoints").glob("step_*"))
 
 
 def resume(accelerator: Accelerator, output_dir: str, wanted: str, trusted: bool = False) -> bool:
-    """Load the checkpoint ``wanted``: a directory, or ``latest``; False when there is no latest yet.
+    """Load the checkpoint ``wanted``: a directory, or ``latest``. Return False if there is no latest checkpoint yet.
 
-    ``latest`` passes over damaged checkpoints, with a warning for each.
+    ``latest`` skips damaged checkpoints, with a warning for each.
 
     Args:
-        trusted: load pickles that can run code too.
+        trusted: also load pickles that can run code.
 
     Raises:
-        HardAttentionError: no such directory; it is damaged; or it was made by another run.
+        HardAttentionError: the directory does not exist, is damaged, or comes from another run.
     """
     found = complete(output_dir)
     if wanted == "latest":
@@ -151,7 +151,7 @@ def load(accelerator: Accelerator, path: Path, trusted: bool = False) -> None:
     """Load the state at ``path``.
 
     Args:
-        trusted: load pickles that can run code too.
+        trusted: also load pickles that can run code.
 
     Raises:
         HardAttentionError: a file is missing or unreadable, could run code, or belongs to another model.
@@ -166,21 +166,21 @@ def load(accelerator: Accelerator, path: Path, trusted: bool = False) -> None:
             f"the checkpoint {path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}); it is damaged, or was "
             "made with another model, optimizer or way to distribute. Resume with the flags it was made with, or from another one."
         ) from error
-    accelerator.step = 0  # micro-batches within the optimizer step: none, whatever the accumulation was
+    accelerator.step = 0  # start at the first micro-batch of an optimizer step, whatever the accumulation was
 
 
 def best(accelerator: Accelerator, output_dir: str, run: RunState, trusted: bool = False) -> None:
-    """Load the best checkpoint in place of the last state."""
+    """Replace the last state by the best checkpoint."""
     step = run.step, run.seconds
     load(accelerator, Path(output_dir) / "checkpoints" / f"best_{run.best_step:08d}", trusted)
     run.step, run.seconds = step
 
 
 def check_writable(output_dir: str) -> None:
-    """Make the folder of a run, and try to write to it, before hours of training depend on it.
+    """Create the folder of a run and test that it is writable, before hours of training depend on it.
 
     Raises:
-        HardAttentionError: it cannot be made or written to.
+        HardAttentionError: the folder cannot be created or written to.
     """
     folder = Path(output_dir)
     try:
@@ -196,12 +196,12 @@ def check_writable(output_dir: str) -> None:
 
 @contextmanager
 def written_in_one_piece(folder: Path, what: str) -> Iterator[Path]:
-    """Write files in a hidden folder; they move to ``folder`` when the block is done, a config last, since it makes a model of them.
+    """Write files to a hidden folder and move them to ``folder`` at the end of the block, the config last, because it marks a model.
 
-    A process killed inside leaves what was in ``folder`` as it was.
+    If the process is killed inside the block, ``folder`` is unchanged.
 
     Raises:
-        HardAttentionError: they cannot be written.
+        HardAttentionError: the files cannot be written.
     """
     partial = folder / ".partial"
     with _told_when_full(str(folder), what):
@@ -217,7 +217,7 @@ def written_in_one_piece(folder: Path, what: str) -> Iterator[Path]:
 
 
 def _seal(folder: Path) -> None:
-    """Make sure that the files are on the disk, and note what they are."""
+    """Flush the files to disk and write their manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     for path in files:
         _flush(path)
@@ -234,7 +234,7 @@ def _flush(path: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Describe the damage of a checkpoint; None if it is intact."""
     try:
         files = read_json(folder / MANIFEST)
     except (OSError, ValueError, RecursionError):
@@ -242,7 +242,7 @@ def damage(folder: Path) -> str | None:
     if not isinstance(files, dict):
         return f"{MANIFEST} holds a {type(files).__name__} where names and sizes of files were written"
     for name, noted in files.items():
-        if isinstance(noted, int):  # of an earlier version
+        if isinstance(noted, int):  # format of an earlier version
             noted = {"bytes": noted}
         size = noted.get("bytes") if isinstance(noted, dict) else None
         if not isinstance(size, int):
@@ -263,7 +263,7 @@ def _digest(path: Path) -> str:
 
 
 def _forget(folder: Path) -> None:
-    """Remove a checkpoint; a kill on the way leaves no half of one that looks whole."""
+    """Remove a checkpoint; if the process is killed meanwhile, the remains do not look like a complete one."""
     gone = folder.with_name(f"partial_{folder.name}")
     folder.rename(gone)
     shutil.rmtree(gone)
@@ -271,7 +271,7 @@ def _forget(folder: Path) -> None:
 
 @contextmanager
 def _told_when_full(output_dir: str, what: str) -> Iterator[None]:
-    """Turn the errors of a full or failing disk into one that says what to do; nothing else is touched."""
+    """Convert the errors of a full or failing disk to one that says what to do; other errors pass unchanged."""
     try:
         yield
     except FILE_ERRORS as error:
@@ -287,7 +287,7 @@ def _told_when_full(output_dir: str, what: str) -> Iterator[None]:
 
 
 def _is_of_the_disk(error: BaseException, output_dir: str) -> bool:
-    """Whether ``error`` came from writing: by its number, or by the words of PyTorch's and safetensors' writers."""
+    """Whether ``error`` came from writing, by its number or by the wording of PyTorch's and safetensors' writers."""
     if isinstance(error, OSError):
         return error.errno in (
             errno.ENOSPC,

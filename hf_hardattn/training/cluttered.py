@@ -1,7 +1,7 @@
-"""Cluttered scenes: one labelled item among fragments of others, a task whose signal is sparse.
+"""Cluttered scenes: one labelled item among fragments of others, a task with a sparse signal.
 
-The item lies on the patch grid, so that it fills whole patches, unless the scene says otherwise; the fragments, crops of other items of the same split, lie at
-arbitrary pixels, under the item's box where they meet it.
+Unless the scene says otherwise, the item is aligned with the patch grid, so that it fills whole patches. The fragments are crops of other
+items of the same split at arbitrary pixels; the item's box covers them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..errors import HardAttentionError
 
 @dataclass(frozen=True)
 class Scene:
-    """Sizes in pixels, all of squares: ``canvas`` is a multiple of ``patch``, and ``item`` too where it lies on the grid; ``fragment`` is at
-    most ``item``.
+    """Side lengths of squares in pixels: ``canvas`` is a multiple of ``patch``, and so is ``item`` if it is aligned with the grid;
+    ``fragment`` is at most ``item``.
 
     Attributes:
-        step: pixels from a place of the item to the next; None: ``patch``, the grid.
+        step: pixels between possible places of the item; None: ``patch``, the grid.
     """
 
     canvas: int
@@ -31,7 +31,7 @@ class Scene:
 
     @property
     def grid(self) -> int:
-        """Patches a side."""
+        """Patches per side."""
         return self.canvas // self.patch
 
 
@@ -48,8 +48,8 @@ def draw_scenes(bank: Bank, scene: Scene, size: int, clutter: int, generator: to
     """Draw ``size`` scenes with ``clutter`` fragments each.
 
     Args:
-        bank: where items and fragments come from. scene: the sizes.
-        size: images B, >= 1. clutter: fragments an image, >= 0; a training loop may ramp it up from call to call.
+        bank: items, also for the fragments. scene: the sizes.
+        size: images B, >= 1. clutter: fragments per image, >= 0; a training loop may increase it from call to call.
         generator: CPU generator; equal states give equal batches.
 
     Returns:
@@ -57,7 +57,7 @@ def draw_scenes(bank: Bank, scene: Scene, size: int, clutter: int, generator: to
         patches (top, left, bottom, right) that the item touches, bottom and right exclusive.
 
     Raises:
-        HardAttentionError: a size out of range.
+        HardAttentionError: a size is out of range.
     """
     if size < 1 or clutter < 0:
         raise HardAttentionError(f"size={size}, clutter={clutter} is out of range; size is >= 1 and clutter >= 0.")
@@ -90,7 +90,7 @@ def draw_scenes(bank: Bank, scene: Scene, size: int, clutter: int, generator: to
 
 
 def patches_in_box(box: Tensor, grid: int) -> Tensor:
-    """Which patches of a ``grid`` x ``grid`` canvas lie in ``box`` int64 ``[B, 4]``: bool ``[B, grid * grid]``, row by row."""
+    """Mask bool ``[B, grid * grid]``, row by row, of the patches of a ``grid`` x ``grid`` canvas inside ``box`` int64 ``[B, 4]``."""
     places = torch.arange(grid)
     tall = (places >= box[:, :1]) & (places < box[:, 2:3])
     wide = (places >= box[:, 1:2]) & (places < box[:, 3:])

@@ -1,7 +1,7 @@
 """Cluttered digits: one real handwritten digit among fragments of others.
 
-The digits are scikit-learn's 1,797 real 8x8 images (``load_digits``), enlarged: 16x16 pixels on a 64x64 canvas of 8-pixel
-patches, or 20x20 on 60x60 or 100x100 with 10-pixel patches; either way the digit fills exactly 4 patches. Nothing is downloaded.
+The digits are scikit-learn's 1,797 real 8x8 images (``load_digits``), enlarged to 16x16 pixels on a 64x64 canvas of 8-pixel patches, or
+to 20x20 pixels on 60x60 or 100x100 with 10-pixel patches; in each case the digit fills exactly 4 patches. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ WARPS = 16  # slightly rotated, scaled and shifted copies of each training digit
 
 @cache
 def digit_bank(split: str, side: int = SCENE.item) -> Bank:
-    """Return the digits of ``split``, ``side`` pixels large: the last quarter of each class, in the file's order, is test, the rest is train.
+    """Return the digits of ``split``, ``side`` pixels per side. The last quarter of each class, in the file's order, is the test split.
 
-    The split is by digit image, so no test digit, nor a fragment of one, is ever seen in training. Training digits come as
-    ``WARPS`` copies, each warped by a fixed small affine map; the first copy, and the only one in test, is not warped.
+    All other digits are the training split, so training never sees a test digit or a fragment of one. Each training digit has ``WARPS``
+    copies, each warped by a fixed small affine map; the first copy, which is the only one in the test split, is not warped.
 
     Raises:
         HardAttentionError: no such split.
-        ImportError: scikit-learn is not installed; the message names the extra that brings it.
+        ImportError: scikit-learn is not installed; the message names the extra that installs it.
     """
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
@@ -73,13 +73,13 @@ def sample_batch(
     """Draw ``size`` images of ``split`` (about 35,000 images/s on one core at 16 fragments); see ``cluttered.draw_scenes``.
 
     Raises:
-        HardAttentionError: no such split, or a size out of range.
+        HardAttentionError: no such split, or a size is out of range.
     """
     return draw_scenes(digit_bank(split, scene.item), scene, size, clutter, generator)
 
 
 class ClutteredDigits(Dataset[dict[str, Any]]):
-    """A fixed set of ``size`` cluttered digits, equal for equal ``seed``; items as ``sample_batch`` without the batch axis."""
+    """A fixed set of ``size`` cluttered digits, equal for equal ``seed``; items are those of ``sample_batch`` without the batch axis."""
 
     def __init__(
         self, split: str = "train", size: int = 2000, clutter: int = 12, seed: int = 0, scene: Scene = SCENE

@@ -1,7 +1,7 @@
-"""Train and test the variants of a comparison: the same data, budget, steps and seeds for every way to choose, and for not choosing at all.
+"""Train and test the variants of a comparison with the same data, budget, steps and seeds for every way to select, and for full attention.
 
-For each seed (or for all) a soft base checkpoint is trained once; every variant starts from it and trains equally long. Each run that ends is a file, so
-that an interrupted comparison goes on where it stopped.
+A soft base checkpoint is trained once for each seed (or once for all seeds); every variant starts from it and trains for the same number
+of steps. Each finished run is saved to a file, so an interrupted comparison continues where it stopped.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ def compare(
     save: bool = False,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
-    """Train what is not trained yet, and return a row for every variant and seed.
+    """Train the variants and seeds that are not trained yet, and return a row for each.
 
     Args:
-        folder: takes base checkpoints and runs; what it holds of the same comparison is not done again.
-        jobs: processes. threads: of PyTorch, in each.
-        quick: a few steps and one test batch only.
-        retry: do failed runs again.
-        save: keep each model that is trained from now on, in ``folder``'s ``models``.
-        on_row: called with each row as soon as it is there.
+        folder: folder for base checkpoints and runs; those of the same comparison that it already holds are not repeated.
+        jobs: number of processes. threads: PyTorch threads per process.
+        quick: run only a few steps and one test batch.
+        retry: repeat failed runs.
+        save: save each model trained by this call under ``models`` in ``folder``.
+        on_row: called with each row as soon as it is available.
 
     Returns:
-        Rows with ``variant``, ``seed``, ``status`` (``finished`` or ``failed``) and, by that, ``metrics``, ``gflops``, ``seconds`` and
-        ``losses``, or ``message``; in the order of variants and seeds.
+        Rows with ``variant``, ``seed`` and ``status``, in the order of variants and seeds. Rows with status ``finished`` also hold
+        ``metrics``, ``gflops``, ``seconds`` and ``losses``; rows with status ``failed`` hold a ``message``.
 
     Raises:
         HardAttentionError: the comparison names something that does not exist.
@@ -88,7 +88,7 @@ def compare(
 
 
 def train_base(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Train and save the soft model of a seed, unless it is there."""
+    """Train and save the soft model of a seed unless it exists already."""
     place = base_folder(spec, folder)
     path = place / "base.json"
     row = _read(path)
@@ -104,12 +104,12 @@ def train_base(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     model.save_pretrained(place)
     seconds = {"train": time.perf_counter() - started, "processor": time.process_time() - processor}
     row = {"spec": spec, "seconds": seconds, "losses": _thin(losses)}
-    write_json(path, row)  # last: it says that the rest is complete
+    write_json(path, row)  # written last: it marks the checkpoint as complete
     return row
 
 
 def train_branch(spec: dict[str, Any], folder: Path, save: bool = False) -> dict[str, Any]:
-    """Train a variant from its seed's base checkpoint and test it, unless that was done; a run that raises is a row that says so."""
+    """Train a variant from its seed's base checkpoint and test it, unless that is done; a run that raises becomes a failed row."""
     path = run_path(spec, folder)
     row = _read(path)
     if row.get("spec") == spec:
@@ -158,7 +158,7 @@ def base_folder(spec: dict[str, Any], folder: Path) -> Path:
 
 
 def run_path(spec: dict[str, Any], folder: Path) -> Path:
-    """The file of a run."""
+    """Return the file of a run."""
     return folder / "runs" / f"{quote(spec['variant'], safe=' ,=%')}-{spec['seed']}.json"
 
 
@@ -168,7 +168,7 @@ def _recipe(spec: dict[str, Any]) -> tasks.Recipe:
 
 @contextmanager
 def _bar(name: str, steps: int) -> Iterator[Callable[[int, float], None]]:
-    """The progress of a training, on a terminal; none in one of several processes, whose lines would mix."""
+    """Progress bar of a training on a terminal; disabled in one of several processes, because their lines would mix."""
     with tqdm(total=steps, desc=name, leave=False, disable=True if parent_process() else None) as bar:
 
         def on_step(step: int, loss: float) -> None:
@@ -183,7 +183,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _thin(losses: list[float], points: int = 20) -> list[float]:
-    """Means over ``points`` stretches of a training."""
+    """Mean losses over at most ``points`` equal parts of a training."""
     size = max(1, -(-len(losses) // points))
     return [round(sum(losses[i : i + size]) / len(losses[i : i + size]), 4) for i in range(0, len(losses), size)]
 
@@ -195,8 +195,8 @@ def _each(
     jobs: int,
     threads: int,
 ) -> Iterator[dict[str, Any]]:
-    """Call ``function`` on every spec, in this process or in ``jobs`` others, and yield what it returns as it comes."""
-    specs = json.loads(json.dumps(specs))  # as they are read back
+    """Call ``function`` on every spec, in this process or in ``jobs`` others, and yield the results as they arrive."""
+    specs = json.loads(json.dumps(specs))  # the form in which they are read from a file
     if jobs == 1:
         _prepare(threads)
         for spec in specs:

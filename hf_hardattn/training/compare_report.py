@@ -1,4 +1,4 @@
-"""Report a comparison: a summary of its rows, a table, a plot of the metric against counted FLOPs."""
+"""Report of a comparison: a summary of its rows, a table, and a plot of the metric against counted FLOPs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..errors import missing_extra
 from .comparison import CONTROLS, Comparison
 from .results import describe_run, read_json
 
-COLLAPSED = 2.0  # points: a learned choice no further from a random one has learned nothing
+COLLAPSED = 2.0  # points: a learned selection that is not better than a random one by this margin has learned nothing
 
 
 def report(
     comparison: Comparison, rows: list[dict[str, Any]], command: str, *, quick: bool, jobs: int, threads: int
 ) -> dict[str, Any]:
-    """Return the record of a comparison, as JSON: what was compared, every run, the summary, and how it was made."""
+    """Return the record of a comparison, as JSON: its definition, every run, the summary, and how it was produced."""
     task, recipe, variants = comparison.settle(quick)
     run = describe_run(None)
     return {
@@ -43,7 +43,7 @@ def report(
 
 
 def is_part_of(path: Path, comparison: Comparison, quick: bool, seeds: list[int]) -> bool:
-    """Whether a report is of the same comparison, with no other variants and seeds: one that goes on, or is made again, loses nothing."""
+    """Whether a report belongs to the same comparison and has no other variants or seeds, so that replacing it loses nothing."""
     try:
         found = read_json(path)
         task, recipe, variants = comparison.settle(quick)
@@ -54,15 +54,15 @@ def is_part_of(path: Path, comparison: Comparison, quick: bool, seeds: list[int]
 
 
 def summarise(rows: list[dict[str, Any]], metric: str, points: float) -> dict[str, dict[str, Any]]:
-    """Reduce the rows of ``compare.compare`` to one entry a variant, in their order.
+    """Reduce the rows of ``compare.compare`` to one entry per variant, in the same order.
 
     Args:
-        metric: the main one. points: what turns it into points of a hundred.
+        metric: the main metric. points: factor that converts it to points out of 100.
 
     Returns:
-        variant to ``runs``; ``failed``, how many raised or collapsed, with ``messages``; ``metrics``, each with ``mean`` and ``sd`` over the
-        runs that ended, collapsed ones among them (``sd`` None below two); ``gflops``; ``seconds`` of training; and, in points of
-        the main metric over the same seeds, ``to_soft`` and ``to_random`` (the random choice of as much at the same sites).
+        For each variant: ``runs``; ``failed``, the number that raised or collapsed, with ``messages``; ``metrics``, each with ``mean`` and
+        ``sd`` over the finished runs, including collapsed ones (``sd`` is None for fewer than two); ``gflops``; ``seconds`` of training;
+        and ``to_soft`` and ``to_random`` (random selection at the same sites and budget), in points of the main metric over the same seeds.
     """
     random = {(_place(row), row["seed"]): row for row in rows if _is_random(row) and row["status"] == "finished"}
     soft = {(None, row["seed"]): row for row in rows if not _fields(row) and row["status"] == "finished"}
@@ -98,7 +98,7 @@ def _is_random(row: dict[str, Any]) -> bool:
 
 
 def _place(row: dict[str, Any]) -> str:
-    """Sites and final budget: what a choice and its random control have in common."""
+    """Key of sites and final budget, which a selection shares with its random control."""
     fields = _fields(row)
     return json.dumps([fields.get("sites"), final_budget(fields.get("budget"))], sort_keys=True)
 
@@ -106,7 +106,7 @@ def _place(row: dict[str, Any]) -> str:
 def _differences(
     rows: list[dict[str, Any]], others: dict[Any, dict[str, Any]], metric: str, points: float, key: Any
 ) -> dict[int, float]:
-    """By seed, how many points a run is above the other of its seed."""
+    """Difference in points, by seed, between each run and the other run of its seed."""
     pairs = {row["seed"]: (row, others.get((key(row), row["seed"]))) for row in rows}
     return {
         seed: (row["metrics"][metric] - other["metrics"][metric]) * points
@@ -124,7 +124,7 @@ def _spread(values: Iterable[float]) -> dict[str, float | None]:
 
 
 def cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table of a results JSON: its header and its rows, as text."""
+    """Return the table of a results JSON: its header and its rows, as text."""
     metric, points = results["metric"], results["points"]
     extra = [name for row in results["summary"].values() for name in row["metrics"] if name not in (metric, "kept")]
     extra = list(dict.fromkeys(extra))
@@ -142,7 +142,7 @@ def cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, row in results["summary"].items():
         found = row["metrics"]
-        # precision and recall are ratios; the task's own metrics share the scale of the main one
+        # precision and recall are ratios; the other metrics of the task share the scale of the main one
         scales = {metric: points, **dict.fromkeys(extra, points), "precision": 100.0, "recall": 100.0}
         rows.append(
             [
@@ -168,7 +168,7 @@ def _show(spread: dict[str, float | None] | None, scale: float, sign: bool = Fal
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table in Markdown, with a line that says where it comes from and the failures' messages."""
+    """Return the table in Markdown, with a line about its origin and the messages of failed runs."""
     header, rows = cells(results)
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
@@ -189,7 +189,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Save a plot: each variant's main metric with its runs, and the metric against counted FLOPs."""
+    """Save a plot of each variant's main metric with its runs, and of the metric against counted FLOPs."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

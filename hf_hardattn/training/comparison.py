@@ -1,4 +1,4 @@
-"""Define a comparison: a task, its recipe, and named variants, each a way to select."""
+"""Definition of a comparison: a task, its recipe, and named variants, each a way to select."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from ..errors import HardAttentionError, unknown
 from . import tasks
 from .parsing import shipped
 
-REDUCE = "reduce"  # key of a variant: the ratio that a soft model's inputs are reduced to
-# Ways to choose that a learned choice has to beat. A value of None is the soft model.
+REDUCE = "reduce"  # key of a variant: the ratio to which the inputs of a soft model are reduced
+# Controls that a learned selection has to beat. A value of None is the soft model.
 CONTROLS: dict[str, dict[str, Any] | None] = {
     "soft": None,
     "random": {"scorer": "random", "estimator": "straight_through"},
     "first": {"scorer": "first", "estimator": "straight_through"},
     "static": {"scorer": "static", "estimator": "simple", "estimator_options": {"sample": False}},
     "cls_attention": {"scorer": "cls_attention", "estimator": "straight_through"},
-    "downsampled": {REDUCE: None},  # the soft model on inputs of as many rows as the budget keeps
+    "downsampled": {REDUCE: None},  # the soft model on inputs reduced to the number of rows that the budget keeps
 }
-ALWAYS = ("soft", "random", "static", "downsampled")  # in every comparison, unless its file says `controls: false`
+ALWAYS = ("soft", "random", "static", "downsampled")  # part of every comparison unless its file says `controls: false`
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared: the content of a file in ``scripts/configs/compare/``.
+    """A comparison: the content of a file in ``scripts/configs/compare/``.
 
     Attributes:
-        task: its name. task_options: its keyword options.
+        task: name of the task. task_options: its keyword options.
         recipe: changes to the task's recipe.
-        budget: the ratio to keep of variants that name none; None is the task's own.
-        variants: name to the fields of a ``HardAttentionConfig`` that differ from the task's recommendation. Without fields a
-            name stands for the control or the estimator of that name. A float ``budget`` is annealed.
-        controls: whether the controls of ``ALWAYS`` are run, where the variants do not hold them already.
-        trunk_seed: of the one soft base checkpoint that all seeds start from; None trains one for each seed.
+        budget: ratio to keep in variants that do not set one; None for that of the task.
+        variants: maps a name to the fields of a ``HardAttentionConfig`` that differ from the task's recommendation. A name without
+            fields stands for the control or the estimator of that name. A float ``budget`` is annealed.
+        controls: whether to add the controls of ``ALWAYS`` that are not among the variants.
+        trunk_seed: seed of the one soft base checkpoint that all seeds start from; None trains one for each seed.
     """
 
     task: str
@@ -54,7 +54,7 @@ class Comparison:
         """Read a YAML file.
 
         Raises:
-            HardAttentionError: no such file, or a key, task or variant that does not exist.
+            HardAttentionError: the file, or one of its keys, its task or a variant does not exist.
         """
         path = shipped(path)
         if not path.is_file():
@@ -85,7 +85,7 @@ class Comparison:
         return cls(**data).with_controls()
 
     def with_controls(self) -> Comparison:
-        """The same with the controls that its task can have, soft and random first."""
+        """Return the comparison with the controls that its task supports, soft and random first."""
         if not self.controls:
             return self
         reduces = tasks.load(self.task, self.task_options).reduces
@@ -93,14 +93,14 @@ class Comparison:
         return replace(self, variants={**dict.fromkeys(added), **self.variants})
 
     def only(self, names: list[str] | None) -> Comparison:
-        """The same with the variants ``names`` only; all of them when None."""
+        """Return the comparison restricted to the variants ``names``; all of them if None."""
         for name in names or ():
             if name not in self.variants:
                 raise unknown("variant", name, self.variants)
         return replace(self, variants={n: v for n, v in self.variants.items() if n in names}) if names else self
 
     def settle(self, quick: bool = False) -> tuple[tasks.Base, tasks.Recipe, dict[str, dict[str, Any] | None]]:
-        """Make the task, its recipe, and the fields of each variant's configuration (None: soft); all are checked before anything runs."""
+        """Create and check the task, its recipe, and the fields of each variant's configuration (None: soft) before anything runs."""
         task = tasks.load(self.task, self.task_options)
         for name in self.recipe:
             if name not in tasks.Recipe.__dataclass_fields__:
@@ -133,15 +133,15 @@ def _hard(
     fields = {**base, **given}
     if isinstance(fields["budget"], float) and "recipe" not in given and recipe.anneal:
         fields["budget"] = {"start": 1.0, "end": fields["budget"], "steps": recipe.anneal}
-    HardAttentionConfig.from_dict(fields)  # raises now, not after the first base checkpoint
+    HardAttentionConfig.from_dict(fields)  # raise now, not after the first base checkpoint
     return fields
 
 
 def _reduced(name: str, given: dict[str, Any], task: tasks.Base) -> dict[str, Any]:
-    """The fields of a variant that reads smaller inputs.
+    """Return the fields of a variant that reads smaller inputs.
 
     Raises:
-        HardAttentionError: no ratio, or something beside it; a task whose inputs cannot be made smaller.
+        HardAttentionError: the fields are not one valid ratio, or the inputs of the task cannot be reduced.
     """
     if not task.reduces:
         raise HardAttentionError(

@@ -1,4 +1,4 @@
-"""The demo: three small ViTs find a digit among clutter - soft, hard, and a random choice of as many patches."""
+"""The demo: three small ViTs find a digit among clutter - soft, hard, and with a random selection of the same size."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SITE = "vision.inputs"
 
 @dataclass(frozen=True)
 class Recipe:
-    """The demo's numbers. All three models train ``trunk_steps + branch_steps``; they share the soft base checkpoint.
+    """Hyperparameters of the demo. All three models train ``trunk_steps + branch_steps`` and share the soft base checkpoint.
 
     Attributes:
         keep: patches kept of 64. anneal: share of the branch over which the budget falls from all patches to ``keep``.
-        clutter: fragments an image; the base checkpoint's training ramps up to it over ``ramp`` steps.
+        clutter: fragments per image; the base checkpoint's training ramps up to it over ``ramp`` steps.
     """
 
     trunk_steps: int = 600
@@ -47,10 +47,10 @@ class Recipe:
 
 
 def run(recipe: Recipe, output: Path, threads: int | None = None) -> dict[str, Any]:
-    """Train, compare, save, reload in a fresh process, draw; returns what it writes to ``output/results.json``.
+    """Train, compare, save, reload in a fresh process and draw; return the content of ``output/results.json``.
 
     Args:
-        recipe: the numbers. output: folder for models, picture and results. threads: of PyTorch; its own choice by default.
+        recipe: the hyperparameters. output: folder for models, picture and results. threads: PyTorch threads; PyTorch's default if None.
     """
     output.mkdir(parents=True, exist_ok=True)
     if threads:
@@ -78,7 +78,7 @@ def run(recipe: Recipe, output: Path, threads: int | None = None) -> dict[str, A
 
 
 def hard_config(recipe: Recipe) -> HardAttentionConfig:
-    """The recommended recipe: a scorer that sees neighbours, a deterministic choice, exact marginals as its gradient, an annealed budget."""
+    """The recommended recipe: a scorer that sees neighbours, deterministic selection with exact marginals as gradient, annealed budget."""
     return HardAttentionConfig(
         sites=[SITE],
         scorer="conv",
@@ -89,7 +89,7 @@ def hard_config(recipe: Recipe) -> HardAttentionConfig:
 
 
 def random_config(recipe: Recipe) -> HardAttentionConfig:
-    """The control: as many patches, as annealed, chosen at random."""
+    """The control: random selection with the same annealed budget."""
     return HardAttentionConfig(sites=[SITE], scorer="random", estimator="straight_through", budget=_annealed(recipe))
 
 
@@ -99,7 +99,7 @@ def _annealed(recipe: Recipe) -> dict[str, Any]:
 
 @contextmanager
 def _bars() -> Iterator[variants.OnStep]:
-    """A progress bar a model."""
+    """A progress bar for each model."""
     bars: dict[str, Any] = {}
 
     def on_step(name: str, step: int, steps: int, loss: float) -> None:
@@ -107,7 +107,7 @@ def _bars() -> Iterator[variants.OnStep]:
             bars[name] = tqdm(total=steps, desc=f"{name:>6}", unit="step", mininterval=1.0)
         bars[name].update()
         if step % 20 == 0:
-            bars[name].set_postfix(loss=f"{loss:.2f}", refresh=False)  # at once, the rate would be of no time at all
+            bars[name].set_postfix(loss=f"{loss:.2f}", refresh=False)  # a refresh here would show a meaningless rate
         if step + 1 == steps:
             bars[name].close()
 

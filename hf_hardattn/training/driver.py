@@ -20,17 +20,17 @@ from ..recording import selectors
 class Driver:
     """Drive the selectors of a model through training; ``HardAttentionCallback`` does it for the Trainer.
 
-    It tells the schedules the optimizer step, lets only the selectors learn at first, and reads what they do. Nothing is
-    read from the device before ``logs`` is called.
+    It sets the optimizer step of the schedules, lets only the selectors learn during the warm-up, and collects their statistics.
+    Nothing is copied from the device before ``logs`` is called.
 
     Args:
         model: with or without hard attention, not wrapped by DDP.
-        selector_warmup_steps: optimizer steps, >= 0, in which the selectors alone learn. The gradients of everything else
-            are dropped before the optimizer sees them; ``requires_grad`` stays, as DDP and a resumed run need it to.
+        selector_warmup_steps: optimizer steps, >= 0, in which only the selectors learn. All other gradients are dropped before the
+            optimizer step; ``requires_grad`` is unchanged, because DDP and a resumed run depend on it.
         steps: optimizer steps of the whole training, for schedules that give their length as a share of it.
 
     Raises:
-        HardAttentionError: a warm-up of selectors that have nothing to learn.
+        HardAttentionError: a warm-up is requested, but no selector has trainable parameters.
 
     Examples:
         >>> driver = Driver(model, selector_warmup_steps=100)           # doctest: +SKIP
@@ -65,19 +65,19 @@ class Driver:
         self._handles.append(inner.register_forward_hook(self._weigh, with_kwargs=True))
 
     def begin_step(self, step: int, share: Tensor | None = None) -> None:
-        """Start a micro-batch of the optimizer step ``step``, counted from 0 over the whole run, a resumed one included.
+        """Start a micro-batch of the optimizer step ``step``, counted from 0 over the whole run, including resumed parts.
 
         Args:
-            share: fp32 ``[]`` or None (1); what the task loss of this micro-batch counts for in the mean over all micro-batches
-                and ranks. The estimators' own terms are means over examples and stay as they are.
+            share: fp32 ``[]`` or None (1); weight of this micro-batch's task loss in the mean over all micro-batches and ranks.
+                The estimators' own terms are means over examples and are not weighted.
         """
         self.step, self._share = step, share
         set_step(self.model, step, self.steps)
-        # only while a step is under way: a training that is interrupted between steps leaves the baselines moving
+        # only during a step: a training that is interrupted between steps does not leave the baselines deferred
         self._defer(True)
 
     def before_update(self) -> None:
-        """Call when the gradients are complete, before they are clipped and the optimizer takes them."""
+        """Call this when the gradients are complete, before they are clipped and before the optimizer step."""
         for baseline in self.baselines:
             baseline.update()
         self._defer(False)
@@ -113,7 +113,7 @@ class Driver:
             baseline.deferred = deferred
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of baselines and estimators, numbers and lists only: it describes the run, so no model file holds it."""
+        """State of baselines and estimators as numbers and lists; it describes the run and is not saved in model files."""
         found: dict[str, Any] = {}
         for site, part in self._parts():
             for name, value in part._buffers.items():
@@ -121,7 +121,7 @@ class Driver:
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put them where ``state_dict`` saw them; sites that are not there, and numbers that are not finite, are left as they are."""
+        """Restore the state of ``state_dict``; sites that do not exist are skipped, and so are numbers that are not finite."""
         for site, part in self._parts():
             for name in part._buffers.keys() & state.get(site, {}).keys():
                 value = None if state[site][name] is None else torch.tensor(state[site][name])
@@ -135,7 +135,7 @@ class Driver:
                     )
 
     def _parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """The parts of the selectors that keep a state of the run: baselines and estimators."""
+        """Yield the parts of the selectors that hold state of the run: baselines and estimators."""
         for site, selector in self.selectors.items():
             yield from ((site, part) for part in (selector.baseline, selector.estimator) if part is not None)
 
@@ -149,7 +149,7 @@ class Driver:
     def _note_selection(self, selector: Selector, args: Any, selection: Selection) -> None:
         if _is_a_choice(selector):
             entropy = None if selection.entropy is None else selection.entropy.detach()
-            # no graph is kept alive between steps
+            # do not keep a graph alive between steps
             self._latest[selector.site] = selection.replace(
                 scores=selection.mask,
                 gates=None,
@@ -167,12 +167,12 @@ class Driver:
 
 
 def _is_a_choice(module: nn.Module) -> bool:
-    """Whether a forward pass counts: in training, and neither a recomputation inside backward nor the tracing of one."""
+    """Whether to count a forward pass: only in training, not when it is recomputed inside backward or traced."""
     return module.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1
 
 
 def drop_backbone_gradients(model: nn.Module) -> None:
-    """Forget the gradients of all parameters but the selectors', so that an optimizer leaves them, and their state, alone."""
+    """Drop all gradients except those of the selectors, so that an optimizer leaves the other parameters and their state unchanged."""
     kept = {id(p) for module in model.modules() if isinstance(module, Selector) for p in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in kept:

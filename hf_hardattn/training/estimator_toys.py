@@ -1,7 +1,7 @@
-"""Toys whose gradients are known exactly: how far from the truth each estimator is, and how noisy.
+"""Toy problems with exactly known gradients, on which the bias and the noise of each estimator are measured.
 
-A toy is n scores, a number k of positions to keep and a loss f of the gates. Its truth is ``d/ds sum_S p(S) f(S)`` by enumeration in
-float64, under the law that the estimator draws from.
+A toy consists of n scores, a number k of positions to keep and a loss f of the gates. The true gradient is ``d/ds sum_S p(S) f(S)``, by
+enumeration in float64, under the distribution (law) that the estimator samples from.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Variant:
     """One way to estimate a gradient.
 
     Attributes:
-        label: its row in the tables.
-        name, options, temperature, backward_temperature: of the estimator. The truth is that of a law at temperature 1.
-        law: ``conditional_bernoulli`` or ``plackett_luce``: the law it draws from, or comes near.
-        samples, baseline: of a score function: draws per gradient; ``none``, ``mean`` (the exact one), ``others``
-            or ``group`` (GRPO's: in standard deviations of the samples).
-        warmup: backward passes before it is measured, for one with a state.
+        label: row in the tables.
+        name, options, temperature, backward_temperature: settings of the estimator. The true gradient is that of a law at temperature 1.
+        law: ``conditional_bernoulli`` or ``plackett_luce``: the law that it samples from or approximates.
+        samples: draws per gradient of a score-function estimator. baseline: its baseline, ``none``, ``mean`` (the exact one), ``others``
+            or ``group`` (as in GRPO, in standard deviations of the samples).
+        warmup: backward passes before the measurement, for an estimator with state.
     """
 
     label: str
@@ -67,7 +67,7 @@ class Variant:
 
 
 ORDERS = "plackett_luce"
-# Registered, but without a gradient of their own on a toy, and why.
+# Registered estimators that have no gradient of their own on a toy, and the reason.
 LEFT_OUT = {
     "soft": "keeps everything",
     "distil": "learns from a teacher",
@@ -115,7 +115,7 @@ VARIANTS = (
 
 
 def all_variants() -> tuple[Variant, ...]:
-    """``VARIANTS``, and every other registered estimator at its defaults."""
+    """Return ``VARIANTS`` and every other registered estimator with its defaults."""
     known = {variant.name for variant in VARIANTS} | set(LEFT_OUT)
     return VARIANTS + tuple(Variant(name, name) for name in registry.names("estimators") if name not in known)
 
@@ -147,7 +147,7 @@ def probabilities(scores: Tensor, k: int, law: str) -> Tensor:
         return (scores @ masks.T).softmax(-1)
     picks, rows = orders(scores.shape[-1], k)
     weights = scores.softmax(-1)[..., picks]
-    remaining = 1 - (weights.cumsum(-1) - weights)  # what is not picked yet
+    remaining = 1 - (weights.cumsum(-1) - weights)  # probability of the positions that are not picked yet
     return scores.new_zeros(*scores.shape[:-1], len(masks)).index_add(-1, rows, (weights / remaining).prod(-1))
 
 
@@ -169,17 +169,17 @@ def truth(scores: Tensor, k: int, law: str, loss: Loss) -> tuple[Tensor, Tensor]
 def choose(
     estimator: Estimator, scores: Tensor, k: int, temperature: float = 1.0, backward_temperature: float | None = None
 ) -> Choice:
-    """A training choice of ``k`` positions of every row of ``scores`` (fp32 ``[..., n]``)."""
+    """Let the estimator choose ``k`` positions of every row of ``scores`` (fp32 ``[..., n]``) as in training."""
     valid = torch.ones(scores.shape, dtype=torch.bool)
     sampling = Sampling(uniform=torch.rand, temperature=temperature, backward_temperature=backward_temperature)
     return estimator.choose(scores, torch.full(scores.shape[:-1], k), valid, slots=k, sampling=sampling)
 
 
 def given(value: Tensor | None) -> Tensor:
-    """``value``, which this kind of estimator has.
+    """Return ``value``, which must not be None.
 
     Raises:
-        TypeError: it has not.
+        TypeError: the estimator does not have it.
     """
     if value is None:
         raise TypeError("an estimator with neither gates nor a log-probability belongs in LEFT_OUT.")
@@ -187,7 +187,7 @@ def given(value: Tensor | None) -> Tensor:
 
 
 def advantages(rewards: Tensor, baseline: str, mean: Tensor) -> Tensor:
-    """Rewards ``[..., K]`` less their baseline; ``mean`` ``[...]``: the exact one."""
+    """Rewards ``[..., K]`` minus their baseline; ``mean`` ``[...]`` is the exact mean."""
     if baseline == "group":
         spread = rewards.std(-1, correction=0, keepdim=True)
         return (rewards - rewards.mean(-1, keepdim=True)) / (spread + 1e-4)
@@ -197,7 +197,7 @@ def advantages(rewards: Tensor, baseline: str, mean: Tensor) -> Tensor:
 
 
 def through_gates(variant: Variant, scores: Tensor, k: int, losses: dict[str, Loss], draws: int) -> dict[str, Tensor]:
-    """One gradient per draw and loss, fp64 ``[draws, n]``, by backpropagating ``f(gates)``."""
+    """One gradient per draw, fp64 ``[draws, n]``, for each loss, by backpropagation of ``f(gates)``."""
     found = {}
     for name, loss in losses.items():
         estimator = variant.build()
@@ -214,7 +214,7 @@ def through_gates(variant: Variant, scores: Tensor, k: int, losses: dict[str, Lo
 
 @dataclass
 class Draws:
-    """Many draws of one law: masks, and the gradients of their log-probabilities, fp64 ``[draws, K, n]``."""
+    """Many draws from one law: masks and the gradients of their log-probabilities, fp64 ``[draws, K, n]``."""
 
     masks: Tensor
     scores: Tensor
@@ -228,20 +228,20 @@ class Draws:
         return cls(choice.mask.double().view(shape), gradient.double().view(shape))
 
     def gradients(self, loss: Loss, variant: Variant, mean: Tensor) -> Tensor:
-        """One score-function gradient per draw, of ``variant.samples`` samples, fp64 ``[draws, n]``."""
+        """One score-function gradient per draw from ``variant.samples`` samples, fp64 ``[draws, n]``."""
         rewards = loss(self.masks[:, : variant.samples])
         weights = advantages(rewards, variant.baseline, mean)
         return (weights.unsqueeze(-1) * self.scores[:, : variant.samples]).mean(1)
 
 
 def columns(gradients: Tensor, exact: Tensor) -> dict[str, float | None]:
-    """What the tables say of ``[draws, n]`` gradients.
+    """Compute the columns of the tables from gradients ``[draws, n]``.
 
     Returns:
-        ``bias``: 1 - cos(mean, exact), None without any gradient; ``error``: mean of 1 - cos(g, exact), a zero gradient counting 1;
-        ``sd``: root of the mean square distance from the mean, over |exact|; ``size``: the mean's share along the exact gradient, 1 where
-        it is right and below 0 where a step goes uphill; ``z``: the largest deviation of the mean from the exact
-        gradient, in standard errors.
+        ``bias``: 1 - cos(mean, exact), None if the mean is zero; ``error``: mean of 1 - cos(g, exact), where a zero gradient counts 1;
+        ``sd``: root of the mean squared distance from the mean, divided by |exact|; ``size``: projection of the mean onto the exact
+        gradient, relative to its length: 1 is correct, and below 0 a step increases the loss; ``z``: the largest deviation of the mean
+        from the exact gradient, in standard errors.
     """
     mean, size = gradients.mean(0), exact.norm()
     cosines = torch.nn.functional.cosine_similarity(gradients, exact, dim=-1)
@@ -259,7 +259,7 @@ def columns(gradients: Tensor, exact: Tensor) -> dict[str, float | None]:
 def measure(
     scores: Tensor, k: int, losses: dict[str, Loss], draws: int
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """The ``columns`` of every variant on one toy, by loss and label."""
+    """Return the ``columns`` of every variant on one toy, by loss and label."""
     found: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in losses}
     exact = {law: {n: truth(scores, k, law, f) for n, f in losses.items()} for law in ("conditional_bernoulli", ORDERS)}
     drawn: dict[str, Draws] = {}
@@ -284,10 +284,10 @@ CRUDE = ("identity, sampled", "two samples, lambda 2.5")
 
 
 def crude(scores: Tensor, masks: Tensor, k: int, loss: Loss) -> dict[str, Tensor]:
-    """Two estimators that the library has not, for comparison with published numbers: fp64 ``[draws, n]`` from fp64 masks.
+    """Two estimators that are not in the library, for comparison with published numbers: fp64 ``[draws, n]`` from fp64 masks.
 
-    ``CRUDE``: the loss's gradient v at the drawn gates, as it is; and what is drawn less a second draw at ``scores - lambda v``, which
-    is I-MLE without the noise that its two choices share, and not divided by lambda.
+    ``CRUDE``: the gradient v of the loss at the drawn gates, unchanged; and the drawn mask minus a second draw at ``scores - lambda v``,
+    which is I-MLE without the noise that its two draws share, and without the division by lambda.
     """
     gates = masks.clone().requires_grad_()
     v = torch.autograd.grad(loss(gates).sum(), gates)[0]
@@ -300,12 +300,12 @@ def crude(scores: Tensor, masks: Tensor, k: int, loss: Loss) -> dict[str, Tensor
 
 
 def simple_toy(seed: int, n: int = 10) -> tuple[Tensor, dict[str, Loss]]:
-    """Scores fp64 ``[n]`` of the SIMPLE paper's toy, its quadratic loss ``|z - b|^2``, and others that no polynomial equals.
+    """Scores fp64 ``[n]`` of the SIMPLE paper's toy, its quadratic loss ``|z - b|^2``, and losses that are not polynomials.
 
-    ``attention``: squared distance of ``sum_i w_i v_i`` from a target, ``w ~ z e^l``: what a gate does in this library. ``attention,
-    swapped``: the same, but for the derivative at dropped gates: not ``e^l / Z (v - out)``, what an added grain of the position does,
-    which is unbounded in l, but ``e^l / (Z (k - 1) / k + e^l) (v - out)``, what it does in place of an average kept one. ``tanh``: a
-    layer of eight tanh units.
+    ``attention``: squared distance of ``sum_i w_i v_i`` from a target, ``w ~ z e^l``, as gates work in this library. ``attention,
+    swapped``: the same except for the derivative at dropped gates. Instead of ``e^l / Z (v - out)``, the effect of adding a small amount
+    of the position, which is unbounded in l, it is ``e^l / (Z (k - 1) / k + e^l) (v - out)``, the effect of the position in place of an
+    average kept one. ``tanh``: a layer of eight tanh units.
 
     Source: UCLA-StarAI/SIMPLE, tractable_dist: RandomState(seed), scores = randn(n), b = abs(randn(n)).
     """
@@ -335,10 +335,11 @@ def simple_toy(seed: int, n: int = 10) -> tuple[Tensor, dict[str, Loss]]:
 
 
 def bernoulli_toy(probabilities: list[float]) -> tuple[Tensor, Loss]:
-    """``sum_i (b - p_i)^2`` with b Bernoulli(sigmoid(phi)) at phi = 0, as a choice of one of two: scores (phi, 0), b the first gate.
+    """``sum_i (b - p_i)^2`` with b Bernoulli(sigmoid(phi)) at phi = 0, as the choice of one of two positions with scores (phi, 0), where b
+    is the first gate.
 
-    One p of 0.45, 0.49 or 0.499 is REBAR's toy (Tucker et al. 2017, arXiv:1703.07370); (0.6, 0.51, 0.48) that of Kool et al. 2020,
-    arXiv:2002.06043. The gradient is ``sigmoid'(phi) sum_i (1 - 2 p_i)``.
+    One p of 0.45, 0.49 or 0.499 is the toy of REBAR (Tucker et al. 2017, arXiv:1703.07370); (0.6, 0.51, 0.48) is that of Kool et al.
+    2020, arXiv:2002.06043. The gradient is ``sigmoid'(phi) sum_i (1 - 2 p_i)``.
     """
     p = torch.tensor(probabilities, dtype=torch.float64)
     return torch.zeros(2, dtype=torch.float64), lambda z: (z.double()[..., :1] - p).square().sum(-1)
@@ -347,8 +348,8 @@ def bernoulli_toy(probabilities: list[float]) -> tuple[Tensor, Loss]:
 def optimise(
     variant: Variant, scores: Tensor, k: int, loss: Loss, rate: float, steps: int, momentum: float = 0.0, runs: int = 20
 ) -> float:
-    """Descend for ``steps`` steps in ``runs`` independent runs; return the mean of the exact ``E[f]`` where they end, under the
-    variant's law."""
+    """Run gradient descent for ``steps`` steps in ``runs`` independent runs; return the mean of the exact ``E[f]`` at their ends, under
+    the variant's law."""
     leaf = scores.float().repeat(runs, 1)
     velocity, estimator = torch.zeros_like(leaf), variant.build()
     for _ in range(steps):

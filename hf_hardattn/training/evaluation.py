@@ -1,4 +1,4 @@
-"""Measure a model hard, and the same weights soft."""
+"""Evaluate a model hard, and the same weights soft."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from ..modes import soft
 from ..recording import record, selectors
 from .results import read_json
 
-# A batch to predictions, references, and the loss of each example.
+# Maps a model and a batch to predictions, references, and the loss of each example.
 Predict = Callable[[nn.Module, Any], tuple[list[Any], list[Any], list[float]]]
 Score = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
 
 
 def folder_of_evaluation(folder: Path, model: str, by_default: bool, overwrite: bool = False) -> Path:
-    """Where the record of an evaluation goes.
+    """Return the folder for the record of an evaluation.
 
     Args:
-        folder: ``--output_dir``. model: folder or name of the model. by_default: the user named no folder.
+        folder: ``--output_dir``. model: folder or name of the model. by_default: whether the user named no folder.
         overwrite: replace an earlier evaluation; the record of a training is never replaced.
 
     Raises:
-        HardAttentionError: the folder holds a record already.
+        HardAttentionError: the folder already holds a record.
     """
     if by_default:
         folder = Path("outputs/evaluation") / (
@@ -45,7 +45,7 @@ def folder_of_evaluation(folder: Path, model: str, by_default: bool, overwrite: 
     try:
         trained = "train" in read_json(record)
     except (ValueError, TypeError, RecursionError):
-        trained = True  # nobody knows what it is
+        trained = True  # unreadable: treat it as the record of a training
     if trained:
         raise HardAttentionError(
             f"--output_dir {str(folder)!r} holds the record of a training (results.json), which an evaluation must not replace. Name another folder."
@@ -58,11 +58,11 @@ def folder_of_evaluation(folder: Path, model: str, by_default: bool, overwrite: 
 
 
 def measure(accelerator: Accelerator, model: nn.Module, loader: Any, predict: Predict, score: Score) -> dict[str, Any]:
-    """Evaluate ``model`` as it is over all processes; each example counts once.
+    """Evaluate ``model`` in its present mode over all processes; each example counts once.
 
     Returns:
-        the scores, ``loss``, ``examples``, and for a hard model ``kept_ratio`` by site (share of the candidates that were
-        computed on, mean over rows).
+        The scores, ``loss``, ``examples``, and for a hard model ``kept_ratio`` by site (share of the candidates that were
+        kept, mean over rows).
     """
     inner = accelerator.unwrap_model(model)
     hard = any(not is_soft_now(selector) for selector in selectors(inner).values())
@@ -92,7 +92,7 @@ def measure(accelerator: Accelerator, model: nn.Module, loader: Any, predict: Pr
 
 
 def compare(accelerator: Accelerator, model: nn.Module, *how: Any) -> dict[str, dict[str, Any]]:
-    """``measure`` the model hard and soft; a model without hard attention soft only."""
+    """``measure`` the model hard and soft; a model without hard attention only soft."""
     inner = accelerator.unwrap_model(model)
     found = {"hard": measure(accelerator, model, *how)} if selectors(inner) else {}
     with soft(inner):

@@ -1,4 +1,4 @@
-"""Run a frozen vision tower once an image, and train what reads it on the features."""
+"""Run a frozen vision tower once per image, and train the rest of the model on the stored features."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ logger = get_logger(__name__)
 
 
 class FrozenFeatures:
-    """The outputs of a frozen vision tower by image, kept in a safetensors file: fp32 ``[M, N, D]``.
+    """The outputs of a frozen vision tower for each image, stored in a safetensors file: fp32 ``[M, N, D]``.
 
-    A tower that reads ``pixel_values`` of three axes takes them for its own output; images pass as ever. A model that was trained
-    on features therefore runs on images as it is.
+    The tower takes ``pixel_values`` with three axes for its own output and processes images as before. A model that was trained
+    on features therefore runs on images without a change.
 
     Args:
-        path: of the file; made or added to when images are missing in it. tower: the vision tower. model: that it is part of.
+        path: path of the file, which is created or extended if images are missing in it. tower: the vision tower.
+        model: the model that the tower is part of.
 
     Raises:
-        HardAttentionError: the tower learns or selects, so its outputs change; or the file is another tower's.
+        HardAttentionError: the tower learns or selects, so its outputs change; or the file belongs to another tower.
     """
 
     def __init__(self, path: Path, model: nn.Module, tower: nn.Module) -> None:
@@ -76,10 +77,10 @@ class FrozenFeatures:
         return BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=pixel_values[:, 0])
 
     def add(self, accelerator: Accelerator, batches: Any) -> None:
-        """Run the tower on the images that the file lacks.
+        """Run the tower on the images that are missing in the file.
 
         Args:
-            batches: yields ``(keys, make)``: keys of some images, and a function from their places to ``[B, C, H, W]``.
+            batches: yields ``(keys, make)``: keys of some images, and a function from indices into them to ``[B, C, H, W]``.
         """
         self.tower.eval().to(accelerator.device)
         keys, parts = list(self.keys), [] if self.rows is None else [self.rows]
@@ -98,13 +99,13 @@ class FrozenFeatures:
         logger.info("vision features: %d images in %s", len(keys), self.path)
 
     def of(self, names: list[str]) -> Tensor:
-        """``[B, N, D]`` of the images with these keys."""
+        """Return the features ``[B, N, D]`` of the images with these keys."""
         if self.rows is None:
             raise HardAttentionError("there are no vision features yet; add() makes them.")
         return self.rows[[self.keys[name] for name in names]]
 
 
 def image_key(cell: Any) -> str:
-    """What names an undecoded cell: a digest of its file."""
+    """Return the key of an undecoded cell, a digest of its file."""
     content = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
     return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -17,13 +17,14 @@ def fine_tune(family: str, argv: list[str] | None = None, command: tuple[str, ..
     """Train a model of ``family`` for the task that the flags name.
 
     Args:
-        family: vit, t5, blip, encoder or decoder. argv: flags; the command line's by default. command: words before them, for the record.
+        family: vit, t5, blip, encoder or decoder. argv: flags; those of the command line by default.
+        command: words before the flags, for the record.
 
     Returns:
-        What ``results.json`` says.
+        The content of ``results.json``.
 
     Raises:
-        HardAttentionError: among others, an ``output_dir`` that holds another run.
+        HardAttentionError: for example, ``output_dir`` holds another run.
     """
     words = expand(sys.argv[1:] if argv is None else argv)
     if any(word in ("--help", "-h") for word in words):
@@ -38,10 +39,10 @@ def fine_tune(family: str, argv: list[str] | None = None, command: tuple[str, ..
 
 
 def refuse_to_overwrite(folder: Path) -> None:
-    """Raise for a folder that holds a model or the record of a run.
+    """Raise if a folder holds a model or the record of a run.
 
     Raises:
-        HardAttentionError: it does.
+        HardAttentionError: the folder holds a run.
     """
     found = next(
         (

@@ -1,4 +1,4 @@
-"""Train a model on a task: a plain PyTorch loop."""
+"""Train a model on a task with a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .tasks import Base, Recipe
 
 
 class Diverged(ArithmeticError):
-    """The loss is not a number any more."""
+    """The loss is no longer finite."""
 
 
 def fit(
@@ -28,10 +28,10 @@ def fit(
     branch: bool,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Train ``model`` in place, on its device: the soft base checkpoint at a constant learning rate, or a branch from it with a linear decay.
+    """Train ``model`` in place, on its device: a soft base checkpoint at a constant learning rate, a branch from it with linear decay.
 
     Args:
-        seed: of the batches. branch: whether this is a branch. on_step: called with the step and its loss.
+        seed: seed of the batches. branch: whether this is a branch. on_step: called with the step and its loss.
 
     Returns:
         The loss of every step.

@@ -1,6 +1,6 @@
 """``--help`` of the training commands: the flags in groups, with their choices and defaults.
 
-It reads the tasks' files without importing them, since they import PyTorch and ``--help`` must not wait for that.
+It reads the files of the tasks without importing them, because they import PyTorch, which would make ``--help`` slow.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Flag:
 
 
 def show(family: str | None, task: str | None = None, usage: str = "hf-hardattn train") -> str:
-    """The whole text for a model family, or for the flags that all share.
+    """Return the help text for a model family, or for the shared flags if ``family`` is None.
 
     Args:
-        task: that the user names; the flags of the family's first task otherwise.
+        task: task named by the user; otherwise the flags of the family's first task are shown.
     """
     found = tasks()
     of_family = {name: each for name, each in found.items() if family is None or family in each.families}
@@ -93,7 +93,7 @@ def show(family: str | None, task: str | None = None, usage: str = "hf-hardattn 
 
 
 def group_flags(group: type) -> Iterator[Flag]:
-    """The flags of a dataclass of ``arguments``."""
+    """Yield the flags of a dataclass of ``arguments``."""
     hints = get_type_hints(group)
     for field in fields(group):
         default = field.default_factory() if callable(field.default_factory) else field.default
@@ -107,7 +107,7 @@ def group_flags(group: type) -> Iterator[Flag]:
 
 
 def _choices(name: str) -> tuple[str, ...]:
-    """Names that a flag takes, by the files of its folder."""
+    """Names that a flag accepts, from the files in its folder."""
     if name not in ("scorer", "estimator", "baseline"):
         return ()
     found = pkgutil.iter_modules([str(PACKAGE / f"{name}s")])
@@ -127,7 +127,7 @@ def _kind(annotation: str) -> str:
 
 @dataclass
 class TaskFile:
-    """What the source of a task says."""
+    """Facts about a task from its source."""
 
     families: tuple[str, ...]
     first: str | None
@@ -135,7 +135,7 @@ class TaskFile:
 
 
 def tasks() -> dict[str, TaskFile]:
-    """Task name to what its file says, without importing it."""
+    """Map the name of each task to the facts of its file, without importing it."""
     classes = _classes()
     found = {}
     for path in sorted(TASKS.glob("[a-z]*.py")):
@@ -148,7 +148,7 @@ def tasks() -> dict[str, TaskFile]:
 
 
 def task_flags(task: str) -> Iterator[Flag]:
-    """The flags that a task adds to the shared ones, or changes."""
+    """Yield the flags that a task adds to the shared ones or changes."""
     classes, seen = _classes(), dict[str, Flag]()
     for name in reversed(list(_ancestors(classes, tasks()[task].arguments))):
         for node in classes[name].body:
@@ -160,13 +160,13 @@ def task_flags(task: str) -> Iterator[Flag]:
 
 
 def _classes() -> dict[str, ast.ClassDef]:
-    """All classes of the tasks' folder, by name."""
+    """All classes in the folder of the tasks, by name."""
     trees = (ast.parse(path.read_text(encoding="utf-8")) for path in sorted(TASKS.glob("*.py")))
     return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def _ancestors(classes: dict[str, ast.ClassDef], name: str) -> Iterator[str]:
-    """A class and its bases in this folder, nearest first."""
+    """Yield a class and its bases in this folder, nearest first."""
     if name in classes:
         yield name
         for base in classes[name].bases:
@@ -174,7 +174,7 @@ def _ancestors(classes: dict[str, ast.ClassDef], name: str) -> Iterator[str]:
 
 
 def _value(classes: dict[str, ast.ClassDef], name: str, wanted: str) -> Any:
-    """What a class says of ``wanted``, itself or by its bases: a constant, a tuple of constants, or the name of a class."""
+    """Value of the attribute ``wanted`` in a class or its bases: a constant, a tuple of constants, or the name of a class."""
     for each in _ancestors(classes, name):
         for node in classes[each].body:
             if isinstance(node, ast.Assign):

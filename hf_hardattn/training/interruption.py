@@ -1,4 +1,4 @@
-"""Handle a scheduler's SIGTERM: note it, and stop between two optimizer steps."""
+"""Handle the SIGTERM of a job scheduler: record it, and stop between two optimizer steps."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from accelerate import Accelerator
 
-TERMINATED = 128 + int(signal.SIGTERM)  # 143, what a shell says of a process that SIGTERM ended
+TERMINATED = 128 + int(signal.SIGTERM)  # 143, the exit status that a shell reports for a process ended by SIGTERM
 
 
 class Interruption:
-    """Note SIGTERM while the block runs; ``requested`` tells all processes when one of them got it.
+    """Record SIGTERM while the block runs; ``requested`` tells all processes if one of them received it.
 
-    Outside the main thread, where Python allows no handler, it notes nothing.
+    Outside the main thread, where Python allows no signal handler, it records nothing.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -32,7 +32,7 @@ class Interruption:
             signal.signal(signal.SIGTERM, self.before)
 
     def requested(self) -> bool:
-        """Whether any process got it; every process must ask at the same step."""
+        """Whether any process received SIGTERM; all processes must call this at the same step."""
         if self.accelerator.num_processes == 1:
             return self.noted
         if self.noted:

@@ -1,4 +1,4 @@
-"""The loop of optimizer steps that the training scripts share: one process or many, CPU or GPU, interrupted or not."""
+"""The training loop of the scripts, for one or several processes on CPU or GPU, with resume after an interruption."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ logger = get_logger(__name__)
 
 @dataclass
 class Task:
-    """What a script brings.
+    """The task of a script as the loop needs it.
 
     Attributes:
-        name: of the task, for ``results.json``.
-        model, processor: the processor is saved beside the model.
-        train, validation: data, streamed or not; rows go to ``collate`` as they are.
-        collate: rows to a batch of the model's keyword inputs, labels included.
-        predict: the model and a batch to predictions, references and losses, a list entry per example.
-        score: all predictions and references to named numbers.
+        name: name of the task, for ``results.json``.
+        model, processor: the processor is saved with the model.
+        train, validation: data, streamed or not; rows are passed to ``collate`` unchanged.
+        collate: maps rows to a batch of the model's keyword inputs, including labels.
+        predict: maps the model and a batch to predictions, references and losses, one list entry per example.
+        score: maps all predictions and references to metrics by name.
         augment: changes a training batch, or None; it may draw from torch's generator.
     """
 
@@ -65,15 +65,15 @@ class Task:
 
 
 class Training:
-    """A run from where it stands to its last step.
+    """A run from its present step to its last.
 
-    The examples of the whole training stand in one order, and optimizer step ``s`` takes the places from ``s * batch`` on,
-    where ``batch`` counts those of all devices and micro-batches. What a step computes then depends on its number and on
-    ``batch``, not on how many processes share it: data, noise and schedules need no state, and a run may be resumed on another
-    number of devices with the same ``batch``.
+    The examples of the whole training have one order, and optimizer step ``s`` reads those from ``s * batch`` on, where ``batch`` is
+    the number of examples over all devices and micro-batches. A step therefore depends on its number and on ``batch``, but not on the
+    number of processes: data, noise and schedules need no state, and a run can be resumed on another number of devices with the same
+    ``batch``.
 
     Args:
-        accelerator, args, task: as ``train`` takes them.
+        accelerator, args, task: the arguments of ``running.train``.
     """
 
     def __init__(self, accelerator: Accelerator, args: ScriptArguments, task: Task) -> None:
@@ -125,7 +125,7 @@ class Training:
         self.loss: float | None = None
 
     def _set_rate(self) -> None:
-        """Take the learning rate of this step from a training that may be longer than the interrupted one."""
+        """Set the learning rate of this step; the schedule may be longer than that of the interrupted run."""
         if isinstance(self.scheduler, LambdaLR):
             rates = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
             for group, (base, factor) in zip(self.optimizer.param_groups, rates, strict=True):
@@ -195,10 +195,10 @@ class Training:
         run.step += 1
 
     def shares(self, micro_batches: list[dict[str, Any]]) -> list[Tensor | None]:
-        """What the mean loss of each micro-batch counts for: its share of the labels of the step, over the mean share.
+        """Weight of each micro-batch's mean loss: its share of the step's labels, divided by the mean share.
 
-        A model's loss is the mean over its own labels, and micro-batches of texts hold different numbers of them; without the
-        shares a step would depend on how its batch is cut. None where every example has one label.
+        The loss of a model is the mean over the labels of its inputs, and micro-batches of texts hold different numbers of labels;
+        without these weights a step would depend on how its batch is split. None if every example has one label.
         """
         model = without_peft(self.inner)
         architecture, parts = family_of(model), self.accumulation * self.accelerator.num_processes
@@ -221,7 +221,7 @@ class Training:
         return self.loss
 
     def look_around(self) -> bool:
-        """Run due evaluations, pictures and checkpoints. Returns True to stop early."""
+        """Run the evaluations, pictures and checkpoints that are due. Return True to stop early."""
         args, run, task = self.args, self.run, self.task
         last, epoch_ended = run.step == self.steps, self.epochs(run.step) > self.epochs(run.step - 1)
         stop = False
@@ -237,7 +237,7 @@ class Training:
         return stop
 
     def evaluate(self) -> dict[str, Any]:
-        """Measure the model where it stands, and log it."""
+        """Evaluate the model at the present step and log the result."""
         found = measure_on(self.accelerator, self.args, self.task, self.model, measure)
         row = {**self.place(), **{f"eval_{name}": value for name, value in found.items()}, **self.control()}
         logger.info("%s", row)
@@ -245,7 +245,7 @@ class Training:
         return found
 
     def control(self) -> dict[str, float]:
-        """What random selections of equal size change on the first validation rows; empty where weights are sharded."""
+        """Effect of random selections of equal size on the first validation rows; empty if weights are sharded."""
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if sharded or self.task.validation is None or not self.driver.selectors:
             return {}
@@ -256,7 +256,7 @@ class Training:
         return {f"hardattn/{name}": value for name, value in found.items()}
 
     def judge(self, found: dict[str, Any]) -> bool:
-        """Update the best model after an evaluation. Returns True when the patience of early stopping is exhausted."""
+        """Update the best model after an evaluation. Return True when the patience of early stopping is exhausted."""
         args, run = self.args, self.run
         name = args.metric_for_best_model or next(iter(found))
         value = found.get(name)
@@ -278,11 +278,11 @@ class Training:
         self.saved = self.run.step
 
     def epochs(self, step: int) -> int:
-        """How many epochs are complete after ``step`` steps."""
+        """Number of epochs that are complete after ``step`` steps."""
         return 0 if self.examples is None else step * self.batch // self.examples
 
     def place(self) -> dict[str, Any]:
-        """Where the run stands, as log rows begin."""
+        """Present step and epoch, the first fields of each log row."""
         epoch = {} if self.examples is None else {"epoch": self.run.step * self.batch / self.examples}
         return {"step": self.run.step, **epoch}
 
@@ -293,7 +293,7 @@ class Training:
             self.log.write(row)
 
     def summary(self) -> dict[str, Any]:
-        """What ``results.json`` says of the training."""
+        """Record of the training for ``results.json``."""
         run = self.run
         found: dict[str, Any] = {"loss": self.loss, "steps": run.step, "epochs": self.place().get("epoch")}
         found |= {"seconds": run.seconds, "batch": self.batch}
@@ -305,13 +305,13 @@ class Training:
 def measure_on(
     accelerator: Accelerator, args: ScriptArguments, task: Task, model: nn.Module, how: Any
 ) -> dict[str, Any]:
-    """Measure a model on the validation data by ``evaluation.measure`` or ``evaluation.compare``."""
+    """Evaluate a model on the validation data with ``evaluation.measure`` or ``evaluation.compare``."""
     loader = accelerator.prepare_data_loader(_loader(args, task.validation, task, args.per_device_eval_batch_size))
     return how(accelerator, model, loader, task.predict, task.score)
 
 
 def _windows(batches: Any, size: int) -> Iterator[list[dict[str, Any]]]:
-    """The micro-batches of each optimizer step."""
+    """Yield the micro-batches of each optimizer step."""
     remaining = iter(batches)
     while window := list(itertools.islice(remaining, size)):
         if len(window) == size:
@@ -319,7 +319,7 @@ def _windows(batches: Any, size: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def _loader(args: ScriptArguments, data: Any, task: Task, batch_size: int, order: Any = None) -> DataLoader[Any]:
-    # a generator of its own: a loader draws a seed each time it is iterated, and the model's noise must not notice
+    # the loader has its own generator: each iteration draws a seed, which must not affect the noise of the model
     return DataLoader(
         order if isinstance(order, Streamed) else data,
         sampler=order if isinstance(order, Order) else None,

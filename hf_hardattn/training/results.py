@@ -20,7 +20,7 @@ PACKAGES = ("hf-hardattn", "torch", "transformers", "accelerate", "datasets", "p
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write ``data`` in one piece: a reader sees the old file or the new one, never half of it."""
+    """Write ``data`` atomically: a reader sees the old file or the new one, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
@@ -28,25 +28,25 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What ``write_json`` wrote."""
+    """Read a file of ``write_json``."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def describe_run(argv: list[str] | None) -> dict[str, Any]:
-    """Versions and command of this process."""
+    """Return the versions and the command of this process."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    program = Path(sys.argv[0])  # an installed command is known by its name; where it lies is this machine's affair
+    program = Path(sys.argv[0])  # record an installed command by its name only; its path depends on the machine
     words = [program.name if program.is_absolute() else str(program), *(sys.argv[1:] if argv is None else argv)]
     return {"command": shlex.join(words), "versions": versions, "platform": platform.platform()}
 
 
 def describe_model(model: nn.Module, folder: Path) -> dict[str, Any]:
-    """How many parameters a model has, and the sha256 of each file of weights that the run left in ``folder``."""
+    """Return the number of parameters of a model, and the sha256 of each weight file that the run saved in ``folder``."""
     chosen = selectors(model).values()
     return {
         "parameters": {"all": _count(model), "selectors": sum(map(_count, chosen))},
@@ -55,18 +55,18 @@ def describe_model(model: nn.Module, folder: Path) -> dict[str, Any]:
 
 
 def _count(module: nn.Module) -> int:
-    # DeepSpeed's third stage leaves empty parameters in place, which know how large they are
+    # DeepSpeed's stage 3 leaves empty parameters in place, which store their size as ds_numel
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file, in hexadecimal digits."""
+    """Return the sha256 hash of a file, in hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def describe_data(args: Any, splits: dict[str, Any]) -> dict[str, Any]:
-    """What tells these splits from others: rows, columns and fingerprint, and the digest of the file that each came from."""
+    """Identify the splits: rows, columns and fingerprint, and the digest of the file that each came from."""
     found: dict[str, Any] = {}
     for name, data in splits.items():
         if data is None:
@@ -80,10 +80,10 @@ def describe_data(args: Any, splits: dict[str, Any]) -> dict[str, Any]:
 
 
 class Log:
-    """``log.jsonl``: one row a logging step, trackers or not.
+    """``log.jsonl``: one row per logging step, with or without trackers.
 
     Args:
-        path: of the file. step: rows after this optimizer step, left by a run that was killed, are taken out.
+        path: path of the file. step: later rows, which a killed run left, are removed.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -99,7 +99,7 @@ class Log:
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """A row of the log; None for a line that a kill cut short or that something else wrote."""
+    """Parse a row of the log; None for a truncated line or one that is not a row."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Read one row of a user's data, or say what is wrong with it; check every row before the training starts."""
+"""Read a row of the user's data or report what is wrong with it; check every row before the training starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import HardAttentionError, missing_extra
 
 
 def as_images(data: Any, name: str, file: str | None) -> Any:
-    """Make the column ``name`` hold images that are read when they are needed; paths in a csv or json file are relative to it."""
+    """Convert the column ``name`` to images that are read on demand; paths in a csv or json file are relative to that file."""
     if not isinstance(data.features[name], Image):
         folder = Path(file).expanduser().resolve().parent if file else Path.cwd()
 
@@ -25,16 +25,16 @@ def as_images(data: Any, name: str, file: str | None) -> Any:
 
         if isinstance(data, Dataset):
             data = data.remove_columns(name).add_column(name, [whole(path) for path in data[name]])
-        else:  # a stream's cells stay paths
+        else:  # the cells of a stream remain paths
             return data.map(lambda row: {name: whole(row[name])}, features=data.features)
     return data.cast_column(name, Image(decode=False))
 
 
 def read_image(value: Any, mode: str = "RGB") -> Any:
-    """The PIL image of an undecoded cell.
+    """Return the PIL image of an undecoded cell.
 
     Raises:
-        HardAttentionError: it cannot be read.
+        HardAttentionError: the image cannot be read.
     """
     try:
         return _open(value).convert(mode)
@@ -43,10 +43,10 @@ def read_image(value: Any, mode: str = "RGB") -> Any:
 
 
 def image_size(value: Any) -> tuple[int, int]:
-    """Width and height of an undecoded cell; checks what can be checked without decoding the pixels.
+    """Return width and height of an undecoded cell; check as much as possible without decoding the pixels.
 
     Raises:
-        HardAttentionError: it cannot be read.
+        HardAttentionError: the image cannot be read.
     """
     try:
         image = _open(value)
@@ -79,10 +79,10 @@ def _unreadable(value: Any, error: Exception) -> HardAttentionError:
 
 
 def text(row: dict[str, Any], name: str) -> str:
-    """The text in the column ``name`` of ``row``.
+    """Return the text in the column ``name`` of ``row``.
 
     Raises:
-        HardAttentionError: there is none, or something else.
+        HardAttentionError: the cell is empty or not a text.
     """
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
@@ -93,8 +93,8 @@ def text(row: dict[str, Any], name: str) -> str:
 
 
 def class_names(training: Any, label: str) -> dict[str, Any]:
-    """``id2label`` and ``label2id`` of the training data; nothing without it, or where a stream does not declare its classes: a trained
-    model brings its own."""
+    """Return ``id2label`` and ``label2id`` of the training data. The result is empty without training data, or if a stream does not
+    declare its classes; a trained model has its own."""
     feature = None if training is None else training.features[label]
     if isinstance(feature, ClassLabel):
         classes = feature.names
@@ -107,15 +107,15 @@ def class_names(training: Any, label: str) -> dict[str, Any]:
 
 
 def label_numbers(config: Any) -> dict[str, int]:
-    """The number of each label of a classifier: ``id2label`` turned around, as ``label2id`` may still be its base checkpoint's."""
+    """Return the number of each label of a classifier: ``id2label`` inverted, because ``label2id`` may be that of its base checkpoint."""
     return {str(name): int(number) for number, name in (config.id2label or {}).items()}
 
 
 def label_number(value: Any, names: ClassLabel | None, label2id: dict[str, int]) -> int:
-    """The model's number of a label.
+    """Return the model's number of a label.
 
     Args:
-        names: of the column, where it holds numbers for them. label2id: of the model, see ``label_numbers``.
+        names: class names of the column if its cells are numbers. label2id: mapping of the model, see ``label_numbers``.
 
     Raises:
         HardAttentionError: the model has no such label.
@@ -141,7 +141,7 @@ def check_some(data: Any, split: str) -> None:
 
 
 def check_rows(accelerator: Accelerator, data: Any, split: str, check: Callable[[dict[str, Any]], None]) -> None:
-    """Check every row, each process its share; all of them raise what one of them finds. A streamed data set is not read ahead.
+    """Check every row. Each process checks its share, and all raise an error that one finds. A streamed data set is not checked.
 
     Raises:
         HardAttentionError: ``check`` raised; the message names the row.
@@ -162,10 +162,10 @@ def check_rows(accelerator: Accelerator, data: Any, split: str, check: Callable[
 
 
 def same_everywhere(accelerator: Accelerator, splits: dict[str, Any]) -> None:
-    """Raise unless all processes read the same rows in the same order; images count by their file's name and size.
+    """Raise unless all processes read the same rows in the same order; images are compared by the name and size of their file.
 
     Raises:
-        HardAttentionError: they do not; the message names the first row that differs.
+        HardAttentionError: the data differ; the message names the first row that differs.
     """
     if accelerator.num_processes == 1:
         return

@@ -1,4 +1,4 @@
-"""What a training script does from start to end: set up, train or evaluate, save, and write down what came out."""
+"""The steps of a training script: set up, train or evaluate, save, and record the results."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def start(args: ScriptArguments) -> Accelerator:
     accelerator = Accelerator(
         cpu=args.cpu,
         mixed_precision=args.mixed_precision,
-        # the loop's batches are never short, so the end of the loader is no reason to step
+        # the batches of the loop are never short, so the end of the loader must not trigger an optimizer step
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
         ),
-        # each process reads its own share of a stream; the main process would have to send rows of one shape
+        # each process reads its own share of a stream; the main process could only dispatch rows of one shape
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
         log_with=None if tracked == "none" else tracked,
         project_dir=args.logging_dir or args.output_dir,
@@ -62,11 +62,11 @@ def start(args: ScriptArguments) -> Accelerator:
 
 
 def train(accelerator: Accelerator, args: ScriptArguments, task: Task, argv: list[str] | None = None) -> dict[str, Any]:
-    """Train, evaluate, save, and return what ``results.json`` says.
+    """Train, evaluate, save, and return the content of ``results.json``.
 
     Raises:
-        HardAttentionError: no data, a checkpoint that does not fit, a full disk.
-        SystemExit: code 143, after SIGTERM: the state is saved, ``--resume_from_checkpoint latest`` goes on from it.
+        HardAttentionError: there is no data, the checkpoint does not fit, or the disk is full.
+        SystemExit: code 143 after SIGTERM; the state is saved, and ``--resume_from_checkpoint latest`` continues from it.
     """
     if task.train is None or (isinstance(task.train, Dataset) and len(task.train) == 0):
         raise HardAttentionError("there is no training data; name it with --dataset_name, --train_dir or --train_file.")
@@ -86,7 +86,7 @@ def train(accelerator: Accelerator, args: ScriptArguments, task: Task, argv: lis
 def evaluate(
     accelerator: Accelerator, args: ScriptArguments, task: Task, argv: list[str] | None = None
 ) -> dict[str, Any]:
-    """Evaluate a trained model hard and soft, and return what ``results.json`` says."""
+    """Evaluate a trained model hard and soft, and return the content of ``results.json``."""
     if task.validation is None:
         raise HardAttentionError(
             "there is no evaluation data; name it with --dataset_name, --validation_dir or --validation_file."

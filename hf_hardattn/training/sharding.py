@@ -1,4 +1,4 @@
-"""Tell FSDP and DeepSpeed what they must know of a hard model, and refuse what they cannot do with it."""
+"""Settings of FSDP and DeepSpeed for a hard model, and errors for what they do not support."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..models import family_of
 
 
 def without_peft(model: Any) -> Any:
-    """The model itself, without PEFT's wrapper."""
+    """Return the model without PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def name_fsdp_units(accelerator: Accelerator, model: nn.Module) -> None:
-    """Make FSDP units of the layers of the model's towers, by the class names that they have now.
+    """Make the layers of the model's towers FSDP units, by their present class names.
 
-    Accelerate's own guess, all of ``_no_split_modules``, fails on any ViT: it shards the patch embedding within the embeddings,
-    then once more by itself.
+    Accelerate's default, all of ``_no_split_modules``, fails on any ViT: it shards the patch embedding as part of the embeddings,
+    and then again by itself.
     """
     plugin, model = getattr(accelerator.state, "fsdp_plugin", None), without_peft(model)
     family = family_of(model)
@@ -36,10 +36,10 @@ def name_fsdp_units(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def check_warmup(distributed_type: DistributedType, steps: int) -> None:
-    """Raise where the gradients of a warm-up cannot be held back.
+    """Raise if gradients cannot be dropped during a warm-up.
 
     Raises:
-        HardAttentionError: DeepSpeed, and ``steps`` > 0.
+        HardAttentionError: ``steps`` > 0 under DeepSpeed.
     """
     if steps and distributed_type == DistributedType.DEEPSPEED:
         raise HardAttentionError(

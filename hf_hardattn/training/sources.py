@@ -1,4 +1,4 @@
-"""Read training and evaluation data: from the Hub, from a folder of images, or from csv and json files."""
+"""Read training and evaluation data from the Hub, from a folder of images, or from csv and json files."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 def load_splits(args: ScriptArguments) -> tuple[Any, Any]:
-    """Load the training and the evaluation data that the flags name, each None when they name none; with ``--streaming`` the training
-    data is an ``IterableDataset``."""
+    """Load the training and the evaluation data that the flags name; each is None if they do not name it. With ``--streaming`` the
+    training data is an ``IterableDataset``."""
     if args.streaming and args.validation_fraction:
         raise HardAttentionError(
             f"validation_fraction={args.validation_fraction} of a stream is unknown; its rows are not counted. "
@@ -84,7 +84,7 @@ def _load(args: ScriptArguments) -> tuple[Any, Any]:
 
 
 def _split_folders(folders: dict[str, Path]) -> dict[str, Path]:
-    """The folders to read: where one that is named holds nothing but splits, the splits in it."""
+    """Return the folders to read; a named folder that holds only splits is replaced by its splits."""
     found = dict(folders)
     inside = {split: _splits_in(folder) for split, folder in folders.items()}
     if "train" in folders and inside["train"]:
@@ -115,17 +115,17 @@ def _split_folders(folders: dict[str, Path]) -> dict[str, Path]:
 
 
 def _splits_in(folder: Path) -> dict[str, Path]:
-    """The splits of a folder whose subfolders all have names of splits; none where they are classes.
+    """Return the splits of a folder if all its subfolders have names of splits; empty if they are classes.
 
     Raises:
-        HardAttentionError: a training split, an evaluation split, and something else beside them.
+        HardAttentionError: the folder holds a training split, an evaluation split, and other subfolders.
     """
     subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     named = {path: SPLITS[path.name.lower()] for path in subfolders if path.name.lower() in SPLITS}
     splits = set(named.values())
     if named and len(named) == len(subfolders) == len(splits):
         return {split: path for path, split in named.items()}
-    if "train" in splits and len(splits) > 1:  # read as classes, the evaluation images would be trained on
+    if "train" in splits and len(splits) > 1:  # read as classes, evaluation images would be trained on
         names = ", ".join(path.name for path in subfolders)
         raise HardAttentionError(
             f"{folder} holds {names}: splits, and others beside them. Name the folders themselves: --train_dir {folder}/train "
@@ -135,10 +135,10 @@ def _splits_in(folder: Path) -> dict[str, Path]:
 
 
 def _whole(kind: str, options: dict[str, Any], args: ScriptArguments) -> Any:
-    """All rows of a file or folder.
+    """Return all rows of a file or folder.
 
     Raises:
-        HardAttentionError: it holds none, or is none of its kind.
+        HardAttentionError: there are no rows, or the file cannot be read as its kind.
     """
     path = options["data_files"].removesuffix("/**")
     try:
@@ -162,7 +162,7 @@ def _whole(kind: str, options: dict[str, Any], args: ScriptArguments) -> Any:
 
 
 def _stream(*where: Any, **options: Any) -> IterableDataset:
-    """A stream that knows its columns: where the format does not tell, its first rows do."""
+    """Return a stream with known columns, from the format or else from its first rows."""
     data = load_dataset(*where, streaming=True, **options)
     return data if data.features else data.cast(Dataset.from_list(list(data.take(100))).features)
 
@@ -178,7 +178,7 @@ def _existing(paths: dict[str, str | None], test: Callable[[Path], bool], what: 
 
 
 def _format(path: Path) -> tuple[str, dict[str, Any]]:
-    """Reader of a file, and its options."""
+    """Return the reader of a file and its options."""
     if path.suffix not in FORMATS:
         raise unknown("data format", path.suffix, FORMATS, str(path))
     return FORMATS[path.suffix], {"data_files": str(path), **({"sep": "\t"} if path.suffix == ".tsv" else {})}
@@ -191,7 +191,7 @@ def _first(data: Any, count: int | None) -> Any:
 
 
 def column(data: Any, wanted: str | None, usual: tuple[str, ...], flag: str) -> str:
-    """The name of a column: ``wanted``, or the first of ``usual`` that exists.
+    """Return the name of a column: ``wanted``, or the first of ``usual`` that exists.
 
     Raises:
         HardAttentionError: no such column; the message lists the columns.

@@ -1,7 +1,7 @@
-"""Add to the stock ``Trainer`` what it does not do for a model with hard attention, when ``HardAttentionCallback`` is made.
+"""Extend the stock ``Trainer`` for models with hard attention when a ``HardAttentionCallback`` is created.
 
-Four things: selectors learn at a rate of their own; the callback's numbers reach the trackers; a checkpoint that is loaded, to resume
-or as the best one, brings every weight; and a training that ends with an error leaves nothing of the callback on the model.
+The extension has four parts: selectors have their own learning rate; the callback's numbers reach the trackers; a checkpoint that is
+loaded, to resume or as the best one, restores every weight; and the callback's hooks are removed even if the training ends with an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LOADERS = ("_load_from_checkpoint", "_load_best_model")
 
 
 def prepare_trainer(ours: type) -> None:
-    """Wrap the methods of ``Trainer``, once; trainers without a callback of the class ``ours`` run as before."""
+    """Wrap the methods of ``Trainer`` once; trainers without a callback of the class ``ours`` are not affected."""
     if hasattr(Trainer, _MARK):
         return
     setattr(Trainer, _MARK, True)
@@ -43,7 +43,7 @@ def _with_callbacks(train: Callable[..., Any], ours: type) -> Callable[..., Any]
     @functools.wraps(train)
     def hard_train(self: Any, *args: Any, **kwargs: Any) -> Any:
         callbacks = self.callback_handler.callbacks
-        callbacks.sort(key=lambda callback: not isinstance(callback, ours))  # trackers read the logs in their turn
+        callbacks.sort(key=lambda callback: not isinstance(callback, ours))  # before the trackers, which read the logs
         try:
             return train(self, *args, **kwargs)
         finally:
@@ -56,7 +56,7 @@ def _with_callbacks(train: Callable[..., Any], ours: type) -> Callable[..., Any]
 def _with_selector_rate(create: Callable[..., Any], ours: type) -> Callable[..., Any]:
     @functools.wraps(create)
     def create_with_rate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = self.optimizer is not None  # the user's own, with the groups that the user wants
+        given = self.optimizer is not None  # the user's own optimizer: keep its groups
         optimizer = create(self, *args, **kwargs)
         for callback in [] if given else _ours(self, ours):
             rate = selector_rate(self.args.learning_rate, callback.selector_learning_rate)
@@ -85,13 +85,13 @@ def _with_every_weight(load: Callable[..., Any], ours: type) -> Callable[..., An
 
 @contextmanager
 def every_weight(model: PreTrainedModel) -> Iterator[None]:
-    """Let ``model.load_state_dict`` read the names that ``save_pretrained`` writes, and see that nothing is left out.
+    """Let ``model.load_state_dict`` read the names that ``save_pretrained`` writes, and check that no weight is missing.
 
-    Transformers 5.23 saves some models under the names of earlier versions, which ``from_pretrained`` maps back and the Trainer
-    does not: of a ViT it loads no layer.
+    Transformers 5.23 saves some models under the names of earlier versions. ``from_pretrained`` maps them back, but the Trainer
+    does not: it loads no layer of a ViT.
 
     Raises:
-        HardAttentionError: weights that the checkpoint did not bring.
+        HardAttentionError: the checkpoint does not contain all weights.
     """
     names, seen = saved_names(model), set[str]()
 
@@ -105,12 +105,12 @@ def every_weight(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-    if seen:  # a checkpoint in pieces loads one after the other
+    if seen:  # a sharded checkpoint loads one shard after the other
         _check_loaded(model, seen)
 
 
 def saved_names(model: PreTrainedModel) -> dict[str, str]:
-    """Names under which ``save_pretrained`` writes tensors, where they differ from the model's own, and those."""
+    """Map the names under which ``save_pretrained`` writes tensors to the model's own names, where the two differ."""
     own = model.state_dict()
     by_tensor = {id(tensor): name for name, tensor in own.items()}
     saved = revert_weight_conversion(model, own)
@@ -119,8 +119,8 @@ def saved_names(model: PreTrainedModel) -> dict[str, str]:
 
 def _check_loaded(model: PreTrainedModel, seen: set[str]) -> None:
     own = model.state_dict(keep_vars=True)
-    loaded = {id(tensor) for name, tensor in own.items() if name in seen}  # tied ones are saved once
-    # a head of ``cropr``: a training that is resumed starts with a fresh one
+    loaded = {id(tensor) for name, tensor in own.items() if name in seen}  # tied tensors are saved once
+    # a head of ``cropr``: a resumed training starts with a new one
     unsaved = model._keys_to_ignore_on_save or ()
     missing = sorted(name for name, tensor in own.items() if id(tensor) not in loaded and name not in unsaved)
     if missing:

@@ -7,10 +7,10 @@ from typing import Any
 
 
 def summarise(results: dict[str, Any], folder: str) -> str:
-    """What a user reads when the run ends.
+    """Return the text that is printed at the end of a run.
 
     Args:
-        results: of ``results.json``. folder: that it lies in.
+        results: content of ``results.json``. folder: folder of that file.
     """
     metrics: dict[str, dict[str, Any]] = results.get("metrics") or {}
     lines = []
@@ -32,7 +32,7 @@ def summarise(results: dict[str, Any], folder: str) -> str:
     lines += [f"results: {folder}/results.json"]
     if results.get("hard_attention") and "train" in results:
         lines.append("next:")
-        if "video" not in results["task"]:  # no report shows videos
+        if "video" not in results["task"]:  # reports do not show videos
             lines.append(f"  hf-hardattn explain {quoted} --input FILE   (what it keeps)")
         lines += [
             f"  hf-hardattn card {quoted}   (its model card)",

@@ -1,4 +1,4 @@
-"""Train matched hard, soft and random-selection models, and collect everything that the model card reports."""
+"""Train matched hard, soft and random-selection models, and collect the data of the model card."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ def run(
     output: Path,
     on_step: OnStep = lambda name, step, steps, loss: None,
 ) -> tuple[dict[str, Any], dict[str, PreTrainedModel]]:
-    """Train a soft base checkpoint, and from it a soft, a hard and a random model equally long; save them below ``output``, measure them.
+    """Train a soft base checkpoint and, from it, a soft, a hard and a random model for the same number of steps; save and measure them.
 
     Args:
-        hard_attention: of ``hard`` and of ``random``, as ``from_pretrained`` takes it.
-        on_step: called with the model's name, the step, how many there are, and the loss.
+        hard_attention: the argument ``hard_attention`` of ``from_pretrained`` for ``hard`` and for ``random``.
+        output: folder that the models are saved in.
+        on_step: called with the name of the model, the step, the number of steps, and the loss.
 
     Returns:
         JSON (``models``, ``found``, ``subgroups``, ``audit``, ``certificate``, ``reload``, ``training``, ``hashes``, ``measured``,
@@ -61,10 +62,10 @@ def run(
     del models["base"]
     hard, inputs = models["hard"], next(task.test()).inputs
     tested = {name: task.evaluate(model) for name, model in models.items()}
-    if not hard.config.is_encoder_decoder:  # a decoder is fed its labels
+    if not hard.config.is_encoder_decoder:  # an encoder-decoder needs the labels as decoder inputs
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
     checked = {name: value[:32] for name, value in inputs.items()}
-    own = [cost["base"], cost["hard"]]  # what this checkpoint took: the other two are there to be compared with
+    own = [cost["base"], cost["hard"]]  # cost of this checkpoint; the other two models are only for comparison
     rows, measured = _inference(models, {name: value[:64] for name, value in inputs.items()})
     groups, findings = _subgroups(task, models)
     results = {
@@ -127,7 +128,7 @@ def _train(
 def _inference(
     models: Mapping[str, PreTrainedModel], inputs: dict[str, Tensor]
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """Counted and measured cost of inference, by name of the model; and on what it was measured."""
+    """Return the counted and measured cost of inference by name of the model, and the conditions of the measurement."""
 
     def call(model: PreTrainedModel) -> Any:
         with torch.inference_mode():
@@ -156,7 +157,7 @@ def _inference(
 
 @torch.no_grad()
 def _subgroups(task: tasks.Base, models: Mapping[str, PreTrainedModel]) -> tuple[list[dict[str, Any]], list[Finding]]:
-    """The metric of each label for hard and soft; and what the hard model keeps and drops systematically."""
+    """Return the metric of each label for hard and soft, and the positions that the hard model keeps or drops systematically."""
     hard = models["hard"]
     site = next(iter(selectors(hard)))
     predictions: dict[str, list[Any]] = {"hard": [], "soft": []}
@@ -176,7 +177,7 @@ def _subgroups(task: tasks.Base, models: Mapping[str, PreTrainedModel]) -> tuple
     labels: dict[Any, Any] = hard.config.id2label or {}
     names = {label: str(labels.get(label, label)) for label in sorted(set(truth))}
     if len(names) > MOST_GROUPS or len(truth) != sum(map(len, kept)):
-        return [], []  # free texts: there are no groups that the task itself knows
+        return [], []  # free texts: the task defines no groups
     members = {label: [i for i, other in enumerate(truth) if other == label] for label in names}
     groups = [
         {"group": names[label], "examples": len(rows)}
@@ -197,7 +198,7 @@ def _subgroups(task: tasks.Base, models: Mapping[str, PreTrainedModel]) -> tuple
 
 
 def _reload(folder: Path, task_name: str, task_options: dict[str, Any], expected: float) -> dict[str, Any]:
-    """Load the saved hard model in a fresh process, from its folder alone, and test it again."""
+    """Load the saved hard model from its folder alone in a new process, and test it again."""
     code = "import sys; from hf_hardattn.training.variants import check; check(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(folder), task_name, json.dumps(task_options)]
     answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
@@ -206,7 +207,7 @@ def _reload(folder: Path, task_name: str, task_options: dict[str, Any], expected
 
 
 def check(folder: str, task_name: str, task_options: str) -> None:
-    """What the fresh process runs; prints JSON."""
+    """Entry point of the new process; prints JSON."""
     from ..hub.loading import load
 
     model, task = load(folder), tasks.load(task_name, json.loads(task_options))
@@ -214,6 +215,6 @@ def check(folder: str, task_name: str, task_options: str) -> None:
     with record(model) as selections, torch.no_grad():
         model(**{name: value[:8] for name, value in next(task.test()).inputs.items()})
     selection = selections[site][0]
-    always = 0 if selection.protected is None else 1  # CLS or </s> is there always, and is no choice
+    always = 0 if selection.protected is None else 1  # CLS or </s> is always kept and not part of the choice
     answer = {task.metric: task.evaluate(model)[task.metric], "patches_kept": selection.slots - always}
     print(json.dumps({**answer, "hard": bool(selectors(model))}))

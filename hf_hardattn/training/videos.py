@@ -18,7 +18,7 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def as_files(data: Any, name: str) -> Any:
-    """Leave the cells of a column of videos, or of lists of images, as they lie in the data: what is read of them is decoded then."""
+    """Keep the cells of a column of videos, or of lists of images, undecoded; only the frames that are read are decoded."""
     kind = data.features[name]
     if isinstance(kind, Video):
         return data.cast_column(name, Video(decode=False))
@@ -28,12 +28,12 @@ def as_files(data: Any, name: str) -> Any:
 
 
 def read_frames(value: Any, folder: Path, count: int) -> list[Any]:
-    """``count`` RGB frames, evenly spaced; the last one is repeated where there are fewer.
+    """Return ``count`` RGB frames, evenly spaced; if there are fewer, the last one is repeated.
 
     Args:
-        value: path of a video file or of a folder of images (in the order of their names), a list of paths of images, or an undecoded cell
-            of `datasets`: of a video, or a list of them of images.
-        folder: that relative paths start from.
+        value: path of a video file or of a folder of images (in the order of their names), a list of paths of images, an undecoded video
+            cell of `datasets`, or a list of undecoded image cells.
+        folder: folder that relative paths start from.
 
     Raises:
         HardAttentionError: there is no frame, or one cannot be read.
@@ -53,7 +53,7 @@ def read_frames(value: Any, folder: Path, count: int) -> list[Any]:
 
 
 def check_frames(value: Any, folder: Path) -> None:
-    """Raise HardAttentionError where ``read_frames`` would, as far as a first frame tells."""
+    """Raise HardAttentionError where ``read_frames`` would, as far as the first frame shows."""
     if _is_file(value, folder):
         _decode(value, folder, lambda video: _each(video, 1))
     else:
@@ -61,7 +61,7 @@ def check_frames(value: Any, folder: Path) -> None:
 
 
 def spaced(total: int, count: int) -> list[int]:
-    """``count`` of ``total`` places, the middle of as many equal parts: all of them in order when the two are equal."""
+    """Return ``count`` of ``total`` places, the middles of ``count`` equal parts; all places in order if the two are equal."""
     return [min(total - 1, (2 * i + 1) * total // (2 * count)) for i in range(count)]
 
 
@@ -70,10 +70,10 @@ def _is_file(value: Any, folder: Path) -> bool:
 
 
 def _decode(value: Any, folder: Path, read: Callable[[Callable[[], Any]], Iterable[Any]]) -> list[Any]:
-    """The images of the frames that ``read`` takes of a video file, which it is given a way to open.
+    """Return the images of the frames that ``read`` takes from a video file; its argument opens the file.
 
     Raises:
-        HardAttentionError: there are none, or they cannot be read.
+        HardAttentionError: there are no frames, or they cannot be read.
     """
     try:
         import av
@@ -82,7 +82,7 @@ def _decode(value: Any, folder: Path, read: Callable[[Callable[[], Any]], Iterab
         raise missing_extra("av", "video", "a column of video files") from error
     cell: dict[str, Any] = {"path": str(folder / value), "bytes": None} if isinstance(value, str) else value
     name = f"the video {cell['path']}" if cell["path"] else "the video"
-    # one for all frames: each starts threads, which takes longer than a small frame does
+    # one for all frames: each reformatter starts threads, which takes longer than converting a small frame
     colours = VideoReformatter()
     try:
         frames = read(lambda: av.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])))
@@ -98,13 +98,13 @@ def _decode(value: Any, folder: Path, read: Callable[[Callable[[], Any]], Iterab
 
 
 def _frames(video: Callable[[], Any], count: int) -> list[Any]:
-    """``count`` frames, evenly spaced."""
+    """Return ``count`` frames, evenly spaced."""
     try:
         with video() as source:
             found = _sought(source, count)
-    except OSError:  # of a format without seeking; of a broken file it comes again
+    except OSError:  # the format cannot seek; a broken file raises again below
         found = None
-    if found is None:  # count what is shown, then go through it again: no more memory than the frames
+    if found is None:  # count the frames, then decode again: memory holds only the wanted frames
         wanted = spaced(sum(1 for _ in _each(video)), count)
         shown = {i: frame for i, frame in enumerate(_each(video, wanted[-1] + 1)) if i in wanted}
         found = [shown[i] for i in wanted if i in shown]
@@ -112,10 +112,10 @@ def _frames(video: Callable[[], Any], count: int) -> list[Any]:
 
 
 def _sought(source: Any, count: int) -> list[Any] | None:
-    """``count`` frames, evenly spaced, decoded from the key frame before each: a long video costs the stretches between, not all of it.
+    """Return ``count`` frames, evenly spaced. Each is decoded from the key frame before it, so a long video is not decoded as a whole.
 
     Returns:
-        None where the file does not tell when its frames are shown, or not all that it holds are shown.
+        The frames; None if the file does not hold the times of its frames, or not all of its frames are shown.
     """
     stream = source.streams.video[0]
     packets = [(packet.pts, packet.is_keyframe) for packet in source.demux(stream) if packet.size]
@@ -123,7 +123,7 @@ def _sought(source: Any, count: int) -> list[Any] | None:
     if None in shown:
         return None
     times, keys = sorted(shown), sorted(time for time, key in packets if key)
-    if stream.codec_context.has_b_frames and times == shown:  # an AVI's times are those of storage
+    if stream.codec_context.has_b_frames and times == shown:  # an AVI holds times in storage order
         return None
     wanted = [times[i] for i in spaced(len(times), count)] if keys else []
     found: dict[int, Any] = {}
@@ -141,6 +141,6 @@ def _sought(source: Any, count: int) -> list[Any] | None:
 
 
 def _each(video: Callable[[], Any], most: int | None = None) -> Iterator[Any]:
-    """The frames of a video in order."""
+    """Yield the frames of a video in order."""
     with video() as source:
         yield from itertools.islice(source.decode(video=0), most)

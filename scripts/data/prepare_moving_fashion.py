@@ -1,10 +1,10 @@
-"""Make videos of real things that move through clutter, with known frames, and a tiny BLIP to start from.
+"""Create videos of real items that move through clutter in known frames, and a tiny BLIP to start from.
 
     apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist*.deb outputs/fashion
     FASHION_MNIST=outputs/fashion/usr/share/datasets/fashion-mnist python scripts/data/prepare_moving_fashion.py
 
-Eight frames of 56x56 pixels show pieces of Fashion-MNIST's clothes; in two of them, one after the other, one whole piece of clothing passes
-by. The caption names it. `planted` says in which frames it is; test videos are of clothes that training never sees. Lossless FFV1 files.
+Eight frames of 56x56 pixels show fragments of garments from Fashion-MNIST; in two consecutive frames, one whole garment passes by. The
+caption names it, and `planted` lists its frames. Test videos show garments that training never sees. The files are lossless FFV1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]"]
 
 
 def video(images: Tensor, item: int, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-    """uint8 ``[F, H, W]``, and the frames in which ``images[item]`` is."""
+    """Return frames uint8 ``[F, H, W]``, and the numbers of the frames that show ``images[item]``."""
 
     def draw(high: int) -> int:
         return int(torch.randint(high, (), generator=generator))
@@ -49,7 +49,7 @@ def video(images: Tensor, item: int, generator: torch.Generator) -> tuple[Tensor
             place.copy_(torch.maximum(place, other[y : y + PATCH, x : x + PATCH]))
     first, across = draw(FRAMES - 1), draw(2)
     top, left = draw(3), draw(3)
-    for step in range(2):  # it moves by one patch, down or to the right, or back
+    for step in range(2):  # the item moves by one patch, down or to the right, or back
         y, x = ((top + step) % 3 * PATCH, left * PATCH) if across else (top * PATCH, (left + step) % 3 * PATCH)
         frames[first + step, y : y + ITEM, x : x + ITEM] = images[item]
     return frames.to(torch.uint8), [first, first + 1]
@@ -65,7 +65,7 @@ def write(frames: Tensor, path: Path) -> None:
 
 
 def start(folder: Path, width: int, layers: int) -> None:
-    """Configuration and processor of a tiny BLIP whose words are the captions'."""
+    """Save the configuration and the processor of a tiny BLIP whose vocabulary is that of the captions."""
     words = sorted({word for name in NAMES for word in name.replace("-", " - ").split()})
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + words)}, unk_token="[UNK]"))
     core.normalizer = normalizers.Lowercase()

@@ -1,12 +1,13 @@
-"""Make what the task `stamp_captions` of `hf-hardattn compare` reads: the features of each stamp's patches, and its caption.
+"""Create the data of the task `stamp_captions` of `hf-hardattn compare`: the features of each stamp's patches, and its caption.
 
     python scripts/data/prepare_stamps.py outputs/stamps --output outputs/data/stamps
     python scripts/data/prepare_weights.py outputs/weights --size 154
     python scripts/data/prepare_stamp_features.py --stamps outputs/data/stamps --vit outputs/weights/vit-s14 --output outputs/data/stamp-features
 
-Features are the last states of a pretrained ViT that is not trained further, as in Show, Attend and Tell, standardised by the training images (as
-they are, a few large ones drown the rest, and the decoder learns many times slower). Writes {train,validation,test}.jsonl with the captions,
-{...}.safetensors with `features` fp16 [n, patches, D] in the same order, and a tokenizer of the training captions.
+The features are the last hidden states of a frozen pretrained ViT, as in Show, Attend and Tell, standardised over the training images
+(without this, a few large features dominate the others, and the decoder learns many times more slowly). Writes
+{train,validation,test}.jsonl with the captions, {...}.safetensors with `features` fp16 [n, patches, D] in the same order, and a tokenizer
+of the training captions.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 @torch.no_grad()
 def features(model: ViTModel, processor: ViTImageProcessorPil, paths: list[Path], batch: int = 16) -> torch.Tensor:
-    """States of the patches, CLS left out, ``[n, patches, D]``."""
+    """Return the hidden states of the patches, without CLS, ``[n, patches, D]``."""
     found = []
     for start in tqdm(range(0, len(paths), batch)):
         images = [Image.open(path).convert("RGB") for path in paths[start : start + batch]]
@@ -45,7 +46,7 @@ def main() -> None:
     model = ViTModel.from_pretrained(arguments.vit).eval()
     processor = ViTImageProcessorPil.from_pretrained(arguments.vit)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "validation", "test"):  # train first: it says what is usual
+    for split in ("train", "validation", "test"):  # train first: it determines mean and deviation
         lines = (arguments.stamps / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         found = features(model, processor, [arguments.stamps / row["image"] for row in rows])

@@ -1,10 +1,10 @@
-"""Make image-caption pairs, with a class each, of the drawings and photos of Tux Paint's stamps.
+"""Create image-caption pairs with classes from the drawings and photos of Tux Paint's stamps.
 
     apt-get download tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default*.deb outputs/stamps
     python scripts/data/prepare_stamps.py outputs/stamps --output outputs/data/stamps
 
-Each stamp becomes a square image on white; its caption is the first, English line of its text file, its label the folder it lies in.
-Rows are split by caption: no caption of the test or validation set is seen in training. The stamps are under the GPL-2.
+Each stamp becomes a square image on white. Its caption is the first line of its text file, which is English, and its label is the name of
+its folder. Rows are split by caption: no caption of the test or validation set is seen in training. The stamps are under the GPL-2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PARTS = {"test": range(0, 15), "validation": range(15, 25), "train": range(25, 1
 
 
 def square(path: Path, size: int) -> Image.Image:
-    """The stamp in the middle of a white square, ``size`` pixels at most."""
+    """Return the stamp in the middle of a white square of at most ``size`` pixels per side."""
     stamp = Image.open(path).convert("RGBA")
     canvas = Image.new("RGBA", (max(stamp.size),) * 2, "white")
     canvas.alpha_composite(stamp, ((canvas.width - stamp.width) // 2, (canvas.height - stamp.height) // 2))
@@ -44,7 +44,7 @@ def main() -> None:
     for text in tqdm(sorted(root.rglob("*.txt"))):
         stamp = text.with_suffix(".png")
         caption = text.read_text(encoding="utf-8", errors="replace").partition("\n")[0].strip()
-        if not stamp.is_file() or not caption:  # the others are vector graphics
+        if not stamp.is_file() or not caption:  # the other stamps are vector graphics
             continue
         place = stamp.relative_to(root)
         name = "-".join(place.parts)

@@ -1,9 +1,9 @@
-"""Make document-summary pairs of Debian's package descriptions, and a small T5 to start from: the long text, and its one-line synopsis.
+"""Create document-summary pairs from Debian's package descriptions (long text and one-line synopsis), and a small T5 to start from.
 
 python scripts/data/prepare_summarisation.py --output outputs/data/summarisation
 
-Fetches the package lists with apt-get as prepare_translation.py does, or reads those that --lists names. Split by source package; no held-out
-document has a near-duplicate in training. The lists state no licence of the texts: use them, do not redistribute them.
+Downloads the package lists with apt-get like prepare_translation.py, or reads those in --lists. The data are split by source package, and
+no held-out document has a near-duplicate in training. The lists state no licence of the texts: use them, but do not redistribute them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from prepare_translation import fetch, records, source_packages, split, start, t
 
 
 def pairs(lists: Path, fewest: int, most: int) -> list[tuple[str, str, str]]:
-    """(package, description, synopsis) of descriptions with ``fewest`` to ``most`` words, one for each first paragraph."""
+    """Return (package, description, synopsis) for descriptions of ``fewest`` to ``most`` words, one for each distinct first paragraph."""
     found: dict[str, tuple[str, str, str]] = {}
     for fields in records(lists, "i18n_Translation-en"):
         synopsis, _, long = fields["Description-en"].partition("\n")

@@ -1,11 +1,11 @@
-"""Make sentence pairs of Debian's translated package descriptions, and a small T5 to start from.
+"""Create sentence pairs from Debian's translated package descriptions, and a small T5 to start from.
 
 python scripts/data/prepare_translation.py --language it --output outputs/data/translation-it                 # for hf-hardattn compare
 python scripts/data/prepare_translation.py --language de --longest 12 --output outputs/data/translation-de    # for train_t5.py
 
-Fetches the package lists with apt-get into a folder of its own (the system's stay as they are; 30 MB), or reads those that --lists
-names. The lists state no licence of the texts: use them, do not redistribute them. Needs Debian's apt-get and the package
-`tokenizers`, which comes with transformers.
+Downloads the package lists (30 MB) with apt-get to a separate folder, which leaves those of the system unchanged, or reads those in
+--lists. The lists state no licence of the texts: use them, but do not redistribute them. Requires Debian's apt-get and the package
+`tokenizers`, which is installed with transformers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def fetch(folder: Path, language: str) -> None:
 
 
 def records(folder: Path, ending: str) -> Iterator[dict[str, str]]:
-    """The records of every list in ``folder`` whose name ends with ``ending``."""
+    """Yield the records of every list in ``folder`` whose name ends with ``ending``."""
     paths = sorted(folder.glob(f"*_{ending}"))
     if not paths:
         raise SystemExit(f"no list *_{ending} in {folder}; leave --lists out to fetch them, or fetch that language")
@@ -57,7 +57,7 @@ def records(folder: Path, ending: str) -> Iterator[dict[str, str]]:
 
 
 def descriptions(folder: Path, language: str) -> dict[tuple[str, str], list[str]]:
-    """The paragraphs of each description by package and its English text's checksum, without the synopsis."""
+    """Return the paragraphs of each description, without the synopsis, by package and checksum of the English text."""
     found = {}
     for fields in records(folder, f"i18n_Translation-{language}"):
         if "Description-md5" in fields:
@@ -68,7 +68,7 @@ def descriptions(folder: Path, language: str) -> dict[tuple[str, str], list[str]
 
 
 def sentence_pairs(folder: Path, language: str, longest: int) -> Iterator[tuple[str, str, str]]:
-    """Yield (package, English, translation) of sentences with 4 to ``longest`` words, from paragraphs that have as many in both."""
+    """Yield (package, English, translation) of sentences of 4 to ``longest`` words, from paragraphs with equally many sentences in both."""
     english, other = descriptions(folder, "en"), descriptions(folder, language)
     for key in sorted(english.keys() & other.keys()):
         if len(english[key]) != len(other[key]):
@@ -79,13 +79,13 @@ def sentence_pairs(folder: Path, language: str, longest: int) -> Iterator[tuple[
                 continue
             for source, target in zip(sources, targets, strict=True):
                 sizes = len(source.split()), len(target.split())
-                # other lengths are lists, headings and sentences that do not translate each other
+                # pairs of other lengths are lists, headings, or sentences that are not translations of each other
                 if source != target and 4 <= min(sizes) and max(sizes) <= longest and max(sizes) <= 2 * min(sizes):
                     yield key[0], source, target
 
 
 def template(sentence: str, names: set[str]) -> str:
-    """What near-duplicates share: lower case, no punctuation, and a mark for numbers, versions and the packages' names."""
+    """Normalise a sentence so that near-duplicates are equal: lower case, no punctuation, a mark for numbers, versions and packages."""
     words = re.findall(r"[^\s()\[\],;:!?\"']+", sentence.lower())
     return " ".join("#" if re.search(r"\d", word) or word.strip(".") in names else word.strip(".") for word in words)
 
@@ -103,7 +103,7 @@ def split(
         rows.append((bucket, template(source, names), {"source": source, "target": target}))
     for bucket, key, row in rows:
         if bucket >= 100:
-            parts["train"][row["source"]] = row  # the same sentence has one translation
+            parts["train"][row["source"]] = row  # keep one translation per sentence
             seen.add(key)
     for bucket, key, row in sorted(rows, key=lambda row: row[0]):
         part = HELD_OUT[bucket % 2]
@@ -114,7 +114,7 @@ def split(
 
 
 def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
-    """A byte-pair tokenizer with T5's special tokens: ``<pad>`` 0, ``</s>`` 1 (added at the end), ``<unk>`` 2."""
+    """Train a byte-pair tokenizer with T5's special tokens: ``<pad>`` 0, ``</s>`` 1 (appended), ``<unk>`` 2."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -128,7 +128,8 @@ def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
 
 
 def start(folder: Path, **changes: int) -> None:
-    """Configuration and tokenizer, in ``folder/t5``, of the small T5 that ``compare`` trains from scratch; ``changes`` are of the former."""
+    """Save configuration and tokenizer of the small T5 that ``compare`` trains from scratch in ``folder/t5``; ``changes`` are for the
+    configuration."""
     task = Translation(str(folder))
     config = task.config()
     config.update({**changes, "pad_token_id": 0, "eos_token_id": 1})
@@ -137,7 +138,7 @@ def start(folder: Path, **changes: int) -> None:
 
 
 def source_packages(lists: Path) -> dict[str, str]:
-    """The source package of each package."""
+    """Map each package to its source package."""
     return {
         fields["Package"]: fields.get("Source", fields["Package"]).split()[0]
         for fields in records(lists, "Packages")

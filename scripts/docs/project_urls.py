@@ -1,8 +1,8 @@
-"""Build hook: the addresses of the project, in the metadata of a wheel and an sdist.
+"""Build hook that adds the URLs of the project to the metadata of a wheel and an sdist.
 
     PROJECT_URL=https://github.com/OWNER/REPOSITORY python -m build
 
-The address is that of the repository which a release is built in, as the release workflow gives it; without one, none is claimed.
+The URL is that of the repository that a release is built in, set by the release workflow; without it, the metadata contains no URLs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
 class ProjectUrls(MetadataHookInterface):
-    """Called by hatchling, as pyproject.toml says."""
+    """Metadata hook that hatchling calls, as configured in pyproject.toml."""
 
     def update(self, metadata: dict[str, Any]) -> None:
         """Add ``urls`` to the project's metadata."""
@@ -22,7 +22,7 @@ class ProjectUrls(MetadataHookInterface):
 
 
 def project_urls(address: str) -> dict[str, str]:
-    """The addresses by their names on PyPI; none without ``address``."""
+    """Return the URLs by their names on PyPI; empty without ``address``."""
     address = address.rstrip("/")
     if not address:
         return {}

@@ -1,8 +1,8 @@
-"""Build wheel and sdist, install each into an empty environment, and run the quickstart there, outside the checkout.
+"""Build wheel and sdist, install each in an empty environment, and run the quickstart there, outside the checkout.
 
     python scripts/docs/release_check.py --constraints constraints.txt [arguments of pip]
 
-Also checks that the wheel holds the sample model and what users run, and none of the scripts that only make this repository's figures.
+Also checks that the wheel contains the sample model and the files that users run, and none of the scripts that only serve this repository.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def check_contents(wheel: Path) -> None:
-    """Stop when the wheel lacks a file that users need, or holds one that they do not."""
+    """Exit if the wheel lacks a file that users need, or contains one that they do not need."""
     names = zipfile.ZipFile(wheel).namelist()
     if missing := [name for name in WANTED if name not in names]:
         sys.exit(f"{wheel.name} lacks {', '.join(missing)}")
@@ -57,7 +57,7 @@ def check_contents(wheel: Path) -> None:
 
 
 def check_addresses(wheel: Path) -> None:
-    """Stop when the wheel does not name the addresses of the repository that it was built in, or names others."""
+    """Exit if the URLs in the wheel are not exactly those of the repository that it was built in."""
     archive = zipfile.ZipFile(wheel)
     (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
     found = re.findall(r"^Project-URL: (.*?), (.*)$", archive.read(name).decode(), flags=re.M)
@@ -68,7 +68,7 @@ def check_addresses(wheel: Path) -> None:
 
 
 def try_in_an_empty_environment(built: Path, folder: Path, pip: list[str | Path]) -> None:
-    """Install a distribution with the extras of the quickstart, and run the README's blocks on local stand-ins."""
+    """Install a distribution with the extras of the quickstart, and run the code blocks of the README on local stand-ins."""
     venv.create(folder / "env", with_pip=True)
     python = folder / "env" / "bin" / "python"
     run([python, "-m", "pip", "install", "--quiet", *pip, f"{built}[vision,plots,interpret]"])
@@ -84,7 +84,7 @@ def try_in_an_empty_environment(built: Path, folder: Path, pip: list[str | Path]
 
 
 def run(command: list[str | Path], cwd: Path | None = None) -> None:
-    """Run a command; stop with its words when it fails."""
+    """Run a command; exit with its output if it fails."""
     environment = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": tempfile.gettempdir()}
     done = subprocess.run(
         [str(word) for word in command],

@@ -1,10 +1,10 @@
-"""Write the tables of the README and of the documentation from results/, so that every number in them was made by a command.
+"""Write the tables of the README and of the documentation from results/, so that every number in them was written by a command.
 
 python scripts/docs/render.py            # rewrite README.md and docs/
 python scripts/docs/render.py --check    # fail if a page would change
 
-The text between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is what ``table()`` of ``scripts/docs/tables/NAME.py`` returns, and the text
-between ``<!-- NAME.PART -->`` and its end is what its function ``PART()`` returns. Two pages are written as notebooks too.
+The text between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is the result of ``table()`` in ``scripts/docs/tables/NAME.py``, and the text
+between ``<!-- NAME.PART -->`` and its end marker is that of the function ``PART()``. Two pages are also written as notebooks.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ REPOSITORY_LINK = re.compile(r"\]\((results/[^)]+)\)")
 
 
 def render(text: str, depth: int) -> str:
-    """A page with each table between its markers written anew.
+    """Return a page with the tables between its markers rewritten.
 
     Args:
-        depth: folders between the page and the root of the repository; links to ``results/`` are relative to the page.
+        depth: number of folders between the root of the repository and the page; links to ``results/`` are relative to the page.
     """
 
     def anew(marked: re.Match[str]) -> str:
@@ -39,7 +39,7 @@ def render(text: str, depth: int) -> str:
 
 
 def notebook(page: str) -> str:
-    """A page as a notebook: its words and its Python blocks, without what they print."""
+    """Return a page as a notebook: its text and its Python blocks, without their outputs."""
     cells: list[dict[str, object]] = []
     end = 0
     for block in FENCED.finditer(page):
@@ -59,7 +59,7 @@ def _cell(kind: str, text: str) -> dict[str, object]:
 
 
 def pages() -> list[Path]:
-    """The README and every page of the documentation."""
+    """Return the README and every page of the documentation."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 

@@ -1,4 +1,4 @@
-"""Add what lies outside docs/ to the site: the pictures of results/ and the repository's own pages."""
+"""Add files outside docs/ to the site: the pictures of results/ and the pages in the root of the repository."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PICTURE = re.compile(r"\]\((?:\.\./)*assets/results/([\w.]+)\)")
 PAGES = ("CHANGELOG.md", "MIGRATION.md", "CONTRIBUTING.md", "SECURITY.md")
 
 
-LANDING = ("families.md", "what_happens.md")  # in the navigation once they are there
+LANDING = ("families.md", "what_happens.md")  # in the navigation only if they exist
 
 
 def on_config(config: Any) -> Any:
@@ -42,6 +42,6 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, f"assets/results/{picture}", abs_src_path=str(path)))
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
-        text = re.sub(r"\]\(docs/", "](", text)  # links as they are on the repository's page
+        text = re.sub(r"\]\(docs/", "](", text)  # these pages link relative to the root of the repository
         files.append(File.generated(config, page.lower(), content=text))
     return files

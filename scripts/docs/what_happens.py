@@ -1,9 +1,9 @@
-"""Write docs/what_happens.md: everyday situations, each tried on a tiny model, and what happened.
+"""Write docs/what_happens.md: common situations, each tried on a tiny model, and their outcomes.
 
 python scripts/docs/what_happens.py            # run all of them and rewrite the page; about a minute
 python scripts/docs/what_happens.py --check    # fail if the page would change
 
-A situation is a function; its docstring is the first column, and what it returns, warns of or raises the second.
+A situation is a function. Its docstring is the first column of the page; the second is its result, warning or exception.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def differ(one: torch.Tensor, other: torch.Tensor) -> str:
 
 
 def state(model: Any) -> str:
-    """Hard or soft, by what a call of the model selects."""
+    """Return whether a call of the model selects positions (hard) or not (soft)."""
     if not hf_hardattn.selectors(model):
         return "soft"
     with hf_hardattn.record(model) as selections:
@@ -321,7 +321,7 @@ def copies_of_the_input() -> str:
     ids = WORDS.clone()
     ids[:, -1] = 1
     (site,) = hf_hardattn.verify(model, {"input_ids": ids}).sites
-    return "the decoder's copy is narrowed too: " + site.statement.partition("given the selection, ")[2]
+    return "the decoder's copy is narrowed too: " + site.statement.partition("Given this selection, ")[2]
 
 
 def end_to_end() -> str:
@@ -457,7 +457,7 @@ SECTIONS: dict[str, list[Callable[[], str]]] = {
 
 
 def outcome(situation: Callable[[], str]) -> str:
-    """What came of a situation: its answer, the library's warnings, or its refusal."""
+    """Run a situation; return its result with the library's warnings, or the error that refuses it."""
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("always")
         try:
@@ -480,7 +480,7 @@ def _is_ours(message: str) -> bool:
 
 
 def _quoted(message: str) -> str:
-    """A message with the places of this machine taken out, and of the families all but the first."""
+    """Return a message without paths of this machine, and with only the first of the known families."""
     message = re.sub(r"(known families: \w+, \w+)[^.]*", r"\1 ...", message)
     return re.sub(r"/tmp/[^\s'),]*", "FOLDER", " ".join(message.split())).replace("|", "\\|")
 

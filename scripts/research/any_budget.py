@@ -1,11 +1,11 @@
-"""One model at every budget: its accuracy and measured time, beside models trained for one budget and other ways to compute less.
+"""Accuracy and measured time of one model at every budget, compared with models trained for one budget and other ways to compute less.
 
     hf-hardattn compare --config scripts/configs/compare/any_budget.yaml --seeds 3 --save
     python scripts/research/any_budget.py accuracy
     python scripts/research/any_budget.py timing      # on a quiet machine
 
-``random`` and ``cls_attention`` choose for the model that was trained at drawn budgets, at the same budgets. Smaller images are read by models
-that were trained on them; ToMe merges in the soft model. ``timing`` runs all of them in turn, and draws the picture.
+The model was trained at drawn budgets; ``random`` and ``cls_attention`` replace its scorer at the same budgets. Smaller images are read by
+models that were trained on them, and ToMe merges tokens in the soft model. ``timing`` times all of them in turn and draws the picture.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from hf_hardattn.training.tasks._reduced import Reduced
 
 BUDGETS = (0.1, 0.2, 0.4, 0.7, 1.0)
 UNTRAINED = ("random", "cls_attention")
-MERGED = (4, 8, 16, 24)  # pairs that ToMe merges in a layer
+MERGED = (4, 8, 16, 24)  # pairs that ToMe merges per layer
 BATCH = 64
 
 
 class Point(NamedTuple):
-    """One model at one budget. at: the budget, or the pairs that ToMe merges. task: what it is tested on."""
+    """One model at one budget. at: the budget, or the number of pairs that ToMe merges. task: the task that it is tested on."""
 
     method: str
     at: float
@@ -46,7 +46,7 @@ class Point(NamedTuple):
 
 
 def points(task: Any, folder: Path, seed: int) -> Iterator[Point]:
-    """Every method at every budget."""
+    """Yield every method at every budget."""
 
     def load(name: str) -> Any:
         return task.model_class.from_pretrained(folder / f"{name}-{seed}").eval()
@@ -94,13 +94,13 @@ def timing(task: Any, arguments: Any, results: dict[str, Any]) -> None:
 
 
 def forward(model: nn.Module, inputs: dict[str, Any]) -> None:
-    """What is timed."""
+    """Run the timed call."""
     with torch.inference_mode():
         model(**inputs)
 
 
 def draw(results: dict[str, Any], place: Path) -> None:
-    """Accuracy over time, one line a method."""
+    """Plot accuracy over time, with one line per method."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for method in dict.fromkeys(row["method"] for row in results["points"]):

@@ -1,11 +1,11 @@
-"""Run Transformers' own common model tests on stock models and on hard models that keep everything, and compare what fails.
+"""Run Transformers' common model tests on stock models and on hard models that keep everything, and compare the failures.
 
     pip install parameterized
     pip download --no-binary transformers --no-deps transformers==5.23.0 && tar xzf transformers-5.23.0.tar.gz
     python scripts/research/common_tests.py transformers-5.23.0
 
-The source distribution holds ``tests/test_modeling_common.py``, without the tests of single models: the models and batches are the tiny
-ones of this repository's own tests, so that a few tests, which a model's own file would have skipped, fail for the stock model too.
+The source distribution holds ``tests/test_modeling_common.py``, but not the tests of single models. Models and batches are therefore the
+tiny ones of this repository's tests. A few tests that the file of a single model would have skipped fail for the stock model as well.
 Writes results/common_tests.json.
 """
 
@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import examples  # noqa: E402
 
 HARD = {"sites": ["*"], "budget": 1.0}
-# name: family, classes of one configuration, further facts that the tests ask for
+# name: family, classes of one configuration, further attributes that the tests need
 SUITES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "dinov2": ("dinov2", ("Dinov2Model", "Dinov2ForImageClassification"), {"test_resize_embeddings": False}),
     "clip (images)": (
@@ -88,10 +88,10 @@ LABELS = ("labels", "start_positions", "end_positions", "return_loss")
 
 
 class Tester:
-    """What the common tests ask of a model's own tester.
+    """The tester of a model, with the attributes that the common tests need.
 
     Args:
-        family: of models. head: the class whose configuration and batch are taken. hard: whether its sites are in place.
+        family: model family. head: the class whose configuration and batch are used. hard: whether the model has sites.
     """
 
     is_training, num_choices, num_masks, mask_length = True, 2, 3, 9
@@ -101,10 +101,10 @@ class Tester:
         built = examples.build(family, head, **(bart if family == "bart" else {"num_hidden_layers": 2}))
         self.config: Any = type(built.model.config).from_dict(
             built.model.config.to_dict()
-        )  # without what a model added
-        # three times, as some tests fill a batch of less than seven with random rows
+        )  # without fields added by a model
+        # repeat the batch three times, because some tests fill a batch of fewer than seven rows with random ones
         self.batch = {name: torch.cat([value] * 3) for name, value in built.batch.items() if name not in LABELS}
-        if family == "bart":  # one </s> in each row, and labels of the length of the input
+        if family == "bart":  # one </s> in each row, and labels as long as the input
             self.batch["input_ids"][:, :-1].clamp_(min=2)
             self.batch["input_ids"][:, -1] = 1
             self.batch["decoder_input_ids"] = self.batch["input_ids"].clone()
@@ -112,7 +112,7 @@ class Tester:
             self.config.hard_attention = HARD
         if head == "CLIPModel":
             self.config.vision_config.num_hidden_layers = 2
-        # a beginning and an end, for heads that answer questions; BART's writes that into its configuration itself, and has three classes
+        # start and end, for question answering heads; BART's head sets this in the configuration itself, and has three classes
         self.config.num_labels = 3 if family == "bart" else 2
         sizes = getattr(self.config, "text_config", self.config)
         self.hidden_size, self.num_hidden_layers = sizes.hidden_size, sizes.num_hidden_layers
@@ -134,16 +134,16 @@ class Tester:
         return 10 if ids is None else ids.shape[1]  # 3 x 3 patches and CLS
 
     def get_config(self) -> Any:
-        """The configuration, to be changed."""
+        """Return a copy of the configuration, which may be changed."""
         return copy.deepcopy(self.config)
 
     def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, Any]]:
-        """The configuration and a batch, to be changed."""
+        """Return copies of the configuration and a batch, which may be changed."""
         return self.get_config(), copy.deepcopy(self.batch)
 
 
 def common_tests(folder: Path) -> type:
-    """``ModelTesterMixin`` of a source distribution, whose other test folders it does not hold."""
+    """Import ``ModelTesterMixin`` of a source distribution, with stubs for the test folders that it does not contain."""
     for name, mixin in (
         ("exporters.test_export", "ExportTesterMixin"),
         ("generation.test_utils", "GenerationTesterMixin"),
@@ -159,7 +159,7 @@ def common_tests(folder: Path) -> type:
 
 
 def outcomes(mixin: type, name: str, hard: bool, only: str) -> dict[str, str]:
-    """Each test of a suite, ``"passed"``, ``"skipped"`` or the last line of its error."""
+    """Return for each test of a suite ``"passed"``, ``"skipped"`` or the last line of its error."""
     family, heads, facts = SUITES[name]
 
     def set_up(self: Any) -> None:
@@ -182,7 +182,7 @@ def outcomes(mixin: type, name: str, hard: bool, only: str) -> dict[str, str]:
 
 
 def compare(stock: dict[str, str], hard: dict[str, str]) -> dict[str, Any]:
-    """How many tests pass, and which of them fail only hard."""
+    """Return how many tests pass, and which of them fail only for the hard model."""
     failed = {name for name, outcome in stock.items() if outcome not in ("passed", "skipped")}
     return {
         "passed": sum(outcome == "passed" for outcome in stock.values()),
@@ -205,7 +205,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
-    transformers.logging.disable_progress_bar()  # the log stays on: tests read it
+    transformers.logging.disable_progress_bar()  # logging stays on, because tests read it
     mixin = common_tests(arguments.folder.resolve())
     results = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {"suites": {}}
     results |= {

@@ -1,10 +1,10 @@
-"""Time two versions of the library side by side on this machine, each in a process of its own, in turn.
+"""Time two versions of the library on this machine, each in its own process, in turn.
 
     python scripts/research/compare_speed.py --old 761c521                      # the working tree against that commit
     python scripts/research/compare_speed.py --old ../other --rounds 21         # or against a checkout
 
-Both processes build the same models; in each round one runs the stock and the hard model, then the other, while its peer waits.
-Writes results/bench/versions.json. `--quick` takes models of two layers and no figure worth keeping.
+Both processes build the same models. In each round one process runs the stock and the hard model while the other waits, and then the other
+one does. Writes results/bench/versions.json. `--quick` uses models of two layers; its numbers are meaningless.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Start both processes, ask them in turn, and write what they say."""
+    """Start both processes, run their measurements in turn, and write the results."""
     from compare_versions import checkout, environment_of
 
     threads = os.cpu_count() or 1
@@ -111,7 +111,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def summary(found: list[dict[str, dict[str, float]]]) -> dict[str, float]:
-    """Medians over the rounds: seconds, the new hard model's time by the old one's, and each version's speed-up over its stock model."""
+    """Return medians over the rounds: seconds, the ratio of the hard models' times (new by old), and each version's speed-up over stock."""
     by_old = [one["new"]["hard"] / one["old"]["hard"] for one in found]
     quartiles = statistics.quantiles(by_old, n=4) if len(by_old) > 1 else by_old * 3
     return {
@@ -128,7 +128,7 @@ def summary(found: list[dict[str, dict[str, float]]]) -> dict[str, float]:
 
 
 def ask(peer: subprocess.Popen[str], question: dict[str, Any]) -> Any:
-    """One question to one process, and its answer."""
+    """Send a request to a process and return its answer."""
     assert peer.stdin is not None and peer.stdout is not None
     peer.stdin.write(json.dumps(question) + "\n")
     peer.stdin.flush()
@@ -139,7 +139,7 @@ def ask(peer: subprocess.Popen[str], question: dict[str, Any]) -> Any:
 
 
 def answer() -> None:
-    """One of the two processes: builds and times models with the version that it imports."""
+    """Run one of the two processes, which builds and times models with the version that it imports."""
     import platform
 
     import torch

@@ -1,13 +1,13 @@
-"""Run two versions of the library side by side on this machine, and compare every output and gradient bit by bit.
+"""Run two versions of the library on this machine, and compare every output and gradient bit by bit.
 
     python scripts/research/compare_versions.py --old 761c521                      # the working tree against that commit
     python scripts/research/compare_versions.py --old ../other --only vit,t5       # or against a checkout
 
-Both versions run the same cases (version_cases.yaml) in processes of their own, on one thread. The table has a row per block of cases; cases
-outside their tolerance are named below it, and all cases are in the JSON. Exits with 1 if any case is outside its tolerance.
+Both versions run the same cases (version_cases.yaml) in separate processes, on one thread. The table has one row per block of cases. Cases
+outside their tolerance are listed below it, and all cases are in the JSON. Exits with 1 if any case is outside its tolerance.
 
-A difference is the largest absolute difference of a tensor by its largest entry or by 1, whichever is larger. A gradient that one version
-leaves None counts as zeros.
+A difference is the largest absolute difference of a tensor, divided by its largest entry or by 1, whichever is larger. A gradient that is
+None in one version counts as zeros.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def checkout(version: str, folder: Path) -> Path:
-    """The folder that holds the package ``hf_hardattn`` of a version; a commit is unpacked into ``folder``."""
+    """Return the folder with the package ``hf_hardattn`` of a version; a commit is unpacked to ``folder``."""
     if (Path(version) / "hf_hardattn").is_dir():
         return Path(version).resolve()
     archive = subprocess.run(["git", "archive", version, "hf_hardattn"], cwd=HERE.parents[1], capture_output=True)
@@ -97,17 +97,17 @@ def checkout(version: str, folder: Path) -> Path:
 
 
 def environment_of(package: Path) -> dict[str, str]:
-    """The environment of a process that imports the version in ``package``, on one thread and without a network."""
+    """Return the environment of a process that imports the version in ``package``, on one thread and without a network."""
     own = {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     return {**os.environ, **own}
 
 
 def run_version(package: Path, families: list[str], output: Path) -> dict[str, Any]:
-    """Run the cases of ``families`` with the version in ``package``; returns what the process says of the run."""
+    """Run the cases of ``families`` with the version in ``package``; return the record of the process."""
     command = [sys.executable, str(CASES), "--output", str(output), "--only", ",".join(families)]
     subprocess.run(command, env=environment_of(package), check=True)
     run: dict[str, Any] = json.loads((output / "run.json").read_text(encoding="utf-8"))
-    # an installed copy that comes first on the path would be compared with itself
+    # otherwise an installed copy that comes first on the path would be compared with itself
     if Path(run["package"]).resolve() != (package / "hf_hardattn").resolve():
         raise SystemExit(f"the process imported {run['package']}, not the version in {package}.")
     return run
@@ -119,7 +119,7 @@ def run_version(package: Path, families: list[str], output: Path) -> dict[str, A
 def compare_family(
     old: Path, new: Path, family: str, runs: dict[str, dict[str, Any]], tolerance: float
 ) -> Iterator[dict[str, Any]]:
-    """One row per case of a family, from the files that both versions wrote."""
+    """Yield one row per case of a family, from the files that both versions wrote."""
     before, after = (tensors_by_case(folder / f"{family}.safetensors") for folder in (old, new))
     errors = {
         name: {k: v for k, v in run["errors"].items() if k.startswith(f"{family}/")} for name, run in runs.items()
@@ -134,17 +134,17 @@ def compare_family(
 
 
 def tensors_by_case(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Read what ``version_cases.py`` wrote: case to result to tensor."""
+    """Read the output of ``version_cases.py``: case to result to tensor."""
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118 - no mapping
+        for key in file.keys():  # noqa: SIM118 - not a mapping
             case, _, name = key.rpartition("|")
             found[case][name] = file.get_tensor(key)
     return dict(found)
 
 
 def compare_case(before: dict[str, Tensor], after: dict[str, Tensor], tolerance: float) -> dict[str, Any]:
-    """Differences of one case, the largest of each kind of result, and where the largest of all is."""
+    """Return the differences of one case, the largest for each kind of result, and the location of the largest of all."""
     differences = {name: difference(before.get(name), after.get(name)) for name in sorted({*before, *after})}
     largest: dict[str, float] = {}
     for name, value in differences.items():
@@ -159,12 +159,12 @@ def compare_case(before: dict[str, Tensor], after: dict[str, Tensor], tolerance:
 
 
 def reason_of(case: str, known: dict[str, str]) -> str | None:
-    """Why a case differs by intention; None where the versions must agree."""
+    """Return why a case differs intentionally; None if the versions must agree."""
     return next((reason for pattern, reason in known.items() if fnmatchcase(case, pattern)), None)
 
 
 def difference(before: Tensor | None, after: Tensor | None) -> float:
-    """Largest absolute difference by the largest entry or 1; infinite where shapes, tokens or finiteness differ."""
+    """Largest absolute difference divided by the largest entry or 1; infinite if shapes, tokens or finiteness differ."""
     if before is None or after is None:
         present = before if before is not None else after
         assert present is not None
@@ -179,7 +179,7 @@ def difference(before: Tensor | None, after: Tensor | None) -> float:
 
 
 def kind_of(name: str) -> str:
-    """The column that a result belongs to."""
+    """Return the column that a result belongs to."""
     return "gradients" if name.startswith("gradient/") else "loss" if name == "loss" else "outputs"
 
 
@@ -187,7 +187,7 @@ def kind_of(name: str) -> str:
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """A row per block: how many cases, how many equal in every bit, and the largest differences."""
+    """Return a table with one row per block: the number of cases, the number of bit-equal cases, and the largest differences."""
     blocks: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         blocks["/".join(row["case"].split("/")[:2])].append(row)
@@ -212,7 +212,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def print_cases(title: str, rows: list[dict[str, Any]]) -> None:
-    """Name cases, with their largest difference or what was raised."""
+    """Print cases with their largest difference or their exception."""
     if rows:
         print(f"\n{title}:")
     for row in rows:

@@ -1,10 +1,11 @@
-"""Train a hard ViT under DeepSpeed's ZeRO-2 and -3, its state spread over two CPU processes, against one plain process.
+"""Train a hard ViT under DeepSpeed's ZeRO-2 and ZeRO-3, sharded over two CPU processes, and compare it with one plain process.
 
     pip install deepspeed hjson msgpack einops ninja
     DS_ACCELERATOR=cpu torchrun --nproc_per_node 2 scripts/research/deepspeed_check.py --output results/deepspeed.json
 
-Both take the same steps on the same examples: losses must agree. (Accelerate starts DeepSpeed on GPUs only, so the engine is made here by hand, with
-the stages and the clipping of scripts/accelerate/zero2.yaml and zero3.yaml. Its first start compiles a CPU operator: some minutes.)
+Both take the same steps on the same examples, so the losses must agree. (Accelerate starts DeepSpeed only on GPUs, so this script creates
+the engine itself, with the stages and the clipping of scripts/accelerate/zero2.yaml and zero3.yaml. The first start compiles a CPU
+operator, which takes some minutes.)
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ HARD["estimator_options"] = {"sample": False}
 
 
 def build() -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The same tiny hard model, and its optimizer, each time."""
+    """Build a tiny hard model, always with the same weights, and its optimizer."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=37, num_labels=3)
     model = ViTForImageClassification(ViTConfig(image_size=12, patch_size=4, **sizes)).train()
@@ -47,7 +48,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def plain(clip: float) -> list[float]:
-    """Losses of one process that sees whole batches."""
+    """Return the losses of one process that reads whole batches."""
     model, optimizer = build()
     losses = []
     for images, labels in batches():
@@ -61,12 +62,12 @@ def plain(clip: float) -> list[float]:
 
 
 def sharded(stage: int, clip: float) -> list[float]:
-    """Mean losses of the processes, each of which sees its share of every batch."""
+    """Return the mean losses of the processes, each of which reads its share of every batch."""
     import deepspeed
 
     size, rank = distributed.get_world_size(), distributed.get_rank()
     model, optimizer = build()
-    zero = {"stage": stage, "reduce_scatter": False, "overlap_comm": False}  # gloo has neither
+    zero = {"stage": stage, "reduce_scatter": False, "overlap_comm": False}  # gloo supports neither
     config = {"train_micro_batch_size_per_gpu": BATCH // size, "gradient_clipping": clip, "zero_optimization": zero}
     config["zero_allow_untested_optimizer"] = True
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)

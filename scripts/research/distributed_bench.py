@@ -1,11 +1,11 @@
-"""Training throughput of two processes against one, and the share of a step that communication takes.
+"""Training throughput of two processes compared with one, and the share of communication in a step.
 
     python scripts/research/distributed_bench.py --output results/distributed.json
 
-Two gloo CPU processes with one thread each stand for two devices. In every round, three kinds of step are timed one after the
-other: process 0 alone, both with gradients averaged (DDP), and both without averaging (``no_sync``): the same work at the same time, but no
-communication. Medians over the rounds; a step takes as long as its slower process. The batch of a process stays the same, so two
-processes do twice the work.
+Two gloo CPU processes with one thread each represent two devices. In every round, three kinds of step are timed one after the other:
+process 0 alone, both processes with averaged gradients (DDP), and both without averaging (``no_sync``), which is the same work at the same
+time without communication. The results are medians over the rounds; the slower process determines the time of a step. The batch per process
+is constant, so two processes do twice the work.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MODELS = {
 
 
 def build(hard: dict[str, Any] | None) -> ViTForImageClassification:
-    """A ViT-S of 6 layers at 112 pixels."""
+    """Build a ViT-S with 6 layers for images of 112 pixels."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536, num_labels=100)
     model = ViTForImageClassification(ViTConfig(image_size=112, patch_size=16, **sizes)).train()
@@ -47,7 +47,7 @@ def build(hard: dict[str, Any] | None) -> ViTForImageClassification:
 
 
 def timed(accelerator: Accelerator, step: Callable[[], None] | None) -> float:
-    """Seconds until all processes have done ``step``; None waits for the others."""
+    """Return the seconds until all processes have done ``step``; with None this process only waits for the others."""
     accelerator.wait_for_everyone()
     began = time.perf_counter()
     if step is not None:
@@ -59,7 +59,7 @@ def timed(accelerator: Accelerator, step: Callable[[], None] | None) -> float:
 def measure(
     accelerator: Accelerator, hard: dict[str, Any] | None, batch_size: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each kind of step, by round."""
+    """Return the seconds of each kind of step, by round."""
     alone = build(hard)
     both = accelerator.prepare_model(build(hard))
     images, labels = torch.randn(batch_size, 3, 112, 112), torch.arange(batch_size) % 100
@@ -72,7 +72,7 @@ def measure(
         optimizers[id(model)].zero_grad()
 
     baselines = [s.baseline for s in hf_hardattn.selectors(alone).values() if s.baseline is not None]
-    for baseline in baselines:  # its average is over all ranks, and the others are not there
+    for baseline in baselines:  # its average is over all ranks, but only this one takes part
         baseline.deferred = True
     kinds = {
         "one": (lambda: step(alone)) if accelerator.is_main_process else None,
@@ -89,7 +89,7 @@ def measure(
 
 
 def process(rank: int, port: int, args: argparse.Namespace, output: Path) -> None:
-    """What one of the two processes does."""
+    """Run one of the two processes."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank))
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")

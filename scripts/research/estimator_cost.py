@@ -1,4 +1,4 @@
-"""What choosing costs beside a training step: SIMPLE at N = 1,024, k = 256, batch 32, against a ViT-S step on as many patches.
+"""Cost of an estimator relative to a training step: SIMPLE at N = 1,024, k = 256, batch 32, and a ViT-S step on the same number of patches.
 
 python scripts/research/estimator_cost.py            # writes results/estimator_cost.json
 """
@@ -23,7 +23,7 @@ SIZES = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, inter
 
 
 def training_step(batch: int, patches: int) -> Any:
-    """A stock SDPA ViT-S training step on ``batch`` images: forward, backward, AdamW."""
+    """Return a training step of a stock SDPA ViT-S on ``batch`` images: forward, backward, AdamW."""
     config = ViTConfig(**SIZES, image_size=16 * int(patches**0.5), num_labels=1000, attn_implementation="sdpa")
     model = ViTForImageClassification(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
@@ -38,7 +38,7 @@ def training_step(batch: int, patches: int) -> Any:
 
 
 def choice(name: str, options: dict[str, Any], batch: int, patches: int, k: int) -> Any:
-    """An estimator's forward and backward on ``batch`` rows."""
+    """Return forward and backward of an estimator on ``batch`` rows."""
     estimator: nn.Module = registry.load("estimators", name)(**options)
     scores = torch.randn(batch, 1, 1, patches, requires_grad=True)
     count, valid = torch.full((batch, 1, 1), k), torch.ones(batch, 1, 1, patches, dtype=torch.bool)

@@ -1,9 +1,9 @@
-"""Measure every estimator on toys whose gradients are known exactly.
+"""Measure every estimator on toy problems with exactly known gradients.
 
     python scripts/research/estimator_table.py                                   # minutes on one thread
     python scripts/research/estimator_table.py --draws 500 --seeds 1234 --output outputs/estimators.json
 
-Writes the numbers as JSON and, beside it, the tables as Markdown. Fails if an unbiased estimator misses the exact gradient.
+Writes the numbers as JSON and the tables as Markdown next to it. Fails if an unbiased estimator misses the exact gradient.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from hf_hardattn.training.estimator_toys import (
 )
 from hf_hardattn.training.results import describe_run, write_json
 
-LIMIT = 5.0  # standard errors; with some 6 000 comparisons, 3 in a thousand runs exceed it by chance
-# Measured earlier on the same toy by independent code: bias, error, sd; means over the ten seeds. (None: not measured.)
+LIMIT = 5.0  # standard errors; with about 6,000 comparisons, 3 in 1,000 runs exceed it by chance
+# Measured earlier on the same toy with independent code: bias, error, sd; means over the ten seeds. (None: not measured.)
 REFERENCE: dict[str, dict[int, tuple[float, float, float]]] = {
     "identity, sampled": {1: (0.4754, 0.507, 4.90), 5: (0.1895, 0.335, 3.41)},
     "simple": {1: (0.0105, 0.211, 0.79), 5: (0.0370, 0.246, 0.84)},
@@ -65,7 +65,7 @@ ENTMAX = (
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the toys, write and return the results."""
+    """Run the toys; write and return the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--draws", type=int, default=10_000, help="Gradients of each estimator on each toy.")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="Toys of the SIMPLE paper.")
@@ -106,7 +106,7 @@ def check(results: dict[str, Any]) -> None:
 
 
 def exact_values() -> list[dict[str, float]]:
-    """E[f], min f and |grad| of every seed at k = 5, beside the published values."""
+    """Return E[f], min f and |grad| of every seed at k = 5, and the published values."""
     rows = []
     for seed, published in SEEDS.items():
         scores, losses = simple_toy(seed)
@@ -118,7 +118,7 @@ def exact_values() -> list[dict[str, float]]:
 
 
 def subset_toys(seeds: list[int], draws: int) -> list[dict[str, Any]]:
-    """One row per k, loss and variant: the columns' means over the seeds; z: the largest."""
+    """Return one row per k, loss and variant with the means of the columns over the seeds; z is the largest."""
     rows = []
     for k in (1, 5):
         found = []
@@ -138,7 +138,7 @@ def about(variant: Variant) -> dict[str, Any]:
 
 
 def over_seeds(columns: list[dict[str, float | None]]) -> dict[str, float | None]:
-    """Means over the seeds, the bias over those with a gradient at all; the largest z; and how many have none."""
+    """Return the means over the seeds (the bias only over those with a gradient), the largest z, and the number without a gradient."""
 
     def mean(name: str) -> float | None:
         values = [value for column in columns if (value := column[name]) is not None]
@@ -150,7 +150,7 @@ def over_seeds(columns: list[dict[str, float | None]]) -> dict[str, float | None
 
 
 def bernoulli_toys(draws: int) -> list[dict[str, Any]]:
-    """One row per toy and variant: ``size`` of the mean gradient at phi = 0, and E[f] after 200 steps from there."""
+    """Return one row per toy and variant: ``size`` of the mean gradient at phi = 0, and E[f] after 200 steps from there."""
     toys = {name: bernoulli_toy(p) for name, p in BERNOULLI.items()}
     scores = next(iter(toys.values()))[0]
     losses = {name: loss for name, (_, loss) in toys.items()}
@@ -170,7 +170,7 @@ def bernoulli_toys(draws: int) -> list[dict[str, Any]]:
 
 
 def descents(steps: int) -> list[dict[str, Any]]:
-    """The I-MLE paper's toy: E[f] less its optimum after some steps of SGD with momentum 0.9, at the best of ``RATES``."""
+    """The toy of the I-MLE paper: E[f] minus its optimum after ``steps`` steps of SGD with momentum 0.9, at the best of ``RATES``."""
     scores, losses = simple_toy(0)
     loss = losses["quadratic"]
     start, least = expected(scores, 5, "conditional_bernoulli", loss).item(), loss(subsets(10, 5)).min().item()
@@ -183,12 +183,12 @@ def descents(steps: int) -> list[dict[str, Any]]:
 
 
 def quick() -> tuple[Variant, ...]:
-    """The variants that descend: at temperature 1, four samples where there are several."""
+    """Return the variants used for descent: those at temperature 1, with four samples if they take several."""
     return tuple(v for v in all_variants() if v.temperature == 1 and v.samples in (1, 4))
 
 
 def entmax_values() -> list[dict[str, Any]]:
-    """The README of the entmax package, by this library's estimators."""
+    """Reproduce the values in the README of the entmax package with this library's estimators."""
     scores, rows = torch.tensor([-2.0, 0.0, 0.5]), []
     for name, k, published in ENTMAX:
         gates = choose(registry.load("estimators", name)(hard=False), scores, k).gates
@@ -197,7 +197,7 @@ def entmax_values() -> list[dict[str, Any]]:
 
 
 def unbiased(results: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """The rows whose mean must be the exact gradient; ReinMax is exact for a quadratic loss."""
+    """Yield the rows whose mean must be the exact gradient; ReinMax is exact for a quadratic loss."""
     for row in (*results["subsets"], *results["bernoulli"]):
         quadratic = row.get("loss", "quadratic") == "quadratic"
         if not row["biased"] or (row["label"] == "reinmax" and quadratic):
@@ -208,7 +208,7 @@ def unbiased(results: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def markdown(r: dict[str, Any]) -> Iterable[str]:
-    """The tables."""
+    """Yield the lines of the tables."""
     yield "# Gradient estimators on toys with exact gradients"
     yield ""
     yield (

@@ -1,9 +1,9 @@
-"""Explain a checkpoint on its task's test set, and measure explanations against the planted rationales where the task knows them.
+"""Explain a checkpoint on the test set of its task, and compare explanations with the planted rationales if the task has them.
 
     hf-hardattn demo && python scripts/research/explain_checkpoint.py --name digits --model outputs/demo/hard \\
         --task cluttered_digits --task_options '{"clutter": 12, "layers": 3, "heads": 4}'
 
-Writes ``NAME.html`` (the page; not for a task of bare token ids), ``NAME_faithfulness.json`` and ``NAME_faithfulness.png`` to
+Writes ``NAME.html`` (the page, except for tasks on raw token ids), ``NAME_faithfulness.json`` and ``NAME_faithfulness.png`` to
 results/reports.
 """
 
@@ -29,18 +29,18 @@ from hf_hardattn.inspection.report import explain
 from hf_hardattn.training import tasks
 
 EXPLANATIONS = ("oracle", "selection", "soft attention", "integrated gradients", "random")
-# A planted rationale is a set: it is compared at its own size. The metrics over many sizes (AOPC, curves) ask for an order too; the
-# oracle's is that of leave-one-out, inside the set and behind it.
+# A planted rationale is a set, so it is compared at its own size. The metrics over many sizes (AOPC, curves) also need an order; the oracle
+# uses that of leave-one-out, inside the set and after it.
 ORDERED_BY = {"sufficiency_of_size": 1, "comprehensiveness_of_size": -1, "sufficiency": 1, "comprehensiveness": -1}
 
 
 def measure(evaluator: PerturbationEvaluator, gold: torch.Tensor) -> dict[str, Any]:
-    """Every explanation of the model's own answers; places are left out of the computation where the model can do that."""
+    """Measure every explanation of the model's own answers; positions are left out of the computation if the model supports that."""
     scores: dict[str, torch.Tensor] = {}
     for name, make in attribution.EXPLANATIONS.items():
         try:
             scores[name] = make(evaluator)
-        except HardAttentionError as error:  # integrated gradients of a model that takes no embeddings
+        except HardAttentionError as error:  # integrated gradients need a model that takes embeddings
             print(f"left out: {name}, {error}")
     left_out = attribution.leave_one_out(evaluator)
     scores["oracle"] = gold.float() + 0.5 * (left_out - left_out.min()) / (left_out.max() - left_out.min()).clamp(
@@ -84,10 +84,10 @@ def main() -> None:
     gold = batch.gold[: args.rows, 0]
     tokens = (
         inputs["labels"].shape[1] if inputs["labels"].dim() == 2 else 1
-    )  # of a generated answer: as many as the right one has
+    )  # length of a generated answer: that of the correct one
     answers = PerturbationEvaluator(bundle.model, inputs, answer_tokens=tokens).answer
     right = answers == inputs["labels"] if answers.dim() == 1 else _same(answers, inputs["labels"])
-    # where the answer is wrong, what was planted is no rationale of it: the oracle is one on right answers only
+    # the planted positions are not the rationale of a wrong answer, so the oracle is only valid on correct ones
     groups = {"right answers": right.nonzero()[:, 0], "all answers": torch.arange(len(gold))}
     results = {}
     for name, rows in groups.items():
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def _same(answers: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Rows of generated tokens that begin with the labels."""
+    """Return which rows of generated tokens begin with the labels."""
     wide = torch.nn.functional.pad(answers, (0, max(0, labels.shape[1] - answers.shape[1])), value=-1)
     return ((wide[:, : labels.shape[1]] == labels) | (labels == -100)).all(-1)
 

@@ -1,10 +1,10 @@
-"""Check what every family of models promises, each kind of site once, and write which promises hold and why others do not.
+"""Check the guarantees of every model family, once for each kind of site, and record which hold and why others do not.
 
     python scripts/research/families.py                      # quick checks of all families
     python scripts/research/families.py --slow --only bert   # compiled models and flex attention, up to a minute a site
 
-The checks are those of ``tests/laws/family_checks.py`` and ``decoder_checks.py``: tiny models with random weights. They are added to
-results/families.json, line by line; the table of docs/families.md shows it.
+The checks are those of ``tests/laws/family_checks.py`` and ``decoder_checks.py``, on tiny models with random weights. Their results are
+added to results/families.json line by line; the table in docs/families.md shows them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import family_checks  # noqa: E402
 
 
 def lines(slow: bool) -> Iterator[tuple[Any, dict[str, Callable[[Any], None]]]]:
-    """Every site to check, with the checks that concern it."""
+    """Yield every site to check, with the checks that apply to it."""
     checks = family_checks.SLOW if slow else family_checks.CHECKS
     for subject in family_checks.subjects():
         yield subject, {n: check for n, check in checks.items() if family_checks.applies(n, subject)}
@@ -42,7 +42,7 @@ def lines(slow: bool) -> Iterator[tuple[Any, dict[str, Callable[[Any], None]]]]:
 
 
 def outcome(check: Callable[[Any], None], subject: Any) -> str:
-    """``"holds"``, or the first line of the reason why the check fails."""
+    """Return ``"holds"``, or the first line of the error of the check."""
     try:
         check(subject)
     except Exception as error:
@@ -52,7 +52,7 @@ def outcome(check: Callable[[Any], None], subject: Any) -> str:
 
 
 def add(subject: Any, found: dict[str, str]) -> None:
-    """Write what a site's checks found beside what is known of it."""
+    """Add the results of a site's checks to its earlier results in the file."""
     tower, kind = subject.site.split(".")[:2]
     results = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {"rows": []}
     results["machine"] = {

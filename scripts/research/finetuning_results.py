@@ -1,10 +1,10 @@
-"""Put the runs of `finetuning_runs.py` side by side: `results/finetuning/TASK.json` of every variant and seed that has ended.
+"""Compare the runs of `finetuning_runs.py`: write `results/finetuning/TASK.json` with every finished variant and seed.
 
     python scripts/research/finetuning_results.py captioning translation_de
-    python scripts/research/finetuning_timing.py captioning            # before, for the speed; on a quiet machine
+    python scripts/research/finetuning_timing.py captioning            # run this first to include the speed; on a quiet machine
 
-The target: hard loses at most half a point to soft (accuracy, BLEU, ROUGE-L, recall in percent; CIDEr in tens), as the mean over the seeds.
-The hard run's weights are shown soft too: what the choice costs, with the training's share taken out.
+The target is that hard loses at most half a point to soft (accuracy, BLEU, ROUGE-L, recall in percent; CIDEr in tens) in the mean over the
+seeds. The weights of the hard run are also evaluated soft, which separates the cost of the selection from that of the training.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from finetuning_runs import FAMILIES, folder
 
 from hf_hardattn.training.results import read_json, write_json
 
-TARGET = 0.5  # points that hard may lose
-POINTS = {  # task of the script to the metric of its target, and what makes points of it
+TARGET = 0.5  # most points that hard may lose
+POINTS = {  # task of the script: metric of the target, and factor that converts it to points
     "image_classification": ("accuracy", 100.0),
     "captioning": ("cider_regex_tokens", 0.1),
     "video_captioning": ("exact_match", 1.0),
@@ -32,7 +32,7 @@ POINTS = {  # task of the script to the metric of its target, and what makes poi
 
 
 def read(place: Path) -> dict[str, Any] | None:
-    """What a run says of itself; None while it has not ended."""
+    """Read the record of a run; None if it has not finished."""
     path = place / "results.json"
     if not path.is_file():
         return None
@@ -56,16 +56,16 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each metric over the seeds."""
+    """Return the spread of each metric over the seeds."""
     names = [name for name, value in rows[0].items() if isinstance(value, (int, float))]
     return {name: spread([row[name] for row in rows]) for name in names}
 
 
 def side_by_side(task: str, root: Path = Path("outputs")) -> dict[str, Any]:
-    """Everything about a task's runs.
+    """Return all results of a task's runs.
 
     Raises:
-        SystemExit: no hard run has ended, or variants had other numbers of steps.
+        SystemExit: no hard run has finished, or the variants had different numbers of steps.
     """
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for variant in ("soft", "hard", "random"):

@@ -1,4 +1,4 @@
-"""Run the fine-tunings behind `results/finetuning`: one soft base checkpoint a task, then branches of equally many steps from it.
+"""Run the fine-tunings for `results/finetuning`: one soft base checkpoint per task, then branches with equal numbers of steps from it.
 
     python scripts/research/finetuning_runs.py captioning                              # the base checkpoint, then all variants of three seeds
     python scripts/research/finetuning_runs.py captioning --variants base
@@ -6,9 +6,10 @@
     python scripts/research/finetuning_runs.py captioning --jobs 3                     # three runs at a time, as on one GPU
     python scripts/research/finetuning_runs.py captioning --try 20                     # 20 steps of each, on 40 examples, into outputs/try
 
-Each run is one call of a training script with the files of `scripts/research/finetuning`, into `outputs/TASK-base` or `outputs/TASK-VARIANT-SEED`; one
-that has its results.json is not run again. Variants: soft, the base checkpoint trained on; hard; random, the hard one with a random selection.
-Data and weights: the heads of the files say which `prepare_*.py` makes them.
+Each run is one call of a training script with the files of `scripts/research/finetuning`, and writes to `outputs/TASK-base` or
+`outputs/TASK-VARIANT-SEED`; a run with a results.json is not repeated. The variants are soft, which trains the base checkpoint further,
+hard, and random, which is hard with random selection. The first lines of the files name the `prepare_*.py` that creates their data and
+weights.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CONFIGS = Path(__file__).parent / "finetuning"
-FAMILIES = {  # of the runs; each has a TASK.yaml, or that of its stem besides
+FAMILIES = {  # model families of the runs; each has a TASK.yaml, or also that of its stem
     **{name: "blip" for name in ("captioning", "retrieval", "video_captioning", "video_retrieval")},
     **{name: "vit" for name in ("vit_fashion", "vit_stamps")},
     **{name: "t5" for name in ("translation_de", "translation_fr", "summarisation")},
@@ -31,16 +32,16 @@ VARIANTS = ("base", "soft", "hard", "random")
 
 
 def folder(task: str, variant: str, seed: int, root: Path = Path("outputs")) -> Path:
-    """Where a run goes."""
+    """Return the output folder of a run."""
     return root / (f"{task}-base" if variant == "base" else f"{task}-{variant}-{seed}")
 
 
 def flags(task: str, variant: str, seed: int, root: Path = Path("outputs")) -> list[str]:
-    """The command of a run, behind ``python``."""
+    """Return the command of a run, without ``python``."""
     stem = task if (CONFIGS / f"{task}_hard.yaml").is_file() else task.rpartition("_")[0]
     names = [stem] + ([task] if stem != task else [])
     names += {"base": [f"{stem}_base"], "soft": []}.get(variant, [f"{stem}_hard"])
-    # Paths as short as the caller's own, since the command is recorded with the results.
+    # Paths are as short as that of the caller, because the command is recorded with the results.
     here = Path(sys.argv[0]).parent if Path(sys.argv[0]).name == Path(__file__).name else Path(__file__).parent
     words = [os.path.normpath(here / ".." / f"train_{FAMILIES[task]}.py")]
     words += [word for name in names for word in ("--config", str(here / "finetuning" / f"{name}.yaml"))]
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         command = [sys.executable, *flags(task, variant, seed, root), *short]
         if (folder(task, variant, seed, root) / "results.json").is_file():
             return
-        print(shlex.join(["python", *command[1:]]) + "\n", end="", flush=True)  # in one piece, beside other branches
+        print(shlex.join(["python", *command[1:]]) + "\n", end="", flush=True)  # one write: other branches print too
         if not arguments.dry_run:
             subprocess.run(command, check=True)
 

@@ -1,10 +1,10 @@
-"""Measure what a hard run of `finetuning_runs.py` saves: it, and the stock model with the same weights, on the task's own test rows.
+"""Measure the saving of a hard run of `finetuning_runs.py` over the stock model with the same weights, on the test rows of the task.
 
     python scripts/research/finetuning_timing.py captioning retrieval
 
-Writes `timing.json` into `outputs/TASK-hard-0`, where `finetuning_results.py` reads it. Interleaved rounds, medians; run it on a quiet machine.
-What is timed: the forward pass of a classifier; what a text's writing takes, from pixels or tokens; of a retriever the image tower,
-and the matching head on pairs, which is what re-ranking costs.
+Writes `timing.json` to `outputs/TASK-hard-0`, where `finetuning_results.py` reads it. The times are medians of interleaved rounds; run it
+on a quiet machine. It times the forward pass of a classifier, the generation of a text from pixels or tokens, and for a retriever the image
+tower and the matching head on pairs, which is the cost of re-ranking.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import hf_hardattn
 from hf_hardattn.training import finetuning
 from hf_hardattn.training.results import read_json, write_json
 
-TOKENS = 8  # that are written
+TOKENS = 8  # generated tokens
 NOT_HERE = ("train_file", "vision_features", "freeze", "hard_attention", "sites", "recipe", "budget", "scorer")
 NOT_HERE += ("estimator", "per_head")
 
 
 def task_of(place: Path, rows: int) -> Any:
-    """The task of a finished run with its trained model, on ``rows`` rows of its test data."""
+    """Return the task of a finished run with its trained model, on ``rows`` rows of its test data."""
     result = read_json(place / "results.json")
     kind = finetuning.load(result["task"])
     given = {field.name: result["arguments"][field.name] for field in fields(kind.Arguments)}
@@ -43,7 +43,7 @@ def task_of(place: Path, rows: int) -> Any:
 
 
 def works(task: Any, model: Any, batch: dict[str, Any]) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
+    """Return the timed calls by name."""
     inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask") if name in batch}
     if "retrieval" in task.name:
         tokens = model.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state
@@ -61,7 +61,7 @@ def works(task: Any, model: Any, batch: dict[str, Any]) -> dict[str, Callable[[]
 
 @torch.no_grad()
 def measure(place: Path, rows: int, rounds: int) -> dict[str, Any]:
-    """Seconds of each work, hard and stock, and how many times as long stock takes."""
+    """Return the seconds of each call, hard and stock, and the ratio of stock to hard."""
     task = task_of(place, rows)
     batch = task.collate([task.validation[i] for i in range(len(task.validation))])
     models = {"stock": hf_hardattn.remove(copy.deepcopy(task.model)).eval(), "hard": task.model.eval()}
@@ -72,7 +72,7 @@ def measure(place: Path, rows: int, rounds: int) -> dict[str, Any]:
             for how in models:
                 started = time.perf_counter()
                 todo[how][work]()
-                if turn:  # the first warms up
+                if turn:  # the first turn warms up
                     found[how].append(time.perf_counter() - started)
     setting: dict[str, Any] = {"device": "cpu", "threads": torch.get_num_threads(), "dtype": "float32"}
     setting |= {"shapes": {name: list(value.shape) for name, value in batch.items() if hasattr(value, "shape")}}

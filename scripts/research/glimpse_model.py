@@ -1,10 +1,11 @@
-"""The recurrent attention model on the data of `translated_digits`: eight glimpses, and no patch tokens.
+"""The recurrent attention model on the data of `translated_digits`, with eight glimpses and without patch tokens.
 
 python scripts/research/glimpse_model.py --config scripts/configs/compare/cluttered_mnist_60.yaml --steps 20000
 python scripts/research/glimpse_model.py --config scripts/configs/compare/cluttered_mnist_60.yaml --steps 20000 --random
 
-Trains `RamForImageClassification` (with `--random`: the control, which glimpses at random places) and adds its rows to
-results/glimpse_models.json, after each seed. Accuracy is that of the likeliest places; `accuracy_mc8` that of the mean prediction over 8 draws.
+Trains `RamForImageClassification` (with `--random` the control, whose glimpses are at random locations) and adds its rows to
+results/glimpse_models.json after each seed. `accuracy` is that of the likeliest locations, `accuracy_mc8` that of the mean prediction over
+8 draws.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ WARM_UP = 100  # steps
 
 
 def train(model: RamForImageClassification, task: Base, args: argparse.Namespace, seed: int) -> None:
-    """Train for ``args.steps`` steps, and say how it goes."""
+    """Train for ``args.steps`` steps, and print the progress."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -39,7 +40,7 @@ def train(model: RamForImageClassification, task: Base, args: argparse.Namespace
     model.train()
     start = time.perf_counter()
     losses = right = torch.zeros((), device=model.device)
-    painter = ThreadPoolExecutor(1)  # one batch ahead of a GPU
+    painter = ThreadPoolExecutor(1)  # prepares the next batch while the GPU computes
     coming = painter.submit(task.draw, args.batch, generator)
     wide, narrow = args.sigma
     for step in range(1, args.steps + 1):
@@ -52,7 +53,7 @@ def train(model: RamForImageClassification, task: Base, args: argparse.Namespace
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         schedule.step()
-        losses = losses + output.loss.detach()  # on the device: reading it would wait for it
+        losses = losses + output.loss.detach()  # stays on the device: reading it would synchronise
         right = right + (output.logits.argmax(-1) == columns["labels"]).float().mean()
         if step % args.every == 0 or step == args.steps:
             count = (step - 1) % args.every + 1
@@ -66,7 +67,7 @@ def train(model: RamForImageClassification, task: Base, args: argparse.Namespace
 
 @torch.no_grad()
 def evaluate(model: RamForImageClassification, task: Base, draws: int = 8) -> dict[str, float]:
-    """Accuracy on the task's test set, of the likeliest places and of the mean prediction over ``draws``."""
+    """Accuracy on the test set of the task, for the likeliest locations and for the mean prediction over ``draws``."""
     model.eval()
     right = right_mean = total = 0
     for batch in task.test():
@@ -80,7 +81,7 @@ def evaluate(model: RamForImageClassification, task: Base, draws: int = 8) -> di
 
 
 def add(path: Path, name: str, row: dict[str, Any]) -> None:
-    """Add a row to those of the comparison ``name``, in place of an earlier run of the same model."""
+    """Add a row to those of the comparison ``name``; it replaces an earlier run of the same model."""
     results = read_json(path) if path.exists() else {}
     same = [
         field

@@ -1,14 +1,14 @@
-"""Kill a training at random moments, over and over, and check each time that its output directory is usable.
+"""Kill a training repeatedly at random moments, and check each time that its output directory is usable.
 
     python scripts/research/kill_test.py --kills 50 --output results/kills.json
 
-The training saves a checkpoint after every optimizer step, keeps one, and its model is written at the end. Half of the kills fall at any
-moment of a process's life: while it reads its data, builds or resumes, trains, saves, or writes the model. The others aim at the save
-of a random step, or of the model, and fall up to 0.08 seconds later, in that save, its end, or a step behind it. After each SIGKILL
-the directory must hold: a newest checkpoint whose files are all there, at least as far as the one before; a log without a broken row but the
-last; and, where there is a config.json, a model that loads. The killed training is then resumed and killed again; when it reaches its
-end, its last checkpoints are removed and another begins beside its model.
-The process that trains is forked from one that has made the imports.
+The training saves a checkpoint after every optimizer step, keeps one, and writes its model at the end. Half of the kills occur at any
+moment of a process: while it reads its data, builds or resumes, trains, saves, or writes the model. The others are aimed at the save of a
+random step, or of the model, and occur up to 0.08 seconds later, during that save, at its end, or in a later step. After each SIGKILL the
+directory must hold: a newest checkpoint with all of its files, which is at least as far as the previous one; a log in which only the last
+row may be broken; and, if there is a config.json, a model that loads. The killed training is then resumed and killed again. When it
+finishes, its checkpoints are removed, and a new training starts in the same directory, where the model remains. The training process is
+forked from one that has done the imports.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STEPS = 12
 
 
 def prepare(folder: Path) -> list[str]:
-    """A tiny model and its data; the flags of a training."""
+    """Create a tiny model and its data; return the flags of a training."""
     sizes = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, num_labels=2)
     ViTConfig(image_size=16, patch_size=4, **sizes).save_pretrained(folder / "vit")
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "vit")
@@ -54,7 +54,7 @@ def prepare(folder: Path) -> list[str]:
 
 
 def start(flags: list[str], log: Path) -> int:
-    """Fork a training."""
+    """Fork a training process."""
     child = os.fork()
     if child:
         return child
@@ -74,7 +74,7 @@ def start(flags: list[str], log: Path) -> int:
 
 
 def appeared(path: Path, began: float) -> bool:
-    """Whether ``path`` was made since ``began``; one that an earlier kill left does not count."""
+    """Whether ``path`` was created since ``began``; files left by an earlier kill do not count."""
     try:
         return path.stat().st_ctime > began
     except FileNotFoundError:
@@ -82,7 +82,7 @@ def appeared(path: Path, began: float) -> bool:
 
 
 class Aim(NamedTuple):
-    """When to kill: ``wait`` seconds after ``due``, which is told the time of the start. last: the model itself is being written then."""
+    """When to kill: ``wait`` seconds after ``due``, which gets the time of the start. last: whether the model itself is being written."""
 
     due: Callable[[float], bool]
     wait: float
@@ -91,7 +91,7 @@ class Aim(NamedTuple):
 
 
 def at_a_save(draw: random.Random, output: Path, before: int) -> Aim:
-    """In the save of a step that is left, or in the writing of the model behind the last one."""
+    """Aim at the save of a remaining step, or of the model after the last step."""
     target, wait = min(before + draw.randint(1, 4), STEPS + 1), draw.uniform(0.0, 0.08)
     places, last = output / "checkpoints", target > STEPS
     signs = (output / ".partial" if last else places / f"partial_step_{target:08d}", places / f"step_{target:08d}")
@@ -100,13 +100,13 @@ def at_a_save(draw: random.Random, output: Path, before: int) -> Aim:
 
 
 def at_any_moment(draw: random.Random, life: float) -> Aim:
-    """Anywhere in a life of ``life`` seconds."""
+    """Aim at any moment of a lifetime of ``life`` seconds."""
     wait = draw.uniform(0.0, life)
     return Aim(lambda began: True, wait, {"seconds_after_the_start": round(wait, 3)})
 
 
 def strike(child: int, aim: Aim) -> tuple[bool, int]:
-    """Kill ``child``: whether it had ended by itself, and its status."""
+    """Kill ``child``; return whether it had ended by itself, and its status."""
     began, until, ended, status = time.time(), None, 0, 0
     while not ended and (until is None or time.time() < until):
         if until is None and aim.due(began):
@@ -120,7 +120,7 @@ def strike(child: int, aim: Aim) -> tuple[bool, int]:
 
 
 def check(output: Path, before: int) -> dict[str, Any]:
-    """What stands in ``output``; raises when it is not usable.
+    """Return the content of ``output``; raise if it is not usable.
 
     Args:
         before: step of the newest checkpoint after the previous kill.
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         folder = Path(name)
         flags, output = prepare(folder), folder / "out"
         began = time.monotonic()
-        _, status = os.waitpid(start(flags, folder / "log"), 0)  # one that nobody kills: how long they live
+        _, status = os.waitpid(start(flags, folder / "log"), 0)  # a run that is not killed, for the lifetime
         life = time.monotonic() - began
         if status:
             raise RuntimeError((folder / "log").read_text()[-3000:])
@@ -175,13 +175,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 if not aim.last:
                     continue
                 status = 0
-            if os.waitstatus_to_exitcode(status):  # it resumed from what a kill had left: that must never fail
+            if os.waitstatus_to_exitcode(status):  # resuming after a kill must never fail
                 raise RuntimeError((folder / "log").read_text()[-3000:])
             finished += ended
             check(output, before)
             shutil.rmtree(
                 output / "checkpoints", ignore_errors=True
-            )  # the model stays; the next training overwrites it
+            )  # the model stays, and the next training overwrites it
             before = 0
     results = {
         "kills": len(kills),

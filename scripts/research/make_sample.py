@@ -1,10 +1,10 @@
-"""Make the sample model of the package from what `hf-hardattn demo` trained.
+"""Create the sample model of the package from the model that `hf-hardattn demo` trained.
 
     hf-hardattn demo --threads 1 --output outputs/demo
     python scripts/research/make_sample.py outputs/demo
 
-Writes hf_hardattn/sample/ (the hard model for RGB images, how they are prepared, two test images) and results/sample.json (how it was trained and how
-well it reads the test images; no speed, which `make demo` measures).
+Writes hf_hardattn/sample/ (the hard model for RGB images, its image processor, two test images) and results/sample.json (its training and
+its accuracy on the test images; `make demo` measures the speed).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def in_colour(model: ViTForImageClassification) -> ViTForImageClassification:
-    """The same model for RGB images, as pipelines make them: each channel of a grey image carries a third of the weight."""
+    """Convert the model to RGB images, which pipelines produce: each of the three equal channels carries a third of the weight."""
     config = ViTConfig.from_dict({**model.config.to_dict(), "num_channels": 3})
     coloured = ViTForImageClassification(config).eval()
     weights = model.state_dict()
@@ -54,7 +54,7 @@ def in_colour(model: ViTForImageClassification) -> ViTForImageClassification:
 
 @torch.no_grad()
 def accuracy(model: ViTForImageClassification, recipe: dict[str, Any]) -> float:
-    """Share of the demo's test images that the model reads right."""
+    """Accuracy of the model on the demo's test images."""
     task = tasks.load("cluttered_digits", {"test_images": recipe["test_images"], "clutter": recipe["clutter"]})
     right = []
     for batch in task.test():
@@ -64,7 +64,7 @@ def accuracy(model: ViTForImageClassification, recipe: dict[str, Any]) -> float:
 
 
 def write_model(model: ViTForImageClassification) -> None:
-    """Save the model, and beside it that pixels are scaled to [-1, 1] as in the training."""
+    """Save the model with an image processor that scales pixels to [-1, 1] as in the training."""
     if sample.folder().exists():
         shutil.rmtree(sample.folder())
     hf_hardattn.save(model, sample.folder())
@@ -74,7 +74,7 @@ def write_model(model: ViTForImageClassification) -> None:
 
 
 def write_images(scenes: ClutteredDigits) -> None:
-    """Write the first scene of each of ``DIGITS``, named after what it shows."""
+    """Write the first scene of each of ``DIGITS``, named after its digit."""
     folder = sample.folder().parent / "images"
     if folder.exists():
         shutil.rmtree(folder)

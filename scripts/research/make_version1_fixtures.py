@@ -1,8 +1,8 @@
-"""Write what version 1 computed, for tests/test_version1.py: outputs and gradients of some cases, and three checkpoints with their logits.
+"""Write results of version 1 for tests/test_version1.py: outputs and gradients of some cases, and three checkpoints with their logits.
 
     python scripts/research/make_version1_fixtures.py                  # runs commit 761c521 in a process of its own
 
-The weights of the cases are drawn by name (version_cases.py), so the fixtures hold results alone.
+The weights of the cases are drawn by name (version_cases.py), so the fixtures contain only results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from compare_versions import checkout, environment_of
 
 VERSION1 = "761c521"
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "fixtures" / "version1"
-# every kind of budget that a file of schema 1 can hold
+# every kind of budget that a file of schema 1 can contain
 HARD: dict[str, Any] = {
     "sites": {
         "vision.inputs": {"budget": 12, "scorer": "mlp"},
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def write_cases(folder: Path) -> None:
-    """One file per family; its metadata holds the names of the gradients of each case."""
+    """Write one file per family, whose metadata holds the names of the gradients of each case."""
     import torch
     from safetensors.torch import save_file
     from version_cases import families, fixture_cases, run_case, summarise
@@ -70,9 +70,9 @@ def write_cases(folder: Path) -> None:
 
 
 def write_checkpoints(folder: Path) -> None:
-    """A soft base; a whole hard model, selectors alone and a LoRA adapter with its selectors; and the logits of each.
+    """Write a soft base model, a full hard model, selectors only, a LoRA adapter with its selectors, and the logits of each.
 
-    Selectors and adapter name their base ``base``, the folder beside them.
+    Selectors and adapter refer to their base model as ``base``, the folder next to them.
     """
     import torch
     from peft import LoraConfig, get_peft_model

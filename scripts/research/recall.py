@@ -1,17 +1,17 @@
-"""A small decoder that answers questions about its prompt: soft, and with a quarter of the prompt.
+"""A small decoder that answers questions about its prompt, soft and with a quarter of the prompt.
 
-    python scripts/research/recall.py            # train and test everything; --steps, --adapt, --prompts: of smaller runs
+    python scripts/research/recall.py            # train and test everything; --steps, --adapt, --prompts for smaller runs
     python scripts/research/recall.py --timing   # prefill of the models trained above, in turn
 
-A prompt is noise in which eight facts are hidden, each a token that stands for a key and its value; behind it stand questions, a key each,
-whose value is to be written. A decoder of Qwen2's shape is trained here on prompts that grow to 1,024 tokens; its first layer reads a window of 16
-tokens, as in models that alternate local and global attention, so that the facts are found behind it. (Where the first layer reads the whole
-prompt it finds them alone, and rows dropped at random behind it lose nothing.) Each variant then goes on from it for the same number of steps:
-rows of the prompt dropped behind the first layer (``decoder.tokens.0``), keys left out of every later cache (``decoder.self``), and the same
-amounts chosen at random. Exact match is the share of prompts whose answers are all right. Settings were chosen on prompts of another seed
-(--test-seed) than those that are reported.
+A prompt is noise with eight hidden facts, each a token that represents a key and its value. It is followed by questions, each a key whose
+value must be generated. A decoder with the shape of Qwen2 is trained here on prompts that grow to 1,024 tokens. Its first layer reads a
+window of 16 tokens, as in models that alternate local and global attention, so the facts are found in later layers. (If the first layer
+reads the whole prompt, it finds them by itself, and dropping random rows after it loses nothing.) Each variant then continues from it for
+the same number of steps: rows of the prompt are dropped after the first layer (``decoder.tokens.0``), keys are left out of every later
+cache (``decoder.self``), or the same numbers are chosen at random. Exact match is the share of prompts with only correct answers. Settings
+were chosen on prompts of a different seed (--test-seed) than the reported ones.
 
-Writes results/recall.json; the models stay in --models, and are trained once.
+Writes results/recall.json; the models are kept in --models and are trained once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hf_hardattn.efficiency.bench import machine
 from hf_hardattn.training.results import read_json, write_json
 
 RESULTS = Path("results/recall.json")
-KINDS = 12  # keys, and values
+KINDS = 12  # number of keys, and of values
 KEYS, VALUES, NOISE = range(4, 4 + KINDS), range(4 + KINDS, 4 + 2 * KINDS), range(28, 92)
 FACTS = range(92, 92 + KINDS**2)
 HIDDEN, BUDGET = 8, 0.25
@@ -62,7 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def draw(batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Prompts of ``length`` tokens with their questions and answers; the labels are the answers alone."""
+    """Draw prompts of ``length`` tokens with their questions and answers; only the answers are labels."""
 
     def pick(what: range, *size: int) -> Tensor:
         return torch.randint(what.start, what.stop, size, generator=generator)
@@ -82,7 +82,7 @@ def draw(batch: int, length: int, generator: torch.Generator) -> dict[str, Tenso
 
 
 def train(model: Any, lengths: list[int], tokens: int, rate: float, selector_rate: float, seed: int) -> None:
-    """One step for each of ``lengths``, on as many prompts as ``tokens`` hold, eight at least."""
+    """Take one step for each of ``lengths``, on as many prompts as fit in ``tokens`` tokens, but at least eight."""
     groups: dict[bool, list[Tensor]] = {False: [], True: []}
     for name, parameter in model.named_parameters():
         groups["selector" in name].append(parameter)
@@ -90,7 +90,7 @@ def train(model: Any, lengths: list[int], tokens: int, rate: float, selector_rat
     optimizer = torch.optim.AdamW(
         [{"params": group, "lr": each} for group, each in zip(groups.values(), rates, strict=False)], weight_decay=0.01
     )
-    total = len(lengths)  # the rate rises over a tenth, stays, and falls over the last two fifths
+    total = len(lengths)  # the rate rises over the first tenth, is constant, and falls over the last two fifths
 
     def level(step: int) -> float:
         return min(1.0, 10 * (step + 1) / total, 2.5 * (1 - step / total))
@@ -114,7 +114,7 @@ def train(model: Any, lengths: list[int], tokens: int, rate: float, selector_rat
 
 @torch.no_grad()
 def test(model: Any, length: int, prompts: int, seed: int) -> dict[str, float]:
-    """Exact match, answers right one by one, and the kept share of the prompt."""
+    """Return exact match, the accuracy of single answers, and the kept share of the prompt."""
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     right, kept = [], []
@@ -135,7 +135,7 @@ def test(model: Any, length: int, prompts: int, seed: int) -> dict[str, float]:
 
 @torch.no_grad()
 def timing(models: dict[str, Any], length: int, rounds: int) -> dict[str, float]:
-    """Median processor time of a prefill, in interleaved rounds."""
+    """Return the median processor time of a prefill, in interleaved rounds."""
     ids = draw(1, length, torch.Generator().manual_seed(0))["input_ids"][:, :length]
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
@@ -147,7 +147,7 @@ def timing(models: dict[str, Any], length: int, rounds: int) -> dict[str, float]
 
 
 def trained(place: Path, start: Any, lengths: list[int], **settings: Any) -> Any:
-    """The model in ``place``, or ``start`` after training, which is put there."""
+    """Return the model in ``place``; if there is none, train ``start`` and save it there."""
     if (place / "config.json").exists():
         return Qwen2ForCausalLM.from_pretrained(place)
     train(start, lengths, 3072, **settings)

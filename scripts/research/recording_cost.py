@@ -1,10 +1,10 @@
-"""Measure what ``record`` costs: the same hard model with and without it, in turn, forward by forward.
+"""Measure the cost of ``record``: forward passes of the same hard model with and without it, in turn.
 
     python scripts/research/recording_cost.py
 
-Processor seconds of this process on one thread: what else runs on the machine is not counted.
+The times are processor seconds of this process on one thread, which do not include other work of the machine.
 
-Writes results/recording_cost.json. Random weights of the real sizes: the cost of a recording does not depend on their values.
+Writes results/recording_cost.json. The models have real sizes and random weights: the cost of a recording does not depend on their values.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ T5_BASE: dict[str, Any] = {
 
 
 def cases() -> Iterator[tuple[str, Any, Callable[[Any], object], int]]:
-    """Name, model, what is called, and rounds of each case."""
+    """Yield name, model, call and rounds of each case."""
     vit = ViTForImageClassification(ViTConfig()).eval()
     pixels = torch.randn(1, 3, 224, 224)
     for sites in (["vision.inputs"], ["vision.self.*"]):
@@ -61,7 +61,7 @@ def cases() -> Iterator[tuple[str, Any, Callable[[Any], object], int]]:
 
 
 def processor_seconds(calls: dict[str, Callable[[], None]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Time each call once a round, in turn, after ``warmup`` rounds that are not kept."""
+    """Time each call once per round, in turn, after ``warmup`` rounds that are not recorded."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(warmup + rounds):
         for name, call in calls.items():
@@ -90,7 +90,7 @@ def main() -> None:
             with torch.inference_mode(), hf_hardattn.record(model):
                 call(model)
 
-        # a third call without a recording: how far apart two measurements of the same thing lie here
+        # a second call without a recording shows the error of the measurement
         calls = {"plain": plain, "recorded": recorded, "plain again": plain}
         seconds = processor_seconds(calls, 2 if args.quick else rounds)
         ratios = {

@@ -1,15 +1,17 @@
-"""Search by sentence embeddings with a MiniLM that reads part of each document: train it from its own embeddings, and measure.
+"""Search by sentence embeddings with a MiniLM that reads part of each document: train it on its own embeddings, and measure it.
 
     python scripts/data/prepare_summarisation.py --output outputs/data/descriptions --fewest 40 --most 120 --held-out 2000
     python scripts/research/sentence_embeddings.py quality --model PATH/TO/all-MiniLM-L6-v2 --data outputs/data/descriptions
     python scripts/research/sentence_embeddings.py words --model ... --data ... --wordnet wordnet/usr/share/wordnet
     python scripts/research/sentence_embeddings.py timing --model ... --data ...      # on a quiet machine
 
-The documents are long descriptions of packages, the queries their one-line synopses; training and test share no source package. The
-hard model drops tokens of the documents behind one layer, and learns from the embeddings that the original model makes of whole documents, with a
-ratio drawn anew in each step; queries are read whole. Beside it stand random tokens, the first tokens, and documents that are cut to as many
-tokens before the first layer, each trained in the same way for as many steps; and the hard model as a LoRA adapter. Nothing is chosen on the test rows. ``quality`` trains and
-tests with one seed, ``words`` counts which words the learned model of that seed kept, ``timing`` encodes. Each adds its part to --output; what stands there of a seed is not measured again.
+The documents are long descriptions of packages, the queries their one-line synopses; training and test share no source package. The hard
+model drops tokens of the documents after one layer and learns the original model's embeddings of whole documents, with a ratio drawn in
+each step; queries are read whole. It is compared with random tokens, the first tokens, and documents that are cut to the same number of
+tokens before the first layer, each trained in the same way for the same number of steps, and with the hard model as a LoRA adapter. No
+setting is chosen on the test rows. ``quality`` trains and tests with one seed, ``words`` counts the words that the learned model of that
+seed kept, and ``timing`` times the encoding. Each adds its part to --output; results of a seed that are already there are not measured
+again.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from hf_hardattn.training.fine_tune import fine_tune
 from hf_hardattn.training.finetuning.sentence_embeddings import search
 
 BATCH, LONGEST = 32, 256
-# name: site, scorer; a choice of the first tokens in front of the first layer is a text that was cut
+# name: site, scorer; keeping the first tokens before the first layer is the same as cutting the text
 VARIANTS = {
     "learned": ("text.tokens.0", "mlp"),
     "learned, LoRA": ("text.tokens.0", "mlp"),
@@ -42,7 +44,7 @@ VARIANTS = {
     "first": ("text.tokens.0", "first"),
     "cut text": ("text.inputs", "first"),
 }
-# an adapter is small enough to lie beside its card; it learns faster, as adapters do
+# an adapter is small enough to be stored with its card; like other adapters it uses a higher learning rate
 LORA = {"use_peft": True, "lora_target_modules": ("query", "key", "value", "dense"), "learning_rate": 5e-4}
 CLASSES = {"1": "nouns", "2": "verbs", "3": "adjectives", "4": "adverbs", "5": "adjectives"}
 FUNCTION_WORDS = frozenset(
@@ -54,23 +56,23 @@ FUNCTION_WORDS = frozenset(
 
 
 class Encoder:
-    """Texts to unit vectors: the mean of the rows that a model leaves, as MiniLM pools."""
+    """Maps texts to unit vectors: the mean of the rows that a model keeps, which is the pooling of MiniLM."""
 
     def __init__(self, model: nn.Module, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
 
     def batch(self, texts: list[str]) -> Any:
-        """Token ids of texts, padded."""
+        """Return padded token ids of texts."""
         return self.tokenizer(texts, truncation=True, max_length=LONGEST, padding=True, return_tensors="pt")
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """fp32 ``[B, D]``."""
+        """Return embeddings fp32 ``[B, D]``."""
         batch = self.batch(texts)
         hidden = self.model(**batch).last_hidden_state
         return nn.functional.normalize(mean_rows(hidden, batch["attention_mask"]), dim=-1)
 
     def all(self, texts: list[str], like_lengths: bool = True) -> Tensor:
-        """``__call__`` over batches of like lengths, or in the order given, without gradient."""
+        """Embed texts in batches of similar lengths, or in the given order, without gradients."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]) if like_lengths else i)
         found = torch.empty(len(texts), self.model.config.hidden_size)
         with torch.inference_mode():
@@ -81,19 +83,19 @@ class Encoder:
 
 
 def test_rows(arguments: Any) -> tuple[list[str], list[str]]:
-    """Documents and their queries."""
+    """Return the documents and their queries."""
     lines = (arguments.data / "test.jsonl").read_text(encoding="utf-8").splitlines()[: arguments.test]
     rows = [json.loads(line) for line in lines]
     return [row["document"] for row in rows], [row["summary"] for row in rows]
 
 
 def place(arguments: Any, name: str) -> Path:
-    """Where the trained model of a variant is."""
+    """Return the folder of a variant's trained model."""
     return Path(arguments.models) / f"{name.replace(',', '').replace(' ', '_')}-{arguments.seed}"
 
 
 def train(arguments: Any, name: str) -> None:
-    """Train a variant as ``hf-hardattn train encoder --task sentence_embeddings`` does, a ratio drawn anew in each step."""
+    """Train a variant like ``hf-hardattn train encoder --task sentence_embeddings``, with a ratio drawn in each step."""
     site, scorer = VARIANTS[name]
     flags = {
         "task": "sentence_embeddings",
@@ -121,7 +123,7 @@ def train(arguments: Any, name: str) -> None:
 
 
 def load(arguments: Any, name: str, share: float) -> nn.Module:
-    """The trained model of a variant at a share of the tokens; the original where the variant has none."""
+    """Return the trained model of a variant at a share of the tokens, or the original model for full attention."""
     folder = arguments.model if name == "full attention" else place(arguments, name)
     model = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
     if name != "full attention":
@@ -130,7 +132,7 @@ def load(arguments: Any, name: str, share: float) -> nn.Module:
 
 
 def quality(arguments: Any, results: dict[str, Any]) -> None:
-    """Train every variant with one seed, and search with it."""
+    """Train every variant with one seed and measure its search quality."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     documents, questions = test_rows(arguments)
     lengths = [len(ids) for ids in tokenizer(documents, truncation=True, max_length=LONGEST)["input_ids"]]
@@ -152,13 +154,13 @@ def quality(arguments: Any, results: dict[str, Any]) -> None:
 
 
 def measured(arguments: Any, results: dict[str, Any], name: str, share: float) -> bool:
-    """Whether an earlier run of this seed measured a variant; the original has no seed."""
+    """Whether an earlier run of this seed measured a variant; the original model has no seed."""
     key = {"name": name, "share": share} | ({"seed": arguments.seed} if name in VARIANTS else {})
     return any(key.items() <= line.items() for line in results.get("variants", []))
 
 
 def add(arguments: Any, results: dict[str, Any], name: str, share: float, found: dict[str, float]) -> None:
-    """Write what was found of a variant beside what is known."""
+    """Add the results of a variant to the file."""
     line = {"name": name, "share": share, "seed": arguments.seed} | found
     results.setdefault("variants", []).append(line)
     print(line, flush=True)
@@ -166,9 +168,10 @@ def add(arguments: Any, results: dict[str, Any], name: str, share: float, found:
 
 
 def timing(arguments: Any, results: dict[str, Any]) -> None:
-    """How much faster a variant encodes than the original, in interleaved rounds: batches of like lengths, and of lengths as they come.
+    """Speed-up of encoding over the original model, in interleaved rounds, for batches of similar lengths and of mixed lengths.
 
-    Where lengths differ within a batch, what is kept is packed end to end. No choice depends on what the scorers learned: they are fresh.
+    If lengths differ within a batch, the kept tokens are packed end to end. The scorers are untrained, because time does not depend on
+    what they learned.
     """
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     documents = test_rows(arguments)[0][: arguments.timed]
@@ -202,7 +205,7 @@ def timing(arguments: Any, results: dict[str, Any]) -> None:
 
 
 def word_classes(folder: Path) -> dict[str, str]:
-    """The class in which WordNet's counts have a word most often; without counts, the first class that lists it."""
+    """Map each word to its most frequent class in WordNet's counts; without counts, to the first class that lists it."""
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for line in (folder / "cntlist.rev").read_text(encoding="utf-8").splitlines():
         sense, _, count = line.split()
@@ -216,7 +219,7 @@ def word_classes(folder: Path) -> dict[str, str]:
 
 
 def words(arguments: Any, results: dict[str, Any]) -> None:
-    """The share of word pieces that the learned model kept, by the class of their word and by how often it stands in the training texts."""
+    """Share of word pieces that the learned model kept, by the class of their word and by its frequency in the training texts."""
     tokenizer, classes = AutoTokenizer.from_pretrained(arguments.model), word_classes(arguments.wordnet)
     split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
     frequency: collections.Counter[str] = collections.Counter()

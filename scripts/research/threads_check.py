@@ -1,10 +1,10 @@
-"""Compute results of hard models in eight threads at once, each in modes of its own, and count the wrong ones.
+"""Compute results of hard models in eight threads at once, each in its own modes, and count the wrong ones.
 
     python scripts/research/threads_check.py --results 10000
 
-Three families share one model each between the threads. A result is a forward pass or a ``generate()`` in a mode drawn at random: plain,
-soft, masked, recorded, replayed, sampled, or two blocks that end in the order they began. It is wrong where it is not what the same call
-gives alone; what a sampled call gives must be what its own recording gives when it is replayed.
+The threads share one model of each of three families. A result is a forward pass or a ``generate()`` in a random mode: plain, soft, masked,
+recorded, replayed, sampled, or two blocks that end in the order in which they began. It is wrong if it differs from the result of the same
+call in a single thread; a sampled result must equal that of replaying its recording.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ import hf_hardattn
 SIZES: dict[str, Any] = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=32)
 IMAGES: dict[str, Any] = dict(image_size=16, patch_size=4)
 TEXT: dict[str, Any] = dict(vocab_size=60, bos_token_id=57, eos_token_id=58, sep_token_id=58, pad_token_id=0)
-TOLERANCE = 1e-4  # of logits around 10; another mode moves them by 0.1 and more
+TOLERANCE = 1e-4  # for logits around 10; another mode changes them by 0.1 or more
 
 
 @dataclass
 class Workload:
-    """A hard model that the threads share, a call of it, and what the call gives alone in each mode.
+    """A hard model that the threads share, a call of it, and the expected result of the call in each mode.
 
     Attributes:
-        replayed: a mask for one site, other than its own choice.
+        replayed: a mask for one site that differs from its own selection.
     """
 
     name: str
@@ -73,7 +73,7 @@ def blip() -> Any:
 
 
 def hardened(build: Callable[[], Any]) -> Any:
-    """The model in evaluation mode, hard at all its sites, with weights so large that it matters what is selected."""
+    """Return the model in evaluation mode, hard at all its sites, with weights so large that the selection affects the result."""
     torch.manual_seed(1)
     model = build()
     with torch.no_grad():
@@ -87,7 +87,7 @@ def hardened(build: Callable[[], Any]) -> Any:
 
 
 def _generate(model: Any, **inputs: Any) -> Tensor:
-    """The tokens, and the scores of each step."""
+    """Return the tokens and the scores of each step."""
     asked: dict[str, Any] = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
     made = model.generate(**inputs, **asked, output_scores=True, return_dict_in_generate=True)
     scores = torch.stack(made.scores, 1)
@@ -95,7 +95,7 @@ def _generate(model: Any, **inputs: Any) -> Tensor:
 
 
 def workloads() -> list[Workload]:
-    """A forward pass of each family, and ``generate()`` of those that write."""
+    """Return a forward pass of each family, and ``generate()`` of those that generate."""
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randn(2, 3, 16, 16, generator=generator)
     ids = torch.randint(3, 57, (2, 9), generator=generator)
@@ -150,7 +150,7 @@ def _replayed(workload: Workload) -> list[Tensor]:
 
 
 def _overlapping(workload: Workload) -> list[Tensor]:
-    """The block that began first ends first: ``soft`` is over, and the recording goes on."""
+    """Two blocks, of which the first to begin ends first: ``soft`` ends while the recording continues."""
     soft, record = hf_hardattn.soft(workload.model), hf_hardattn.record(workload.model)
     soft.__enter__()
     selections = record.__enter__()
@@ -173,8 +173,8 @@ SAMPLED = "sampled"
 
 
 def sampled_is_right(workload: Workload) -> bool:
-    """Whether a sampled call gives what its own recording gives."""
-    with hf_hardattn.execution(workload.model, "gathered"):  # in replay as in drawing
+    """Whether a sampled call equals the replay of its own recording."""
+    with hf_hardattn.execution(workload.model, "gathered"):  # the same execution for replaying and sampling
         with hf_hardattn.sampled(workload.model), hf_hardattn.record(workload.model) as selections:
             found = workload.call(workload.model)
         with hf_hardattn.replay(workload.model, selections):
@@ -182,7 +182,7 @@ def sampled_is_right(workload: Workload) -> bool:
 
 
 def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
-    """Whether two results are the same up to rounding."""
+    """Whether two results are equal up to rounding."""
     return len(found) == len(expected) and all(
         one.shape == other.shape and bool((one - other).abs().max() <= TOLERANCE)
         for one, other in zip(found, expected, strict=True)
@@ -194,7 +194,7 @@ def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 @torch.no_grad()
 def prepare() -> list[Workload]:
-    """The workloads with what each call gives alone; every mode must give something else than plain, or nothing would be shown."""
+    """Return the workloads with their expected results. The modes must give results other than plain, or the check would show nothing."""
     made = workloads()
     for workload in made:
         workload.expected = {name: mode(workload) for name, mode in MODES.items()}
@@ -205,7 +205,7 @@ def prepare() -> list[Workload]:
 
 
 def count_wrong(results: int, threads: int = 8) -> tuple[Counter[str], Counter[str]]:
-    """Compute ``results`` results in ``threads`` threads: how many there were of each kind, and how many were wrong."""
+    """Compute ``results`` results in ``threads`` threads; return how many there were of each kind, and how many were wrong."""
     made, computed, wrong, lock = prepare(), Counter[str](), Counter[str](), threading.Lock()
     start = threading.Barrier(threads)
 
@@ -229,7 +229,7 @@ def count_wrong(results: int, threads: int = 8) -> tuple[Counter[str], Counter[s
 
     workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)  # threads change places inside a layer, not only between calls
+    sys.setswitchinterval(1e-4)  # so that threads switch inside a layer, not only between calls
     try:
         for worker in workers:
             worker.start()
@@ -241,7 +241,7 @@ def count_wrong(results: int, threads: int = 8) -> tuple[Counter[str], Counter[s
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print how many results were wrong; the exit status says whether any was."""
+    """Print how many results were wrong; the exit status is 1 if any was."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=int, default=10_000)
     parser.add_argument("--threads", type=int, default=8)

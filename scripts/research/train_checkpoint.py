@@ -1,10 +1,10 @@
-"""Train a checkpoint for its model card: soft, hard and random from one base checkpoint, and every number that the card says.
+"""Train a checkpoint for its model card: soft, hard and random from one base checkpoint, with all numbers of the card.
 
     python scripts/research/train_checkpoint.py --name vit-tiny-cluttered-fashion-hard \\
         --config scripts/configs/compare/cluttered_fashion.yaml --variant robust --seed 5
 
-Models go to outputs/checkpoints/NAME, numbers and the picture to results/checkpoints/NAME.{json,png}. The seed is none of those that the comparison
-reports, so that the card's table of seeds and its checkpoint stand apart.
+Models are written to outputs/checkpoints/NAME, numbers and the picture to results/checkpoints/NAME.{json,png}. The seed is not among those
+of the comparison, so the checkpoint is independent of the table of seeds in its card.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hf_hardattn.training.tasks._texts import Texts
 
 @torch.no_grad()
 def draw(model: Any, task: tasks.Base, path: Path, images: int = 12) -> None:
-    """The first test images with what the model kept, each under the model's answer; of a text, which source tokens each written one read."""
+    """Draw the first test images with the kept patches under the model's answers; for a text, the source tokens that each output read."""
     inputs = {name: value[:images] for name, value in next(task.test()).inputs.items()}
     if isinstance(task, Texts):
         draw_text(model, task, path)
@@ -50,7 +50,7 @@ def draw(model: Any, task: tasks.Base, path: Path, images: int = 12) -> None:
 
 
 def draw_text(model: Any, task: Texts, path: Path) -> None:
-    """The test text in the middle of their lengths, against what the model writes."""
+    """Draw a test text of median length against the output of the model."""
     *_, batch = itertools.islice(task.test(), 1 + sum(1 for _ in task.test()) // 2)
     source = {name: value[:1] for name, value in batch.inputs.items() if name != "labels"}
     with record(model) as recording:

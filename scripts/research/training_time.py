@@ -1,10 +1,10 @@
-"""Measure what training costs until a model is as good as it gets with full attention: seconds and FLOPs, for several estimators.
+"""Measure the cost of training, in seconds and FLOPs, until a model is as good as with full attention, for several estimators.
 
     python scripts/research/training_time.py --seeds 0 1 2          # on a machine that does nothing else
 
-A ViT learns cluttered digits on 100x100 pixels with full attention, up to a point where it still improves. All variants go on from there
-with equal data and steps, in turns of a few steps, so that whatever else the machine does slows all of them. Tests are not timed. Seeds
-that the output holds already are not run again.
+A ViT learns cluttered digits on 100x100 pixels with full attention, up to a point where it still improves. All variants continue from there
+with equal data and steps, in turns of a few steps, so that other work of the machine slows all of them equally. Tests are not timed. Seeds
+that are already in the output are not run again.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "reinforce": {"estimator": "reinforce", "baseline": "leave_one_out"},
     "random": {"estimator": "reinforce", "scorer": "random"},
 }
-TURN = 10  # steps that a variant takes before the next one has its turn
+TURN = 10  # steps of a variant before the turn of the next one
 
 
 class Run:
     """One variant in training.
 
     Attributes:
-        seconds, processor: of its steps, by the clock and by the processor. curve: steps, seconds and accuracy at each test.
+        seconds, processor: wall-clock and processor time of its steps. curve: steps, seconds and accuracy at each test.
     """
 
     def __init__(self, name: str, base: Path, task: tasks.Base, steps: int, seed: int) -> None:
@@ -85,7 +85,7 @@ class Run:
 
 
 def train_base(task: tasks.Base, args: argparse.Namespace, seed: int) -> Path:
-    """The checkpoint of a seed, trained with full attention unless it is there."""
+    """Return the checkpoint of a seed; train it with full attention if it does not exist."""
     place = args.work / f"base-{seed}"
     if not (place / "config.json").is_file():
         config: Any = task.config()

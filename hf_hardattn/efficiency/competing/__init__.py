@@ -1,4 +1,4 @@
-"""Other ways to make a trained ViT cheaper, for comparison only: written from the papers' equations, on the same weights. One file each."""
+"""Other methods that make a trained ViT cheaper, for comparison only: implemented from the papers' equations, on the same weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 
 class CompetingMethod(nn.Module):
-    """A soft ViT run in another way; subclasses give ``layer``."""
+    """A soft ViT that runs with another method; subclasses implement ``layer``."""
 
     def __init__(self, model: ViTForImageClassification):
         super().__init__()
@@ -19,7 +19,7 @@ class CompetingMethod(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.model.device
 
     @torch.no_grad()
@@ -31,15 +31,15 @@ class CompetingMethod(nn.Module):
         return ImageClassifierOutput(logits=self.model.classifier(vit.layernorm(hidden)[:, 0]))
 
     def begin(self, hidden: Tensor) -> Tensor:
-        """Start an image batch, ``[B, N, D]``."""
+        """Prepare for a new batch of images with hidden states ``[B, N, D]``."""
         return hidden
 
     def layer(self, index: int, layer: Any, hidden: Tensor) -> Tensor:
-        """One layer, ``[B, N, D]`` to ``[B, M, D]`` with CLS first."""
+        """Run one layer, ``[B, N, D]`` to ``[B, M, D]`` with CLS first."""
         raise NotImplementedError
 
     def nominal_share(self, n: int) -> float:
-        """Share of the attention's FLOPs that the method's own count leaves, where it computes more than that; 1 otherwise."""
+        """Share of the attention's FLOPs that the method claims to need if it computes more than that; 1 otherwise."""
         return 1.0
 
 
@@ -52,10 +52,10 @@ def project(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def join(layer: Any, hidden: Tensor, mixed: Tensor) -> Tensor:
-    """The residual behind an attention's output ``[B, H, N, d]``."""
+    """Project the output ``[B, H, N, d]`` of an attention and add it to the residual stream."""
     return hidden + layer.attention.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
 def feed_forward(layer: Any, hidden: Tensor) -> Tensor:
-    """The layer's second half."""
+    """Run the second half of the layer, its MLP."""
     return hidden + layer.mlp(layer.layernorm_after(hidden))

@@ -1,4 +1,4 @@
-"""EViT: keep what CLS attends to, fuse the rest into one token."""
+"""EViT: keep the patches that CLS attends to, and fuse the others into one token."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from . import CompetingMethod, feed_forward, join, project
 
 
 class EViT(CompetingMethod):
-    """After the attention of one layer, keep the ``keep`` share of patches with the largest attention from CLS (the mean over heads); the others
-    become one token, their sum weighted by that attention.
+    """After the attention of one layer, keep the share ``keep`` of patches with the largest attention from CLS (mean over heads). The
+    other patches are fused into one token, their sum weighted by that attention.
 
     Args:
-        keep: share of the patches. after: layer, from 0.
+        keep: share of the patches to keep. after: layer, counted from 0.
 
     Source: Liang et al. 2022, "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations", section 3.
     """

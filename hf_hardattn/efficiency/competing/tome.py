@@ -11,14 +11,14 @@ from . import CompetingMethod, feed_forward, join, project
 
 
 class ToMe(CompetingMethod):
-    """Bipartite soft matching between attention and MLP; tokens remember how many they stand for.
+    """Bipartite soft matching between attention and MLP; each token tracks how many tokens it represents.
 
-    Tokens are dealt alternately into two sets; each of the first proposes its most similar one of the second by the cosine of their keys (the
-    mean over heads); the r best pairs become their average, weighted by size s. Attention is proportional:
-    ``softmax(q k / sqrt(d) + log s)``. CLS never merges away.
+    Tokens are assigned alternately to two sets. Each token of the first set is paired with the most similar token of the second, by the
+    cosine of their keys (mean over heads); the r best pairs are replaced by their average, weighted by size s. Attention is
+    proportional: ``softmax(q k / sqrt(d) + log s)``. CLS is never merged into another token.
 
     Args:
-        r: pairs a layer, at most half the tokens.
+        r: pairs per layer, at most half of the tokens.
 
     Source: Bolya et al. 2023, "Token Merging: Your ViT But Faster", sections 3.1 to 3.3.
     """
@@ -41,7 +41,7 @@ class ToMe(CompetingMethod):
 
 
 def merge(hidden: Tensor, size: Tensor, metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Merge ``r`` pairs of ``hidden`` ``[B, N, D]``, whose tokens stand for ``size`` ``[B, N, 1]``, by ``metric`` ``[B, N, d]``."""
+    """Merge ``r`` pairs of ``hidden`` ``[B, N, D]``, whose tokens represent ``size`` ``[B, N, 1]`` tokens, by ``metric`` ``[B, N, d]``."""
     n, width = hidden.shape[1], hidden.shape[2]
     r = min(r, (n - 1) // 2)
     if r <= 0:

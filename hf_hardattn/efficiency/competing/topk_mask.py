@@ -1,4 +1,4 @@
-"""Per-query top-k attention by a mask: what most implementations of hard attention do."""
+"""Per-query top-k attention by a mask, as in most implementations of hard attention."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from . import CompetingMethod, feed_forward, join, project
 
 
 class TopKMask(CompetingMethod):
-    """Every query of every layer and head attends to its k largest logits; the others are set to minus infinity. Nothing is computed less.
+    """Every query of every layer and head attends to the keys of its k largest logits; the others are set to minus infinity. This saves
+    no computation.
 
     Args:
-        keep: share of the keys.
+        keep: share of the keys to keep.
 
     Source: Gupta et al. 2021, "Memory-efficient Transformers via Top-k Attention", equation 2.
     """

@@ -1,4 +1,4 @@
-"""Suites of the benchmark. One YAML file each; the file's name is the suite's."""
+"""Suites of the benchmark. Each is a YAML file, whose name is that of the suite."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ class Row:
     """One hard configuration of a workload.
 
     Attributes:
-        name: shown. hard: the configuration.
-        targets: what it should reach: speed-up against ``stock``, ``exact`` and the row ``beside``, and share of the cross-attention ``cache``.
-        floor: it keeps one position: no selection is faster, and the group's limits lie between this row and stock.
-        trained: its selectors are those of the checkpoint that the workload names; where scores decide how much is kept, so does the cost.
-        beside: a row of the group that computes the same in another way: speed and outputs are compared with its.
+        name: name in the report. hard: the configuration.
+        targets: target speed-ups over ``stock``, ``exact`` and the row ``beside``, and target share of the cross-attention ``cache``.
+        floor: the row keeps one position: no selection is faster, and the group's limits lie between this row and stock.
+        trained: use the selectors of the checkpoint that the workload names; needed if the scores determine how much is kept, and so the
+            cost.
+        beside: a row of the group that computes the same in another way; speed and outputs are compared with it.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Group:
     """A workload with its rows, timed together.
 
     Attributes:
-        stock: also time the stock model; False where it needs more memory than there is (no speed-up against it is shown then).
+        stock: also time the stock model; False if it needs more memory than available (no speed-up over it is shown then).
     """
 
     name: str
@@ -51,7 +52,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Suite:
-    """Groups, and which pictures they make.
+    """Groups, and the picture that shows them.
 
     Attributes:
         picture: ``pareto`` | ``growth`` | ``break_even``.
@@ -66,7 +67,7 @@ class Suite:
 
 
 def names() -> list[str]:
-    """The suites there are."""
+    """Return the names of the suites."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
@@ -79,7 +80,7 @@ def load(name: str) -> Suite:
 
 
 def parse(data: dict[str, Any], name: str) -> Suite:
-    """Build a suite: ``sizes`` and ``budgets`` in the plural multiply out."""
+    """Build a suite; lists under ``sizes`` and ``budgets`` are expanded to all combinations."""
     groups = tuple(group for item in data["groups"] for group in _groups(item))
     if not groups:
         raise HardAttentionError(f"suite {name!r} has no groups; name a model, its size and rows.")

@@ -1,7 +1,7 @@
-"""Tasks of the training scripts. One file each; the file name is what ``--task`` takes.
+"""Tasks of the training scripts. Each has a file of its own, whose name is the value of ``--task``.
 
-A task says how the rows of a user's data become a model's inputs, what the model predicts from them, and how that is scored. The
-tasks of ``training/tasks`` make their data from nothing, for ``hf-hardattn compare``; these read it.
+A task defines how the rows of a user's data become a model's inputs, what the model predicts from them, and how the predictions are
+scored. These tasks read their data; those of ``training/tasks`` generate it, for ``hf-hardattn compare``.
 """
 
 from __future__ import annotations
@@ -27,24 +27,26 @@ from ..sources import load_splits
 
 @dataclass(kw_only=True)
 class TaskArguments(ScriptArguments):
-    """Flags of every task, besides the shared ones."""
+    """Flags that every task has in addition to the shared ones."""
 
     task: str | None = flag(None, "What the model learns; the family's first by default.")
     freeze: list[str] | None = flag(None, "Modules that do not learn, e.g. vision_model; selectors in them still do.")
 
 
 class Base:
-    """A task.
+    """Base class of the tasks.
 
     Class attributes:
-        families: whose command has it: vit, t5, blip, encoder, decoder. model_class: its stock Transformers class.
+        families: model families whose command offers the task: vit, t5, blip, encoder, decoder.
+        model_class: the stock Transformers class that the task trains.
         first: the family whose command runs this task when none is named.
-        Arguments: dataclass of its flags.
-        processor_class: loads its tokenizer or image processor. heads: modules that may be new where the checkpoint's do not fit.
+        Arguments: dataclass of the task's flags.
+        processor_class: class that loads the tokenizer or image processor.
+        heads: modules that are initialised anew when those of the checkpoint do not fit.
         adapters: modules that get a LoRA adapter by default.
 
     Args:
-        args: the parsed flags. accelerator: of the run.
+        args: the parsed flags. accelerator: the accelerator of the run.
     """
 
     families: ClassVar[tuple[str, ...]]
@@ -61,54 +63,54 @@ class Base:
 
     @classmethod
     def trains(cls, architecture: str | None) -> bool:
-        """Whether the class that a saved model names in its config.json is one that this task trains."""
+        """Whether this task trains models of the class ``architecture``, which a saved model names in its config.json."""
         name: str = cls.model_class.__name__
         return name == architecture
 
     def columns(self, data: Dataset) -> None:
-        """Find the columns, by their flags or by their usual names.
+        """Find the columns of the data by their flags or by their usual names.
 
         Raises:
-            HardAttentionError: a column is missing; the message lists those that exist.
+            HardAttentionError: a column is missing; the message lists the existing ones.
         """
         raise NotImplementedError
 
     def prepare(self, data: Dataset, file: str | None) -> Dataset:
-        """Bring the data into the form that ``collate`` reads; ``file`` is the csv or json file that it came from, or None."""
+        """Convert the data to the form that ``collate`` reads; ``file`` is the csv or json file it came from, or None."""
         return data
 
     def changes(self, training: Dataset | None) -> dict[str, Any]:
-        """What the training data decides about the model's configuration."""
+        """Return the configuration fields that follow from the training data."""
         return {}
 
     def build(self, config: PreTrainedConfig, processor: Any) -> None:
-        """Keep what ``collate`` needs of the configuration and the processor.
+        """Store the configuration and the processor for ``collate``.
 
         Raises:
-            HardAttentionError: they do not belong together.
+            HardAttentionError: the processor does not belong to the model.
         """
         self.config, self.processor = config, processor
 
     def check_row(self, row: dict[str, Any]) -> None:
-        """Raise HardAttentionError for a row that ``collate`` could not read, at the least cost."""
+        """Raise HardAttentionError for a row that ``collate`` could not read, with as little work as possible."""
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Rows to a batch of the model's keyword inputs, labels included."""
+        """Convert rows to a batch of the model's keyword inputs, including labels."""
         raise NotImplementedError
 
     def predict(self, model: nn.Module, batch: dict[str, Any]) -> tuple[list[Any], list[Any], list[float]]:
-        """Predictions, references and losses of a batch, an entry per example."""
+        """Return the predictions, references and losses of a batch, one entry per example."""
         raise NotImplementedError
 
     def score(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-        """All predictions and references to named numbers."""
+        """Compute the metrics by name from all predictions and references."""
         raise NotImplementedError
 
     def setup(self) -> Task:
-        """Read and check the data, build the model: everything that can fail fails here, before the training."""
+        """Read and check the data and build the model, so that errors are raised here, before the training."""
         args = self.args
         if args.config_name or args.model_name_or_path:
-            load_config(args, self.model_class)  # a model that is not there is told before the data are read
+            load_config(args, self.model_class)  # report a missing model before reading the data
         training, validation = load_splits(args)
         splits = {
             "training": (training, args.train_file),
@@ -144,14 +146,14 @@ class Base:
 
 
 def freeze(model: nn.Module, modules: Sequence[str]) -> None:
-    """Take the parameters of ``modules`` out of the training; selectors in them still learn.
+    """Exclude the parameters of ``modules`` from the training; selectors inside them still learn.
 
     Raises:
         HardAttentionError: there is no such module.
     """
     names = dict(model.named_parameters())
     for module in modules:
-        under = [name for name in names if f".{module}." in f".{name}"]  # PEFT puts its own names in front
+        under = [name for name in names if f".{module}." in f".{name}"]  # PEFT prepends its own names
         if not under:
             raise unknown("module", module, [name for name, _ in model.named_children()], "--freeze")
         for name in under:
@@ -160,16 +162,16 @@ def freeze(model: nn.Module, modules: Sequence[str]) -> None:
 
 
 def names(family: str | None = None) -> tuple[str, ...]:
-    """Names of the tasks, or of those of a model family."""
+    """Return the names of all tasks, or of those of a model family."""
     found = registry.names("training.finetuning")
     return found if family is None else tuple(name for name in found if family in load(name).families)
 
 
 def load(name: str) -> type[Base]:
-    """The task ``name``.
+    """Return the task ``name``.
 
     Raises:
-        HardAttentionError: no such task; the message lists those that exist.
+        HardAttentionError: no such task; the message lists the existing ones.
     """
     if name not in names():
         raise unknown("task", name, names())
@@ -178,13 +180,13 @@ def load(name: str) -> type[Base]:
 
 
 def choose(words: Sequence[str], family: str, architecture: str | None = None) -> type[Base]:
-    """The task that expanded command line ``words`` name with ``--task``, or the one that the model says.
+    """Return the task that the expanded command line ``words`` name with ``--task``, or the one that fits the model.
 
     Args:
-        family: of the script. architecture: class that a saved model names in its config.json.
+        family: model family of the script. architecture: class that a saved model names in its config.json.
 
     Raises:
-        HardAttentionError: no such task in the family; the message lists those that exist.
+        HardAttentionError: the family has no such task; the message lists the existing ones.
     """
     known, wanted = names(family), peek(words, "task")
     if wanted is not None:

@@ -1,4 +1,4 @@
-"""What the tasks of BLIP share: texts within the text tower's positions, and features of a frozen vision tower."""
+"""Shared code of the BLIP tasks: texts cut to the positions of the text tower, and features of a frozen vision tower."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ._texts import pad_rows
 
 @dataclass(kw_only=True)
 class BlipArguments(ImageArguments):
-    """Flags of every task of BLIP."""
+    """Flags of all BLIP tasks."""
 
     output_dir: str = flag("outputs/blip", "Where the model, results.json, log.jsonl and checkpoints go.")
     max_target_length: int = flag(64, "Tokens of a text, at most; longer ones are cut.")
@@ -31,7 +31,7 @@ class BlipArguments(ImageArguments):
 
 
 class BlipTask(ImageTask):
-    """A task of BLIP."""
+    """Base class of the BLIP tasks."""
 
     families = ("blip",)
     Arguments = BlipArguments
@@ -61,7 +61,7 @@ class BlipTask(ImageTask):
         return task
 
     def _images(self, data: Any) -> Iterator[tuple[list[str], Any]]:
-        """The images of a split, some at a time: their keys, and what reads them."""
+        """Yield the images of a split in groups of up to 16: their keys, and a function that reads them."""
         for start in range(0, 0 if data is None else len(data), 16):
             rows = [data[i] for i in range(start, min(start + 16, len(data)))]
             yield [image_key(row[self.image]) for row in rows], partial(self._read, rows)
@@ -75,11 +75,11 @@ class BlipTask(ImageTask):
         return self.features.of([image_key(row[self.image]) for row in rows])
 
     def encode(self, words: str, first: int, last: int | None) -> list[int]:
-        """Token ids of a text between its first and its last special one, at most ``max_target_length``."""
+        """Token ids of a text between the special tokens ``first`` and ``last``, at most ``max_target_length`` in total."""
         ids: list[int] = self.processor.tokenizer.encode(words, add_special_tokens=False)
         end = [] if last is None else [last]
         return [first, *ids[: self.args.max_target_length - 1 - len(end)], *end]
 
     def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids and their mask, int64 ``[B, T]`` both."""
+        """Padded token ids and their mask, both int64 ``[B, T]``."""
         return pad_rows(rows, self.text_config.pad_token_id), pad_rows([[1] * len(row) for row in rows], 0)

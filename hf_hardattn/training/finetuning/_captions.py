@@ -1,4 +1,4 @@
-"""What captioning images and videos share."""
+"""Shared code of the captioning tasks for images and videos."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CaptionArguments(BlipArguments):
 
 
 class CaptionTask(BlipTask):
-    """Describe what is seen."""
+    """Base class of the captioning tasks."""
 
     model_class = BlipForConditionalGeneration
     Arguments = CaptionArguments
@@ -36,14 +36,14 @@ class CaptionTask(BlipTask):
     def columns(self, data: Dataset) -> None:
         super().columns(data)
         self.caption = column(data, self.args.caption_column, ("caption", "text"), "--caption_column")
-        score_texts(self.args.metrics, ["a"], ["a"])  # fails now, not after the training, where a package is missing
+        score_texts(self.args.metrics, ["a"], ["a"])  # a missing package raises now, not after the training
 
     def check_row(self, row: dict[str, Any]) -> None:
         super().check_row(row)
         text(row, self.caption)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        special = self.text_config  # generation starts at bos, and stops at sep
+        special = self.text_config  # generation starts at bos and stops at sep
         ids = [self.encode(text(row, self.caption), special.bos_token_id, special.sep_token_id) for row in rows]
         tokens, mask = self.pad(ids)
         labels = tokens.masked_fill(mask == 0, -100)
@@ -56,7 +56,7 @@ class CaptionTask(BlipTask):
             pixel_values=batch["pixel_values"],
             num_beams=self.args.num_beams,
             max_new_tokens=self.args.max_target_length,
-            max_length=None,  # of the checkpoint, which would be warned of each time
+            max_length=None,  # the checkpoint's max_length would cause a warning at each call
         )
         decode = self.processor.tokenizer.batch_decode
         texts = [decode(ids, skip_special_tokens=True) for ids in (generated, batch["input_ids"])]

@@ -1,4 +1,4 @@
-"""What the tasks of encoders of texts share: BERT and its successors, each with a class of its own."""
+"""Shared code of the tasks for text encoders: BERT and its successors, each of which has its own class."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ._texts import TokensTask
 
 
 class EncoderTask(TokensTask):
-    """A task of an encoder of texts.
+    """Base class of the tasks for text encoders.
 
     Class attributes:
-        classes: name of the stock class of each model type.
+        classes: maps a model type to the name of its stock class.
     """
 
     families: ClassVar[tuple[str, ...]] = ("encoder",)
@@ -29,7 +29,7 @@ class EncoderTask(TokensTask):
         super().__init__(args, accelerator)
         name = args.config_name or args.model_name_or_path
         if name is None:
-            return  # the set-up says so
+            return  # setup() reports the missing name
         config = AutoConfig.from_pretrained(name, revision=args.model_revision, cache_dir=args.cache_dir)
         if config.model_type not in self.model_types():
             task = type(self).__module__.rpartition(".")[2]
@@ -37,7 +37,7 @@ class EncoderTask(TokensTask):
                 f"{name} is a {config.model_type!r} model; {task} trains {', '.join(self.model_types())}. Use the command of its "
                 "family."
             )
-        # in place of the Auto class, which builds no model from scratch
+        # replaces the Auto class, which cannot build a model from scratch
         self.__dict__["model_class"] = getattr(transformers, self.classes[config.model_type])
 
     @classmethod
@@ -46,15 +46,15 @@ class EncoderTask(TokensTask):
 
     @classmethod
     def model_types(cls) -> tuple[str, ...]:
-        """The model types that are trained."""
+        """Return the model types that the task trains."""
         return encoders()
 
 
 def encoders() -> tuple[str, ...]:
-    """The model types that read a text and classify it."""
+    """Return the model types that have a text tower and a sequence classification head."""
     specs = (models.load(name).spec for name in models.names())
     heads = (head for spec in specs if spec.towers[0].name == "text" for head in spec.heads)
-    # the configuration's word, which is not always the family's: xlm-roberta
+    # the name in the configuration may differ from that of the family: xlm-roberta
     return tuple(
         getattr(transformers, head).config_class.model_type
         for head in heads

@@ -1,4 +1,4 @@
-"""What the tasks that read images share."""
+"""Shared code of the tasks that read images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ImageArguments(TaskArguments):
 
 
 class ImageTask(Base):
-    """A task whose rows hold an image."""
+    """Base class of the tasks whose rows hold an image."""
 
     Arguments = ImageArguments
     processor_class: ClassVar[Any] = AutoImageProcessor
@@ -35,7 +35,7 @@ class ImageTask(Base):
         self.image = self.find_image(data)
 
     def find_image(self, data: Dataset) -> str:
-        """The column of images."""
+        """Return the name of the image column."""
         return column(data, self.args.image_column, ("image", "img"), "--image_column")
 
     def prepare(self, data: Dataset, file: str | None) -> Dataset:
@@ -45,7 +45,7 @@ class ImageTask(Base):
         self.check_image(row)
 
     def check_image(self, row: dict[str, Any]) -> None:
-        """Raise HardAttentionError where ``pixels`` would, at the least cost."""
+        """Raise HardAttentionError where ``pixels`` would, with as little work as possible."""
         size = image_size(row[self.image])
         if not getattr(self.image_processor, "do_resize", True):
             self.first_size = same_size(size, self.first_size)
@@ -55,17 +55,17 @@ class ImageTask(Base):
         return getattr(self.processor, "image_processor", self.processor)
 
     def pixels(self, rows: list[dict[str, Any]]) -> Tensor:
-        """``[B, C, H, W]`` of the rows' images."""
+        """Return the pixel values ``[B, C, H, W]`` of the rows' images."""
         images = [read_image(row[self.image], self.mode) for row in rows]
         pixels: Tensor = self.image_processor(images, return_tensors="pt")["pixel_values"]
         return pixels
 
 
 def same_size(size: tuple[int, int], first: tuple[int, int] | None) -> tuple[int, int]:
-    """``size``, when it equals the ``first`` one.
+    """Return ``size`` if it equals ``first`` or there is no first one.
 
     Raises:
-        HardAttentionError: it does not.
+        HardAttentionError: the sizes differ.
     """
     if first is not None and size != first:
         raise HardAttentionError(

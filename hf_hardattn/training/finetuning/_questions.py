@@ -1,4 +1,4 @@
-"""What the two tasks of question answering share: rows in SQuAD's form or with plain answers."""
+"""Shared code of the two question answering tasks: rows in the format of SQuAD, or with plain answers."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class AnswerArguments(TaskArguments):
 
 
 def prompt(question: str) -> str:
-    """What stands before the context, as the pretrained T5 reads it."""
+    """Return the text before the context, in the format that T5 was pretrained on."""
     return f"question: {question} context: "
 
 
 def answer(row: dict[str, Any], name: str) -> tuple[str, int | None]:
-    """The first answer of a row, and the character of the context where it starts, if the row tells.
+    """Return the first answer of a row, and the character of the context where it starts, or None if the row does not say.
 
     Raises:
-        HardAttentionError: there is none.
+        HardAttentionError: the row has no answer.
     """
     value = row[name]
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What image-text and video-text retrieval share: a model with a contrastive and a matching loss, and recall after re-ranking."""
+"""Shared code of image-text and video-text retrieval: a model with contrastive and matching loss, and recall after re-ranking."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RANKS = (1, 5, 10)
 
 
 class BlipForImageTextRetrieval(transformers.BlipForImageTextRetrieval):
-    """The stock class with a training loss, which Transformers leaves out: contrastive plus matching with hard negatives.
+    """The stock class with the training loss that Transformers leaves out: contrastive plus matching with hard negatives.
 
     Source: Li et al., BLIP, 2022, section 3.2, without momentum encoders; negatives come from the batch of one device.
     """
@@ -38,7 +38,7 @@ class BlipForImageTextRetrieval(transformers.BlipForImageTextRetrieval):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Stock without ``labels``. With them (int64 ``[B]``, equal where texts are equal) the output also holds ``loss``."""
+        """Equal to the stock forward without ``labels``. With them (int64 ``[B]``, equal for equal texts) the output has a ``loss``."""
         if labels is None:
             return super().forward(input_ids, pixel_values, use_itm_head, attention_mask, **kwargs)
         output = super().forward(input_ids, pixel_values, True, attention_mask, **kwargs)
@@ -49,7 +49,7 @@ class BlipForImageTextRetrieval(transformers.BlipForImageTextRetrieval):
         contrast = (cross_entropy(logits, targets) + cross_entropy(logits.t(), targets.t())) / 2
         matching = cross_entropy(output.itm_score, torch.ones_like(labels))
         if not same.all():
-            with torch.no_grad():  # the likelier a wrong pair seems, the more often it is shown
+            with torch.no_grad():  # wrong pairs are drawn with the probability that the embeddings give them
                 weights = (
                     logits.softmax(1).masked_fill(same, 0) + 1e-6 * ~same,
                     logits.t().softmax(1).masked_fill(same, 0) + 1e-6 * ~same,
@@ -71,12 +71,12 @@ class BlipForImageTextRetrieval(transformers.BlipForImageTextRetrieval):
         return normalize(self.vision_proj(tokens[:, 0]), dim=-1)
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
-        """Unit vectors ``[B, d]`` of texts alone."""
+        """Unit vectors ``[B, d]`` of texts, computed without images."""
         states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
         return normalize(self.text_proj(states[:, 0]), dim=-1)
 
     def match(self, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor, **kwargs: Any) -> Tensor:
-        """Logits ``[B, 2]`` of no match and match, of texts that read the vision tower's output ``[B, N, D]``."""
+        """Logits ``[B, 2]`` of (no match, match) for texts that attend to the vision tower's output ``[B, N, D]``."""
         seen = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
         states = self.text_encoder(
             input_ids=input_ids,
@@ -101,7 +101,7 @@ class RetrievalArguments(BlipArguments):
 
 @dataclass
 class Item:
-    """An image and its text, as ranking needs them: unit vectors ``[d]``, the tower's output ``[N, D]``, token ids."""
+    """An image and its text in the form that ranking needs: unit vectors ``[d]``, the tower's output ``[N, D]``, token ids."""
 
     image: Tensor
     words: Tensor
@@ -110,10 +110,10 @@ class Item:
 
 
 class RetrievalTask(BlipTask):
-    """Find the text of an image among all, and the image of a text.
+    """Find the text of each image among all texts, and the image of each text among all images.
 
-    Embeddings rank everything; the matching head, which reads image and text together, ranks the best again. What a hard vision tower
-    drops is not read there either, so that re-ranking gets cheaper.
+    Embeddings rank all candidates; the matching head, which reads image and text together, re-ranks the best ones. It does not read the
+    patches that a hard vision tower drops, so re-ranking is cheaper as well.
     """
 
     model_class = BlipForImageTextRetrieval
@@ -148,7 +148,7 @@ class RetrievalTask(BlipTask):
 
     @torch.no_grad()
     def score(self, predictions: Sequence[Item], references: Sequence[str]) -> dict[str, float]:
-        """Recall at 1, 5 and 10 in [0, 100] both ways; any item with an equal text is right."""
+        """Recall at 1, 5 and 10 in [0, 100] in both directions; every item with an equal text counts as correct."""
         texts = {words: i for i, words in reversed(list(enumerate(references)))}
         kind = torch.tensor([texts[words] for words in references])
         first = torch.tensor(sorted(texts.values()))  # one row for each different text
@@ -165,10 +165,10 @@ class RetrievalTask(BlipTask):
         return {**found, "reranking_seconds": time.perf_counter() - started}
 
     def _again(self, similarity: Tensor, items: Sequence[Item], texts: list[list[int]]) -> Tensor:
-        """The embeddings' logits plus the matching head's log-odds for the best pairs of each row and column, above all others.
+        """Add the matching head's log-odds to the embeddings' logits of the best pairs of each row and column, which rank above all others.
 
-        The head learned to tell pairs from wrong ones that were drawn by those very logits, so its log-odds are what they lack (Gutmann
-        & Hyvarinen 2012, noise-contrastive estimation).
+        The head was trained to tell true pairs from wrong ones drawn by these logits, so its log-odds correct them (Gutmann & Hyvarinen
+        2012, noise-contrastive estimation).
         """
         count, model = self.args.rerank, self.accelerator.unwrap_model(self.model)
         if not count:

@@ -1,4 +1,4 @@
-"""What the tasks of T5 share: texts to token ids, and generated texts back."""
+"""Shared code of the T5 tasks: texts to token ids, and generated token ids back to texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from . import Base, TaskArguments
 
 @dataclass(kw_only=True)
 class TextArguments(TaskArguments):
-    """Flags of the tasks that write a text."""
+    """Flags of the tasks that generate a text."""
 
     output_dir: str = flag("outputs/t5", "Where the model, results.json, log.jsonl and checkpoints go.")
     source_column: str | None = flag(None, "Column of the input: its usual names by default.")
@@ -36,7 +36,7 @@ class TextArguments(TaskArguments):
 
 
 class TokensTask(Base):
-    """A task that reads texts: the tokenizer must fit the model."""
+    """Base class of the tasks that read texts; the tokenizer must fit the model."""
 
     processor_class = AutoTokenizer
 
@@ -49,26 +49,26 @@ class TokensTask(Base):
             )
 
     def pad(self, rows: list[list[int]]) -> dict[str, Tensor]:
-        """Token ids to ``input_ids`` and ``attention_mask``, as wide as the device likes it."""
+        """Pad token ids to ``input_ids`` and ``attention_mask``, to a multiple of 8 in mixed precision."""
         multiple = None if self.accelerator.mixed_precision == "no" else 8
         padded = self.processor.pad({"input_ids": rows}, pad_to_multiple_of=multiple, return_tensors="pt")
         return {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
 
     def encode(self, words: str, longest: int) -> list[int]:
-        """Token ids of a text, at most ``longest``."""
+        """Return the token ids of a text, cut after ``longest``."""
         ids: list[int] = self.processor(words, truncation=True, max_length=longest)["input_ids"]
         return ids
 
 
 class T5Task(TokensTask):
-    """A task of T5."""
+    """Base class of the T5 tasks."""
 
     families = ("t5",)
     adapters = ("q", "v")
 
 
 class TextToText(T5Task):
-    """Write a text from a text.
+    """Generate a text from a text.
 
     Class attributes:
         sources, targets: usual names of the two columns.
@@ -89,10 +89,10 @@ class TextToText(T5Task):
         else:
             self.source = column(data, args.source_column, self.sources, "--source_column")
             self.target = column(data, args.target_column, self.targets, "--target_column")
-        score_texts(args.metrics, ["a"], ["a"])  # fails now, not after the training, where a package is missing
+        score_texts(args.metrics, ["a"], ["a"])  # a missing package raises now, not after the training
 
     def pair(self, row: dict[str, Any]) -> tuple[str, str]:
-        """Input and output of a row."""
+        """Return the input and the target text of a row."""
         row = row["translation"] if self.args.source_lang else row
         return self.args.source_prefix + text(row, self.source), text(row, self.target)
 
@@ -114,7 +114,7 @@ class TextToText(T5Task):
             attention_mask=batch["attention_mask"],
             num_beams=self.args.num_beams,
             max_new_tokens=self.args.max_target_length,
-            max_length=None,  # of the checkpoint, which would be warned of each time
+            max_length=None,  # the checkpoint's max_length would cause a warning at each call
         )
         references = labels.masked_fill(labels == -100, self.processor.pad_token_id)
         texts = [self.processor.batch_decode(ids, skip_special_tokens=True) for ids in (generated, references)]
@@ -125,12 +125,12 @@ class TextToText(T5Task):
 
 
 def mean_loss(losses: Tensor, labels: Tensor) -> list[float]:
-    """Mean over the labels of each example that count, of ``losses`` ``[B, T]``."""
+    """Mean of ``losses`` ``[B, T]`` over the labels of each example, without those that are ignored (-100)."""
     means: list[float] = (losses.sum(1) / (labels != -100).sum(1).clamp(min=1)).tolist()
     return means
 
 
 def pad_rows(rows: list[list[int]], value: int) -> Tensor:
-    """Lists of token ids to one int64 tensor ``[B, T]``."""
+    """Pad lists of token ids to one int64 tensor ``[B, T]``."""
     width = max(map(len, rows))
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])

@@ -1,4 +1,4 @@
-"""What the two tasks of videos share: frames to pixel values, and how well a hard model finds the frames that matter."""
+"""Shared code of the two video tasks: frames to pixel values, and how well a hard model finds the frames that matter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SITE = "vision.inputs"
 
 @dataclass(kw_only=True)
 class VideoArguments:
-    """Flags of the tasks of videos."""
+    """Flags of the video tasks."""
 
     folder_format: ClassVar[str] = "videofolder"
     image_column: str | None = flag(
@@ -38,7 +38,7 @@ class VideoArguments:
 
 
 class VideoTask(BlipTask):
-    """A task of BLIP whose rows hold a video. Mixed into a task of images, which it feeds ``[B, F, C, H, W]``."""
+    """A BLIP task whose rows hold a video. It is mixed into an image task and passes it pixel values ``[B, F, C, H, W]``."""
 
     planted: list[list[int]] | None = None
 
@@ -72,7 +72,7 @@ class VideoTask(BlipTask):
         return task
 
     def chosen(self, model: nn.Module, pixels: Tensor) -> list[list[int]]:
-        """The frames of each video that a hard model computes on; all of a soft one's."""
+        """Return the frames of each video that a hard model computes on; all frames for a soft model."""
         inner: Any = self.accelerator.unwrap_model(model)
         selector = selectors(inner).get(SITE)
         if selector is None or is_soft_now(selector):
@@ -82,7 +82,7 @@ class VideoTask(BlipTask):
         return kept_frames(selections[SITE][0], inner.vision_model.embeddings.num_patches)
 
     def found(self, chosen: list[list[int]]) -> dict[str, float]:
-        """Recall and precision of the frames that were kept, in [0, 1]; nothing where no column tells which matter."""
+        """Recall and precision of the kept frames, in [0, 1]; empty if no column says which frames matter."""
         if self.planted is None:
             return {}
         hits = [len(set(kept) & set(gold)) for kept, gold in zip(chosen, self.planted, strict=True)]

@@ -1,4 +1,4 @@
-"""Write a completion of a prompt, with a decoder."""
+"""Generate the completion of a prompt with a decoder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CausalArguments(TaskArguments):
 
 
 class CausalLanguageModelling(Base):
-    """A prompt column and a completion column; only the completion has labels, so that sites choose among the prompt alone."""
+    """A prompt column and a completion column; only the completion has labels, so sites select among the tokens of the prompt."""
 
     families = ("decoder",)
     first = "decoder"
@@ -50,13 +50,13 @@ class CausalLanguageModelling(Base):
         super().__init__(args, accelerator)
         name = args.config_name or args.model_name_or_path
         if name is None:
-            return  # the set-up says so
+            return  # setup() reports the missing name
         config = AutoConfig.from_pretrained(name, revision=args.model_revision, cache_dir=args.cache_dir)
         if config.model_type not in decoders():
             raise HardAttentionError(
                 f"{name} is a {config.model_type!r} model; causal_lm trains decoders: {', '.join(decoders())}. Use the command of its family."
             )
-        # in place of the Auto class, which builds no model from scratch
+        # replaces the Auto class, which cannot build a model from scratch
         self.__dict__["model_class"] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
     def columns(self, data: Dataset) -> None:
@@ -65,7 +65,7 @@ class CausalLanguageModelling(Base):
         self.completion = column(
             data, args.completion_column, ("completion", "target", "answer"), "--completion_column"
         )
-        score_texts(args.metrics, ["a"], ["a"])  # fails now, not after the training, where a package is missing
+        score_texts(args.metrics, ["a"], ["a"])  # a missing package raises now, not after the training
 
     def build(self, config: PreTrainedConfig, processor: Any) -> None:
         super().build(config, processor)
@@ -85,7 +85,7 @@ class CausalLanguageModelling(Base):
             ids = self.processor(text(row, self.prompt))["input_ids"]
             ids = (
                 ids[:-1] if ids and ids[-1] == self.processor.eos_token_id else ids
-            )  # the completion goes on from here
+            )  # the completion continues from here
             prompts.append(ids[-self.args.max_prompt_length :])
             ids = self.processor(text(row, self.completion), add_special_tokens=False)["input_ids"]
             completions.append([*ids[: self.args.max_target_length - 1], self.processor.eos_token_id])
@@ -96,7 +96,7 @@ class CausalLanguageModelling(Base):
         }
 
     def padded(self, rows: list[list[int]]) -> dict[str, Tensor]:
-        """Token ids to ``input_ids`` and ``attention_mask``, padded on the left."""
+        """Pad token ids on the left; return ``input_ids`` and ``attention_mask``."""
         return {"input_ids": left(rows, self.padding), "attention_mask": left([[1] * len(row) for row in rows], 0)}
 
     def predict(self, model: nn.Module, batch: dict[str, Any]) -> tuple[list[str], list[str], list[float]]:
@@ -109,7 +109,7 @@ class CausalLanguageModelling(Base):
             **{name: value.to(labels.device) for name, value in prompts.items()},
             num_beams=self.args.num_beams,
             max_new_tokens=self.args.max_target_length,
-            max_length=None,  # of the checkpoint, which would be warned of each time
+            max_length=None,  # the checkpoint's max_length would cause a warning at each call
             pad_token_id=self.padding,
         )
         known = batch["labels"].masked_fill(batch["labels"] == -100, self.padding)
@@ -122,12 +122,12 @@ class CausalLanguageModelling(Base):
 
 
 def decoders() -> tuple[str, ...]:
-    """The model types that read a prompt of words and go on writing."""
+    """Return the model types that continue a text prompt."""
     specs = {name: models.load(name).spec for name in models.names()}
     return tuple(name for name, spec in specs.items() if any(t.prompt for t in spec.towers) and not spec.candidates)
 
 
 def left(rows: list[list[int]], value: int) -> Tensor:
-    """Lists of numbers to one int64 tensor ``[B, T]``, padded on the left."""
+    """Pad lists of numbers on the left to one int64 tensor ``[B, T]``."""
     width = max(map(len, rows))
     return torch.tensor([[value] * (width - len(row)) + row for row in rows])

@@ -1,4 +1,4 @@
-"""Answer questions by marking where the answer stands in a text."""
+"""Answer questions by marking the span of the answer in a text."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..sources import column
 from ._questions import AnswerArguments, answer, prompt
 from ._texts import T5Task
 
-LONGEST = 30  # tokens of an answer
+LONGEST = 30  # most tokens of an answer
 CUT = "[the answer was cut off]"
 
 
 class ExtractiveQuestionAnswering(T5Task):
-    """A question, a context and an answer column. An answer behind ``--max_source_length`` teaches nothing and counts as missed."""
+    """A question, a context and an answer column. An answer beyond ``--max_source_length`` adds no loss and counts as missed."""
 
     model_class = T5ForQuestionAnswering
     Arguments = AnswerArguments
@@ -35,7 +35,7 @@ class ExtractiveQuestionAnswering(T5Task):
         self.answer = column(data, args.answer_column, ("answers", "answer"), "--answer_column")
 
     def read(self, row: dict[str, Any]) -> tuple[str, int, int]:
-        """The input, and the characters in it where the answer starts and ends."""
+        """Return the input text and the characters where the answer starts and ends in it."""
         before, context = prompt(text(row, self.question)), text(row, self.context)
         words, start = answer(row, self.answer)
         start = context.find(words) if start is None else start
@@ -61,7 +61,7 @@ class ExtractiveQuestionAnswering(T5Task):
             whole = inside and encoded["offset_mapping"][inside[-1]][1] >= end
             spans.append((inside[0], inside[-1]) if whole else (None, None))
         batch = self.pad(ids)
-        width = batch["input_ids"].shape[1]  # a place behind the last token counts in no loss
+        width = batch["input_ids"].shape[1]  # the loss ignores a position after the last token
         first, last = (
             torch.tensor([width if place is None else place for place in places]) for places in zip(*spans, strict=True)
         )
@@ -85,7 +85,7 @@ class ExtractiveQuestionAnswering(T5Task):
         return guesses, wanted, ((first_loss + last_loss) / 2).tolist()
 
     def words(self, ids: Tensor, first: int, last: int) -> str:
-        """The text between two tokens."""
+        """Return the text from token ``first`` to token ``last``."""
         text: str = self.processor.decode(ids[first : last + 1], skip_special_tokens=True)
         return text if first < len(ids) else CUT
 

@@ -1,4 +1,4 @@
-"""Answer questions about a text in words of one's own."""
+"""Answer questions about a text by generating the answer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class GenerativeQuestionAnswering(TextToText):
         self.question = column(data, args.question_column, ("question",), "--question_column")
         self.context = column(data, args.context_column, ("context",), "--context_column")
         self.answer = column(data, args.answer_column, ("answers", "answer"), "--answer_column")
-        score_texts(args.metrics, ["a"], ["a"])  # fails now, not after the training, where a package is missing
+        score_texts(args.metrics, ["a"], ["a"])  # a missing package raises now, not after the training
 
     def pair(self, row: dict[str, Any]) -> tuple[str, str]:
         return prompt(text(row, self.question)) + text(row, self.context), answer(row, self.answer)[0]

@@ -29,7 +29,7 @@ class ClassArguments(ImageArguments):
 
 
 class ImageClassification(ImageTask):
-    """An image column and a label column; the labels' names go into the model's configuration."""
+    """An image column and a label column; the model's configuration stores the names of the labels."""
 
     families = ("vit",)
     first = "vit"
@@ -74,7 +74,7 @@ class ImageClassification(ImageTask):
 
 
 def flip(batch: dict[str, Any]) -> dict[str, Any]:
-    """Mirror half of the images."""
+    """Mirror each image with probability 1/2."""
     pixels = batch["pixel_values"]
     chosen = torch.rand(len(pixels), 1, 1, 1).to(pixels) < 0.5
     return {**batch, "pixel_values": torch.where(chosen, pixels.flip(-1), pixels)}

@@ -1,4 +1,4 @@
-"""Embed texts for search with BERT and its successors: the hard model learns the embeddings that the original makes of whole texts."""
+"""Embed texts for search with BERT and its successors: the hard model learns the original model's embeddings of whole texts."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from ._encoders import EncoderTask
 
 @dataclass
 class EmbeddingOutput(ModelOutput):
-    """Unit vectors ``[B, D]``, and in training how far they are from the teacher's."""
+    """Unit vectors ``[B, D]`` and, in training, their distance from those of the teacher as ``loss``."""
 
     loss: Tensor | None = None
     embeddings: Tensor | None = None
 
 
 class Embedder:
-    """Makes an encoder give the mean of its rows as the embedding, and how far it is from the teacher's as the loss.
+    """Make an encoder return the mean of its rows as the embedding, and the distance from the teacher's embedding as the loss.
 
-    Hooks, and no class of its own: the model stays the stock one, so that what it saves, whole or as an adapter, is the stock model's.
+    This uses hooks instead of a new class: the model stays a stock model, and so does what it saves, whole or as an adapter.
 
     Args:
         model: the encoder. teacher: the original model.
@@ -47,17 +47,17 @@ class Embedder:
     def __init__(self, model: nn.Module, teacher: nn.Module):
         self.teacher = teacher.eval().requires_grad_(False)
         model.register_forward_pre_hook(self.without_queries, with_kwargs=True)
-        # behind the hooks of the sites, which restore rows, and before the end of the call, where estimators add to the loss
+        # after the hooks of the sites, which restore rows, and before the end of the call, where estimators add to the loss
         model.register_forward_hook(self.embed, with_kwargs=True)
         end_behind_later_hooks(model)
 
     @staticmethod
     def without_queries(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Take out what only an evaluation reads."""
+        """Remove the inputs that only evaluation reads."""
         return args, {name: value for name, value in kwargs.items() if not name.startswith("query_")}
 
     def embed(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> EmbeddingOutput:
-        """The embeddings of texts, and in training one minus their cosine to the teacher's."""
+        """Return the embeddings of texts and, in training, one minus their cosine similarity to the teacher's."""
         embeddings = normalize(mean_rows(output.last_hidden_state, kwargs["attention_mask"]), dim=-1)
         if not model.training:
             return EmbeddingOutput(embeddings=embeddings)
@@ -66,7 +66,7 @@ class Embedder:
 
     @torch.no_grad()
     def teach(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The original model's embeddings."""
+        """Return the embeddings of the original model."""
         teacher = self.teacher.to(input_ids.device)
         hidden = teacher(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return normalize(mean_rows(hidden, attention_mask), dim=-1)
@@ -85,7 +85,7 @@ class EmbeddingArguments(TaskArguments):
 
 
 class SentenceEmbeddings(EncoderTask):
-    """A text column, and for evaluation a column of queries; no labels."""
+    """A text column and, for evaluation, a column of queries; no labels."""
 
     model_class = AutoModel
     classes = MODEL_MAPPING_NAMES
@@ -109,7 +109,7 @@ class SentenceEmbeddings(EncoderTask):
         teacher = AutoModel.from_pretrained(name, revision=revision, cache_dir=cache, hard_attention=None)
         self.embedder = Embedder(without_peft(task.model), teacher)
         if any(".pooler." in f".{name}" for name, _ in task.model.named_parameters()):
-            freeze(task.model, ["pooler"])  # nothing reads it
+            freeze(task.model, ["pooler"])  # its output is not used
         return task
 
     def check_row(self, row: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ class SentenceEmbeddings(EncoderTask):
 
 
 def refuse_further_passes(model: nn.Module) -> None:
-    """Refuse what runs the encoder's own forward again, which knows no embedding.
+    """Refuse estimators and options that run further forward passes, because those do not go through ``Embedder``.
 
     Raises:
         HardAttentionError: an estimator with several passes, one that needs a soft pass or a greedy one, or self-distillation.
@@ -159,7 +159,7 @@ def refuse_further_passes(model: nn.Module) -> None:
 
 
 def search(queries: Tensor, documents: Tensor) -> dict[str, float]:
-    """Recall@1, recall@10 and nDCG@10, in per cent, of unit vectors ``[M, D]`` where document i answers query i."""
+    """Recall@1, recall@10 and nDCG@10, in per cent, for unit vectors ``[M, D]``, where document i answers query i."""
     scores = queries @ documents.T
     rank = (scores > scores.diagonal().unsqueeze(1)).sum(1)
     gain = torch.where(rank < 10, 1 / torch.log2(rank + 2.0), 0.0)

@@ -1,4 +1,4 @@
-"""Summarise: a document to its summary."""
+"""Summarise documents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ._texts import TextArguments, TextToText
 
 @dataclass(kw_only=True)
 class SummaryArguments(TextArguments):
-    """Scored by ROUGE, and told what to do, as the pretrained T5 is."""
+    """Flags of summarisation: ROUGE as the metric, and the prefix that T5 was pretrained with."""
 
     source_prefix: str = flag("summarize: ", "Put before each input.")
     metrics: list[str] = flag(["rouge"], "rouge | bleu (with chrF) | cider")

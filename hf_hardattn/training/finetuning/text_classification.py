@@ -1,4 +1,4 @@
-"""Classify texts: with BERT and its successors by their first token, with T5 by its encoder and decoder."""
+"""Classify texts: BERT and its successors by their first token, T5 with encoder and decoder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TextClassArguments(TaskArguments):
 
 
 class TextClassification(EncoderTask):
-    """A text column and a label column; the labels' names go into the model's configuration."""
+    """A text column and a label column; the model's configuration stores the names of the labels."""
 
     families = ("encoder", "t5")
     first = "encoder"

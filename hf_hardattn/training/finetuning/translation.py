@@ -1,4 +1,4 @@
-"""Translate: a text to the same text in another language."""
+"""Translate a text into another language."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from ._videos import VideoArguments, VideoTask
 
 
 class BlipForVideoTextRetrieval(BlipForImageTextRetrieval, video.BlipForVideoTextRetrieval):
-    """The retriever of videos, with the training loss of the one of images."""
+    """Retrieval model for videos, with the training loss of the model for images."""
 
 
 @dataclass(kw_only=True)

@@ -28,7 +28,7 @@ class QuestionArguments(BlipArguments):
 
 
 class VisualQuestionAnswering(BlipTask):
-    """An image, a question and an answer column; the answer is written, not chosen."""
+    """An image, a question and an answer column; the answer is generated, not chosen from a list."""
 
     model_class = BlipForQuestionAnswering
     Arguments = QuestionArguments
@@ -37,7 +37,7 @@ class VisualQuestionAnswering(BlipTask):
         super().columns(data)
         self.question = column(data, self.args.question_column, ("question",), "--question_column")
         self.answer = column(data, self.args.answer_column, ("answer",), "--answer_column")
-        score_texts(self.args.metrics, ["a"], ["a"])  # fails now, not after the training, where a package is missing
+        score_texts(self.args.metrics, ["a"], ["a"])  # a missing package raises now, not after the training
 
     def check_row(self, row: dict[str, Any]) -> None:
         super().check_row(row)
@@ -53,20 +53,20 @@ class VisualQuestionAnswering(BlipTask):
             "pixel_values": self.pixels(rows),
             "input_ids": questions,
             "attention_mask": mask,
-            "decoder_input_ids": tokens,  # stock would embed the labels' -100 in their place
+            "decoder_input_ids": tokens,  # without them the stock model would embed the -100 of the labels
             "decoder_attention_mask": counted,
             "labels": tokens.masked_fill(counted == 0, -100),
         }
 
     def predict(self, model: nn.Module, batch: dict[str, Any]) -> tuple[list[str], list[str], list[float]]:
-        loss = float(model(**batch).loss)  # the model tells the batch's mean only
+        loss = float(model(**batch).loss)  # the model returns only the mean over the batch
         generated = self.accelerator.unwrap_model(model).generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             pixel_values=batch["pixel_values"],
             num_beams=self.args.num_beams,
             max_new_tokens=self.args.max_target_length,
-            max_length=None,  # of the checkpoint, which would be warned of each time
+            max_length=None,  # the checkpoint's max_length would cause a warning at each call
         )
         decode = self.processor.tokenizer.batch_decode
         texts = [decode(ids, skip_special_tokens=True) for ids in (generated, batch["decoder_input_ids"])]

@@ -1,7 +1,7 @@
-"""Tasks of ``hf-hardattn compare``. One file each; the file name is the registered name.
+"""Tasks of ``hf-hardattn compare``. Each has a file of its own, whose name is the registered name.
 
-A task is small enough to be learned from scratch on one CPU core, its signal is sparse, and its difficulty is set: so that an
-estimator can be told from another, and a learned choice from a random one.
+A task is small enough to be learned from scratch on one CPU core, its signal is sparse, and its difficulty is adjustable, so that it
+separates one estimator from another, and a learned selection from a random one.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ...recording import record, selectors
 from ..metrics import accuracy
 from ._found import Found
 
-TEST_SEED = 2**40  # of test sets that a generator makes: no training's
+TEST_SEED = 2**40  # seed of generated test sets; no training uses it
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a training. All variants share the soft base checkpoint, and train ``branch_steps`` from it.
+    """Hyperparameters of a training. All variants share the soft base checkpoint and train ``branch_steps`` from it.
 
     Attributes:
-        trunk_steps, branch_steps: optimizer steps of the base checkpoint and from it. batch: examples a step.
+        trunk_steps, branch_steps: optimizer steps of the base checkpoint, and of each branch from it. batch: examples per step.
         trunk_warmup, branch_warmup: steps in which the learning rate rises to ``learning_rate``; in the branch it then falls to 0.
         ramp: share of the base checkpoint's training over which the task reaches its full difficulty.
         anneal: share of the branch over which a hard variant's budget falls from everything to its target.
@@ -52,34 +52,35 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some of the test examples.
+    """A batch of test examples.
 
     Attributes:
-        inputs: keyword inputs of the model; ``labels`` where it computes a loss.
-        gold: bool ``[B, Q, N]``, the candidates of the task's site that hold the answer (Q = 1 where a row shares its choice); None
-            where nobody knows.
+        inputs: keyword inputs of the model, including ``labels`` if it computes a loss.
+        gold: bool ``[B, Q, N]``, the candidates of the task's site that hold the answer (Q = 1 if all queries of a row share a
+            selection); None if they are unknown.
     """
 
     inputs: dict[str, Tensor]
     gold: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The same on ``device``."""
+        """Return the batch on ``device``."""
         return Batch(send_to_device(self.inputs, device), send_to_device(self.gold, device))
 
 
 class Base:
-    """A task.
+    """Base class of the tasks.
 
     Class attributes:
         model_class: stock Transformers class.
-        site, scorer, scorer_options, budget: the recommended hard attention; ``budget`` is a ratio to keep.
+        site, scorer, scorer_options, budget: the recommended hard attention; ``budget`` is the ratio of positions to keep.
         recipe: the recommended training.
-        metric: the main one of ``evaluate``, higher = better. points: what turns it into points of a hundred.
-        one_is_enough: one position of ``gold`` holds the whole answer.
-        samples: draws of the Monte-Carlo metric ``<metric>_mc<samples>`` beside that of the likeliest choice; 0: none.
+        metric: the main metric of ``evaluate``, higher = better. points: factor that converts it to points out of 100.
+        one_is_enough: whether one position of ``gold`` holds the whole answer.
+        samples: number of draws for the Monte-Carlo metric ``<metric>_mc<samples>``, reported beside the metric of the likeliest
+            selection; 0 for none.
 
-    Args of a subclass: keyword options, all with defaults.
+    The arguments of a subclass are keyword options, all with defaults.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
@@ -95,19 +96,19 @@ class Base:
 
     @property
     def reduces(self) -> bool:
-        """Whether ``reduced`` knows how to shorten its inputs: images, and rows of tokens that are read whole."""
+        """Whether ``reduced`` can shorten the inputs: images, and rows of tokens that the model reads whole."""
         return self.site in ("vision.inputs", "encoder.inputs", "text.inputs")
 
     def reduced(self, inputs: dict[str, Any], ratio: float) -> dict[str, Any]:
-        """The inputs with as many rows as a budget of ``ratio`` keeps: images sampled down by area, texts cut off behind their beginning.
+        """Reduce the inputs to the number of rows that a budget of ``ratio`` keeps: images are downsampled by area, texts truncated.
 
         Args:
-            inputs: of the model, with ``pixel_values`` or ``input_ids``. ratio: in (0, 1].
+            inputs: inputs of the model, with ``pixel_values`` or ``input_ids``. ratio: in (0, 1].
         """
         if "pixel_values" not in inputs:
             ids = inputs["input_ids"]
             kept = max(1, round(ratio * (ids.shape[1] - 1)))
-            return {**inputs, "input_ids": torch.cat([ids[:, :kept], ids[:, -1:]], 1)}  # the last is </s>
+            return {**inputs, "input_ids": torch.cat([ids[:, :kept], ids[:, -1:]], 1)}  # the last token is </s>
         config: Any = self.config()
         patches = max(1, round(ratio**0.5 * config.image_size / config.patch_size))
         size = (patches * config.patch_size,) * 2
@@ -115,57 +116,57 @@ class Base:
         return {**inputs, "pixel_values": pixels, "interpolate_pos_encoding": True}
 
     def config(self) -> PreTrainedConfig:
-        """The model's configuration."""
+        """Return the model's configuration."""
         raise NotImplementedError
 
     def draw(self, size: int, generator: torch.Generator, difficulty: float = 1.0) -> dict[str, Tensor]:
         """Draw a training batch.
 
         Args:
-            size: examples B.
+            size: number of examples B.
             generator: CPU generator; equal states give equal batches.
-            difficulty: in [0, 1]; a task without degrees of it takes no notice.
+            difficulty: in [0, 1]; tasks without degrees of difficulty ignore it.
 
         Returns:
-            keyword inputs of the model, labels among them.
+            Keyword inputs of the model, including labels.
         """
         raise NotImplementedError
 
     def test(self) -> Iterator[Batch]:
-        """The test set, the same at each call, in batches."""
+        """Yield the test set in batches; it is the same at each call."""
         raise NotImplementedError
 
     def predict(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Any]:
-        """Predictions of a batch; by default the likeliest label wherever there is one."""
+        """Predictions for a batch; by default the likeliest class at each labelled position."""
         return model(**inputs).logits.argmax(-1)[inputs["labels"] != -100].tolist()
 
     def predict_drawn(self, model: PreTrainedModel, inputs: dict[str, Tensor], samples: int) -> list[Any]:
-        """What ``predict`` says, from the mean of the labels' probabilities over ``samples`` drawn choices."""
+        """Like ``predict``, but from the label probabilities averaged over ``samples`` drawn selections."""
         with sampled(model):
             drawn = torch.stack([model(**inputs).logits.float().softmax(-1) for _ in range(samples)])
         return drawn.mean(0).argmax(-1)[inputs["labels"] != -100].tolist()
 
     def references(self, inputs: dict[str, Tensor]) -> list[Any]:
-        """What ``predict`` should say."""
+        """Return the references that ``predict`` is compared with."""
         labels = inputs["labels"]
         return labels[labels != -100].tolist()
 
     def score(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-        """Metrics by name; by default the share that is right, in [0, 1]."""
+        """Metrics by name; by default the accuracy, in [0, 1]."""
         return accuracy(predictions, references)
 
     def processor(self) -> PreTrainedTokenizerBase | None:
-        """What turns a person's input into the model's, to be saved beside it; None where inputs are made up."""
+        """Return the processor that is saved with the model; None if the inputs are generated."""
         return None
 
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel, batches: int | None = None) -> dict[str, float]:
-        """Test ``model`` on its device, in evaluation mode, on the first ``batches`` of the test set or on all.
+        """Test ``model`` on its device, in evaluation mode, on the first ``batches`` batches of the test set or on all.
 
         Returns:
-            the metrics of ``score``, and for a hard model ``kept``, the mean share of the candidates that it kept at the task's
-            site, with ``precision`` and ``recall`` of what it kept where the gold positions are known; all in [0, 1]. With
-            ``samples`` also the main metric of the Monte-Carlo prediction.
+            The metrics of ``score``; for a hard model also ``kept``, the mean share of candidates kept at the task's site and, if
+            the gold positions are known, ``precision`` and ``recall`` of the kept candidates; all in [0, 1]. With ``samples`` also
+            the main metric of the Monte-Carlo prediction.
         """
         model.eval()
         predictions: list[Any] = []
@@ -183,7 +184,7 @@ class Base:
                 once = selectors(model)[site].once
                 for selection in selections[site]:
                     whole = once or batch.gold is None or selection.mask.shape[2] == batch.gold.shape[1]
-                    found.add(selection, batch.gold if whole else None)  # a step of generate() knows no gold
+                    found.add(selection, batch.gold if whole else None)  # there is no gold for a step of generate()
                 if self.samples:
                     drawn += self.predict_drawn(model, batch.inputs, self.samples)
             references += self.references(batch.inputs)
@@ -194,15 +195,15 @@ class Base:
 
 
 def names() -> tuple[str, ...]:
-    """Names of the tasks."""
+    """Return the names of the tasks."""
     return registry.names("training.tasks")
 
 
 def load(name: str, options: Mapping[str, Any] | None = None) -> Base:
-    """Make the task ``name``.
+    """Create the task ``name``.
 
     Raises:
-        HardAttentionError: no such task, or an option it cannot take; the message lists what there is.
+        HardAttentionError: no such task, or an option that it does not have; the message lists the existing ones.
     """
     if name not in names():
         raise unknown("task", name, names())

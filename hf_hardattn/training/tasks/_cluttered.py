@@ -1,4 +1,4 @@
-"""What the three cluttered tasks share: a small ViT that selects patches before its first layer."""
+"""Shared code of the cluttered tasks: a small ViT that selects patches before its first layer."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class Cluttered(Base):
     """Name the class of the one whole item of a scene. Gold: the patches that the item fills.
 
     Args:
-        test_images: of the fixed test set, drawn from items that training never sees.
-        clutter: fragments an image, reached over the ``ramp`` of the base checkpoint's training.
-        layers, heads: of the ViT, which is 64 wide.
+        test_images: size of the fixed test set, drawn from items that training never sees.
+        clutter: fragments per image, reached over the ``ramp`` of the base checkpoint's training.
+        layers, heads: layers and attention heads of the ViT, whose hidden size is 64.
     """
 
     model_class = ViTForImageClassification
     site = "vision.inputs"
     scene: ClassVar[Scene]
-    names: ClassVar[tuple[str, ...]] = tuple("0123456789")  # of the classes
+    names: ClassVar[tuple[str, ...]] = tuple("0123456789")  # class names
 
     def __init__(self, test_images: int = 2000, clutter: int = 12, layers: int = 2, heads: int = 2) -> None:
         self.test_images, self.clutter, self.layers, self.heads = test_images, clutter, layers, heads
 
     def bank(self, split: str) -> Bank:
-        """The items of ``split``, ``"train"`` or ``"test"``."""
+        """Return the items of ``split``, ``"train"`` or ``"test"``."""
         raise NotImplementedError
 
     def config(self) -> PreTrainedConfig:
@@ -55,13 +55,13 @@ class Cluttered(Base):
         return {name: columns[name] for name in ("pixel_values", "labels")}
 
     def columns(self) -> dict[str, Tensor]:
-        """The test set in one piece, with ``box``."""
+        """Return the whole test set, with ``box``."""
         draw = torch.Generator().manual_seed(1234)
         return draw_scenes(self.bank("test"), self.scene, self.test_images, self.clutter, draw)
 
     def test(self) -> Iterator[Batch]:
         columns = self.columns()
-        gold = pad(patches_in_box(columns["box"], self.scene.grid), (1, 0))[:, None]  # CLS is first, and no choice
+        gold = pad(patches_in_box(columns["box"], self.scene.grid), (1, 0))[:, None]  # CLS is first and never gold
         for pixels, labels, inside in zip(
             *(part.split(250) for part in (columns["pixel_values"], columns["labels"], gold)), strict=True
         ):

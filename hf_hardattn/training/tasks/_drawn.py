@@ -1,4 +1,4 @@
-"""What the tasks of made-up token rows share: a small T5, and rows drawn with their gold positions."""
+"""Shared code of the tasks on generated token rows: a small T5, and rows drawn with their gold positions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from transformers import AutoConfig, PreTrainedConfig, T5ForConditionalGeneratio
 
 from . import TEST_SEED, Base, Batch
 
-PAD, END, FIRST = 0, 1, 2  # ids: padding (and the decoder's start), </s>, and the first that means something
+PAD, END, FIRST = 0, 1, 2  # ids: padding (and decoder start), </s>, and the first ordinary token
 
 
 class Drawn(Base):
-    """A task whose rows come from a generator; a subclass gives ``rows``, ``vocabulary`` and ``test_rows``."""
+    """A task whose rows come from a generator; a subclass provides ``rows``, ``vocabulary`` and ``test_rows``."""
 
     model_class = T5ForConditionalGeneration
     test_rows: int
-    sizes: ClassVar[dict[str, Any]] = {}  # of the T5, where they differ
+    sizes: ClassVar[dict[str, Any]] = {}  # sizes of the T5 that differ from the defaults of config()
 
     @property
     def vocabulary(self) -> int:

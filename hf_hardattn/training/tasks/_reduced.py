@@ -1,4 +1,4 @@
-"""A task on smaller inputs: the control of equal cost that selects nothing."""
+"""A task on smaller inputs: the control that has equal cost but selects nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import Base, Batch
 
 
 class Reduced:
-    """A task whose model sees inputs of as many rows as a budget of ``ratio`` keeps; all else is the task's own."""
+    """A task with its inputs reduced to the number of rows that a budget of ``ratio`` keeps; the rest is unchanged."""
 
     def __init__(self, task: Base, ratio: float) -> None:
         self.task, self.ratio = task, ratio
@@ -25,7 +25,7 @@ class Reduced:
         return self.task.reduced(self.task.draw(size, generator, difficulty), self.ratio)
 
     def test(self) -> Iterator[Batch]:
-        """The test set, in batches."""
+        """Yield the test set in batches."""
         for batch in self.task.test():
             yield Batch(self.task.reduced(batch.inputs, self.ratio))
 

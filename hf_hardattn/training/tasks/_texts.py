@@ -1,4 +1,4 @@
-"""What the tasks of real sentences share: files that a script makes, a tokenizer among them, and BLEU of what is written."""
+"""Shared code of the tasks on real sentences: files that a script prepares, a tokenizer among them, and BLEU of the output."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from . import Base
 
 
 class Texts(Base):
-    """A task of ``{train,test,validation}.jsonl`` and ``tokenizer.json`` in a folder; BLEU and chrF in [0, 100].
+    """A task on ``{train,test,validation}.jsonl`` and ``tokenizer.json`` in a folder; BLEU and chrF in [0, 100].
 
     Class attributes:
-        place: the folder, by default. variable: of the environment, names another one. maker: the command that makes it, up to ``--output``.
+        place: the default folder. variable: environment variable that names another folder.
+        maker: command that creates the folder, up to ``--output``.
 
     Args:
-        folder: where the files are. split: to test on. Tune on ``validation``.
+        folder: folder of the files. split: the split to test on. Tune on ``validation``.
     """
 
     place: ClassVar[str]
@@ -38,14 +39,14 @@ class Texts(Base):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """With ``</s>`` at the end of each text."""
+        """The tokenizer, which appends ``</s>`` to each text."""
         return _tokenizer(self.file("tokenizer.json"))
 
     def file(self, name: str) -> str:
-        """The path of a file of the folder.
+        """Return the path of a file in the folder.
 
         Raises:
-            HardAttentionError: it is not there.
+            HardAttentionError: the file does not exist.
         """
         path = Path(self.folder) / name
         if not path.is_file():
@@ -60,7 +61,7 @@ class Texts(Base):
         return PreTrainedTokenizerFast(tokenizer_object=self.tokenizer, **special)
 
     def texts(self, ids: Tensor) -> list[str]:
-        """Token ids ``[B, T]`` as sentences; negative ones are padding."""
+        """Decode token ids ``[B, T]`` to sentences; negative ids are padding."""
         return self.tokenizer.decode_batch(ids.clamp(min=0).tolist(), skip_special_tokens=True)
 
     def references(self, inputs: dict[str, Tensor]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A row of facts, then keys: which values?"""
+"""Associative recall: look up the values of queried keys in a row of facts."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from ._drawn import END, FIRST, Drawn
 
 
 class AssociativeRecall(Drawn):
-    """Say the value that a row gives to each queried key (MQAR). Gold: for each query the position of its fact.
+    """Name the value that a row assigns to each queried key (MQAR). Gold: for each query the position of its fact.
 
-    The encoder, embeddings only, hands the facts on, and each query of the decoder chooses one position to read: the classic hard
-    attention. A fact, a key with its value, is one token here and not two, and no layer mixes facts, so that exactly one position
-    holds an answer. The base checkpoint learns rows of one fact first, then ever longer ones: on rows of 16 from the start it stays at chance.
+    The encoder consists of embeddings only and passes the facts on; each query of the decoder selects one position to read, the classic
+    hard attention. A fact, a key with its value, is one token here instead of two, and no layer mixes facts, so exactly one position
+    holds an answer. The base checkpoint learns rows of one fact first, then longer ones: with 16 facts from the start it stays at chance.
 
     Args:
-        facts: of a row, with different keys. queries: of a row, different keys of it. keys, values: how many there are.
-        test_rows: of the fixed test set.
+        facts: facts per row, with different keys. queries: queries per row, different keys of that row.
+        keys, values: number of different keys and values. test_rows: size of the fixed test set.
 
     Source: Arora et al. 2023, "Zoology: Measuring and Improving Recall in Efficient Language Models", arXiv:2312.04927, section 3.
     """
 
     site = "decoder.cross.0"
     scorer = "attention"
-    budget = 0.03  # of 17 positions: one
-    sizes = {  # 500 tokens are learned one by one: fast with untied embeddings of a small scale
+    budget = 0.03  # one of 17 positions
+    sizes = {  # 500 tokens are learned one by one, which is fast with untied embeddings of a small scale
         "num_layers": 0,
         "num_heads": 1,
         "d_kv": 64,

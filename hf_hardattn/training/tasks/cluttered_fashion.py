@@ -12,7 +12,7 @@ class ClutteredFashion(Cluttered):
     """Name the garment: Fashion-MNIST on a canvas three times as wide; keep 9 of 36 patches, the garment fills 4.
 
     Args:
-        folder: of the data set's files; see ``mnist.fashion_bank``.
+        folder: folder of the data set's files; see ``mnist.fashion_bank``.
     """
 
     names = FASHION_NAMES

@@ -14,26 +14,26 @@ from ..cluttered_digits import digit_bank
 from . import TEST_SEED, Batch, Recipe
 from ._cluttered import Cluttered
 
-TRAINED = 256  # pixels a side that the position embeddings are learned for
-PIXELS = 2**22  # of a test batch
+TRAINED = 256  # pixels per side that the position embeddings are learned for
+PIXELS = 2**22  # pixels of a test batch
 
 
 class Needle(Cluttered):
-    """Name the digit, which fills one patch of 32 pixels: scikit-learn's real digits, 1 of 64 patches at 256 pixels a side, 1 of 16,384
-    at 4,096. The density of the fragments is the same at every size, and so are the patches to keep, if the budget is a number.
+    """Name the digit, which fills one patch of 32 pixels: scikit-learn's real digits, 1 of 64 patches at 256 pixels per side, 1 of 16,384
+    at 4,096. The density of the fragments is the same at every size, and so is the number of kept patches if the budget is a count.
 
     Args:
-        canvas: pixels a side. test_images: of the fixed test set. density: fragments a patch.
+        canvas: pixels per side. test_images: size of the fixed test set. density: fragments per patch.
     """
 
     scorer = "scout"
-    scorer_options = {"cells": 8}  # of 4 pixels: as fine as the digits were before they were enlarged
+    scorer_options = {"cells": 8}  # cells of 4 pixels: the resolution of the digits before they were enlarged
     budget = 8 / 64
     one_is_enough = True
     recipe = Recipe(trunk_steps=700, branch_steps=250, batch=32, ramp=2 / 3)
 
     def __init__(self, canvas: int = TRAINED, test_images: int = 1000, density: float = 0.5) -> None:
-        self.scene = Scene(canvas=canvas, patch=32, item=32, fragment=16)  # type: ignore[misc]  # of an instance here
+        self.scene = Scene(canvas=canvas, patch=32, item=32, fragment=16)  # type: ignore[misc]  # set per instance here
         super().__init__(test_images, clutter=int(density * self.scene.grid**2))
 
     def bank(self, split: str) -> Bank:

@@ -1,4 +1,4 @@
-"""A row of random tokens with four that matter."""
+"""A planted rationale: a few informative tokens among random ones."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from ._drawn import END, FIRST, Drawn
 
 
 class PlantedRationale(Drawn):
-    """Say the informative tokens of a row in the order of their slots. Gold: where they are.
+    """Output the informative tokens of a row in the order of their slots. Gold: their positions.
 
-    Slot j has ``values`` tokens of its own; one of them stands at a random place of the row, for each slot, among tokens that mean
-    nothing. A ``T5ForConditionalGeneration``, whose decoder reads nothing but the encoder's output and the answers before:
-    ``T5ForSequenceClassification`` would hand its decoder the whole row.
+    Each slot has its own vocabulary of ``values`` tokens. For each slot one of them is placed at a random position of the row, among
+    filler tokens that carry no information. The model is a ``T5ForConditionalGeneration``, whose decoder reads only the encoder's output
+    and its previous answers: ``T5ForSequenceClassification`` would pass the whole row to its decoder.
 
     Args:
-        length: tokens of a row besides ``</s>``. slots: informative ones. fillers: tokens that mean nothing.
-        values: of each slot. A choice may drop one value of a slot, whose absence then tells it: with 8 of them a perfect answer
-            needs no more than 97 % of the gold positions, with 64 all but 0.4 %.
-        test_rows: of the fixed test set.
+        length: tokens per row besides ``</s>``. slots: informative tokens per row. fillers: number of different filler tokens.
+        values: tokens per slot. A selection may drop one value of a slot, because its absence identifies it: with 8 values a perfect
+            answer needs only 97 % of the gold positions, with 64 values all but 0.4 %.
+        test_rows: size of the fixed test set.
     """
 
     site = "encoder.inputs"

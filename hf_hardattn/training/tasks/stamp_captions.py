@@ -1,4 +1,4 @@
-"""Captions of stamps by the recurrent decoder: at each word it looks at the picture."""
+"""Captions of stamps by a recurrent decoder that attends to the image at each word."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from ._texts import Texts
 
 
 class StampCaptions(Texts):
-    """Caption drawings and photos by greedy ``generate()``; BLEU-4 and chrF in [0, 100]. The features of the patches are a frozen ViT's, and
-    a GRU decoder reads one of them, or all, at each word: the setting of Show, Attend and Tell, without input feeding. Nobody knows the gold
-    positions.
+    """Caption drawings and photos by greedy ``generate()``; BLEU-4 and chrF in [0, 100]. The patch features come from a frozen ViT, and a
+    GRU decoder reads one of them, or all, at each word: the setting of Show, Attend and Tell, without input feeding. The gold positions
+    are unknown.
 
     Args:
-        folder: of ``scripts/data/prepare_stamp_features.py``; the environment variable ``STAMP_FEATURES``, or ``outputs/data/stamp-features``, by default.
-        split: to test on. Tune on ``validation``.
+        folder: output of ``scripts/data/prepare_stamp_features.py``; by default the environment variable ``STAMP_FEATURES``, or
+            ``outputs/data/stamp-features``.
+        split: the split to test on. Tune on ``validation``.
 
     Source: Xu et al. 2015, arXiv:1502.03044.
     """
@@ -37,7 +38,7 @@ class StampCaptions(Texts):
     maker = "python scripts/data/prepare_stamp_features.py"
     model_class = GruForConditionalGeneration
     site = "decoder.cross.0"
-    scorer = "attention"  # from a soft base checkpoint it starts with a choice that means something
+    scorer = "attention"  # after a soft base checkpoint its first selections are already meaningful
     budget = 0.005  # one patch
     recipe = Recipe(trunk_steps=800, branch_steps=200, batch=32, learning_rate=2e-3, weight_decay=0.01)
 
@@ -65,7 +66,7 @@ class StampCaptions(Texts):
 
 @cache
 def read_stamps(states: str, captions: str, tokenizer: Tokenizer) -> tuple[Tensor, list[Tensor]]:
-    """Features ``[n, patches, D]`` of a split, and the tokens of its captions, each with ``</s>``."""
+    """Return the features ``[n, patches, D]`` of a split and the tokens of its captions, each with ``</s>``."""
     rows = [json.loads(line)["caption"] for line in Path(captions).read_text("utf-8").splitlines()]
     return load_file(states)["features"], [torch.tensor(found.ids) for found in tokenizer.encode_batch(rows)]
 

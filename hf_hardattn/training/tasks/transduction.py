@@ -1,4 +1,4 @@
-"""A word, and what its letters become: which letter is read when?"""
+"""String transduction with a known monotonic alignment."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ PAD, END, FIRST = 0, 1, 2
 
 
 class Transduction(Base):
-    """Write what each letter of a word becomes: by a fixed table one, two or three letters, or nothing, depending on the letter and on
-    whether it repeats the one before. The alignment is monotonic, hidden from the model, and known here. Gold: for each written
-    letter the place of its source; the end reads the end.
+    """Rewrite a word letter by letter: a fixed table maps each letter to zero to three letters, depending on the letter and on whether
+    it repeats the previous one. The alignment is monotonic, hidden from the model, and known here. Gold: for each output letter the
+    position of its source letter; the end token is aligned with the end token.
 
-    The model is recurrent, and its decoder learns of the word by what it reads alone.
+    The model is recurrent, and its decoder sees the word only through the positions that it reads.
 
     Args:
-        letters: of the alphabet. shortest, longest: letters of a word. test_words: of the fixed test set.
-        table: seed of what letters become.
+        letters: size of the alphabet. shortest, longest: letters of a word. test_words: size of the fixed test set.
+        table: seed of the table.
 
     Source: the setting of Wu & Cotterell 2019, arXiv:1905.06319, with a made-up language whose alignment is known.
     """
@@ -80,12 +80,12 @@ class Transduction(Base):
             yield self.rows(min(100, self.test_words - start), generator)
 
     def predict(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Any]:
-        """What is written letter by letter, and, for the choices that are recorded, what the labels would have been read from."""
+        """Generate the words. The forward pass before it lets a recording hold the selections for the labels."""
         model(**inputs)
         return self._write(model, inputs)
 
     def predict_drawn(self, model: PreTrainedModel, inputs: dict[str, Tensor], samples: int) -> list[Any]:
-        """The word that most of ``samples`` writings with drawn choices agree on; the first of them where none is ahead."""
+        """Return the most frequent of ``samples`` words generated with drawn selections; the first one if there is a tie."""
         with sampled(model):
             drawn = [self._write(model, inputs) for _ in range(samples)]
         return [max(words, key=words.count) for words in zip(*drawn, strict=True)]
@@ -99,7 +99,7 @@ class Transduction(Base):
         return [_text(row) for row in inputs["labels"].tolist()]
 
     def score(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-        """``exact``: share of words written without a fault; ``edits``: edit distance, a share of the letters."""
+        """``exact``: share of words without an error; ``edits``: edit distance divided by the number of letters."""
         pairs = list(zip(predictions, references, strict=True))
         edits = sum(_distance(one, other) for one, other in pairs)
         return {
@@ -119,7 +119,7 @@ def _text(row: list[int]) -> list[int]:
 
 
 def _distance(one: list[int], other: list[int]) -> int:
-    """Levenshtein's."""
+    """Levenshtein distance."""
     line = list(range(len(other) + 1))
     for i, a in enumerate(one, 1):
         last, line[0] = line[0], i

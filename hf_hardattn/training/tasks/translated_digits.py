@@ -1,4 +1,4 @@
-"""One MNIST digit anywhere in a larger image, among clutter or alone: the setting of Recurrent Models of Visual Attention."""
+"""One MNIST digit anywhere in a larger image, alone or among clutter: the setting of Recurrent Models of Visual Attention."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PATCH = {60: 12, 100: 10}
 class TranslatedDigits(Cluttered):
     """Name the digit from 8 glimpses, which are patches here: 12 pixels wide on a canvas of 60 pixels, 10 on one of 100.
 
-    The published setting, without coarser rings around a glimpse.
+    This is the published setting without the coarser rings around a glimpse.
 
     Args:
-        canvas: 60 or 100. clutter: fragments of 8x8 pixels; published: none, or some.
-        folder: of the digits; see ``mnist.mnist_bank``.
+        canvas: 60 or 100 pixels per side. clutter: fragments of 8x8 pixels per image; the paper uses none, or some.
+        folder: folder of the digits; see ``mnist.mnist_bank``.
 
     Source: Mnih et al. 2014, arXiv:1406.6247, section 4.1.
     """
@@ -29,7 +29,7 @@ class TranslatedDigits(Cluttered):
     recipe = Recipe(trunk_steps=1500, branch_steps=500, batch=32, ramp=0.3)
 
     def __init__(self, canvas: int = 60, clutter: int = 0, test_images: int = 10000, folder: str | None = None) -> None:
-        self.scene = Scene(canvas=canvas, patch=PATCH[canvas], item=28, fragment=8, step=1)  # type: ignore[misc]  # of an instance here
+        self.scene = Scene(canvas=canvas, patch=PATCH[canvas], item=28, fragment=8, step=1)  # type: ignore[misc]  # set per instance here
         super().__init__(test_images, clutter, layers=2, heads=4)
         self.folder = folder
 

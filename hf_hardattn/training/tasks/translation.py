@@ -1,4 +1,4 @@
-"""Debian's package descriptions, from English."""
+"""Translation of Debian's package descriptions from English."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from . import Batch, Recipe
 from ._texts import Texts
 
 PAD = 0
-LONGEST = 40  # tokens of a sentence to train on: the few longer ones would set the length of their whole batch
+LONGEST = 40  # most tokens of a training sentence: the few longer ones would set the length of their whole batch
 
 
 class Translation(Texts):
-    """Translate sentences by greedy ``generate()``; BLEU and chrF in [0, 100]. Nobody knows the gold positions.
+    """Translate sentences by greedy ``generate()``; BLEU and chrF in [0, 100]. The gold positions are unknown.
 
     Args:
-        folder: ``train.jsonl``, ``test.jsonl``, ``validation.jsonl`` and ``tokenizer.json`` of ``scripts/data/prepare_translation.py``; the
-            environment variable ``TRANSLATION_DATA``, or ``outputs/data/translation-it``, by default.
-        split: to test on. Tune on ``validation``.
+        folder: ``train.jsonl``, ``test.jsonl``, ``validation.jsonl`` and ``tokenizer.json`` of ``scripts/data/prepare_translation.py``; by
+            default the environment variable ``TRANSLATION_DATA``, or ``outputs/data/translation-it``.
+        split: the split to test on. Tune on ``validation``.
     """
 
     place = "outputs/data/translation-it"
@@ -36,7 +36,7 @@ class Translation(Texts):
     maker = "python scripts/data/prepare_translation.py --language it"
     model_class = T5ForConditionalGeneration
     site = "decoder.cross.*"
-    scorer = "attention"  # from a soft base checkpoint it starts with a choice that means something
+    scorer = "attention"  # after a soft base checkpoint its first selections are already meaningful
     budget = 0.25
     recipe = Recipe(
         trunk_steps=4000, branch_steps=200, batch=32, learning_rate=3e-3, weight_decay=0.01, trunk_warmup=200
@@ -50,17 +50,17 @@ class Translation(Texts):
             d_kv=32,
             d_ff=256,
             num_layers=2,
-            num_decoder_layers=1,  # one cross-attention: what it does not read, no other layer makes good
+            num_decoder_layers=1,  # one cross-attention: no other layer can read the positions that it drops
             num_heads=4,
-            dropout_rate=0.0,  # a short training sees each pair a few times only
-            tie_word_embeddings=False,  # tied ones learn much slower
-            initializer_factor=0.1,  # the output's weights start at this scale: at 1, the first logits are 11 wide
+            dropout_rate=0.0,  # a short training sees each pair only a few times
+            tie_word_embeddings=False,  # tied embeddings learn much more slowly
+            initializer_factor=0.1,  # initial scale of the output weights: at 1, the first logits have a spread of 11
             decoder_start_token_id=PAD,
         )
 
     def draw(self, size: int, generator: torch.Generator, difficulty: float = 1.0) -> dict[str, Tensor]:
         pairs = self._pairs("train")
-        # sentences of like length, so that little of the batch is padding: a random stretch of a sorted random sample
+        # a random stretch of a sorted random sample: sentences of similar length, so little of the batch is padding
         sample = torch.randint(len(pairs), (8 * size,), generator=generator).tolist()
         sample.sort(key=lambda index: len(pairs[index].source) + len(pairs[index].target))
         start = size * int(torch.randint(8, (), generator=generator))
@@ -89,7 +89,7 @@ class Pair:
 
 @cache
 def read_pairs(path: str, tokenizer: Tokenizer, longest: int | None) -> list[Pair]:
-    """Read and tokenize a split; those of at most ``longest`` tokens, or all."""
+    """Read and tokenize a split; return the pairs of at most ``longest`` tokens, or all if it is None."""
     rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
     sides = ([row[side] for row in rows] for side in ("source", "target"))
     sources, targets = (tokenizer.encode_batch(texts) for texts in sides)

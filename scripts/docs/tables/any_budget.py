@@ -31,14 +31,14 @@ def table() -> str:
     for method, title in NAMES.items():
         cells = [_cell(found[method, budget]) if (method, budget) in found else "" for budget in budgets]
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    merged = [f"{_cell(row)} with {row['at']} pairs a layer" for row in results["points"] if row["method"] == "ToMe"]
+    merged = [f"{_cell(row)} with {row['at']} pairs per layer" for row in results["points"] if row["method"] == "ToMe"]
     timing, seeds = results["timing"], results["seeds"]
     lines += [
         "",
-        f"Accuracy in per cent, mean ± standard deviation of {seeds} seeds, and in brackets the measured time of a batch of {timing['batch']} beside full "
-        f"attention, which reaches {_accuracy(full)} (one thread of {timing['processor']}, medians of {timing['rounds']} interleaved rounds). ToMe in the model "
-        f"with full attention: {'; '.join(merged)}. Cluttered digits, `{results['site']}`; `random` and `cls_attention` choose for the model of the first row "
-        "(`scripts/research/any_budget.py`).",
+        f"Accuracy in per cent (mean ± standard deviation over {seeds} seeds) and, in brackets, the measured time of a batch of {timing['batch']} relative to full "
+        f"attention, which reaches {_accuracy(full)} (one thread of {timing['processor']}, medians of {timing['rounds']} interleaved rounds). ToMe, applied to the "
+        f"model with full attention, reaches {'; '.join(merged)}. The task is cluttered digits with the site `{results['site']}`; `random` and `cls_attention` "
+        "select for the model of the first row (`scripts/research/any_budget.py`).",
     ]
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ COMPETING = {
 }
 
 
-ELSEWHERE = {"avx512": "nothing beside it", "amx": "other work beside it", "avx2": "other work beside it"}
+ELSEWHERE = {"avx512": "no other work running", "amx": "other work running", "avx2": "other work running"}
 
 
 def cpu() -> str:
@@ -38,14 +38,14 @@ def cpu() -> str:
     shares = [o["share"] for group in found["groups"] for o in group["selection_overhead"].values()]
     lines += [
         "",
-        f"{processor(found)} Two threads, batch 1 unless said otherwise, random weights, medians of interleaved rounds, with glibc's allocator settings "
-        "fixed. *Original* is Transformers without this library's sites, *budget 1.0* is the hard model told to keep everything. The targets were set on a "
-        "processor with bfloat16 matrix units, which this one lacks. The limit follows from Amdahl's law and a profile of the original model; in "
-        "decoding it lies between the original model and a model that keeps one position. A row called *control* keeps the first positions and "
-        f"scores nothing. Scorer, top-k and gather take {min(shares):.1%} to {max(shares):.1%} of the time of one original layer. In the compiled columns "
-        "every model is compiled (`results/bench/targets_compiled.md`); T5 then decodes into a static cache, and of BLIP's captioner only the vision tower is "
-        "compiled. *✓ compiled* marks a target that compiled models reach against a compiled original. *× uncompiled original* is not the effect of selection "
-        "alone: the compiler also replaces BLIP's eager attention by SDPA.",
+        f"{processor(found)} All rows use two threads, random weights, and batch 1 unless stated otherwise; times are medians of interleaved rounds, with glibc's "
+        "allocator settings fixed. *Original* is Transformers without this library's sites, and *budget 1.0* is the hard model with a budget that keeps everything. "
+        "The targets were set on a processor with bfloat16 matrix units, which this one lacks. The limit follows from Amdahl's law and a profile of the original "
+        "model; for decoding, it is interpolated between the original model and a model that keeps one position. A row called *control* keeps the first positions "
+        f"without scoring. Scorer, top-k and gather take {min(shares):.1%} to {max(shares):.1%} of the time of one original layer. In the compiled columns, "
+        "every model is compiled (`results/bench/targets_compiled.md`); T5 then decodes into a static cache, and only the vision tower of BLIP's captioner is "
+        "compiled. *✓ compiled* marks a target that compiled models reach relative to a compiled original. *× uncompiled original* is not the effect of selection "
+        "alone, because the compiler also replaces BLIP's eager attention by SDPA.",
     ]
     rows = {f"rows of the suite `{name}`": read(f"bench/{name}.json") for name in ("packing", "eviction")}
     for what, other in {"compiled columns": compiled, **rows}.items():
@@ -137,7 +137,7 @@ def processors() -> str:
             for (workload, name), speeds in shown.items()
         ),
         "",
-        "Where other work ran on the machine, quartiles are wide and a row can lie above its limit; the tables give the quartiles.",
+        "Where other work ran on the machine, the quartiles are wide and a row can exceed its limit; the tables in the files above give the quartiles.",
     ]
     return "\n".join(lines)
 
@@ -162,8 +162,8 @@ def gpu() -> str:
             )
     m = r["machine"]
     note = (
-        f"{m['processor']}, torch {m['torch']}, {version(r)}; random weights; the energy of a call is read from the card's own counter. *Original* is "
-        "Transformers without this library's sites, *budget 1.0* is the hard model told to keep everything."
+        f"{m['processor']}, torch {m['torch']}, {version(r)}; random weights; the energy per call is read from the counter of the card. *Original* is "
+        "Transformers without this library's sites, and *budget 1.0* is the hard model with a budget that keeps everything."
     )
     return "\n".join([*lines, "", note])
 
@@ -208,7 +208,7 @@ def break_even() -> str:
             start = f"from {min(pays):,} tokens on" if pays else "at no length tried"
             shown.append(f"`{name}` {start} ({speeds[longest]:.2f} × at {longest:,})")
     return (
-        f"Break-even against the original model, four layers of T5-base ({version(read('bench/break_even.json'))}; "
+        f"Lengths from which the hard model breaks even with the original model, with four layers of T5-base ({version(read('bench/break_even.json'))}; "
         f"`results/bench/break_even.md`, losses included): {'; '.join(shown)}."
     )
 
@@ -230,13 +230,13 @@ def growth() -> str:
         at = "" if last == sizes[-1] else f" at {last:,}"
         shown.append(
             f"`{name}` from {sizes[0]:,} to {sizes[-1]:,} {unit}: {min(later):,.0f} to {max(later):,.0f} ms after the selection, "
-            f"{whole[0]:,.0f} to {whole[-1]:,.0f} ms in all (original {stock[0]:,.0f} to {stock[-1]:,.0f}{at})"
+            f"{whole[0]:,.0f} to {whole[-1]:,.0f} ms in total (original {stock[0]:,.0f} to {stock[-1]:,.0f}{at})"
         )
     if not shown:
         return ""
     return (
-        "With a fixed count, the layers after the selection cost the same at every length; the embedding, the scorer and the selection read all "
-        f"positions and grow (`results/bench/growth.md`, two layers, {version(read('bench/growth.json'))}): {'; '.join(shown)}."
+        "With a fixed count, the layers after the selection cost the same at every length, while the cost of the embedding, the scorer and the selection "
+        f"grows, because they read all positions (`results/bench/growth.md`, two layers, {version(read('bench/growth.json'))}): {'; '.join(shown)}."
     )
 
 
@@ -251,6 +251,4 @@ def exported() -> str:
     if not shown:
         return ""
     place = processor(read("bench/export.json"))[:-1]
-    return (
-        f"Exported to ONNX and run by onnxruntime, against the exported original model, on {place}: {'; '.join(shown)}."
-    )
+    return f"Speed of models exported to ONNX and run by onnxruntime, relative to the exported original model, on {place}: {'; '.join(shown)}."

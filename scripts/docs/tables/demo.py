@@ -10,7 +10,7 @@ TITLES = {"soft": "full attention", "hard": "hard", "random": "random selection"
 def table() -> str:
     r = read("demo.json")
     lines = [
-        "| model | accuracy | patches kept | GFLOPs an image (counted) | images/s (measured) | × full attention |",
+        "| model | accuracy | patches kept | GFLOPs per image (counted) | images/s (measured) | × full attention |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in r["models"].items():
@@ -21,7 +21,7 @@ def table() -> str:
     lines += [
         "",
         f"Measured on {m['threads']} {m['device'].upper()} threads, batch {m['batch']}, {m['dtype']}, median of {m['rounds']} interleaved rounds; "
-        f"{r['recipe']['test_images']:,} test images; {r['seconds'] / 60:.1f} minutes in all. The hard model kept {r['found']:.0%} of the digits' own "
-        f"patches, and read the same {r['reload']['accuracy']:.1%} after a reload in a fresh process. `verify` says: *{site['statement']}*.",
+        f"{r['recipe']['test_images']:,} test images; {r['seconds'] / 60:.1f} minutes in total. The hard model kept {r['found']:.0%} of the patches "
+        f"that show the digits, and reached the same {r['reload']['accuracy']:.1%} after a reload in a new process. `verify` reports: *{site['statement']}*.",
     ]
     return "\n".join(lines)

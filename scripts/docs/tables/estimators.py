@@ -7,15 +7,15 @@ from hf_hardattn import registry
 from . import read, spread
 
 VERDICTS = {
-    "simple": 'the default; with `recipe="robust"` the first choice',
+    "simple": 'the default; the first choice with `recipe="robust"`',
     "gumbel": "a good second opinion",
-    "straight_through": "with its balanced surrogate, the default",
+    "straight_through": "with its default surrogate, `balanced`",
     "reinforce": "with a baseline; noisy",
     "distil": "to warm up a scorer",
     "log_gate": "after a warm-up: dropped positions get no gradient",
     "cropr": "for classes, when training must be cheap",
     "rloo": "when the objective has no gradient",
-    "grpo": "as `rloo`, with normalised rewards",
+    "grpo": "like `rloo`, with normalised rewards",
     "marginal": "exact; tiny problems only",
     "soft": "full attention, for comparison",
 }

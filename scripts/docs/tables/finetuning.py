@@ -13,9 +13,9 @@ RUNS = {  # of results/finetuning, to their titles
     "translation_fr": "T5 from scratch, English to French",
     "summarisation": "T5 from scratch, descriptions to synopses",
     "captioning": "BLIP, captions of stamps",
-    "retrieval": "BLIP, stamps and captions by each other",
+    "retrieval": "BLIP, retrieval between stamps and captions",
     "video_captioning": "tiny BLIP, captions of videos",
-    "video_retrieval": "tiny BLIP, videos and captions by each other",
+    "video_retrieval": "tiny BLIP, retrieval between videos and captions",
 }
 METRICS = {
     "accuracy": "accuracy",
@@ -38,7 +38,7 @@ def table() -> str:
     """The table of the scripts' runs on real data: hard beside soft, with what it loses in points and what it saves in time."""
     runs = {name: found for name in RUNS if (found := read(f"finetuning/{name}.json")) is not None}
     lines = [
-        "| run | metric | full attention | hard | difference | at most 0.5 lost | random | kept | × original (measured) | seeds |",
+        "| run | metric | full attention | hard | difference | loses at most 0.5 | random | kept | × original (measured) | seeds |",
         "|---" * 10 + "|",
     ]
     for name, r in runs.items():
@@ -57,14 +57,17 @@ def table() -> str:
     on_gpu = [RUNS[n] for n, r in runs.items() if r.get("device", "cpu") == "cuda"]
     timed = sorted({(t["threads"], t["rounds"]) for r in runs.values() if (t := r["timing"]) is not None})
     how = " or ".join(f"{threads} threads, {rounds} interleaved rounds" for threads, rounds in timed)
-    lines += ["", f"Speed: CPU, float32, test rows, medians ({how})." if timed else ""]
+    lines += [
+        "",
+        f"Speed was measured on a CPU in float32 with rows of the test set (medians; {how})." if timed else "",
+    ]
     if on_gpu:
         lines[-1] += (
-            f" Trained on a GPU: {'; '.join(on_gpu)}. The ViT's starting weights came to it in half precision, and the speed "
-            "is that of other weights of the same shapes."
+            f" Trained on a GPU: {'; '.join(on_gpu)}. The starting weights of the ViT were in half precision there, and the speed "
+            "was measured with other weights of the same shapes."
         )
     lines += [
-        "Each task has one checkpoint trained with full attention; the models compared are trained equally long from it. Steps of both, and other metrics (full attention / hard):",
+        "For each task, one checkpoint was trained with full attention, and the compared models were trained from it for the same number of steps. The steps of both trainings, and other metrics (full attention / hard):",
         "",
     ]
     for name, r in runs.items():

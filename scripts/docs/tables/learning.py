@@ -50,9 +50,9 @@ def table() -> str:
     failed = [f"`{name}` {row['failed']} of {row['runs']}" for name, row in ranked if row["failed"]]
     lines += [
         "",
-        f"5 seeds, mean ± standard deviation; *difference* is hard minus full attention. All estimators on the first task, {len(every['seeds'])} seeds, with "
-        f"equal budget, steps and data, best first: {', '.join(shown)}; full attention {every['summary']['soft']['metrics'][every['metric']]['mean']:.1%}. "
-        f"Failed (raised, diverged or within 2 points of random): {', '.join(failed) or 'none'}.",
+        f"Means ± standard deviations over 5 seeds; *difference* is hard minus full attention. On the first task, all estimators were trained with {len(every['seeds'])} "
+        f"seeds and equal budget, steps and data. They reach, best first: {', '.join(shown)}; full attention reaches {every['summary']['soft']['metrics'][every['metric']]['mean']:.1%}. "
+        f"Failed runs (raised an error, diverged, or ended within 2 points of random): {', '.join(failed) or 'none'}.",
     ]
     return "\n".join(lines)
 
@@ -83,9 +83,9 @@ def bare_names() -> str:
     seeds = ", ".join(f"{len(r['seeds'])} on {title}" for title, r in found.items())
     lines += [
         "",
-        "Points of accuracy beside full attention, whose accuracy the first row gives; mean ± standard deviation over the seeds "
-        f"({seeds}). Each estimator by its bare name: the library's own scorer for the site, its own annealing, and the options that it has by default; `robust` is "
-        '`recipe="robust"`. `gumbel_decoupled` is `gumbel` as long as its two temperatures are the same, as they are by default. `downsampled` is full attention on a smaller image of equal cost, `random` and `static` choose without looking.',
+        "Difference from full attention in points of accuracy; the first row gives the accuracy of full attention itself. Means ± standard deviations over the seeds "
+        f"({seeds}). Each estimator is used with the default scorer of the site, the default annealing and its default options; `robust` is "
+        '`recipe="robust"`. `gumbel_decoupled` equals `gumbel` as long as its two temperatures are the same, as they are by default. `downsampled` is full attention on a smaller image of equal cost; `random` and `static` select without reading the input.',
     ]
     return "\n".join(lines)
 
@@ -107,9 +107,9 @@ def unseen() -> str:
     steps, test = r["settings"]["steps"], r["settings"]["scenes"][1]
     lines += [
         "",
-        f"MNIST digits among fragments of drawings, 112x112 pixels, {test:,} test scenes (accuracy in %); the stock Trainer, {steps:,} steps from a small ViT that "
-        "was trained with full attention, at that training's learning rate and at the Trainer's default, where selectors learn at 1e-3 unless told otherwise. `budget=0.2` and the recipe are all that is named; no "
-        "setting of the library was chosen on these images (`scripts/research/unseen_images.py`).",
+        f"Accuracy in % on {test:,} test scenes of 112x112 pixels, with MNIST digits among fragments of drawings. The stock Trainer trained for {steps:,} steps, starting from a small "
+        "ViT that was trained with full attention, at the learning rate of that training and at the Trainer's default, where selectors learn at 1e-3 unless set otherwise. Only `budget=0.2` and the recipe are "
+        "set; no setting of the library was chosen on these images (`scripts/research/unseen_images.py`).",
     ]
     return "\n".join(lines)
 
@@ -145,8 +145,8 @@ def translation() -> str:
         recipe = r["recipe"]
         notes.append(f"`{name}` {len(r['seeds'])} x {recipe['branch_steps']} steps")
     note = (
-        "A T5 of 2 + 1 layers trained from scratch on pairs of Debian's package descriptions, with greedy decoding. All models start from one checkpoint "
-        f"trained with full attention for {recipe['trunk_steps']:,} steps and are then trained equally long; seeds x steps are {', '.join(notes)}."
+        "The model is a T5 of 2 + 1 layers, trained from scratch on pairs of Debian's package descriptions; decoding is greedy. All models start from one checkpoint "
+        f"trained with full attention for {recipe['trunk_steps']:,} steps and are then trained for the same number of steps; seeds x steps are {', '.join(notes)}."
     )
     return "\n".join([*lines, "", note])
 

@@ -24,7 +24,7 @@ SHOWN = {
 
 
 def table() -> str:
-    lines = ["| on | model and input | selection | time, original → hard | speed-up |", "|---|---|---|---|---|"]
+    lines = ["| device | model and input | selection | time, original → hard | speed-up |", "|---|---|---|---|---|"]
     places = []
     for name, shown in SHOWN.items():
         results = read(name)

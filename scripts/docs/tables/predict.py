@@ -8,15 +8,15 @@ from . import read
 def table() -> str:
     found = read("predict.json")
     kills = found["kills"]
-    runs = " and ".join(
-        f"a run by {run['processes']} process{'es' * (run['processes'] > 1)}, killed at random moments after "
-        f"{', '.join(map(str, run['chunks_at_kills']))} chunks,"
+    runs = ", and ".join(
+        f"a run with {run['processes']} process{'es' * (run['processes'] > 1)} was killed at random moments after "
+        f"{', '.join(map(str, run['chunks_at_kills']))} chunks"
         for run in kills["runs"]
     )
     same = all(run["same_file"] for run in kills["runs"])
     lines = [
-        f"With MiniLM and {kills['rows']:,} definitions of WordNet, {runs} each time started again, wrote "
-        f"{'the file of an uninterrupted run' if same else 'OTHER FILES'}, but for the seconds (`scripts/research/predict.py`)."
+        f"With MiniLM and {kills['rows']:,} definitions of WordNet, {runs}. Started again each time, every run wrote "
+        f"{'the same file as an uninterrupted run' if same else 'OTHER FILES'}, apart from the seconds (`scripts/research/predict.py`)."
     ]
     if "timing" in found:
         lines += [
@@ -30,7 +30,7 @@ def table() -> str:
         ]
         lines += [
             "",
-            f"{found['timing']['sentences']:,} sentences, one thread a process of {found['timing']['processor']}, median of "
-            f"{found['timing']['rounds']} runs in turn.",
+            f"{found['timing']['sentences']:,} sentences, one thread per process on {found['timing']['processor']}; medians of "
+            f"{found['timing']['rounds']} interleaved runs.",
         ]
     return "\n".join(lines)

@@ -14,11 +14,11 @@ def table() -> str:
     once = f", one round at {' and '.join(fewer)} tokens" if fewer else ""
     lines = [
         f"A decoder of Llama's shape with random weights ({shape['num_hidden_layers']} layers, width {shape['hidden_size']}), {r['dtype']}, "
-        f"{r['clock']}; every method keeps {r['kept']:.0%} of the prompt. Key norm and SnapKV are evictions from the cache, head by head. "
-        f"Medians of {max(rounds.values())} rounds{once} "
+        f"{r['clock']}; every method keeps {r['kept']:.0%} of the prompt. Key norm and SnapKV evict keys and values from the cache, separately for each head. "
+        f"Times are medians of {max(rounds.values())} rounds{once} "
         "(`python scripts/research/prefill.py`).",
         "",
-        "| prompt | method | prefill, s | against stock | a token, ms | against stock | keys and values, MB |",
+        "| prompt | method | prefill, s | against stock | per token, ms | against stock | keys and values, MB |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in r["rows"]:

@@ -32,9 +32,9 @@ def table() -> str:
     half, control = blip["cls_attention", 0.5], blip["random", 0.5]
     lines += [
         "",
-        f"{r['images']} images of {r['classes']} classes, leave-one-out nearest neighbour on CLS (majority {r['majority']:.1%}). Budget 1.0 differs from the original model by "
-        f"{full:.1g} at most (features) and {max(row['difference'] for row in exact):.1g} (BLIP logits, up to {exact[0]['largest_logit']:.0f}). The features of the same weights "
-        f"converted to `ViTModel` differ by {r['converted']:.1g} at most, and the accuracies above by {apart:.1%}. "
-        f"BLIP's image vector at keep 50 % after layer 3 has cosine {half['cosine_of_image']:.3f} to that of full attention (`random`: {control['cosine_of_image']:.3f}).",
+        f"The accuracy is that of a leave-one-out nearest neighbour on CLS, over {r['images']} images of {r['classes']} classes (majority {r['majority']:.1%}). Budget 1.0 differs from "
+        f"the original model by at most {full:.1g} in the features and {max(row['difference'] for row in exact):.1g} in BLIP's logits, which reach {exact[0]['largest_logit']:.0f}. The features "
+        f"of the same weights converted to `ViTModel` differ by at most {r['converted']:.1g}, and the accuracies above by {apart:.1%}. "
+        f"With 50 % kept after layer 3, BLIP's image vector has a cosine of {half['cosine_of_image']:.3f} to that of full attention (`random`: {control['cosine_of_image']:.3f}).",
     ]
     return "\n".join(lines)

@@ -10,9 +10,9 @@ def table() -> str:
     if r is None:
         return "Not measured yet: `python scripts/research/recall.py`."
     lines = [
-        f"{r['facts']} facts in a prompt of {r['length']:,} tokens of noise, {r['facts']} questions behind it; {r['prompts']} prompts, one seed. The "
-        f"decoder's first layer reads a window of {r['shape']['sliding_window']} tokens, so that the facts are found behind it. Each "
-        f"variant went on from one trained decoder for {sum(r['adapt'])} steps (`python scripts/research/recall.py`).",
+        f"A prompt of {r['length']:,} tokens of noise contains {r['facts']} facts and is followed by {r['facts']} questions; {r['prompts']} prompts, one seed. The "
+        f"decoder's first layer reads a window of {r['shape']['sliding_window']} tokens, so the later layers must find the facts. Each "
+        f"variant was trained further for {sum(r['adapt'])} steps, from the same trained decoder (`python scripts/research/recall.py`).",
         "",
         "| variant | kept | all answers right | answers right | prefill, ms |",
         "|---|---|---|---|---|",
@@ -26,7 +26,7 @@ def table() -> str:
     if r["rows"][0]["exact_match"] < 0.95:
         lines += [
             "",
-            "The training was short, and the model with full attention had not converged either: the table shows what a trained choice is worth, "
-            "not what it costs in the end.",
+            "The training was short, and the model with full attention had not converged either: the table shows what a trained selection is worth, "
+            "not what it costs after full training.",
         ]
     return "\n".join(lines)

@@ -26,7 +26,7 @@ def table() -> str:
     timing = results.get("timing", {"lines": []})
     speed = {(line["name"], line["share"], line["like_lengths"]): line["speed_up"] for line in timing["lines"]}
     lines = [
-        "| read | kept | recall@1 | recall@10 | nDCG@10 | encoding, batches of like lengths | of lengths as they come |",
+        "| read | kept | recall@1 | recall@10 | nDCG@10 | encoding, batches of similar lengths | encoding, batches in the given order |",
         "|---|---|---|---|---|---|---|",
     ]
     rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
@@ -40,9 +40,9 @@ def table() -> str:
     seeds = {line["seed"] for line in results["variants"] if line["name"] == "learned"}
     lines += [
         "",
-        f"{results['documents']:,} descriptions of {results['tokens']:.0f} tokens on average, each found by its synopsis among all others; "
-        f"`{results['site']}`, {results['steps']} steps of training on {results['train_batch']} documents each, {len(seeds)} "
-        f"seed{'s' * (len(seeds) > 1)}; the rows below the first were trained alike.",
+        f"{results['documents']:,} descriptions of {results['tokens']:.0f} tokens on average, each to be found among all others by its synopsis; "
+        f"`{results['site']}`, {results['steps']} training steps of {results['train_batch']} documents, {len(seeds)} "
+        f"seed{'s' * (len(seeds) > 1)}. The rows below the first were trained in the same way.",
     ]
     if timing["lines"]:
         lines[-1] += f" Encoding: {timing['threads']} thread of {timing['processor']}, batches of {timing['batch']}."
@@ -61,5 +61,6 @@ def words(found: dict[str, Any]) -> list[str]:
         for kind in ("class", "frequency")
     ]
     return [
-        f"At {found['share']:.0%} the learned selection kept of {parts[0]} (classes of WordNet); of words that stand in the training texts {parts[1]}."
+        f"At {found['share']:.0%}, the learned selection kept these shares by class of word (classes of WordNet): {parts[0]}; and by the number of times that a word "
+        f"occurs in the training texts: {parts[1]}."
     ]

@@ -14,7 +14,7 @@ def table() -> str:
     """One row a variant, means over the seeds, and under them how they were measured."""
     r = read("training_time.json")
     lines = [
-        "| variant | accuracy at the end | training, s | × full attention | GFLOPs a step (counted) | s to within 0.5 points of full attention | GFLOPs until then |",
+        "| variant | accuracy at the end | training, s | × full attention | GFLOPs per step (counted) | s to within 0.5 points of full attention | GFLOPs until then |",
         "|---" * 7 + "|",
     ]
     by_variant: dict[str, list[dict[str, Any]]] = {}
@@ -40,9 +40,9 @@ def table() -> str:
     settings = r["settings"]
     lines += [
         "",
-        f"Cluttered digits 100x100, 12 % of 100 patches kept, `vision.inputs`, a ViT of {settings['layers']} layers, {settings['width']} wide; {len(targets)} {'seed,' if len(targets) == 1 else 'seeds, each'} "
-        f"{settings['steps']} steps of batch 32 from one checkpoint that was trained with full attention and still improves. Seconds are those of one core, "
-        f"tests left out, in turns of ten steps; other jobs ran on the machine. Tested every {settings['every']} steps "
+        f"Cluttered digits 100x100 with 12 % of 100 patches kept at `vision.inputs`, and a ViT of {settings['layers']} layers and width {settings['width']}; {len(targets)} {'seed,' if len(targets) == 1 else 'seeds, each with'} "
+        f"{settings['steps']} steps of batch 32 from one checkpoint that was trained with full attention and was still improving. Times are seconds on one core "
+        f"without the tests; the variants ran in turns of ten steps, and other jobs ran on the machine. The models were tested every {settings['every']} steps "
         "(`python scripts/research/training_time.py`).",
     ]
     return "\n".join(lines)

@@ -20,7 +20,7 @@ def table() -> str:
     machine = r["machine"]
     lines += [
         "",
-        f"Commit {r['old']} (0.1.0) beside {machine['package']}: each in a process of its own, {r['threads']} threads, timed in turn, medians of "
+        f"Commit {r['old']} (0.1.0) compared with {machine['package']}: each ran in its own process with {r['threads']} threads, and they were timed in turn; medians of "
         f"{r['rounds']} rounds, float32, batch 1, the scorer `linear`, torch {machine['torch']} ({machine['cpu_capability']}) "
         f"(`python scripts/research/compare_speed.py --old {r['old']} --rounds {r['rounds']}`).",
     ]
