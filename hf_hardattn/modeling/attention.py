@@ -27,7 +27,7 @@ from ..functional.attention import (
 from ..functional.varlen import Packing
 from .cache import CacheLayer
 from .implementations import is_softmax, stock_eager
-from .masks import additive, as_allowed, causal_mask, combine, differs_between_queries, opened, padding_mask
+from .masks import additive, as_allowed, causal_mask, combine, differs_between_queries, opened, padding_mask, silence
 from .plan import AttentionPlan
 from .projection import AttentionView
 from .rotary import Tables, packed_tables, tables_at
@@ -130,27 +130,31 @@ class AttentionCall:
             ``[B, Q, H * d]``, and weights ``[B, H, Q, N]`` if requested.
         """
         total = multiply_gates(keys.gates, gates)
-        if keys.packing is not None and total is None and not self.wants_weights and self.replaceable:
+        if total is not None and keys.indices is not None:
+            total = gates_at(total, keys.indices)
+        restricts = total is not None or keys.indices is not None or keys.valid is not None
+        window, allowed, blind = self._window() if restricts else None, None, None
+        if window is not None:
+            allowed, blind = opened(window, keys.indices, keys.valid if total is None else total.detach() > 0)
+        plainly = total is None and not self.wants_weights and self.replaceable
+        if keys.packing is not None and window is None and plainly:
             return self._attend_packed_keys(keys), None
         query, key, value = self._project(keys)
-        bias = self._subset_bias(keys)
-        if total is not None:
-            if keys.indices is not None:
-                total = gates_at(total, keys.indices)
-            allowed = self._allowed(keys, total)
-            return self._gated(query, key, value, total, allowed, bias, keys)
-        if (
-            bias is not None
-            and keys.indices is not None
-            and keys.bias is None
-            and not fits(bias, keys.indices)
-            and not self.wants_weights
-            and self.replaceable
-        ):
-            return self._attend_by_parts(query, key, value, keys, bias), None
+        bias = self.bias if keys.bias is None else keys.bias
+        in_parts = False
         if bias is not None and keys.indices is not None and keys.bias is None:
-            bias = keep_columns(bias, keys.indices)
-        output, weights = self._attend(query, key, value, self._subset_mask(keys), bias)
+            in_parts = plainly and not fits(bias, keys.indices)
+            bias = bias if in_parts else keep_columns(bias, keys.indices)
+        if total is not None:
+            output, weights = self._gated(query, key, value, total, self._allowed(keys, allowed), bias)
+        elif in_parts:
+            output, weights = self._attend_by_parts(query, key, value, keys, bias, allowed), None
+        else:
+            output, weights = self._attend(query, key, value, self._subset_mask(keys, allowed), bias)
+        if blind is not None:
+            # a query that may read none of the kept keys reads nothing, rather than another text or what follows it
+            output = silence(output, blind)
+            weights = None if weights is None else weights.masked_fill(blind, 0.0)
         if weights is not None and keys.indices is not None:
             weights = spread_weights(weights, keys.indices, keys.total)
         return output, weights
@@ -180,17 +184,12 @@ class AttentionCall:
     def _all_of_source(self, states: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor, Tensor]:
         return self.query, self.key(states, tables), self.view.value(states)
 
-    def _subset_bias(self, keys: KeySubset) -> Tensor | None:
-        return self.bias if keys.bias is None else keys.bias
-
-    def _subset_mask(self, keys: KeySubset) -> Any:
-        """Return the mask over the subset, in the form that the implementation reads."""
+    def _subset_mask(self, keys: KeySubset, allowed: Tensor | None) -> Any:
+        """Return the mask over the subset, in the form that the implementation reads; ``allowed`` differs between queries."""
         if keys.indices is None and keys.valid is None:
             return self.mask
-        window = self._window()
-        if window is not None:
-            window = opened(window, keys.indices, keys.valid)
-            return self._form(window if keys.valid is None else window & keys.valid)
+        if allowed is not None:
+            return self._form(allowed if keys.valid is None else allowed & keys.valid)
         if keys.indices is None and isinstance(self.mask, Tensor) and self.mask.dim() == 4:
             return combine(self.mask, keys.valid, self.hidden.dtype)
         return None if keys.valid is None else self._form(keys.valid)
@@ -215,18 +214,11 @@ class AttentionCall:
             return allowed
         return padding_mask(allowed[:, 0, 0], self.module.config, self.hidden, allowed[:, 0, 0].unsqueeze(-1))
 
-    def _allowed(self, keys: KeySubset, gates: Tensor) -> Tensor | None:
-        """Return a bool mask of the subset's keys that masked training, weighted by ``gates``, may attend to."""
-        window = self._window()
-        if window is not None:
-            allowed: Tensor | None = opened(window, keys.indices, gates.detach() > 0)
-        elif keys.indices is not None or isinstance(self.mask, BlockMask):
-            allowed = None
-        else:
+    def _allowed(self, keys: KeySubset, allowed: Tensor | None) -> Tensor | None:
+        """Return a bool mask of the subset's keys that masked training may attend to; ``allowed`` differs between queries."""
+        if allowed is None and keys.indices is None and not isinstance(self.mask, BlockMask):
             allowed = as_allowed(self.mask)
-        if keys.valid is None or allowed is None:
-            return keys.valid if allowed is None else allowed
-        return allowed & keys.valid
+        return _both(allowed, keys.valid)
 
     def _gated(
         self,
@@ -236,7 +228,6 @@ class AttentionCall:
         gates: Tensor,
         allowed: Tensor | None,
         bias: Tensor | None,
-        keys: KeySubset,
     ) -> tuple[Tensor, Tensor | None]:
         if not self.replaceable:
             warnings.warn(
@@ -244,16 +235,10 @@ class AttentionCall:
                 "Use a score-function estimator, which trains gathered, if it computes anything else.",
                 stacklevel=2,
             )
-        if bias is not None and keys.indices is not None and keys.bias is None:
-            bias = keep_columns(bias, keys.indices)
         options: dict[str, Any] = dict(scale=self.view.scale, bias=bias, dropout=self.view.dropout)
         key, value = self.repeat(key, query), self.repeat(value, query)
         output, weights = gated_attend(query, key, value, gates, allowed=allowed, **options)
-        if not self.wants_weights:
-            return output.transpose(1, 2).flatten(2), None
-        if keys.indices is not None:
-            weights = spread_weights(weights, keys.indices, keys.total)
-        return output.transpose(1, 2).flatten(2), weights
+        return output.transpose(1, 2).flatten(2), weights if self.wants_weights else None
 
     def _attend_packed_keys(self, keys: KeySubset) -> Tensor:
         """Attend to kept keys whose number differs between rows, without padding them to the longest row."""
@@ -265,17 +250,19 @@ class AttentionCall:
         query, key, value = self._all_of_source(states, tables)
         if self.cache is not None:
             self.cache.update(packing.heads_to_padded(key), packing.heads_to_padded(value))
-        bias = self._subset_bias(keys)
-        if bias is not None and keys.bias is None:
-            bias = keep_columns(bias, indices)
+        bias = keys.bias
+        if bias is None and self.bias is not None:
+            bias = keep_columns(self.bias, indices)
         options: dict[str, Any] = dict(scale=self.view.scale, bias=bias, dropout=self.view.dropout)
         return attend_packed(query, key, value, packing, **options)
 
-    def _attend_by_parts(self, query: Tensor, key: Tensor, value: Tensor, keys: KeySubset, bias: Tensor) -> Tensor:
+    def _attend_by_parts(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: KeySubset, bias: Any, allowed: Tensor | None
+    ) -> Tensor:
         """Attend for a few examples at a time, if the columns of the bias would take more memory than the bias itself."""
         indices: Any = keys.indices
         options: dict[str, Any] = dict(scale=self.view.scale, dropout=self.view.dropout)
-        output = attend_by_parts(query, key, value, indices, bias, allowed=keys.valid, **options)
+        output = attend_by_parts(query, key, value, indices, bias, allowed=_both(allowed, keys.valid), **options)
         return output.transpose(1, 2).flatten(2)
 
     def _attend(
@@ -332,3 +319,10 @@ class AttentionCall:
         """Repeat ``[B, G, N, d]`` for the query's H heads, where several heads share a key."""
         groups = query.shape[1] // states.shape[1]
         return states if groups == 1 else states.repeat_interleave(groups, 1)
+
+
+def _both(allowed: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """Return what two bool masks both allow; None allows everything."""
+    if allowed is None or valid is None:
+        return valid if allowed is None else allowed
+    return allowed & valid

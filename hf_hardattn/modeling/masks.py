@@ -123,16 +123,27 @@ def differs_between_queries(mask: Tensor) -> bool:
     return mask.dim() == 4 and mask.shape[2] > 1 and mask.stride(2) != 0
 
 
-def opened(mask: Tensor, indices: Tensor | None, kept: Tensor | None) -> Tensor:
-    """Return a per-query mask over the kept keys; a query with no kept key in its window reads all kept keys.
+def opened(mask: Tensor, indices: Tensor | None, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return a per-query mask over the kept keys, and the queries that may read none of them.
+
+    Such a query gets a mask that allows everything, which keeps its softmax finite; its output is to be silenced.
 
     Args:
         mask: bool ``[B, H or 1, Q, N]``. indices: int64 ``[B, H or 1, K]``; None while no key has been removed.
         kept: bool, broadcastable to ``[B, H or 1, Q, K]``; None for all.
+
+    Returns:
+        bool ``[B, H or 1, Q, K]`` and ``[B, H or 1, Q, 1]``.
     """
     allowed = mask if indices is None else gather_keys(mask, indices)
-    seen = allowed if kept is None else allowed & kept
-    return allowed | (mask.any(-1, keepdim=True) & ~seen.any(-1, keepdim=True))
+    blind = ~(allowed if kept is None else allowed & kept).any(-1, keepdim=True)
+    return allowed | blind, blind
+
+
+def silence(output: Tensor, blind: Tensor) -> Tensor:
+    """Set attended values ``[B, Q, H * d]`` to zero for queries that read nothing, bool ``[B, H or 1, Q, 1]``."""
+    heads = output.unflatten(-1, (blind.shape[1], -1))
+    return heads.masked_fill(blind.transpose(1, 2), 0.0).flatten(2)
 
 
 def gather_keys(mask: Tensor, indices: Tensor) -> Tensor:
