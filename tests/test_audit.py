@@ -10,7 +10,16 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 from typer.testing import CliRunner
 
 import hf_hardattn
@@ -69,11 +78,11 @@ def test_groups_of_places() -> None:
     places = everywhere()
     thirds, names = position_groups(places)
     assert names[0] == "first third" and thirds[0].tolist() == [-1] + [0] * 6 + [1] * 5 + [2] * 5
-    border, names = border_groups(places, 4)
+    border, names = border_groups(places, 4, 4)
     inside = [place - 1 for place in range(1, 17) if border[0, place] == 1]
     assert inside == [5, 6, 9, 10] and names == ["border", "inside"]
     for first in (0, 3):  # SigLIP has no CLS, DINOv2 may have registers behind it
-        border, _ = border_groups(torch.ones(2, first + 16, dtype=torch.bool), 4)
+        border, _ = border_groups(torch.ones(2, first + 16, dtype=torch.bool), 4, 4)
         assert (border[0] == 1).nonzero().flatten().tolist() == [first + place for place in (5, 6, 9, 10)]
     ids = torch.tensor([[5, 5, 5, 5, 7, 7, 9, 1]])
     kinds, names = rarity_groups(ids, ids != 1)
@@ -159,3 +168,29 @@ def test_audit_of_texts_knows_rare_words_and_length() -> None:
         audit_rows(
             ModelWithProcessor(hf_hardattn.remove(model), Letters(), "t5"), Dataset.from_dict({"text": texts}), "text"
         )
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_the_border_is_that_of_the_images_that_the_model_reads(registers: int) -> None:
+    """A model made for 72 pixels reads 16: its grid is the images', after CLS and any registers."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=1, image_size=72, patch_size=4)
+    kind = Dinov2WithRegistersConfig if registers else Dinov2Config
+    config = kind(num_channels=1, num_labels=2, **({"num_register_tokens": registers} if registers else {}), **sizes)
+    model = AutoModelForImageClassification.from_config(config).eval()
+    hf_hardattn.apply(model, {"sites": ["vision.inputs"], "budget": 4, "scorer": "first"})
+    rows = Dataset.from_dict({"image": [Image.new("L", (16, 16), shade) for shade in range(0, 240, 10)]})
+    processor = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.5], image_std=[0.5])
+    found = {f.value: f for f in audit_rows(ModelWithProcessor(model, processor, "m"), rows, "image")}
+    assert (found["border"].places, found["inside"].places) == (24 * 12, 24 * 4)
+    assert found["border"].rate == pytest.approx(4 / 12) and found["inside"].rate == 0  # the first four: the top row
+
+
+def test_a_column_keeps_its_name() -> None:
+    rows = Dataset.from_dict(
+        {"image": [Image.new("L", (16, 16), s) for s in range(24)], "region": ["north", "south"] * 12}
+    )
+    processor = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.5], image_std=[0.5])
+    found = audit_rows(ModelWithProcessor(vit(), processor, "m"), rows, "image", by=["region"])
+    columns = {(f.column, f.value) for f in found}
+    assert {("region", "north"), ("region (computed)", "border")} <= columns

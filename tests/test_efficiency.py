@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from examples import build
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
@@ -603,3 +604,14 @@ def test_a_model_adds_no_kernels_to_itself():
     workload = host.HostWorkload("a ViT", vit, lambda: {"pixel_values": pixels}, ())
     calls = host._calls(workload)
     assert host._added({**calls, "again": calls[host.STOCK]})["again"].total() == 0
+
+
+def test_products_are_counted_whatever_the_model_and_its_attention():
+    """BLIP-2 makes views of its inputs, which hooks on autograd do not survive; flex attention is one operation."""
+    example = build("blip_2", "Blip2ForConditionalGeneration")
+    assert count_flops(example.model, example.batch) > 0
+    model = vit()
+    pixels = {"pixel_values": torch.zeros(1, 3, 32, 32)}
+    expected = count_flops(model, pixels)
+    model.set_attn_implementation("flex_attention")
+    assert count_flops(model, pixels) == expected and model.config._attn_implementation == "flex_attention"

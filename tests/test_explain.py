@@ -37,6 +37,7 @@ from hf_hardattn.inspection.playground import build
 from hf_hardattn.inspection.report import explain
 from hf_hardattn.inspection.sources import read_inputs
 from hf_hardattn.inspection.space import requirements, write_space
+from hf_hardattn.inspection.tokens import token_highlight
 
 WORDS = "a red green dog cat on grass sleeps <script>".split()
 
@@ -202,6 +203,10 @@ def test_what_cannot_be_explained(tmp_path: Path, photos: Path) -> None:
     with pytest.raises(HardAttentionError, match="no column 'txt' in .*; it has: text"):
         read_inputs(str(tmp_path / "t.csv"), "txt")
     assert read_inputs("no such file, so a text") == ["no such file, so a text"]
+    with pytest.raises(HardAttentionError, match=r"missing\.png does not exist"):
+        read_inputs("missing.png")
+    with pytest.raises(HardAttentionError, match=r"input 2 of 2 is not an image \(str\); vit reads images"):
+        ModelWithProcessor.load(str(folder)).encode([Image.new("L", (4, 4)), "none.png"])
     assert len(read_inputs(str(photos), limit=2)) == 2
     (photos / "table.csv").write_text("image,text\n0.png,a cat\nnone.png,a dog\n")
     first, missing = read_inputs(str(photos / "table.csv"), "image")
@@ -340,3 +345,32 @@ def test_another_budget_is_kept_inside_the_block_and_the_own_one_behind_it() -> 
     with bundle.at_budget(0.5):
         assert kept() == 33 and selector.config.budget == 0.5
     assert kept() == own == 10
+
+
+@pytest.mark.parametrize("given", [None, 3, ["a"], Image.new("L", (4, 4)), " "])
+def test_what_is_not_a_text_is_refused_in_words(tmp_path: Path, given: Any) -> None:
+    bundle = ModelWithProcessor.load(str(t5(tmp_path / "t5")))
+    with pytest.raises(HardAttentionError, match=r"input 2 of 2 is (empty|not a text \(\w+\)); t5 reads texts"):
+        bundle.encode(["a dog", given])
+
+
+def test_a_photograph_is_read_upright(tmp_path: Path) -> None:
+    """Cameras store an orientation instead of turning the pixels; pipelines and data sets turn them."""
+    stored, upright = tmp_path / "stored.jpg", Image.new("L", (16, 8), 20)
+    upright.paste(230, (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    upright.transpose(Image.Transpose.ROTATE_90).save(stored, exif=exif, quality=95)
+    (image,) = read_inputs(str(stored))
+    assert image.size == (16, 8) and image.getpixel((2, 4)) > 200 > 50 > image.getpixel((13, 4))
+
+
+def test_what_was_cut_off_is_not_shown_as_dropped() -> None:
+    """The tokenizer read two words; the rest of the text was no candidate."""
+    made = example("t5", "T5ForConditionalGeneration")
+    model = hf_hardattn.apply(made.model, {"sites": ["encoder.inputs"], "budget": 1, "scorer": "first"})
+    with hf_hardattn.record(model) as recording:
+        model(input_ids=torch.tensor([[5, 6, 1]]), labels=torch.tensor([[5]]))
+    page = token_highlight(recording, "hello world and so on", [(0, 5), (6, 11), (0, 0)])
+    assert "<mark>hello</mark>" in page and "<s> world</s>" in page and "so on" not in page
+    assert "10 characters after these were cut off" in page

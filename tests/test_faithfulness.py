@@ -17,6 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import hf_hardattn
 from hf_hardattn import HardAttentionError, metrics
 from hf_hardattn.inspection import attribution, measures
+from hf_hardattn.inspection.agreement import selection_diff
 from hf_hardattn.inspection.collapse import find_collapse
 from hf_hardattn.inspection.faithfulness import compare, faithfulness, own_sufficiency, plausibility, top
 from hf_hardattn.inspection.perturbation import PerturbationEvaluator
@@ -342,3 +343,43 @@ def test_numbers_are_those_of_the_modules() -> None:
         assert made is not None and made[name] == pytest.approx(found[name], abs=1e-6)
     assert found["auprc"] == pytest.approx(plausibility(scores, human, evaluator.places)["auprc"])
     assert -1 <= found["rank_correlation"] <= 1
+
+
+# -- padding -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["soft attention", "integrated gradients"])
+@pytest.mark.parametrize(
+    ("architecture", "head", "site"),
+    [
+        ("bert", "BertForSequenceClassification", "text.inputs"),
+        ("llama", "LlamaForSequenceClassification", "decoder.inputs"),
+        ("t5", "T5ForSequenceClassification", "encoder.inputs"),
+        ("bart", "BartForSequenceClassification", "encoder.inputs"),
+    ],
+)
+def test_the_padding_of_a_batch_changes_no_attribution(architecture, head, site, name):
+    if name == "integrated gradients":
+        pytest.importorskip("captum")
+    model, batch = example(architecture, head, {site: {"budget": 4}})
+    with torch.no_grad():  # a sharper model than a fresh one
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    together = attribution.EXPLANATIONS[name](PerturbationEvaluator(model, inputs))
+    for row, length in enumerate(inputs["attention_mask"].sum(-1).tolist()):
+        alone = {key: value[row : row + 1, :length] for key, value in inputs.items()}
+        found = attribution.EXPLANATIONS[name](PerturbationEvaluator(model, alone))[0]
+        torch.testing.assert_close(together[row, :length], found, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_measures_leave_the_mode_of_the_model(training):
+    model, batch = example("vit", "ViTForImageClassification", {"vision.inputs": {"budget": 4}})
+    model.train(training)
+    model.classifier.eval()
+    before = [module.training for module in model.modules()]
+    PerturbationEvaluator(model, batch)
+    randomised_weights(model, {"pixel_values": batch["pixel_values"]}, seeds=1)
+    selection_diff(model, model, {"pixel_values": batch["pixel_values"]})
+    assert [module.training for module in model.modules()] == before

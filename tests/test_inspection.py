@@ -21,7 +21,7 @@ from hf_hardattn.inspection.curves import faithfulness_curves, tradeoff
 from hf_hardattn.inspection.frames import frame_strip
 from hf_hardattn.inspection.heatmap import heat_map
 from hf_hardattn.inspection.html import Html, page, paragraph, table
-from hf_hardattn.inspection.overlay import difference_overlay, layer_overlay
+from hf_hardattn.inspection.overlay import difference_overlay, frame_patches, layer_overlay
 from hf_hardattn.inspection.rationale import (
     character_spans,
     frame_places,
@@ -31,6 +31,7 @@ from hf_hardattn.inspection.rationale import (
     pixel_boxes,
     spans_per_token,
 )
+from hf_hardattn.inspection.style import new_figure
 from hf_hardattn.inspection.tokens import mark_spans, token_highlight
 from hf_hardattn.recording import Recording
 
@@ -216,6 +217,26 @@ def test_characters_boxes_seconds() -> None:
     assert frame_times(torch.tensor([1, 0, 1, 1], dtype=torch.bool), [0.0, 0.5, 1.0]) == [0.0, 1.0]
     with pytest.raises(HardAttentionError, match="3 frames for 2 places"):
         frame_times(torch.ones(2, dtype=torch.bool), [0.0, 0.5, 1.0])
+    assert frame_places(torch.ones(2, dtype=torch.bool), 1, patches=True).shape == (1, 1)
+    padded = torch.arange(17) == 0  # 8 frames, one place each, </s> and padding
+    assert frame_places(padded, 8).flatten().tolist() == [True] + [False] * 7
+    for frames in (0, 5):
+        with pytest.raises(HardAttentionError, match=f"{frames} frames for 17 places"):
+            frame_places(padded, frames, patches=True)
+    with pytest.raises(HardAttentionError, match="4 offsets for 6 places, and a place after the last offset is kept"):
+        character_spans(torch.tensor([0, 0, 1, 1, 1, 1], dtype=torch.bool), offsets)  # padded on the left
+
+
+def test_frames_and_boxes_leave_registers_out() -> None:
+    """Four registers and CLS before a grid of 4 x 4: as many frames as kept patches, at their places."""
+    kept = torch.zeros(5 + 16, dtype=torch.bool)
+    kept[[0, 1, 2, 3, 4, 5 + 6, 5 + 15]] = True
+    figure = new_figure(2, 2)
+    axis = figure.subplots()
+    frame_patches(axis, kept, 8, (32, 32))
+    corners = [(patch.get_x() + 0.5, patch.get_y() + 0.5) for patch in axis.patches]
+    assert corners == [(16, 8), (24, 24)]
+    assert pixel_boxes(kept, 8, (32, 32)) == [(16, 8, 24, 16), (24, 24, 32, 32)]
 
 
 def test_recording_as_a_notebook_shows_it() -> None:
@@ -312,9 +333,9 @@ def test_frame_strip_of_a_video_read_as_patches(whole: bool) -> None:
     patches = (batch["pixel_values"].shape[-1] // 4) ** 2
     frames = torch.rand(4, 3, *batch["pixel_values"].shape[-2:])
     recording = recorded(model, {"pixel_values": frames[None], "input_ids": batch["input_ids"][:1]})
-    kept = frame_places(kept_places(recording, "vision.inputs")[0], 4)
+    kept = frame_places(kept_places(recording, "vision.inputs")[0], 4, patches=True)
     assert kept.shape == (4, patches) and kept.sum() == patches
-    assert frame_times(kept_places(recording, "vision.inputs")[0], [0.0, 0.5, 1.0, 1.5]) == [
+    assert frame_times(kept_places(recording, "vision.inputs")[0], [0.0, 0.5, 1.0, 1.5], patches=True) == [
         0.5 * f for f in kept.any(-1).nonzero().flatten().tolist()
     ]
     figure = frame_strip(frames, recording)

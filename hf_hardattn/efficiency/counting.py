@@ -12,10 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ..api import set_step
 from ..modeling.selector import Selector
+from ..modes import evaluating
 
 # part of each matrix product: mm and addmm multiply activations by weights, bmm multiplies activations
 PARTS = {"mm": "linear", "addmm": "linear", "bmm": "attention", "baddbmm": "attention", "convolution": "convolution"}
@@ -57,23 +58,45 @@ def count_flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
     Attention uses the math backend while it is counted, because PyTorch's counter does not see the fused CPU kernel.
     Masked execution shows no saving here, because it saves nothing; gathered execution shows its saving.
     """
-    training = model.training
-    model.eval()
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if implementation == "flex_attention":  # it is one operation without a count; the products are those of SDPA
+        model.set_attn_implementation("sdpa")  # type: ignore[operator]
     try:
-        return sum(flops_by_part(lambda: model(**batch)).values())
+        with evaluating(model):
+            return sum(flops_by_part(lambda: model(**batch)).values())
     finally:
-        model.train(training)
+        if implementation == "flex_attention":
+            model.set_attn_implementation(implementation)  # type: ignore[operator]
 
 
 def flops_by_part(call: Callable[[], object]) -> dict[str, int]:
     """Count the FLOPs of ``call`` by part: ``linear``, ``attention``, ``convolution``."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), ProductCounter() as counter:
         call()
-    parts = dict.fromkeys(PARTS.values(), 0)
-    for operation, flops in counter.get_flop_counts().get("Global", {}).items():
-        name = getattr(operation, "__name__", str(operation)).removeprefix("aten.")
-        parts[PARTS[name]] += flops
-    return parts
+    return counter.parts
+
+
+class ProductCounter(TorchDispatchMode):
+    """Counts the FLOPs of matrix products by part, by PyTorch's own formulas.
+
+    ``FlopCounterMode`` also follows modules through autograd, which fails for models that make views of their inputs without gradient.
+
+    Attributes:
+        parts: maps ``linear``, ``attention`` and ``convolution`` to the FLOPs counted so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = dict.fromkeys(PARTS.values(), 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            # a fused product that has no name of its own here is one of attention
+            part = PARTS.get(func.overloadpacket.__name__, "attention")
+            self.parts[part] += formula(*args, **(kwargs or {}), out_val=output)
+        return output
 
 
 class ElementCounter(TorchDispatchMode):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HardAttentionError
+from ..modes import evaluating
 from ..recording import Recording, record
 from .measures import chance_overlap
 
@@ -77,8 +78,7 @@ def selection_diff(first: nn.Module, second: nn.Module, batch: Mapping[str, Any]
     """Compare what two checkpoints keep on the same batch, site by site; ``overlay.difference_overlay`` draws the result."""
     recordings = []
     for model in (first, second):
-        model.eval()
-        with record(model) as recording:
+        with evaluating(model), record(model) as recording:
             model(**batch)
         recordings.append(recording)
     one, other = recordings

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import HardAttentionError, missing_extra
+from ..errors import missing_extra
 from ..losses.distillation import teach
 from ..models import family_of
+from ..modes import evaluating
 from ..recording import record
 from .perturbation import PerturbationEvaluator
 
 
 def selection(evaluator: PerturbationEvaluator, site: str | None = None) -> Tensor:
     """Return the selector's own scores, mean over heads and queries, fp32 ``[B, P]``; positions that earlier sites dropped rank last."""
-    with torch.no_grad(), record(evaluator.model) as recording:
+    with torch.no_grad(), evaluating(evaluator.model), record(evaluator.model) as recording:
         evaluator.model(**evaluator.batch)
     chosen = recording[
         site or next((s for s in recording.sites if recording.tower(s) == evaluator.tower), evaluator.site)
@@ -38,7 +40,10 @@ def random(evaluator: PerturbationEvaluator, seed: int = 0) -> Tensor:
 def soft_attention(evaluator: PerturbationEvaluator) -> Tensor:
     """Return the attention of the same weights run soft. With a decoder, it is the decoder's attention to the input (mean over layers,
     heads and steps); otherwise that of CLS, of a prompt's last token, or of all tokens, in the last layer (mean over heads)."""
-    teacher = teach(evaluator.model, lambda **keywords: evaluator.model(**evaluator.batch, **keywords), attention=True)
+    with evaluating(evaluator.model):
+        teacher = teach(
+            evaluator.model, lambda **keywords: evaluator.model(**evaluator.batch, **keywords), attention=True
+        )
     towers = family_of(evaluator.model).towers(evaluator.model)  # type: ignore[union-attr]  # the evaluator knows the model
     cross = [
         m
@@ -46,14 +51,24 @@ def soft_attention(evaluator: PerturbationEvaluator) -> Tensor:
         if kind == "cross" and towers[name].source == evaluator.tower
     ]
     if cross:
-        return torch.stack(cross).mean((0, 2, 3))
+        return _mean_of_queries(torch.stack(cross).mean((0, 2)), evaluator)
     own = {
         layer: m for (name, kind, layer), m in teacher.attention.items() if (name, kind) == (evaluator.tower, "self")
     }
     last = own[max(own)].mean(1)
     if evaluator.goes_on:
         return last[:, -1]
-    return last[:, 0] if evaluator.tower == "vision" else last.mean(1)
+    return last[:, 0] if evaluator.tower == "vision" else _mean_of_queries(last, evaluator)
+
+
+def _mean_of_queries(attention: Tensor, evaluator: PerturbationEvaluator) -> Tensor:
+    """Return the mean over the queries of ``[B, Q, P]``, without those of padding and those after the end of an answer."""
+    masks = (getattr(evaluator, "counted", None), evaluator.batch.get("attention_mask"))
+    found = next((mask for mask in masks if mask is not None and mask.shape[1] == attention.shape[1]), None)
+    if found is None:
+        return attention.mean(1)
+    weights = found.to(attention.dtype)
+    return (attention * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True)
 
 
 def leave_one_out(evaluator: PerturbationEvaluator) -> Tensor:
@@ -82,39 +97,49 @@ def integrated_gradients(evaluator: PerturbationEvaluator, steps: int = 20) -> T
         from captum.attr import IntegratedGradients
     except ImportError as error:
         raise missing_extra("captum", "interpret", "a comparison with integrated gradients") from error
-    inputs: Tensor
     if evaluator.tower == "vision":
-        inputs, baseline, name = (
-            evaluator.batch["pixel_values"],
-            torch.zeros_like(evaluator.batch["pixel_values"]),
-            "pixel_values",
-        )
+        inputs: Tensor = evaluator.batch["pixel_values"]
+        baseline = torch.zeros_like(inputs)
     else:
         embed, ids = evaluator.model.get_input_embeddings(), evaluator.batch["input_ids"]
-        inputs, name = embed(ids).detach(), "inputs_embeds"
+        inputs = embed(ids).detach()
         baseline = embed(torch.full_like(ids, evaluator.model.config.pad_token_id or 0)).detach()
-    others = {
-        key: value
-        for key, value in evaluator.batch.items()
-        if key not in ("pixel_values", "input_ids") or evaluator.tower == "vision"
-    }
 
     def answer(given: Tensor) -> Tensor:
-        return evaluator.probability({**others, name: given})
+        if evaluator.tower == "vision":
+            return evaluator.probability({**evaluator.batch, "pixel_values": given})
+        # The model still gets its token ids, in which many heads look for the last token.
+        with _embedded_as(evaluator.model, ids, given):
+            return evaluator.probability()
 
-    method = IntegratedGradients(answer)
-    try:
-        found = method.attribute(inputs, baselines=baseline, n_steps=steps, internal_batch_size=len(inputs))
-    except NotImplementedError as error:  # T5's sequence classifier
-        raise HardAttentionError(
-            f"{type(evaluator.model).__name__} takes no embeddings; integrated gradients of a text need them. Leave them out."
-        ) from error
+    found = IntegratedGradients(answer).attribute(
+        inputs, baselines=baseline, n_steps=steps, internal_batch_size=len(inputs)
+    )
     if evaluator.tower != "vision":
         return found.sum(-1).float()
     patch = getattr(evaluator.model.config, "vision_config", evaluator.model.config).patch_size
     tiles = torch.nn.functional.avg_pool2d(found.sum(1, keepdim=True), patch, divisor_override=1).flatten(1)
     first = evaluator.places.shape[1] - tiles.shape[1]  # CLS and registers, if there are any
     return torch.nn.functional.pad(tiles, (first, 0)).float()
+
+
+@contextmanager
+def _embedded_as(model: Any, ids: Tensor, states: Tensor) -> Iterator[None]:
+    """Inside the block, the tokens ``ids`` ``[B, P]`` are embedded as ``states`` ``[B, P, D]``, also as the beginning of longer rows."""
+    length, table = ids.shape[1], model.get_input_embeddings().weight
+
+    def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        is_input = args[0].shape[1] >= length and torch.equal(args[0][:, :length], ids)
+        return torch.cat((states.to(output), output[:, length:]), 1) if is_input else output
+
+    # encoder and decoder may have a module each for the table that they share
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding) and module.weight is table]
+    handles = [module.register_forward_hook(replace) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 EXPLANATIONS: dict[str, Callable[[PerturbationEvaluator], Any]] = {

@@ -79,9 +79,8 @@ def position_groups(
     return third.masked_fill(~places, -1), list(thirds)
 
 
-def border_groups(places: Tensor, across: int) -> tuple[Tensor, list[str]]:
-    """Return border or inside, for places that form a grid of patches ``across`` wide, after CLS and registers if there are any."""
-    down = places.shape[1] // across
+def border_groups(places: Tensor, down: int, across: int) -> tuple[Tensor, list[str]]:
+    """Return border or inside, for places that end in a grid of ``down`` x ``across`` patches, after CLS and registers if any."""
     index = torch.arange(down * across)
     y, x = index // across, index % across
     border = (y == 0) | (y == down - 1) | (x == 0) | (x == across - 1)

@@ -49,7 +49,7 @@ def caption_grid(
         axis.set_axis_off()
         if index < count:
             axis.imshow(lit_image(pixel_values[row], kept[index], patch_size).numpy())
-            frame_patches(axis, kept[index], patch_size, pixel_values.shape[-1])
+            frame_patches(axis, kept[index], patch_size, pixel_values.shape[-2:])
             axis.set_title(words[index].replace("$", r"\$"), fontsize=9)
     figure.suptitle(f"{site}: lit = kept for the word", fontsize=9)
     return figure

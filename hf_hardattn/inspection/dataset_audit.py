@@ -39,6 +39,8 @@ def audit_rows(
     for name in (column, *by):
         if name not in rows.column_names:
             raise HardAttentionError(f"no column {name!r} in the data; it has: {', '.join(rows.column_names)}.")
+    if not len(rows):
+        raise HardAttentionError("the data has no rows to audit; name a file or folder that has some.")
     kept, places, ids = [], [], []
     for start in range(0, len(rows), batch):
         encoded = bundle.encode(rows[start : start + batch][column])
@@ -59,13 +61,14 @@ def audit_rows(
         return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1])) for part in parts]).cpu()
 
     found, free = join(kept), join(places)
-    groups: dict[str, Any] = {name: rows[name] for name in by} | {"position": position_groups(free)}
+    computed: dict[str, Any] = {"position": position_groups(free)}
     if bundle.takes_images:
-        config = getattr(bundle.model.config, "vision_config", bundle.model.config)
-        groups["region"] = border_groups(free, config.image_size // config.patch_size)
+        computed["region"] = border_groups(free, *bundle.grid(encoded["pixel_values"]))
     else:
-        groups |= {"frequency": rarity_groups(join(ids), free), "length": length_groups(free)}
-    return audit(found, free, groups)
+        computed |= {"frequency": rarity_groups(join(ids), free), "length": length_groups(free)}
+    # a column of the data keeps its name
+    groups = {f"{name} (computed)" if name in by else name: values for name, values in computed.items()}
+    return audit(found, free, {name: rows[name] for name in by} | groups)
 
 
 def kept_and_free(

@@ -32,8 +32,9 @@ def frame_strip(
     Returns:
         matplotlib figure.
     """
-    kept = kept_places(recording, site or recording.sites[0])
-    chosen = frame_places(kept[min(row, len(kept) - 1)].cpu(), len(frames))
+    site = site or recording.sites[0]
+    kept, patches = kept_places(recording, site), recording.tower(site) == "vision"
+    chosen = frame_places(kept[min(row, len(kept) - 1)].cpu(), len(frames), patches)
     columns = min(columns, len(frames))
     rows = -(-len(frames) // columns)
     figure = new_figure(1.35 * columns, 1.5 * rows)

@@ -110,6 +110,10 @@ class ModelWithProcessor:
         """Side of a patch, in pixels."""
         return getattr(self.model.config, "vision_config", self.model.config).patch_size
 
+    def grid(self, pixels: Any) -> tuple[int, int]:
+        """Return the number of patches down and across of images ``[..., height, width]``."""
+        return pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size
+
     def encode(self, inputs: Sequence[Any]) -> dict[str, Any]:
         """Encode images (PIL) or texts as a batch of the model's inputs.
 
@@ -117,11 +121,12 @@ class ModelWithProcessor:
             HardAttentionError: an empty text; no tokenizer.
         """
         if not self.takes_images:
-            empty = [index for index, text in enumerate(inputs) if not text.strip()]
-            if empty:
-                raise HardAttentionError(
-                    f"text {empty[0] + 1} of {len(inputs)} is empty; there is nothing to explain. Leave it out."
-                )
+            for index, text in enumerate(inputs):
+                if not isinstance(text, str) or not text.strip():
+                    problem = "is empty" if isinstance(text, str) else f"is not a text ({type(text).__name__})"
+                    raise HardAttentionError(
+                        f"input {index + 1} of {len(inputs)} {problem}; {self.name} reads texts. Leave it out, or name another column."
+                    )
             if self.processor is None:
                 raise HardAttentionError(f"{self.name} holds no tokenizer; save it beside the model to explain a text.")
             padding: dict[str, Any] = {"padding": True}
@@ -129,6 +134,12 @@ class ModelWithProcessor:
                 padding = {"padding": len(inputs) > 1, "padding_side": "left"}
             rows = self.processor(list(inputs), truncation=True, return_tensors="pt", **padding)
             return {name: rows[name] for name in ("input_ids", "attention_mask")}
+        for index, image in enumerate(inputs):
+            if not hasattr(image, "convert"):
+                raise HardAttentionError(
+                    f"input {index + 1} of {len(inputs)} is not an image ({type(image).__name__}); {self.name} reads images. Name an image "
+                    "file, a folder of images, or a column of images."
+                )
         config = getattr(self.model.config, "vision_config", self.model.config)
         channels = getattr(config, "num_channels", 3)  # BLIP's configuration does not have it
         images = [image.convert("L" if channels == 1 else "RGB") for image in inputs]  # no alpha, no palette

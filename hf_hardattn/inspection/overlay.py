@@ -107,11 +107,11 @@ def difference_overlay(pixel_values: Tensor, difference: Difference, patch_size:
         pixel_values[chosen], any_[chosen], patch_size, titles, min(6, len(chosen)), str(difference), [False] * rows
     )
     for axis, row in zip(figure.axes, chosen, strict=False):
-        width = pixel_values.shape[-1]
-        frame_patches(axis, difference.both[row], patch_size, width)
-        frame_patches(axis, difference.first_only[row], patch_size, width, edgecolor=OTHER, linewidth=2.4)
+        size = pixel_values.shape[-2:]
+        frame_patches(axis, difference.both[row], patch_size, size)
+        frame_patches(axis, difference.first_only[row], patch_size, size, edgecolor=OTHER, linewidth=2.4)
         frame_patches(
-            axis, difference.second_only[row], patch_size, width, edgecolor=GREEN, linewidth=2.4, linestyle=":"
+            axis, difference.second_only[row], patch_size, size, edgecolor=GREEN, linewidth=2.4, linestyle=":"
         )
     return figure
 
@@ -142,12 +142,13 @@ def lit_image(image: Tensor, kept: Tensor, patch_size: int) -> Tensor:
     return torch.where(lit[..., None], image, faded(image))
 
 
-def frame_patches(axis: Any, kept: Tensor, patch_size: int, width: int, **style: Any) -> None:
-    """Draw a frame around each kept patch of an image ``width`` pixels wide; ``style``: options of matplotlib's rectangles."""
+def frame_patches(axis: Any, kept: Tensor, patch_size: int, size: Sequence[int], **style: Any) -> None:
+    """Draw a frame around each kept patch of an image of ``size`` (height, width); ``style``: options of matplotlib's rectangles."""
     from matplotlib.patches import Rectangle
 
-    across, style = width // patch_size, {"linewidth": 0.9, "edgecolor": KEPT, **style}
-    first = len(kept) % across  # CLS and registers, if there are any
+    down, across = size[0] // patch_size, size[1] // patch_size
+    style = {"linewidth": 0.9, "edgecolor": KEPT, **style}
+    first = len(kept) - down * across  # CLS and registers, if there are any
     for place in kept[first:].nonzero().flatten().tolist():
         corner = (place % across * patch_size - 0.5, place // across * patch_size - 0.5)
         axis.add_patch(Rectangle(corner, patch_size, patch_size, fill=False, **style))
@@ -173,7 +174,7 @@ def _grid(
             continue
         axis.imshow(lit_image(images[index], kept[index], patch_size).numpy())
         if not frames or frames[index]:
-            frame_patches(axis, kept[index], patch_size, images.shape[-1])
+            frame_patches(axis, kept[index], patch_size, images.shape[-2:])
         if index < len(titles):
             axis.set_title(titles[index], fontsize=8)
     if caption:

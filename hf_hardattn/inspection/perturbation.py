@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import HardAttentionError
 from ..modeling.context import is_soft_now
 from ..models import family_of
+from ..modes import evaluating
 from ..recording import record, replay, selectors
 
 REMOVALS = ("select", "replace")
@@ -51,8 +52,7 @@ class PerturbationEvaluator:
                 f"removal={removal!r} is not possible; 'select' needs the site '{self.site}' in force, 'replace' needs nothing "
                 f"({type(model).__name__}). Use removal='replace'."
             )
-        model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             self._ask(answer_tokens)
             self.full = self.probability()
 
@@ -74,7 +74,7 @@ class PerturbationEvaluator:
 
     def own(self, site: str | None = None) -> Tensor:
         """Return what the model itself keeps at ``site`` (the ``inputs`` site by default), bool ``[B, P]``, among ``places``."""
-        with torch.no_grad(), record(self.model) as recording:
+        with torch.no_grad(), evaluating(self.model), record(self.model) as recording:
             self.model(**self.batch)
         kept = recording.kept(recording[site or self.site][0]).flatten(1, 2).any(1)
         return kept.expand_as(self.places) & self.places
@@ -89,7 +89,8 @@ class PerturbationEvaluator:
     def probability(self, batch: Mapping[str, Any] | None = None) -> Tensor:
         """Return ``p(y^ | batch)``, with gradient if it is enabled; by default for the unchanged batch."""
         batch = self.batch if batch is None else batch
-        output = self.model(**(self._answered(batch) if self.goes_on else batch))
+        with evaluating(self.model):
+            output = self.model(**(self._answered(batch) if self.goes_on else batch))
         logs = _logits(self.model, output).float().log_softmax(-1)
         if self.answer.dim() == 1:
             return logs.gather(-1, self.answer[:, None])[:, 0].exp()

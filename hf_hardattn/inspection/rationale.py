@@ -86,6 +86,11 @@ def character_spans(kept: Tensor, offsets: Sequence[tuple[int, int]]) -> list[tu
         raise HardAttentionError(
             f"{len(offsets)} offsets for {len(kept)} places; each token has one. Take both from the same tokenizer call."
         )
+    if bool(kept[len(offsets) :].any()):
+        raise HardAttentionError(
+            f"{len(offsets)} offsets for {len(kept)} places, and a place after the last offset is kept; only padding on the right has no "
+            "offset. Take both from the same tokenizer call."
+        )
     spans: list[tuple[int, int]] = []
     for keep, (start, end) in zip(kept.tolist(), offsets, strict=False):
         if not keep or start == end:
@@ -110,7 +115,7 @@ def pixel_boxes(
     height, width = model_size
     across, down = width // patch_size, height // patch_size
     first = len(kept) - across * down
-    if not 0 <= first < max(across, 2):
+    if not 0 <= first < max(across * down, 2):
         raise HardAttentionError(
             f"{len(kept)} places do not fit {down} x {across} patches of {patch_size} pixels and CLS; check patch_size and model_size."
         )
@@ -120,23 +125,22 @@ def pixel_boxes(
     return [(p % across * x, p // across * y, (p % across + 1) * x, (p // across + 1) * y) for p in places]
 
 
-def frame_places(kept: Tensor, frames: int) -> Tensor:
+def frame_places(kept: Tensor, frames: int, patches: bool = False) -> Tensor:
     """Return the kept places of a video by frame, bool ``[F, P]``: P patches of each frame, or P = 1 if a frame is one place.
 
     Args:
         kept: bool, one row of ``kept_places``: ``[1 + F * P]`` for a vision tower that reads videos, CLS first; or one place per frame,
-            possibly followed by others (``</s>``).
-        frames: F, the number of frames.
+            possibly followed by others (``</s>`` or padding).
+        frames: F, the number of frames. patches: a frame is a set of patches, as in a vision tower, and not one place.
     """
-    patches, rest = divmod(len(kept) - 1, frames)
-    if rest == 0 and patches > 1:
-        return kept[1:].unflatten(0, (frames, patches))
-    if len(kept) < frames:
-        raise HardAttentionError(f"{frames} frames for {len(kept)} places; a frame is one place or more.")
-    return kept[:frames, None]
+    rest = (len(kept) - 1) % frames if patches and frames else 0
+    if not 0 < frames <= len(kept) - patches or rest:
+        unit = "the same number of patches, after CLS" if patches else "one place"
+        raise HardAttentionError(f"{frames} frames for {len(kept)} places; each frame has {unit}.")
+    return kept[1:].unflatten(0, (frames, -1)) if patches else kept[:frames, None]
 
 
-def frame_times(kept: Tensor, timestamps: Sequence[float]) -> list[float]:
-    """Return the timestamps, in seconds, of the frames that keep a place; ``kept`` as in ``frame_places``, one timestamp per frame."""
-    held = frame_places(kept, len(timestamps)).any(-1).tolist()
+def frame_times(kept: Tensor, timestamps: Sequence[float], patches: bool = False) -> list[float]:
+    """Return the timestamps, in seconds, of the frames that keep a place; one timestamp per frame, the rest as in ``frame_places``."""
+    held = frame_places(kept, len(timestamps), patches).any(-1).tolist()
     return [time for keep, time in zip(held, timestamps, strict=True) if keep]

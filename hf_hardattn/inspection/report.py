@@ -110,7 +110,7 @@ def _grid(bundle: ModelWithProcessor, batch: dict[str, Any]) -> tuple[int, int] 
     sites = selectors(bundle.model)
     if pixels is None or pixels.dim() != 4 or not all(site.startswith("vision.") for site in sites):
         return None
-    return pixels.shape[-2] // bundle.patch_size, pixels.shape[-1] // bundle.patch_size
+    return bundle.grid(pixels)
 
 
 def _provenance(bundle: ModelWithProcessor, inputs: int, name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..modes import evaluating
 from ..recording import record
 from .agreement import jaccard
 
@@ -38,12 +39,11 @@ def randomised_weights(model: nn.Module, batch: Mapping[str, Any], seeds: int = 
 
     Source: Adebayo et al. 2018, "Sanity Checks for Saliency Maps", arXiv:1810.03292.
     """
-    model.eval()
-    with record(model) as mine:
+    with evaluating(model), record(model) as mine:
         model(**batch)
     found: dict[str, dict[str, float]] = {}
     for seed in range(seeds):
-        other = shuffled(model, seed)
+        other = shuffled(model, seed).eval()
         with record(other) as theirs:
             other(**batch)
         for site, values in jaccard(mine, theirs).items():

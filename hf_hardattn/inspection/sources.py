@@ -31,6 +31,10 @@ def read_inputs(given: str, column: str | None = None, limit: int = 8) -> list[A
             )
         return [_value(rows[i][column], path.parent) for i in range(min(limit, len(rows)))]
     if len(given) > 250 or not path.exists():
+        if path.suffix.lower() in {*IMAGES, *FILES} and not any(character.isspace() for character in given):
+            raise HardAttentionError(
+                f"{given} does not exist; an input is a file, a folder, or the text itself. Check the path."
+            )
         return [given]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
@@ -71,10 +75,9 @@ def _value(value: Any, folder: Path) -> Any:
 
 
 def _image(path: Path) -> Any:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with Image.open(path) as image:
-        image.load()
-        found = image.copy()
+        found = ImageOps.exif_transpose(image).copy()  # as pipelines and data sets read it
     found.filename = str(path)  # type: ignore[attr-defined]  # shown in reports
     return found

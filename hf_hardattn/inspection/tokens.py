@@ -24,7 +24,14 @@ def token_highlight(
     """
     kept = kept_places(recording, site or recording.sites[0])
     spans = character_spans(kept[min(row, len(kept) - 1)], offsets)
-    return Html(f"<style>{TOKENS}</style>{mark_spans(text, spans)}")
+    read = max((end for _, end in offsets), default=0)
+    rest = (
+        f"{len(text) - read} characters after these were cut off before the model read the text."
+        if text[read:].strip()
+        else ""
+    )
+    note = f'<p class="note">{rest}</p>' if rest else ""
+    return Html(f"<style>{TOKENS}</style>{mark_spans(text[:read], spans)}{note}")
 
 
 def mark_spans(text: str, spans: Sequence[tuple[int, int]]) -> str:

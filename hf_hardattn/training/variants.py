@@ -190,7 +190,8 @@ def _subgroups(task: tasks.Base, models: Mapping[str, PreTrainedModel]) -> tuple
     places = torch.cat(free)
     columns: dict[str, Any] = {"label": [names[label] for label in truth], "position": position_groups(places)}
     if site.startswith("vision."):
-        columns["region"] = border_groups(places, hard.config.image_size // hard.config.patch_size)
+        side = hard.config.image_size // hard.config.patch_size
+        columns["region"] = border_groups(places, side, side)
     if gold:
         inside = torch.where(torch.cat(gold), 0, 1).masked_fill(~places, -1)
         columns["place"] = (inside, ["what the answer is about", "everything else"])
