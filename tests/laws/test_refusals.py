@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from functools import partial
 
 import pytest
+import torch
 from cases import ESTIMATORS, PLACES, SCORERS, Case, all_sites, hard, refusal, stock
 from torch import nn
 
@@ -124,6 +127,34 @@ def test_an_unsupported_model_is_refused():
         HardAttentionError, match="Linear is not supported by hard attention; known families: .*'?t5.*vit"
     ):
         hf_hardattn.apply(nn.Linear(2, 2), {})
+
+
+def mapped(model, pixels):
+    weights = dict(model.named_parameters())
+    return torch.func.vmap(lambda one: torch.func.functional_call(model, weights, (one[None],)).logits[0])(pixels)
+
+
+WITHOUT_NUMBERS = {
+    "torch.jit.trace": lambda model, pixels: torch.jit.trace(model, (pixels,), strict=False, check_trace=False)(pixels),
+    "torch.vmap": mapped,
+    "the device 'meta'": lambda model, pixels: copy.deepcopy(model).to("meta")(pixels.to("meta")).logits,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing and vmap warn of what they do
+@pytest.mark.parametrize("site", ["vision.inputs", "vision.tokens.1", "vision.self.0"])
+@pytest.mark.parametrize("where", WITHOUT_NUMBERS)
+@torch.no_grad()
+def test_a_number_that_cannot_be_read_is_refused_and_a_fixed_one_need_not_be(where, site):
+    """A trace would keep as many positions of every input as of the one that it was made with."""
+    example = stock("vit", "ViTForImageClassification")
+    call = partial(WITHOUT_NUMBERS[where], example.model, example.batch["pixel_values"])
+    for budget in ("threshold:0.5", "top_p:0.6"):
+        hf_hardattn.apply(example.model, {"sites": [site], "budget": budget})
+        with pytest.raises(HardAttentionError, match=f"'{site}' reads how many positions are kept, (under|on) {where}"):
+            call()
+    hf_hardattn.apply(example.model, {"sites": [site], "budget": 3})
+    call()
 
 
 def test_recording_and_replaying_need_sites():
