@@ -8,7 +8,9 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from cases import ESTIMATORS, PLACES, SCORERS, Case, all_sites, hard, refusal, stock
+from examples import TEXT_SIZES
 from torch import nn
 
 import hf_hardattn
@@ -127,6 +129,16 @@ def test_an_unsupported_model_is_refused():
         HardAttentionError, match="Linear is not supported by hard attention; known families: .*'?t5.*vit"
     ):
         hf_hardattn.apply(nn.Linear(2, 2), {})
+
+
+@pytest.mark.parametrize("name", ["BertModel", "RobertaModel", "XLMRobertaModel", "BertLMHeadModel"])
+def test_an_encoder_that_is_a_decoder_is_refused_with_the_setting_that_makes_it_one(name):
+    cls = getattr(transformers, name)
+    sizes = dict(TEXT_SIZES, num_hidden_layers=1, is_decoder=True)
+    with pytest.raises(HardAttentionError, match=f"{name} is not supported.* knows it with is_decoder=False"):
+        hf_hardattn.apply(cls(cls.config_class(**sizes)), {"budget": 0.5})
+    with pytest.raises(HardAttentionError, match=f"{name} was asked for hard attention.* is_decoder=False"):
+        cls(cls.config_class(**sizes, hard_attention={"budget": 0.5}))
 
 
 def mapped(model, pixels):
