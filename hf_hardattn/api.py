@@ -123,7 +123,7 @@ def family_or_refuse(model: nn.Module) -> Family:
     family = models.family_of(model)
     if family is None:
         raise HardAttentionError(
-            f"{type(model).__name__} is not supported by hard attention; known families: {', '.join(models.names())}. "
+            f"{type(model).__name__} is not supported by hard attention; {models.why_unknown(model)}. "
             "A new one is a row of names in hf_hardattn/models/."
         )
     return family

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import close, harden, run, stock
+from peft import LoraConfig, inject_adapter_in_model
 from rounding import FEW, assert_rounded
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError
@@ -64,6 +66,32 @@ def test_a_patch_is_what_the_convolution_makes_of_it(wrapped):
         whole = projection(pixels).flatten(2).transpose(1, 2)
         found = embed_patches(nn.Sequential(projection) if wrapped else projection, pixels, patches, (4, 5))
     assert_rounded(found, whole.gather(1, patches.unsqueeze(-1).expand(-1, -1, 7)))
+
+
+SURROUNDINGS = {
+    "pruning": lambda model, table: prune.identity(table, "weight"),
+    "weight norm": lambda model, table: nn.utils.weight_norm(table),
+    "parametrization": lambda model, table: nn.utils.parametrizations.weight_norm(table),
+    "LoRA": lambda model, table: inject_adapter_in_model(
+        LoraConfig(target_modules=["position_embedding"], init_lora_weights=False), model
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("surrounding", SURROUNDINGS)
+@pytest.mark.parametrize(("architecture", "head"), [("clip", "CLIPVisionModel"), ("siglip", "SiglipVisionModel")])
+def test_positions_are_those_that_their_module_returns(architecture, head, surrounding):
+    """Whatever surrounds it; masked execution embeds every patch with the model's own code."""
+    made = example(architecture, head)
+    table = next(m for m in made.model.modules() if isinstance(m, nn.Embedding))
+    SURROUNDINGS[surrounding](made.model, table)
+    with torch.no_grad():
+        for parameter in table.parameters():
+            parameter.mul_(2.0)
+    found = run(made)
+    with hf_hardattn.execution(made.model, "masked"):
+        close(found, run(made))
 
 
 @pytest.mark.parametrize("size", [None, (28, 28), (16, 36)])

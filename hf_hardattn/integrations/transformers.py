@@ -24,7 +24,7 @@ from ..errors import HardAttentionError
 from ..fields import is_configuration
 from ..modeling.checkpointing import without_reentry
 from ..modeling.selector import Selector
-from ..models import family_of, names
+from ..models import family_of, why_unknown
 from ..recording import selectors
 from . import peft, peft_adapters
 from .peft_adapters import CONFIG, base_of_adapter, check_selectors
@@ -98,8 +98,8 @@ def _post_init(post_init: Callable[..., Any], self: PreTrainedModel) -> None:
         attach_to(self, HardAttentionConfig.parse(wanted), is_part=_is_part(self))
     elif wanted is not None and not _is_part(self):
         raise HardAttentionError(
-            f"{type(self).__name__} was asked for hard attention and no family knows it, so that it would run soft; known families: "
-            f"{', '.join(names())}. Leave hard_attention out, or pass hard_attention=None where a config.json asks for it."
+            f"{type(self).__name__} was asked for hard attention and no family knows it, so that it would run soft; "
+            f"{why_unknown(self)}. Leave hard_attention out, or pass hard_attention=None where a config.json asks for it."
         )
     elif wanted is None and selectors(self):
         remove(self)  # the outer config decides: this removes the sites of hard parts if the whole model is to be soft

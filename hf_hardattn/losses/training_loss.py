@@ -102,7 +102,7 @@ class Step:
         context.target, context.source_given = known.target, known.source_given
         context.classes = known.classes
         context.labels, context.candidates, context.predictions = known.labels, known.candidates, known.predictions
-        context.kept_source, context.source_gates = known.kept_source, known.source_gates
+        context.kept_source = known.kept_source
         return context
 
     def close(self, output: Any) -> None:

@@ -70,6 +70,7 @@ class AttentionCall:
         self.wants_weights = asked and (self.implementation == "eager" or not spec.interface)
         # a user's function must be called, while a known one may be computed in another way
         self.replaceable = not spec.interface or is_softmax(self.implementation)
+        self._places = what.places
         self._whole_bias = self._own_bias()
         self._query: Tensor | None = None
 
@@ -87,6 +88,9 @@ class AttentionCall:
     def finish(self, attended: Tensor, weights: Tensor | None) -> Any:
         """Return the module's outputs from the attended values ``[B, Q, H * d]``, after the output projection."""
         output = self.view.output(attended)
+        if weights is not None and self._places is not None:
+            indices, rows = self._places
+            weights = spread_weights(weights, indices[:, None], rows)
         return (output, self._whole_bias, weights) if self.plan.spec.position_bias else (output, weights)
 
     @property

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from .cross import Source
     from .selection import Selection
     from .selector import Selector
     from .state import TowerState
@@ -126,9 +127,8 @@ class ForwardContext:
         predictions: number of last rows whose logits the caller requested; 0 if the call does not say.
         target: states of the labels ``[B, T, D]``, for estimators that read the answer; None otherwise.
         classes: classes of the examples, int64 ``[B]``, for estimators that learn from them; None otherwise.
-        kept_source: which rows of given encoder states were kept, bool ``[B, K]``; None if all were.
-        source_gates: their gates ``[B, K]``, from masked training; None otherwise.
         source_given: the caller passed encoder states that were computed before.
+        kept_source: what is known of their rows; None if nothing is.
         copies_input: the model's head feeds the encoder's input to its decoder as well.
         as_tuple: the caller requested a tuple.
         finished: the call is over; a layer that runs again is being recomputed in the backward pass.
@@ -149,9 +149,8 @@ class ForwardContext:
         self.predictions = 0
         self.target: Tensor | None = None
         self.classes: Tensor | None = None
-        self.kept_source: Tensor | None = None
-        self.source_gates: Tensor | None = None
         self.source_given = False
+        self.kept_source: Source | None = None
         self.copies_input = False
         self.as_tuple = False
         self.finished = False

@@ -28,10 +28,10 @@ def hide_dropped(plan: TowerPlan, context: ForwardContext, arguments: Arguments)
     Raises:
         HardAttentionError: if the encoder's states were computed in an earlier call, since only that call knows what was kept.
     """
-    if context.source_given and context.kept_source is not None:
+    if context.source_given and plan.source_drops:
         raise HardAttentionError(
-            f"encoder_outputs holds states that a selection left, and this head feeds '{plan.name}' the whole input; what was dropped would "
-            "come back through it. Give input_ids alone, or decoder_input_ids too."
+            f"encoder_outputs holds what a selection left of the input, and this head feeds '{plan.name}' the whole input; what was dropped "
+            "would come back through it. Give input_ids alone, or decoder_input_ids too."
         )
     source = context.towers.get(plan.reads or "")
     ids: Tensor | None = arguments.get("input_ids")

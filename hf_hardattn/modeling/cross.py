@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..errors import HardAttentionError
 from .arguments import Arguments
 from .cache import CacheLayer, remember, remembered
 from .context import ForwardContext
@@ -29,13 +30,63 @@ class KeptEncoderOutput(BaseModelOutput):
 
     Attributes:
         kept_indices: int64 ``[B, K]``, position of each row in the encoder's input; None if none was dropped.
-        kept_mask: bool ``[B, K]``, rows that may be read.
+        kept_mask: bool ``[B, K]``, rows that may be read; the others hold zeros.
         kept_gates: gates of masked training, fp32 ``[B, K]``; None otherwise.
+        input_length: N, number of rows of the encoder's input; None if none was dropped.
     """
 
     kept_indices: Tensor | None = None
     kept_mask: Tensor | None = None
     kept_gates: Tensor | None = None
+    input_length: int | None = None
+
+    def __post_init__(self) -> None:
+        """Note which tensors belong together."""
+        super().__post_init__()
+        self.together = self._rows()
+
+    def _rows(self) -> tuple[Tensor | None, ...]:
+        return self.last_hidden_state, self.kept_indices, self.kept_mask, self.kept_gates
+
+    @property
+    def belongs_together(self) -> bool:
+        """Whether none of the tensors was replaced, or all were, as by ``generate``."""
+        now = self._rows()
+        replaced = [new is not old for new, old in zip(now, self.together, strict=True) if not (new is old is None)]
+        return all(replaced) or not any(replaced)
+
+
+class Source(NamedTuple):
+    """What is known of the rows of a tower that dropped some, for the tower that reads them.
+
+    Attributes:
+        valid: bool ``[B, K]``, rows that may be read; None for all.
+        gates: fp32 ``[B, K]``, from masked training; None otherwise.
+        places: position of each row in the tower's input, int64 ``[B, K]``, and the number of rows there; None if all are there.
+    """
+
+    valid: Tensor | None = None
+    gates: Tensor | None = None
+    places: tuple[Tensor, int] | None = None
+
+
+def handed_over(output: Any) -> Source | None:
+    """Return what an encoder's ``output`` says about its rows, which an earlier call computed; None if it says nothing.
+
+    Raises:
+        HardAttentionError: if gates were paired with other rows, which only the gates tell apart.
+    """
+    if not isinstance(output, KeptEncoderOutput) or output.kept_mask is None:
+        return None
+    if output.belongs_together:
+        indices, rows = output.kept_indices, output.input_length
+        return Source(output.kept_mask, output.kept_gates, None if indices is None or rows is None else (indices, rows))
+    if output.kept_gates is not None:
+        raise HardAttentionError(
+            "encoder_outputs holds last_hidden_state of other rows than kept_gates, which weigh the rows of masked training; they belong "
+            "together. Select or repeat the rows of every tensor in encoder_outputs, not of last_hidden_state alone."
+        )
+    return None
 
 
 def hand_over_source(
@@ -59,9 +110,14 @@ def hand_over_source(
         what = _chosen(layer, plan, context, state, arguments, source)
     if what is None:
         what = _unchosen(plan, state, arguments)
+    if what is None and state.source_places is None:
+        return
+    if state.wants_weights(attrgetter(str(plan.cross))(layer), arguments):
+        what = (what or AttentionInput(arguments.get(SOURCE_MASK)))._replace(weights=True, places=state.source_places)
+    else:
+        state.source_places = None  # later layers need not look
     if what is not None:
-        asked = state.wants_weights(attrgetter(str(plan.cross))(layer), arguments)
-        arguments.set(SOURCE_MASK, what._replace(weights=True) if asked else what)
+        arguments.set(SOURCE_MASK, what)
 
 
 def _unchosen(plan: LayerPlan, state: TowerState, arguments: Arguments) -> AttentionInput | None:

@@ -180,13 +180,11 @@ class Family:
             found = self.spec.find_towers(model)
             return {name: Tower(name, spec, module) for name, (spec, module) in found.items()}
         towers: dict[str, Tower] = {}
-        for module in model.modules():
-            names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith(self.spec.family)}
-            for spec in self.spec.towers if names else ():
-                if spec.module in names and _fits(spec, module):
-                    same = sum(tower.spec is spec for tower in towers.values())
-                    name = spec.name if not same else f"{spec.name}{same + 1}"
-                    towers[name] = Tower(name, spec, module)
+        for spec, module in self._of_its_classes(model):
+            if _fits(spec, module):
+                same = sum(tower.spec is spec for tower in towers.values())
+                name = spec.name if not same else f"{spec.name}{same + 1}"
+                towers[name] = Tower(name, spec, module)
         if heads.extends(model, self.spec.counting_heads):
             for tower in towers.values():
                 tower.spec = replace(tower.spec, only=("self",))
@@ -194,6 +192,17 @@ class Family:
             for tower in towers.values():
                 tower.spec = replace(tower.spec, continues=False)
         return towers
+
+    def _of_its_classes(self, model: nn.Module) -> Iterator[tuple[TowerSpec, nn.Module]]:
+        for module in model.modules():
+            names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith(self.spec.family)}
+            for spec in self.spec.towers if names else ():
+                if spec.module in names:
+                    yield spec, module
+
+    def knows_as_encoder(self, model: nn.Module) -> bool:
+        """Return whether a model without towers of this family has a module of such a class, configured as a decoder."""
+        return self.spec.find_towers is None and any(True for _ in self._of_its_classes(model))
 
     def prepare(self, model: nn.Module) -> None:
         """Prepare whatever else a hard model of the family needs."""

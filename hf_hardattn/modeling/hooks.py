@@ -51,6 +51,7 @@ def install_hooks(
         idle_source = tower.source is None or idle.get(tower.source, True)
         if _install_layers(tower, drops[name], source_drops, idle[name] and idle_source):
             _install_tower(model, family, tower, towers, drops[name], config, idle[name] and idle_source)
+            tower.module.__dict__[TOWER].source_drops = source_drops and not idle_source
             members.mark(tower)
     module: Any = model
     module.__dict__[HANDS_DOWN] = family.spec.hands_down and family.owns(model) and takes_keywords(model)

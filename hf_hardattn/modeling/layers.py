@@ -56,9 +56,9 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _reads_specially(plan: LayerPlan, state: TowerState) -> bool:
-    """Return whether a cross-attention without its own site has gates to apply, or slots to hide that its tower's mask does not show."""
+    """Return whether a cross-attention without its own site applies gates, hides slots that its tower's mask shows, or spreads its weights."""
     hides = plan.unmasked_source and state.source_dropped and state.source_valid is not None
-    return plan.cross is not None and (hides or state.source_gates is not None)
+    return plan.cross is not None and (hides or state.source_gates is not None or state.source_places is not None)
 
 
 class _Rows:

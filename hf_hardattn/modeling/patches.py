@@ -150,10 +150,8 @@ def _prefix_rows(embeddings: Any, spec: PatchSpec, table: Tensor, batch: int) ->
 def _position_table(embeddings: Any, spec: PatchSpec) -> Tensor:
     """Return the embeddings of all positions, ``[1, prefix + P, D]``."""
     table = getattr(embeddings, spec.positions)
-    if not isinstance(table, nn.Embedding):
-        return table
-    with weights_in_place(table):
-        return table.weight.unsqueeze(0)
+    # a module is called, because an adapter or a hook may surround it
+    return table(embeddings.position_ids) if isinstance(table, nn.Module) else table
 
 
 def _kernel(projection: Any) -> tuple[int, int]:

@@ -109,6 +109,7 @@ class TowerPlan:
     Attributes:
         name: name of the tower. layers: path of its list of layers. names: parameters of its forward.
         reads: name of the tower whose rows its cross-attention reads; None when there is none.
+        source_drops: that tower may drop rows.
         restores: the output takes its full length again.
         is_read: another tower reads the output.
         patches: how a scorer of pixels uses its embedding module; None if no site needs it.
@@ -133,6 +134,7 @@ class TowerPlan:
     pools: bool = False
     idle: bool = False
     adds_terms: bool = False
+    source_drops: bool = False
     always: Callable[[Any, Any], Any] | None = None
     prompt: bool = False
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 
+from ..errors import HardAttentionError
 from .candidates import Candidates
 from .selection import Selection
 
@@ -95,10 +97,29 @@ def count_slots(selector: Selector, mask: Tensor, masked: bool) -> tuple[int, bo
 
     This is the only place that waits for the device. A replayed choice is packed if the original choice would be; otherwise the last bits
     would differ.
+
+    Raises:
+        HardAttentionError: the numbers cannot be read, or would be recorded as constants.
     """
     kept = mask.sum(-1)
+    _refuse_unreadable(selector.site, kept)
     most, least = (int(number) for number in torch.stack((kept.max(), kept.min())).tolist())
     slots = max(1, most)
     wanted = selector.data_dependent if selector.config.pack is None else selector.config.pack
     packs = wanted and not masked and kept.shape[1:].numel() == 1 and least < most
     return slots, least == slots, tuple(kept.flatten().tolist()) if packs else None
+
+
+def _refuse_unreadable(site: str, kept: Tensor) -> None:
+    where = None
+    if kept.is_meta:
+        where = "on the device 'meta', where numbers have no values"
+    elif torch.jit.is_tracing():
+        where = "under torch.jit.trace, which would record it as a constant"
+    elif not torch.compiler.is_compiling() and is_batchedtensor(kept):
+        where = "under torch.vmap, where each example may have another"
+    if where is not None:
+        raise HardAttentionError(
+            f"'{site}' reads how many positions are kept, {where}; only a count or a ratio is known without reading it. Use an int or a float "
+            "as the budget, without pack=True and outside hf_hardattn.replay."
+        )

@@ -77,6 +77,8 @@ class AttentionInput(NamedTuple):
         bias: position bias of the rows, if the attention would compute it from their indices; None otherwise.
         pending: a choice that is to be made inside the attention; None otherwise.
         weights: the caller requested attention weights.
+        places: position of each key in the input of the tower that it comes from, int64 ``[B, N]``, and the number of rows there, for
+            the weights; None if these are the keys themselves.
     """
 
     mask: Any = None
@@ -86,6 +88,7 @@ class AttentionInput(NamedTuple):
     pending: PendingChoice | None = None
     bias: Tensor | None = None
     weights: bool = False
+    places: tuple[Tensor, int] | None = None
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
@@ -113,7 +116,10 @@ class TowerState:
         source_valid: bool ``[B, M]``, valid rows of the tower that its cross-attention reads; None if all are valid.
         source_gates: fp32 ``[B, M]``, from masked training in that tower; None otherwise.
         source_dropped: that tower dropped rows.
+        source_places: position of each of its rows in its input, int64 ``[B, M]``, and the number of rows there; None if all are
+            there, or nobody asks for attention weights.
         output_valid: rows of the tower's output that a reader may read, bool; None if it may read all, or while the tower runs.
+        output_places: the same of this tower's output, for a reader.
         always: bool ``[B, K]``, rows that are not part of the choice in this call (an answer, words beside an image); None if these are
             just the tower's protected rows.
         varied: their number differs between the rows of the batch; otherwise it is that of the tower's protected rows.
@@ -138,7 +144,9 @@ class TowerState:
         self.source_valid: Tensor | None = None
         self.source_gates: Tensor | None = None
         self.source_dropped = False
+        self.source_places: tuple[Tensor, int] | None = None
         self.output_valid: Tensor | None = None
+        self.output_places: tuple[Tensor, int] | None = None
         self.always: Tensor | None = None
         self.varied = False
         self.prompt: Any = None

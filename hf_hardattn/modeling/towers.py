@@ -12,7 +12,7 @@ from . import members
 from .arguments import Arguments
 from .context import CONTEXT, ForwardContext, current_context, has_modes, set_current
 from .copies import copies_input, hide_dropped
-from .cross import SOURCE, SOURCE_MASK, KeptEncoderOutput
+from .cross import SOURCE, SOURCE_MASK, KeptEncoderOutput, Source, handed_over
 from .plan import TOWER, TowerPlan
 from .prompt import CANDIDATES, open_prompt
 from .state import TowerState
@@ -61,7 +61,7 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
         choose_patches(tower, plan, context, state, arguments)
     if arguments.get(SOURCE) is not None:
-        _read_source(plan, context, state, arguments)
+        _read_source(tower, plan, context, state, arguments)
     return arguments.result()
 
 
@@ -82,34 +82,63 @@ def _refuse_compiled_call(model: str, tower: str) -> None:
     )
 
 
-def _read_source(plan: TowerPlan, context: ForwardContext, state: TowerState, arguments: Arguments) -> None:
+def _read_source(
+    tower: nn.Module, plan: TowerPlan, context: ForwardContext, state: TowerState, arguments: Arguments
+) -> None:
     """Read which rows of the other tower may be read, and give the cross-attention a mask of them."""
-    source: Tensor = arguments.get(SOURCE)
-    if context.source_given:
-        kept, gates = context.kept_source, context.source_gates
-        dropped = kept is not None
-    else:
-        other = None if plan.reads is None else context.towers.get(plan.reads)
-        dropped = other is not None and other.dropped
-        kept = gates = None
-        if other is not None and dropped:
-            kept, gates = other.output_valid, other.gates
-    kept, gates = _for_beams(kept, source), _for_beams(gates, source)
-    if dropped and SOURCE_MASK in plan.names:
-        arguments.set(SOURCE_MASK, kept)
-    mask = arguments.get(SOURCE_MASK)
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != source.shape[1]:
-        raise HardAttentionError(
-            f"encoder_attention_mask has {mask.shape[1]} columns for {source.shape[1]} encoder states at '{plan.name}'; states that "
-            "a selection left carry their own mask, which a tuple loses. Give encoder_outputs as the encoder returned them."
-        )
-    if mask is None and dropped:
-        mask = kept
-    state.source_dropped, state.source_gates = dropped, gates
+    source, mask = arguments.get(SOURCE), arguments.get(SOURCE_MASK)
+    other = None if plan.reads is None else context.towers.get(plan.reads)
+    kept = context.kept_source
+    if other is not None and other.dropped and not context.source_given:
+        kept = _of_this_call(other, source)
+    elif kept is None and other is None and plan.source_drops:
+        kept = _of_unused_slots(tower, plan, context, source, mask)
+    if kept is not None and SOURCE_MASK in plan.names:
+        arguments.set(SOURCE_MASK, mask := kept.valid)
+    _check_width(plan, mask, source)
+    if mask is None and kept is not None:
+        mask = kept.valid
+    if kept is not None:
+        state.source_dropped, state.source_gates, state.source_places = True, kept.gates, kept.places
     state.source_valid = mask.bool().to(source.device) if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _for_beams(rows: Tensor | None, source: Tensor) -> Tensor | None:
+def _of_this_call(other: TowerState, source: Tensor) -> Source:
+    """Return what a tower of the same call kept, for a source that generation may have repeated for its beams."""
+    places = other.output_places
+    if places is not None:
+        places = _for_beams(places[0], source), places[1]
+    return Source(_for_beams(other.output_valid, source), _for_beams(other.gates, source), places)
+
+
+def _of_unused_slots(
+    tower: nn.Module, plan: TowerPlan, context: ForwardContext, source: Tensor, mask: Tensor | None
+) -> Source:
+    """Read from given states themselves, ``[B, K, D]``, which of them may be read: a selection leaves zeros in its unused slots.
+
+    Raises:
+        HardAttentionError: in training, where the dropped rows are computed too.
+    """
+    if tower.training and not any(mode.soft for mode in context.modes):
+        raise HardAttentionError(
+            f"'{plan.name}' is given states of '{plan.reads}' alone, which do not tell what was kept; in training, states of dropped rows are "
+            "among them. Give encoder_outputs as the encoder returned them."
+        )
+    _check_width(plan, mask, source)
+    valid = source.any(-1)
+    return Source(valid & mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else valid)
+
+
+def _check_width(plan: TowerPlan, mask: Any, source: Tensor) -> None:
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != source.shape[1]:
+        raise HardAttentionError(
+            f"encoder_attention_mask has {mask.shape[1]} columns for {source.shape[1]} encoder states at '{plan.name}'; states that a "
+            "selection left carry their own mask, which a tuple loses, and so does a new last_hidden_state. Give encoder_outputs as the "
+            "encoder returned them, or select and repeat the rows of every tensor in them."
+        )
+
+
+def _for_beams(rows: Any, source: Tensor) -> Any:
     """Repeat ``[B, K]`` as generation repeats the source for its beams."""
     if rows is None or len(rows) == len(source):
         return rows
@@ -138,6 +167,8 @@ def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     rows = state.final_rows(hidden, restore=plan.restores, gate=not plan.is_read)
     if plan.is_read:
         state.output_valid = state.kept_mask(len(hidden), hidden.device, plan.restores)
+        if not plan.restores and state.positions is not None:
+            state.output_places = state.positions, state.length
     if whole:
         return (rows, *output[1:])
     pooled = output.get("pooler_output")
@@ -162,7 +193,8 @@ def _kept_output(plan: TowerPlan, state: TowerState, output: Any, rows: Tensor) 
         return output
     return KeptEncoderOutput(
         **{**known, "last_hidden_state": rows},
-        kept_indices=None if plan.restores else state.positions,
+        kept_indices=None if state.output_places is None else state.output_places[0],
+        input_length=None if state.output_places is None else state.output_places[1],
         kept_mask=rows.new_ones(rows.shape[:2]).bool() if valid is None else valid,
         kept_gates=None if state.gates is None else state.gates.detach(),
     )
@@ -184,11 +216,9 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     tokens, ids = model.__dict__[CANDIDATES], arguments.get("input_ids")
     if tokens and isinstance(ids, Tensor) and ids.shape[1] > 1:
         context.candidates = torch.stack([ids == token for token in tokens]).any(0)
-    given = kwargs.get("encoder_outputs")
+    given = arguments.get("encoder_outputs")
     if given is not None:
-        context.source_given = True
-        context.kept_source = getattr(given, "kept_mask", None)
-        context.source_gates = getattr(given, "kept_gates", None)
+        context.source_given, context.kept_source = True, handed_over(given)
     _note_copy(model, args, kwargs, context)
     by_name = kwargs.get("return_dict", getattr(model.config, "return_dict", True))
     context.as_tuple = by_name is False and (hands_down or "return_dict" in kwargs)

@@ -40,6 +40,14 @@ def family_of(model: nn.Module) -> Family | None:
     return owner or next((family for family in families if family.towers(model)), None)
 
 
+def why_unknown(model: nn.Module) -> str:
+    """Return why no family knows ``model``, to complete a sentence of an error."""
+    known = next((name for name in names() if load(name).knows_as_encoder(model)), None)
+    if known is None:
+        return f"known families: {', '.join(names())}"
+    return f"family '{known}' knows it with is_decoder=False in its config, which makes it an encoder"
+
+
 def towers_inside(model: nn.Module, paths: Mapping[str, str]) -> dict[str, tuple[TowerSpec, nn.Module]]:
     """Return the towers of a model that consists of other models, each with the row of its own family.
 

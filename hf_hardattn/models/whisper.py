@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import HardAttentionError
 from ..modeling.family import Tower
 from ._bart import bart_like
 
+TIMES = "_extract_token_timestamps"  # method that aligns tokens with frames
 STRIDE, REACH = 2, 2  # columns from one frame to the next, and columns that a frame reads before and after its own
 
 
@@ -36,6 +39,36 @@ def replace_inputs(
     return {"input_features": torch.where(read, features, other)}
 
 
+def times_of_tokens(model: Any, outputs: Any, alignment_heads: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Return the time of each token, as the stock method computes it from the attention of some heads to every frame.
+
+    Raises:
+        HardAttentionError: if nothing attends to a frame: that method divides by how much the attention to a frame varies.
+    """
+    for layer, head in alignment_heads:
+        seen = sum(step[layer][:, head].sum(-2) for step in outputs.cross_attentions)
+        if not seen.all():
+            raise HardAttentionError(
+                f"return_token_timestamps=True with frames that layer {layer} of the decoder does not read; the time of a token is found from "
+                "attention to every frame. Generate inside hf_hardattn.soft(model), or use budget 1.0 at the sites 'encoder.inputs', "
+                "'encoder.tokens' and 'decoder.cross'."
+            )
+    return getattr(type(model), TIMES)(model, outputs, alignment_heads, *args, **kwargs)
+
+
+def prepare(model: nn.Module) -> None:
+    """Guard the method that finds the times of tokens; ``release`` undoes it."""
+    for module in model.modules():
+        if hasattr(module, TIMES):
+            module.__dict__[TIMES] = functools.partial(times_of_tokens, module)
+
+
+def release(model: nn.Module) -> None:
+    """Remove the guard."""
+    for module in model.modules():
+        module.__dict__.pop(TIMES, None)
+
+
 WHISPER = bart_like(
     "whisper",
     "Whisper",
@@ -44,5 +77,10 @@ WHISPER = bart_like(
     heads=("ForConditionalGeneration", "Model", "ForAudioClassification"),
     copying_heads=(),
     averaging_heads=("WhisperForAudioClassification",),
-    functions={"input_rows": input_rows, "replace_inputs": replace_inputs},
+    functions={
+        "input_rows": input_rows,
+        "replace_inputs": replace_inputs,
+        "prepare": prepare,
+        "release": release,
+    },
 )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from functools import partial
 
 import pytest
+import torch
+import transformers
 from cases import ESTIMATORS, PLACES, SCORERS, Case, all_sites, hard, refusal, stock
+from examples import TEXT_SIZES
 from torch import nn
 
 import hf_hardattn
@@ -124,6 +129,44 @@ def test_an_unsupported_model_is_refused():
         HardAttentionError, match="Linear is not supported by hard attention; known families: .*'?t5.*vit"
     ):
         hf_hardattn.apply(nn.Linear(2, 2), {})
+
+
+@pytest.mark.parametrize("name", ["BertModel", "RobertaModel", "XLMRobertaModel", "BertLMHeadModel"])
+def test_an_encoder_that_is_a_decoder_is_refused_with_the_setting_that_makes_it_one(name):
+    cls = getattr(transformers, name)
+    sizes = dict(TEXT_SIZES, num_hidden_layers=1, is_decoder=True)
+    with pytest.raises(HardAttentionError, match=f"{name} is not supported.* knows it with is_decoder=False"):
+        hf_hardattn.apply(cls(cls.config_class(**sizes)), {"budget": 0.5})
+    with pytest.raises(HardAttentionError, match=f"{name} was asked for hard attention.* is_decoder=False"):
+        cls(cls.config_class(**sizes, hard_attention={"budget": 0.5}))
+
+
+def mapped(model, pixels):
+    weights = dict(model.named_parameters())
+    return torch.func.vmap(lambda one: torch.func.functional_call(model, weights, (one[None],)).logits[0])(pixels)
+
+
+WITHOUT_NUMBERS = {
+    "torch.jit.trace": lambda model, pixels: torch.jit.trace(model, (pixels,), strict=False, check_trace=False)(pixels),
+    "torch.vmap": mapped,
+    "the device 'meta'": lambda model, pixels: copy.deepcopy(model).to("meta")(pixels.to("meta")).logits,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing and vmap warn of what they do
+@pytest.mark.parametrize("site", ["vision.inputs", "vision.tokens.1", "vision.self.0"])
+@pytest.mark.parametrize("where", WITHOUT_NUMBERS)
+@torch.no_grad()
+def test_a_number_that_cannot_be_read_is_refused_and_a_fixed_one_need_not_be(where, site):
+    """A trace would keep as many positions of every input as of the one that it was made with."""
+    example = stock("vit", "ViTForImageClassification")
+    call = partial(WITHOUT_NUMBERS[where], example.model, example.batch["pixel_values"])
+    for budget in ("threshold:0.5", "top_p:0.6"):
+        hf_hardattn.apply(example.model, {"sites": [site], "budget": budget})
+        with pytest.raises(HardAttentionError, match=f"'{site}' reads how many positions are kept, (under|on) {where}"):
+            call()
+    hf_hardattn.apply(example.model, {"sites": [site], "budget": 3})
+    call()
 
 
 def test_recording_and_replaying_need_sites():
