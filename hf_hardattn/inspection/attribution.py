@@ -107,7 +107,7 @@ def integrated_gradients(evaluator: PerturbationEvaluator, steps: int = 20) -> T
         found = method.attribute(inputs, baselines=baseline, n_steps=steps, internal_batch_size=len(inputs))
     except NotImplementedError as error:  # T5's sequence classifier
         raise HardAttentionError(
-            f"{type(evaluator.model).__name__} takes no embeddings; integrated gradients of a text need them. Leave them out."
+            f"{type(evaluator.model).__name__} accepts no embeddings; integrated gradients of a text need them. Leave this method out."
         ) from error
     if evaluator.tower != "vision":
         return found.sum(-1).float()

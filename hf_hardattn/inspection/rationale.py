@@ -43,7 +43,7 @@ def kept_per_token(recording: Recording, site: str, beam_indices: Tensor | None 
     if not once and len(steps) < int((rows >= 0).sum(-1).max()):
         raise HardAttentionError(
             f"the recording holds {len(steps)} selections at '{site}' and the sequences have "
-            f"{int((rows >= 0).sum(-1).max())} tokens; record exactly the generate() call that gave beam_indices."
+            f"{int((rows >= 0).sum(-1).max())} tokens; record exactly the generate() call that returned beam_indices."
         )
     kept = [
         steps[0 if once else t].cpu()[rows[:, t].clamp(min=0)] for t in range(min(count, count if once else len(steps)))
@@ -69,7 +69,7 @@ def spans_per_token(
     kept = kept_per_token(recording, site, beam_indices)
     if len(offsets) != len(kept):
         raise HardAttentionError(
-            f"{len(offsets)} lists of offsets for {len(kept)} generated rows; each row has one, repeated where one source gave several."
+            f"{len(offsets)} lists of offsets for {len(kept)} generated rows; pass one per row, repeated for rows of the same source."
         )
     return [[character_spans(token, spans) for token in row] for row, spans in zip(kept, offsets, strict=True)]
 
@@ -84,7 +84,7 @@ def character_spans(kept: Tensor, offsets: Sequence[tuple[int, int]]) -> list[tu
     """
     if len(offsets) > len(kept):
         raise HardAttentionError(
-            f"{len(offsets)} offsets for {len(kept)} places; each token has one. Take both from the same tokenizer call."
+            f"{len(offsets)} offsets for {len(kept)} positions; each token has one. Use the same tokenizer call for both."
         )
     spans: list[tuple[int, int]] = []
     for keep, (start, end) in zip(kept.tolist(), offsets, strict=False):
@@ -112,7 +112,7 @@ def pixel_boxes(
     first = len(kept) - across * down
     if not 0 <= first < max(across, 2):
         raise HardAttentionError(
-            f"{len(kept)} places do not fit {down} x {across} patches of {patch_size} pixels and CLS; check patch_size and model_size."
+            f"{len(kept)} positions do not fit {down} x {across} patches of {patch_size} pixels and CLS; check patch_size and model_size."
         )
     tall, wide = image_size or model_size
     y, x = patch_size * tall / height, patch_size * wide / width
@@ -132,7 +132,7 @@ def frame_places(kept: Tensor, frames: int) -> Tensor:
     if rest == 0 and patches > 1:
         return kept[1:].unflatten(0, (frames, patches))
     if len(kept) < frames:
-        raise HardAttentionError(f"{frames} frames for {len(kept)} places; a frame is one place or more.")
+        raise HardAttentionError(f"{frames} frames for {len(kept)} positions; a frame has at least one position.")
     return kept[:frames, None]
 
 

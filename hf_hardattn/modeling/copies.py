@@ -30,8 +30,8 @@ def hide_dropped(plan: TowerPlan, context: ForwardContext, arguments: Arguments)
     """
     if context.source_given and context.kept_source is not None:
         raise HardAttentionError(
-            f"encoder_outputs holds states that a selection left, and this head feeds '{plan.name}' the whole input; what was dropped would "
-            "come back through it. Give input_ids alone, or decoder_input_ids too."
+            f"encoder_outputs holds only kept states, but this head feeds '{plan.name}' the whole input, which would bring back the dropped "
+            "rows. Pass only input_ids, or decoder_input_ids too."
         )
     source = context.towers.get(plan.reads or "")
     ids: Tensor | None = arguments.get("input_ids")

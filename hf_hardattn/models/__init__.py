@@ -17,7 +17,7 @@ _loaded: dict[str, Family] = {}
 
 
 def names() -> tuple[str, ...]:
-    """Names of the families, sorted."""
+    """Return the names of the families, sorted."""
     return _names
 
 
