@@ -76,8 +76,8 @@ def _warn_of_lonely_selectors(model: Any, built: Mapping[str, Selector]) -> None
         sharded = any(hasattr(weight, "full_tensor") for weight in module.parameters(recurse=False))
         if sharded or isinstance(module, nn.parallel.DistributedDataParallel):
             warnings.warn(
-                f"the selectors of {learned} were made after {'FSDP2' if sharded else 'DDP'} had wrapped {type(model).__name__}: their "
-                "gradients are not averaged over the processes, which so drift apart. Call apply() first, then wrap the model.",
+                f"the selectors of {learned} were created after {'FSDP2' if sharded else 'DDP'} had wrapped {type(model).__name__}: their "
+                "gradients are not averaged across the processes, which therefore drift apart. Call apply() first, then wrap the model.",
                 stacklevel=3,
             )
             return
@@ -124,7 +124,7 @@ def family_or_refuse(model: nn.Module) -> Family:
     if family is None:
         raise HardAttentionError(
             f"{type(model).__name__} is not supported by hard attention; {models.why_unknown(model)}. "
-            "A new one is a row of names in hf_hardattn/models/."
+            "To add a family, add its row of names to hf_hardattn/models/."
         )
     return family
 
@@ -247,7 +247,7 @@ def set_reward(model: nn.Module, reward: Callable[[dict[str, Any], Any], Tensor]
     if found and not any("reward" in selector.estimator.needs for selector in found):
         names = sorted({selector.config.estimator for selector in found})
         warnings.warn(
-            f"no site of {type(unwrap(model)).__name__} reads a reward: its estimators are {', '.join(names)}. Use a score-function estimator "
+            f"no site of {type(unwrap(model)).__name__} uses a reward: its estimators are {', '.join(names)}. Use a score-function estimator "
             "('reinforce', 'rloo', 'grpo'), or leave the reward out.",
             stacklevel=2,
         )

@@ -47,12 +47,16 @@ class Budget:
         budget = read_amount(budget, "budget", where)
         if isinstance(budget, int) and not isinstance(budget, bool):
             if not 1 <= budget <= MOST_COUNT:
-                raise _out_of_range(budget, where, f"an int budget counts positions to KEEP, >= 1 and <= {MOST_COUNT}.")
+                raise _out_of_range(
+                    budget, where, f"an int budget is the number of positions to KEEP, >= 1 and <= {MOST_COUNT}."
+                )
             return cls("count", budget)
         if isinstance(budget, float):
             if not 0.0 < budget <= 1.0:
                 raise _out_of_range(
-                    budget, where, "a float budget is the ratio to KEEP, in (0, 1]. An int counts positions."
+                    budget,
+                    where,
+                    "a float budget is the ratio to KEEP, in (0, 1]. Use an int for a number of positions.",
                 )
             return cls("ratio", budget)
         kind, _, number = budget.partition(":") if isinstance(budget, str) else ("", "", "")
@@ -60,7 +64,7 @@ class Budget:
             raise HardAttentionError(f"budget={shown(budget)} is not a budget at {shown(where)}; {_RULE}")
         value = float(number) if _NUMBER.fullmatch(number) else -1.0
         if not 0.0 < value < 1.0:
-            raise _out_of_range(budget, where, f"the number behind '{kind}:' lies in (0, 1).")
+            raise _out_of_range(budget, where, f"the number after '{kind}:' must be in (0, 1).")
         return cls(kind, value)
 
     @property
@@ -149,7 +153,9 @@ def read_budget(budget: Any, where: str) -> Any:
     for name in ("start", "end"):
         if not 0.0 < schedule[name] <= 1.0:
             raise _out_of_range(
-                schedule[name], where, f"a schedule's {name} is the ratio to KEEP, in (0, 1]; counts have no schedule."
+                schedule[name],
+                where,
+                f"a schedule's {name} is the ratio to KEEP, in (0, 1]; a count cannot be scheduled.",
             )
     return schedule
 

@@ -60,7 +60,7 @@ def compile(model: Model, batch: Mapping[str, Any] | None = None, *, mode: str |
     _refuse(inner)
     if not parts:
         raise HardAttentionError(
-            f"nothing of {type(inner).__name__} can be compiled: generate() gives it no static cache, and it has no vision tower. Run it as it is."
+            f"no part of {type(inner).__name__} can be compiled: generate() has no static cache for it, and it has no vision tower. Run it uncompiled."
         )
     mode = mode or fastest(inner)
     for part in parts:
@@ -98,7 +98,7 @@ class CompiledCall:
 def _refuse(model: nn.Module) -> None:
     if model.training:
         raise HardAttentionError(
-            f"{type(model).__name__} is in training mode; hf_hardattn.compile compiles for inference. Call model.eval() first, or use "
+            f"{type(model).__name__} is in training mode; hf_hardattn.compile is for inference. Call model.eval() first, or use "
             "torch.compile(model) to train."
         )
     refuse_sharded(model, "hf_hardattn.compile")
@@ -113,8 +113,8 @@ def fastest(model: nn.Module) -> str:
     if not asking:
         return "cuda_graphs"
     warnings.warn(
-        f"compiled without CUDA graphs: at {', '.join(asking)} only the scores tell how many positions are kept, and a graph cannot wait for "
-        "that number. Give these sites a count or a ratio as their budget.",
+        f"compiled without CUDA graphs: at {', '.join(asking)} the scores decide how many positions are kept, and a graph cannot wait for "
+        "that number. Use a count or a ratio as the budget of these sites.",
         stacklevel=3,
     )
     return "default"

@@ -110,16 +110,16 @@ class SiteConfig:
             self._check_sequential(where)
         if self.soft_rate and registry.load("estimators", self.estimator).trains_gathered:
             raise HardAttentionError(
-                f"soft_rate={shown(self.soft_rate)} at {shown(where)} computes rows with full attention; estimator '{self.estimator}' computes on the "
-                "kept positions only. Use 0, or an estimator that trains masked ('simple', 'straight_through' ...)."
+                f"soft_rate={shown(self.soft_rate)} at {shown(where)} computes some rows with full attention; estimator '{self.estimator}' computes only "
+                "the kept positions. Use 0, or an estimator that trains with masked execution ('simple', 'straight_through' ...)."
             )
 
     def _check_automatic(self, where: str) -> None:
         """Refuse scorer options while the scorer is ``"auto"``."""
         if self.scorer_options:
             raise HardAttentionError(
-                f"scorer_options={shown(self.scorer_options)} at {shown(where)} are of no scorer; scorer 'auto' becomes a name when the "
-                f"configuration is attached. Name the scorer: {', '.join(map(repr, registry.names('scorers')))}."
+                f"scorer_options={shown(self.scorer_options)} at {shown(where)} belong to no scorer; scorer 'auto' is replaced by a named one when "
+                f"hard attention is applied. Name the scorer: {', '.join(map(repr, registry.names('scorers')))}."
             )
 
     def _check_sequential(self, where: str) -> None:
@@ -129,16 +129,16 @@ class SiteConfig:
         if asks:
             raise HardAttentionError(
                 f"scorer '{self.scorer}' selects in several glimpses at {shown(where)}; estimator '{self.estimator}' (needs {', '.join(asks)}) "
-                "reads the scores of one. Use an estimator with gates or a reward ('simple', 'rloo' ...)."
+                "supports only one. Use an estimator with gates or a reward ('simple', 'rloo' ...)."
             )
         if not estimator.exact_budget and self.estimator != "soft":
             raise HardAttentionError(
-                f"estimator '{self.estimator}' at {shown(where)} keeps a number of its own in training; scorer '{self.scorer}' spreads a count "
-                "over its glimpses. Use halting_cost to stop early, with an estimator that keeps exactly its budget ('simple', 'rloo' ...)."
+                f"estimator '{self.estimator}' at {shown(where)} does not keep an exact count in training; scorer '{self.scorer}' divides a count "
+                "among its glimpses. Use halting_cost to stop early, with an estimator that keeps exactly its budget ('simple', 'rloo' ...)."
             )
         if isinstance(self.budget, str):
             raise HardAttentionError(
-                f"budget={shown(self.budget)} at {shown(where)} counts by the scores; scorer '{self.scorer}' needs a count to spread over its "
+                f"budget={shown(self.budget)} at {shown(where)} lets the scores decide the count; scorer '{self.scorer}' divides a fixed count among its "
                 "glimpses. Use an int or a ratio, with halting_cost to stop early."
             )
 
@@ -290,7 +290,7 @@ class HardAttentionConfig(SiteConfig):
         """
         if not isinstance(data, Mapping):
             raise HardAttentionError(
-                f"hard_attention={shown(data)} is not a configuration; give a HardAttentionConfig or its dict."
+                f"hard_attention={shown(data)} is not a configuration; pass a HardAttentionConfig or its dict."
             )
         # Check this first: a newer schema may have keys and values that are unknown here.
         check_schema_version(data.get("schema_version", SCHEMA_VERSION))

@@ -25,7 +25,7 @@ Reader = Callable[[str, Any, str], Any]
 def _name(name: str, value: Any, where: str) -> str:
     if not isinstance(value, str) or len(value) > 200:
         raise HardAttentionError(
-            f"{name}={shown(value)} is not a name at {shown(where)}; give a string of 200 characters at most. "
+            f"{name}={shown(value)} is not a name at {shown(where)}; use a string of at most 200 characters. "
             "`hf-hardattn list` shows the names."
         )
     return value
@@ -34,12 +34,12 @@ def _name(name: str, value: Any, where: str) -> str:
 def _options(name: str, value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise HardAttentionError(
-            f"{name}={shown(value)} is not a dict at {shown(where)}; give keyword options by name."
+            f"{name}={shown(value)} is not a dict at {shown(where)}; use a dict of keyword options."
         )
     for option, setting in value.items():
         if not isinstance(option, str):
             raise HardAttentionError(
-                f"{name} has the key {shown(option)} at {shown(where)}; options have names, strings."
+                f"{name} has the key {shown(option)} at {shown(where)}; the names of options are strings."
             )
         check_json(option, setting, f"{name} of {shown(where)}")
     return copy.deepcopy(dict(value))
@@ -68,7 +68,7 @@ def _backward_temperature(name: str, value: Any, where: str) -> Any:
     if isinstance(value, str):
         raise HardAttentionError(
             f"{name}={shown(value)} is not a temperature at {shown(where)}; use a number, a schedule, 'adaptive', or None "
-            "for that of the choice."
+            "for that of the selection."
         )
     return _scheduled(TEMPERATURE, "it must stay > 0")(name, value, where)
 
@@ -76,8 +76,8 @@ def _backward_temperature(name: str, value: Any, where: str) -> Any:
 def _anneal(name: str, value: Any, where: str) -> Any:
     if value is not None and (not is_number(value) or value not in PROBABILITY):
         raise HardAttentionError(
-            f"{name}={shown(value)} is out of range at {shown(where)}; it is a share of the training, {PROBABILITY}, or None for what "
-            "suits the estimator."
+            f"{name}={shown(value)} is out of range at {shown(where)}; it is a share of the training, {PROBABILITY}, or None for the "
+            "estimator's default."
         )
     return value
 
@@ -98,7 +98,7 @@ def choice(options: Mapping[bool | None, str]) -> Reader:
         if not any(value is option for option in options):
             meanings = [f"{option} ({meaning})" for option, meaning in options.items()]
             raise HardAttentionError(
-                f"{name}={shown(value)} is not a choice at {shown(where)}; use {', '.join(meanings[:-1])} or {meanings[-1]}."
+                f"{name}={shown(value)} is not a valid value at {shown(where)}; use {', '.join(meanings[:-1])} or {meanings[-1]}."
             )
         return value
 
@@ -130,7 +130,7 @@ READERS: dict[str, Reader] = {
     "soft_rate": probability,
     "entropy_weight": scheduled_weight,
     "score_function_weight": _weight,
-    "per_head": choice({True: "each head chooses", False: "heads share a choice"}),
+    "per_head": choice({True: "each head selects", False: "heads share one selection"}),
     "share_selection": choice({True: "layers share one selection", False: "each layer selects"}),
     "execution": _execution,
     "pack": choice({None: "where the host knows the counts", True: "always", False: "never"}),

@@ -124,7 +124,7 @@ class Rule:
         if kind is None and self.choices and isinstance(value, str):
             raise unknown(name, value, [choice for choice in self.choices if isinstance(choice, str)], where)
         if kind is None:
-            raise HardAttentionError(f"{name}={shown(value)} has a wrong type at {where}; it must be {self}.")
+            raise HardAttentionError(f"{name}={shown(value)} has the wrong type at {where}; it must be {self}.")
         if kind in _DEFAULT_RANGES:
             numbers = self.range or _DEFAULT_RANGES[kind]
             if value not in numbers:
@@ -168,7 +168,7 @@ def _json_problem(item: Any, depth: int) -> str:
     if isinstance(item, float):
         return "" if math.isfinite(item) else "holds a number that is not finite"
     if isinstance(item, int):
-        return "" if abs(item) <= 2**53 else "holds an int beyond 2**53, which JSON does not keep"
+        return "" if abs(item) <= 2**53 else "holds an int beyond 2**53, which JSON cannot represent exactly"
     return "" if item is None or isinstance(item, list) else f"holds a {type(item).__name__}"
 
 
@@ -254,7 +254,7 @@ def check_options(member: type[Configurable], name: str, options: Mapping[str, A
     place = f"{member.kind} {name} ({member.kind}_options of {shown(where)})"
     for option, rule in rules.items():
         if rule.required and option not in options:
-            raise HardAttentionError(f"option {option!r} is missing at {place}; it has no default. Give {rule}.")
+            raise HardAttentionError(f"option {option!r} is missing at {place}; it has no default. Set it to {rule}.")
     _check_values(member, options, place)
 
 

@@ -27,15 +27,15 @@ def read_sites(sites: Any) -> dict[str, dict[str, Any]] | None:
         sites = [sites]
     if not isinstance(sites, (Mapping, list, tuple, Set)):
         raise HardAttentionError(
-            f"sites={shown(sites)} is not a choice of sites; give a glob, a list of globs, or a dict of globs to overrides."
+            f"sites={shown(sites)} does not name sites; use a glob, a list of globs, or a dict from globs to overrides."
         )
     if not sites:
-        raise HardAttentionError("sites is empty; name at least one site, or None for the recommended ones.")
+        raise HardAttentionError("sites is empty; name at least one site, or use None for the recommended ones.")
     read = {}
     for pattern in sites:
         if not isinstance(pattern, str) or not 0 < len(pattern) <= MOST_GLOB:
             raise HardAttentionError(
-                f"sites names {shown(pattern)}; a glob is a string of 1 to {MOST_GLOB} characters, such as 'vision.tokens.*'."
+                f"sites contains {shown(pattern)}; a glob is a string of 1 to {MOST_GLOB} characters, such as 'vision.tokens.*'."
             )
         read[pattern] = _read_overrides(sites[pattern] if isinstance(sites, Mapping) else None, pattern)
     return read
@@ -48,7 +48,7 @@ def _read_overrides(overrides: Any, pattern: str) -> dict[str, Any]:
         overrides = {"budget": overrides}
     if not isinstance(overrides, Mapping):
         raise HardAttentionError(
-            f"sites says {shown(overrides)} at {shown(pattern)}; give a dict of fields, or a budget: a count, a ratio or a string."
+            f"sites maps {shown(pattern)} to {shown(overrides)}; use a dict of fields, or a budget: a count, a ratio or a string."
         )
     if overrides.keys() & {"start", "sample"} and "budget" not in overrides:
         overrides = {"budget": overrides}  # just a schedule or a range

@@ -269,11 +269,11 @@ def _four_dimensions(site: str, mask: Any) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 4):
         what = f"a tensor of {mask.dtype}, {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise HardAttentionError(
-            f"the selection to replay at '{site}' is {what}; give a bool tensor [B, N] or [B, H, Q, N], True where to keep."
+            f"the selection to replay at '{site}' is {what}; pass a bool tensor [B, N] or [B, H, Q, N], True at kept positions."
         )
     return mask[:, None, None, :] if mask.dim() == 2 else mask
 
 
 def _in_order(site: str, masks: list[Tensor]) -> Iterator[Tensor]:
     yield from masks
-    raise HardAttentionError(f"the recording holds fewer selections at '{site}' than the replayed calls make.")
+    raise HardAttentionError(f"the recording holds fewer selections at '{site}' than the replayed calls need.")

@@ -51,12 +51,12 @@ def register(kind: str, name: str, member: type, *, overwrite: bool = False) -> 
     kind = _plural(kind)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise HardAttentionError(
-            f"{shown(name)} is no name for a plug-in; it begins with a letter and holds letters, digits, '_' and '-', 100 at most."
+            f"{shown(name)} is not a valid name for a plug-in; use at most 100 letters, digits, '_' and '-', with a letter first."
         )
     _check_member(kind, name, member)
     if name in names(kind) and not overwrite and _registered.get((kind, name)) is not member:
         raise HardAttentionError(
-            f"{kind[:-1]} {name!r} is registered already; a name stands for one class. Take another name, or overwrite=True."
+            f"{kind[:-1]} {name!r} is already registered; a name stands for one class. Use another name, or overwrite=True."
         )
     _registered[kind, name] = member
 
@@ -138,7 +138,7 @@ def _load_plugin(kind: str, name: str) -> Any:
     except Exception as error:  # noqa: BLE001 - somebody else's module may raise anything
         text = " ".join(str(error).split())[:300]
         raise HardAttentionError(
-            f"{place} cannot be imported ({type(error).__name__}: {text}). Repair or uninstall the package that brings it."
+            f"{place} cannot be imported ({type(error).__name__}: {text}). Fix or uninstall the package that provides it."
         ) from error
     _check_member(kind, name, member)
     return member
@@ -162,7 +162,7 @@ def _check_member(kind: str, name: str, member: Any) -> None:
     base = _base(kind)
     if not inspect.isclass(member) or not issubclass(member, base) or member is base:
         raise HardAttentionError(
-            f"{shown(member)} cannot be {kind[:-1]} {name!r}; it must be a subclass of hf_hardattn.{kind}.{base.__name__}."
+            f"{shown(member)} cannot be used as {kind[:-1]} {name!r}; it must be a subclass of hf_hardattn.{kind}.{base.__name__}."
         )
     if kind != "estimators":
         return
@@ -174,5 +174,5 @@ def _check_member(kind: str, name: str, member: Any) -> None:
         )
     if not isinstance(needs, tuple) or not set(needs) <= set(known):
         raise HardAttentionError(
-            f"needs={shown(needs)} of estimator {name!r} is not known; it is a tuple of {', '.join(map(repr, known))}."
+            f"needs={shown(needs)} of estimator {name!r} is not valid; it must be a tuple of {', '.join(map(repr, known))}."
         )

@@ -162,8 +162,8 @@ def write_schedule(value: Any) -> Any:
 def _check_value(name: str, value: Any, where: str) -> None:
     if not is_number(value) or not abs(value) <= LARGEST:
         raise HardAttentionError(
-            f"{name}={shown(value)} of a schedule at {shown(where)} is not a finite number; start and end are numbers, "
-            f"{LARGEST:g} at most."
+            f"{name}={shown(value)} of a schedule at {shown(where)} is not a finite number; start and end are numbers of "
+            f"at most {LARGEST:g}."
         )
 
 
@@ -173,5 +173,5 @@ def _check_steps(name: str, count: Any, low: int, where: str) -> None:
     if not share and not whole:
         raise HardAttentionError(
             f"{name}={shown(count)} of a schedule at {shown(where)}; an int counts optimizer steps, >= {low} and <= {MOST_COUNT}; "
-            "steps and delay may also be a float in (0, 1], the share of all training steps."
+            "steps and delay may also be a float in (0, 1], a share of all training steps."
         )

@@ -50,10 +50,10 @@ def check_schema_version(version: Any) -> None:
     """Raise ``HardAttentionError`` unless ``version`` is one that this release reads."""
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise HardAttentionError(
-            f"schema_version={shown(version)} is no version; it is an int from 1 to {SCHEMA_VERSION}. Leave it out."
+            f"schema_version={shown(version)} is not a valid version; it must be an int from 1 to {SCHEMA_VERSION}. Leave it out."
         )
     if version > SCHEMA_VERSION:
         raise HardAttentionError(
-            f"schema_version={shown(version)} is newer than this hf_hardattn knows ({SCHEMA_VERSION}); "
+            f"schema_version={shown(version)} is newer than this hf_hardattn supports ({SCHEMA_VERSION}); "
             "a newer release wrote this configuration. Upgrade with: pip install -U hf-hardattn"
         )

@@ -25,7 +25,7 @@ def unwrap(model: Any) -> nn.Module:
         inner = getattr(inner, "model", None)
     if not isinstance(inner, nn.Module):
         raise HardAttentionError(
-            f"{type(model).__name__} is no model; hard attention takes a torch.nn.Module, however it is wrapped. Load it first, "
+            f"{type(model).__name__} is not a model; hard attention needs a torch.nn.Module, wrapped or not. Load it first, "
             "with from_pretrained(...)."
         )
     while True:
@@ -51,8 +51,8 @@ def refuse_other_than_batch(batch: Any, verb: str) -> None:
     """
     if not isinstance(batch, Mapping):
         raise HardAttentionError(
-            f"{verb} got {type(batch).__name__}; a batch is a dict of the model's keyword inputs, such as {{'pixel_values': images}}. Give it "
-            "by name."
+            f"{verb} got {type(batch).__name__}; a batch is a dict of the model's keyword inputs, such as {{'pixel_values': images}}. Pass "
+            "such a dict."
         )
 
 
@@ -65,8 +65,8 @@ def refuse_sharded(model: nn.Module, verb: str) -> None:
     name = next((name for name, weight in model.named_parameters() if hasattr(weight, "full_tensor")), None)
     if name is not None:
         raise HardAttentionError(
-            f"'{name}' of {type(model).__name__} is sharded by FSDP2; {verb} needs the weights in one piece. Call it before fully_shard(), or "
-            "on a model loaded from a whole checkpoint."
+            f"'{name}' of {type(model).__name__} is sharded by FSDP2; {verb} needs unsharded weights. Call it before fully_shard(), or "
+            "on a model loaded from a complete checkpoint."
         )
 
 
@@ -79,6 +79,6 @@ def refuse_offloaded(model: nn.Module, verb: str) -> None:
     name = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
     if name is not None:
         raise HardAttentionError(
-            f"'{name}' of {type(model).__name__} is offloaded, and not in memory between calls; {verb} needs it there. Call it on a model "
-            "that is loaded whole, before cpu_offload() or disk_offload()."
+            f"'{name}' of {type(model).__name__} is offloaded, and so not in memory between calls; {verb} needs it there. Call it on a "
+            "fully loaded model, before cpu_offload() or disk_offload()."
         )

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise SystemExit(0)
     name = peek(words, "model_name_or_path")
     if name is None:
-        raise HardAttentionError("no model is named; give --model_name_or_path, a directory or a Hub name.")
+        raise HardAttentionError("no model is given; pass --model_name_or_path, a directory or a Hub name.")
     config = AutoConfig.from_pretrained(name, revision=peek(words, "model_revision") or "main")
     kinds = {**dict.fromkeys(encoders(), "encoder"), **dict.fromkeys(decoders(), "decoder")}
     family = kinds.get(config.model_type, config.model_type)

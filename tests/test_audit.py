@@ -105,7 +105,9 @@ def test_position_bias_is_found() -> None:
 def test_wrong_columns() -> None:
     with pytest.raises(HardAttentionError, match=r"column 'label' has 3 values for 200 rows"):
         audit(noise(), everywhere(), {"label": [1, 2, 3]})
-    with pytest.raises(HardAttentionError, match=r"column 'x' has shape \(2, 2\); the places have \(200, 17\)"):
+    with pytest.raises(
+        HardAttentionError, match=r"column 'x' has shape \(2, 2\); it must have that of the positions, \(200, 17\)"
+    ):
         audit(noise(), everywhere(), {"x": torch.zeros(2, 2, dtype=torch.long)})
     with pytest.raises(HardAttentionError, match=r"kept \(200, 17\) and places \(1, 17\) differ"):
         audit(noise(), everywhere()[:1], {})

@@ -129,12 +129,12 @@ def test_a_missing_number_is_no_card(source):
     results.write_text(json.dumps(data))
     with pytest.raises(
         HardAttentionError,
-        match=r"accuracy' is missing\); a card is not written with a number missing; at runs\[2\].value",
+        match=r"accuracy' is missing\); no number of a card may be missing; at runs\[2\].value",
     ):
         write_card(source)
     assert not (source.parent / "README.md").exists() and not (source.parent / "card.json").exists()
     results.unlink()
-    with pytest.raises(HardAttentionError, match="demo.json cannot be read .* a card's numbers come from it"):
+    with pytest.raises(HardAttentionError, match="demo.json cannot be read .* the numbers of the card come from it"):
         write_card(source)
 
 
@@ -148,17 +148,17 @@ def test_a_missing_section_is_no_card(source):
     change(
         source, energy={"not_measured": "no meter"}, uses={"intended": ["a"], "out_of_scope": ["b"], "limits": ["c"]}
     )
-    with pytest.raises(HardAttentionError, match="runs of 'random' .a failed run is a run too"):
+    with pytest.raises(HardAttentionError, match="runs of 'random' .failed runs count too"):
         write_card(source)
     change(source, energy={"not_measured": ""})
-    with pytest.raises(HardAttentionError, match="energy: not_measured gives a reason and stands alone"):
+    with pytest.raises(HardAttentionError, match="energy: not_measured must give a reason and be the only key"):
         write_card(source)
 
 
 def test_a_number_written_by_hand_is_refused(source):
     change(source, energy={"kwh": 0.1})
     with pytest.raises(
-        HardAttentionError, match="energy.kwh=0.1 is written by hand; a card's numbers come from results JSON"
+        HardAttentionError, match="energy.kwh=0.1 is written by hand; a card's numbers must come from results JSON"
     ):
         write_card(source)
 
@@ -248,7 +248,7 @@ def test_names_are_names(source, field, value):
         record["pictures"][0]["file"] = value
     else:
         record[field] = value
-    with pytest.raises(HardAttentionError, match="is no (repository's name|picture's file)"):
+    with pytest.raises(HardAttentionError, match="is not (the name of a repository|a picture file)"):
         render(record)
 
 
@@ -257,12 +257,12 @@ def test_the_check_bites(source):
     folder, text = source.parent, card.read_text()
     assert check_card(folder) == []
     card.write_text(text.replace("89.5%", "98.5%"))
-    assert "README.md is not what card.json says" in check_card(folder)[0]
+    assert "README.md does not match card.json" in check_card(folder)[0]
     card.write_text(text)
     results = source.parents[2] / "results" / "demo.json"
     results.write_text(results.read_text().replace("0.8945", "0.9945"))
     problems = check_card(folder)
-    assert any("card.json is not what source.json and the results say now" in problem for problem in problems)
+    assert any("card.json does not match source.json and the current results" in problem for problem in problems)
     assert any("demo.json changed since the card was written" in problem for problem in problems)
     assert CliRunner().invoke(app, ["card", "--check", str(folder)]).exit_code == 1
     write_card(source)

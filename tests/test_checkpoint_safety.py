@@ -96,7 +96,7 @@ def test_a_flipped_bit_is_noticed_in_every_file(trained: Path) -> None:
             continue
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        assert checkpoints.damage(trained) == f"{path.name} does not hold what was written"
+        assert checkpoints.damage(trained) == f"{path.name} has changed since it was written"
         path.write_bytes(whole)
     assert checkpoints.damage(trained) is None
 
@@ -145,5 +145,5 @@ def test_an_impossible_output_dir_is_refused_before_anything_is_read(
 ) -> None:
     (tmp_path / "file").write_text("x")
     folder = {"a file": "file", "under a file": "file/run", "too long": "x" * 300, "no name": "a\0b"}[place]
-    with pytest.raises(HardAttentionError, match="--output_dir .* cannot be written to"):
+    with pytest.raises(HardAttentionError, match="--output_dir .* is not writable"):
         run(flags, tmp_path / folder)

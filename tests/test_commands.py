@@ -123,7 +123,7 @@ def test_an_output_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     assert place(wanted, default) == wanted and place(None, default) == default
     for path in (wanted, default, tmp_path / "report-2.html"):
         path.write_text("x")
-    with pytest.raises(HardAttentionError, match="mine.html' exists already; .* add --overwrite"):
+    with pytest.raises(HardAttentionError, match="mine.html' already exists; .* add --overwrite"):
         place(wanted, default)
     assert place(None, default) == tmp_path / "report-3.html"
     assert place(wanted, default, overwrite=True) == wanted and place(None, default, overwrite=True) == default
@@ -135,7 +135,7 @@ def test_an_output_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
 def test_a_training_does_not_overwrite_another(tmp_path: Path, left: str) -> None:
     refuse_to_overwrite(tmp_path)
     (tmp_path / left).mkdir()
-    with pytest.raises(HardAttentionError, match=f"holds an earlier run .{left}.* --overwrite, or go on with it"):
+    with pytest.raises(HardAttentionError, match=f"holds an earlier run .{left}.* --overwrite, or continue it"):
         refuse_to_overwrite(tmp_path)
 
 
@@ -146,7 +146,7 @@ def test_an_evaluation_never_replaces_the_record_of_a_training(tmp_path: Path, m
     assert folder_of_evaluation(model, str(model), by_default=True) == Path("outputs/evaluation/vit")
     assert folder_of_evaluation(model, "me/vit", by_default=True) == Path("outputs/evaluation/me--vit")
     for overwrite in (False, True):
-        with pytest.raises(HardAttentionError, match="holds the record of a training"):
+        with pytest.raises(HardAttentionError, match="holds the results of a training run"):
             folder_of_evaluation(model, str(model), by_default=False, overwrite=overwrite)
     write_json(tmp_path / "e" / "results.json", {"metrics": {}})
     with pytest.raises(HardAttentionError, match="holds an earlier evaluation"):
@@ -185,17 +185,17 @@ def test_a_folder_of_splits_is_read_as_splits(
 def test_splits_that_cannot_be_told_from_classes_are_refused(tmp_path: Path) -> None:
     for name in ("train", "validation", "unlabelled"):
         (tmp_path / name).mkdir()
-    with pytest.raises(HardAttentionError, match="holds train, unlabelled, validation: splits, and others"):
+    with pytest.raises(HardAttentionError, match="holds train, unlabelled, validation: splits and other folders"):
         _split_folders({"train": tmp_path})
     (tmp_path / "unlabelled").rename(tmp_path / "training")
-    with pytest.raises(HardAttentionError, match="splits, and others beside them"):
+    with pytest.raises(HardAttentionError, match="splits and other folders"):
         _split_folders({"train": tmp_path})
 
 
 def test_a_folder_without_training_data_is_refused(tmp_path: Path) -> None:
     for name in ("validation", "test"):
         (tmp_path / name).mkdir()
-    with pytest.raises(HardAttentionError, match="holds the splits test, validation and none to train on"):
+    with pytest.raises(HardAttentionError, match="holds the splits test, validation but none to train on"):
         _split_folders({"train": tmp_path})
 
 

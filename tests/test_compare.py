@@ -196,14 +196,14 @@ def test_shipped_configurations_hold_what_a_comparison_needs(path):
     "changes, message",
     [
         ({"task": "cluttered_digit"}, "unknown task 'cluttered_digit'"),
-        ({"variants": None}, "names no variants"),
+        ({"variants": None}, "has no variants"),
         ({"varaints": {}}, "unknown key 'varaints'.*Did you mean 'variants'"),
         ({"recipe": {"steps": 3}}, "unknown key of recipe: 'steps'"),
         ({"variants": {"half": {"reduce": 1.5}}}, "variant 'half' is {'reduce': 1.5}; .*a number in \\(0, 1\\]"),
-        ({"variants": {"half": {"reduce": 0.5, "budget": 0.5}}}, "and nothing else"),
+        ({"variants": {"half": {"reduce": 0.5, "budget": 0.5}}}, "and no other setting"),
         (
             {"task": "associative_recall", "task_options": {}, "variants": {"half": {"reduce": 0.5}}},
-            "cannot be made smaller",
+            "cannot be reduced",
         ),
         ({"variants": {"simpel": None}}, "unknown variant without fields: 'simpel'.*Did you mean 'simple'"),
         ({"variants": {"x": {"estimator": "simpel"}}}, "unknown estimator 'simpel'"),
@@ -217,7 +217,7 @@ def test_a_wrong_configuration_raises_before_anything_runs(tmp_path, changes, me
 
 
 def test_wrong_names_on_the_command_line_raise(tmp_path):
-    with pytest.raises(HardAttentionError, match="is no file"):
+    with pytest.raises(HardAttentionError, match="is not a file"):
         Comparison.read(tmp_path / "none.yaml")
     comparison = Comparison("planted_rationale", dict.fromkeys(CONTROLS))
     with pytest.raises(HardAttentionError, match="unknown variant 'sotf'.*Did you mean 'soft'"):

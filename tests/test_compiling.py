@@ -86,7 +86,7 @@ def test_what_cannot_be_compiled_is_refused():
     with pytest.raises(HardAttentionError, match="Did you mean 'packed'"):
         hf_hardattn.compile(example.model.eval(), mode="pack")
     gru = hard("gru", "GruForConditionalGeneration", sites=["decoder.cross.*"], budget=1)
-    with pytest.raises(HardAttentionError, match="nothing of GruForConditionalGeneration can be compiled"):
+    with pytest.raises(HardAttentionError, match="no part of GruForConditionalGeneration can be compiled"):
         hf_hardattn.compile(gru.model)
 
 
@@ -95,7 +95,7 @@ def test_on_a_gpu_only_fixed_counts_become_graphs(monkeypatch, budget, mode):
     example = hard("vit", "ViTForImageClassification", sites=["vision.inputs"], budget=budget)
     monkeypatch.setattr(compiling, "_device", lambda model: "cuda")
     if mode == "default":
-        with pytest.warns(UserWarning, match="without CUDA graphs: at vision.inputs only the scores tell"):
+        with pytest.warns(UserWarning, match="without CUDA graphs: at vision.inputs the scores decide"):
             assert compiling.fastest(example.model) == mode
     else:
         assert compiling.fastest(example.model) == mode

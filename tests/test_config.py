@@ -29,7 +29,7 @@ SITES = ["vision.inputs", *(f"vision.{kind}.{layer}" for kind in ("self", "token
             r"budget=1.3 is out of range at 'the top level'; a float budget is the ratio to KEEP, in \(0, 1\]",
         ),
         ({"budget": 0.0}, "budget=0.0 is out of range"),
-        ({"budget": 0}, "budget=0 is out of range .* an int budget counts positions to KEEP, >= 1"),
+        ({"budget": 0}, "budget=0 is out of range .* an int budget is the number of positions to KEEP, >= 1"),
         ({"budget": True}, "budget=True is not a budget"),
         ({"budget": "half"}, "budget='half' is not a budget"),
         ({"budget": None}, "budget=None is not a budget"),
@@ -39,7 +39,7 @@ SITES = ["vision.inputs", *(f"vision.{kind}.{layer}" for kind in ("self", "token
         ({"estimator": "simpel"}, "unknown estimator 'simpel'; known: .*Did you mean 'simple'"),
         (
             {"scorer_options": {"hidden": 3}},
-            "scorer_options=.* at 'the top level' are of no scorer; scorer 'auto' becomes a name .* Name the scorer: 'attention'",
+            "scorer_options=.* at 'the top level' belong to no scorer; scorer 'auto' is replaced by a named one .* Name the scorer: 'attention'",
         ),
         (
             {"anneal": 1.5},
@@ -69,14 +69,17 @@ SITES = ["vision.inputs", *(f"vision.{kind}.{layer}" for kind in ("self", "token
         ),
         ({"entropy_weight": -1}, "entropy_weight=-1 is out of range .*a loss weight is a number >= 0"),
         ({"execution": "dense"}, "unknown execution 'dense'"),
-        ({"pack": "yes"}, "pack='yes' is not a choice at .*; use None .where the host knows the counts., True"),
+        ({"pack": "yes"}, "pack='yes' is not a valid value at .*; use None .where the host knows the counts., True"),
         ({"sites": []}, "sites is empty"),
         (
             {"sites": {"vision.tokens.3": {"budgt": 1}}},
             "unknown site field 'budgt' at 'vision.tokens.3'.*Did you mean 'budget'",
         ),
         ({"sites": {"vision.tokens.3": {"budget": 1.3}}}, "budget=1.3 is out of range at 'vision.tokens.3'"),
-        ({"schema_version": 99}, "schema_version=99 is newer than this hf_hardattn knows .*pip install -U hf-hardattn"),
+        (
+            {"schema_version": 99},
+            "schema_version=99 is newer than this hf_hardattn supports .*pip install -U hf-hardattn",
+        ),
     ],
 )
 def test_bad_configuration(changes, message):
@@ -178,7 +181,9 @@ def test_schema_version_is_a_small_int(version):
         HardAttentionConfig,
         lambda schema_version: HardAttentionConfig.from_dict({"schema_version": schema_version}),
     ):
-        with pytest.raises(HardAttentionError, match="schema_version=.* is no version; it is an int from 1 to 3"):
+        with pytest.raises(
+            HardAttentionError, match="schema_version=.* is not a valid version; it must be an int from 1 to 3"
+        ):
             make(schema_version=version)
 
 
@@ -212,26 +217,26 @@ def test_patterns_that_contradict_each_other_are_refused_where_they_meet():
     [
         (
             {"per_head": "false"},
-            "per_head='false' is not a choice at 'the top level'; use True .each head chooses. or False",
+            "per_head='false' is not a valid value at 'the top level'; use True .each head selects. or False",
         ),
         (
             {"restore": 1},
-            "restore=1 is not a choice at 'the top level'; use None .the model decides., True .* or False",
+            "restore=1 is not a valid value at 'the top level'; use None .the model decides., True .* or False",
         ),
-        ({"pack": 0}, "pack=0 is not a choice"),
+        ({"pack": 0}, "pack=0 is not a valid value"),
         ({"scorer": []}, r"scorer=\[\] is not a name at 'the top level'"),
         ({"recipe": {}}, "unknown recipe {}; known: 'robust'"),
-        ({"sites": 1.0}, "sites=1.0 is not a choice of sites"),
-        ({"sites": {"a": False}}, "sites says False at 'a'; give a dict of fields, or a budget"),
+        ({"sites": 1.0}, "sites=1.0 does not name sites"),
+        ({"sites": {"a": False}}, "sites maps 'a' to False; use a dict of fields, or a budget"),
         ({"sites": {"a": 0}}, "budget=0 is out of range at 'a'"),
-        ({"sites": {3: {}}}, "sites names 3; a glob is a string"),
+        ({"sites": {3: {}}}, "sites contains 3; a glob is a string"),
         ({"score_function_weight": "x"}, "score_function_weight='x' is out of range"),
         ({"temperature": math.nan}, "value=nan of a schedule at 'the top level, temperature' is not a finite number"),
         ({"temperature": 1e-40}, "temperature=1e-40 is out of range .* it must stay > 0, >= 1e-06"),
         ({"budget": 2**63}, "budget=9223372036854775808 is out of range"),
         ({"budget": 10**5000}, "budget=<int of 16610 bits> is out of range"),
         ({"budget": {"count": 2.5}}, r"budget={'count': 2.5} is out of range .* Write {\"count\": 8} or"),
-        ({"budget": {"start": 8, "end": 4, "steps": 9}}, "budget=8 is out of range .* counts have no schedule"),
+        ({"budget": {"start": 8, "end": 4, "steps": 9}}, "budget=8 is out of range .* a count cannot be scheduled"),
         (
             {"temperature": {"start": "1.0", "end": 1, "steps": 3}},
             "start='1.0' of a schedule at .* is not a finite number",
@@ -249,14 +254,14 @@ def test_patterns_that_contradict_each_other_are_refused_where_they_meet():
             {"scorer": "mlp", "scorer_options": {"hidden": -1}},
             "hidden=-1 is out of range at scorer mlp .scorer_options of 'the top level'.; it must be an int >= 1 and <= 8192",
         ),
-        ({"scorer": "mlp", "scorer_options": {"hidden": 0.5}}, "hidden=0.5 has a wrong type at scorer mlp"),
+        ({"scorer": "mlp", "scorer_options": {"hidden": 0.5}}, "hidden=0.5 has the wrong type at scorer mlp"),
         (
             {"estimator": "rloo", "estimator_options": {"samples": "x"}},
-            "samples='x' has a wrong type at estimator rloo",
+            "samples='x' has the wrong type at estimator rloo",
         ),
         (
             {"estimator_options": {"sample": 1}},
-            "sample=1 has a wrong type at estimator simple .*; it must be True or False",
+            "sample=1 has the wrong type at estimator simple .*; it must be True or False",
         ),
     ],
 )

@@ -114,7 +114,7 @@ def test_a_training_of_unknown_length_is_told_once():
     example = hard("vit", "ViTForImageClassification", sites=["vision.inputs", "vision.tokens.0"], budget=0.4)
     example.model.train()
     with pytest.warns(
-        UserWarning, match="the budget of 'vision.inputs', 'vision.tokens.0' is not annealed, because nobody"
+        UserWarning, match="the budget of 'vision.inputs', 'vision.tokens.0' is not annealed, because the number of"
     ):
         example.model(**example.batch)
     with warnings.catch_warnings():
@@ -123,5 +123,7 @@ def test_a_training_of_unknown_length_is_told_once():
     example = hard("vit", "ViTForImageClassification", sites=["vision.inputs"], budget=0.4, anneal=0.5)
     example.model.train()
     hf_hardattn.set_step(example.model, 1)
-    with pytest.raises(HardAttentionError, match="is a share of the training, whose length is not known"):
+    with pytest.raises(
+        HardAttentionError, match="is a share of the training, but the length of the training is not known"
+    ):
         example.model(**example.batch)

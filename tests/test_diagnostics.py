@@ -50,7 +50,7 @@ def test_diagnosis_knows_the_exact_gradient(diagnosis):
 def test_diagnosis_says_what_to_train_with(diagnosis):
     text, best = str(diagnosis), min((row for row in diagnosis.rows if not row.suspect), key=lambda row: row.error)
     assert "relative_sd: noise of one step's gradient" in text
-    assert f"vision.inputs: '{best.estimator}' has the least error a step, {best.error:.2f}" in text
+    assert f"vision.inputs: '{best.estimator}' has the smallest error per step, {best.error:.2f}" in text
 
 
 class Opposite(Estimator):
@@ -71,7 +71,7 @@ def test_an_estimator_that_points_elsewhere_is_suspect(monkeypatch):
     example = vit()
     found = hf_hardattn.diagnose(example.model, example.batch, ["simple", "opposite"], draws=24)
     assert [row.suspect for row in found.rows] == [False, True]
-    assert "suspect: vision.inputs opposite: its mean gradient points elsewhere" in str(found)
+    assert "suspect: vision.inputs opposite: its mean gradient points in another direction" in str(found)
     noisy = replace(found.rows[1], bias=None)
     assert _is_suspect(noisy, noise=0.1) and not _is_suspect(noisy, noise=2.0)
 
@@ -114,7 +114,7 @@ def test_an_estimator_that_cannot_run_is_reported_not_hidden():
     found = hf_hardattn.diagnose(
         example.model, example.batch, [{"estimator": "marginal", "estimator_options": {"limit": 2}}], draws=2
     )
-    assert "choices of 2 among 4 positions" in found.rows[0].failed and "failed: vision.inputs" in str(found)
+    assert "selections of 2 among 4 positions" in found.rows[0].failed and "failed: vision.inputs" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_dead_site():
 
 def test_diagnose_warns_with_the_remedy():
     example = vit(scorer="linear", budget=1.0)
-    with pytest.warns(UserWarning, match="keeps every position it may drop.*Lower its budget"):
+    with pytest.warns(UserWarning, match="keeps every position that it may drop.*Lower its budget"):
         hf_hardattn.diagnose(example.model, example.batch, ["simple"], draws=2)
 
 
@@ -210,8 +210,8 @@ def test_a_choice_that_serves_worse_than_chance_is_named(better):
                 chance = chance + example.model(**example.batch).logits.log_softmax(-1) / 30
     example.batch["labels"] = ((own - chance) if better else (chance - own)).argmax(-1)
     findings = [f for f in hf_hardattn.find_collapse(example.model, example.batch) if f.kind == "worse_than_random"]
-    assert [str(f)[:57] for f in findings] == (
-        [] if better else ["'vision.inputs' keeps positions that serve worse than as "]
+    assert [str(f)[:59] for f in findings] == (
+        [] if better else ["'vision.inputs' keeps positions that are worse than random "]
     )
 
 

@@ -107,7 +107,7 @@ NOT_RUN = {
     "hf-hardattn train blip --task captioning": "names a command, not its flags; test_scripts.py",
 }
 # Lines that fail until the reader has done what the page asks for, and what they say.
-FAILS = {"hf-hardattn card --check outputs/vit-hard": "license='unknown' says nothing"}
+FAILS = {"hf-hardattn card --check outputs/vit-hard": "license='unknown' states no licence"}
 
 
 def written_commands() -> list[str]:

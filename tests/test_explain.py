@@ -117,7 +117,7 @@ def test_explain_a_folder_of_images(tmp_path: Path, photos: Path) -> None:
         "through earlier layers (layer 0 mixed it into the kept tokens)",
         "sufficiency is 0 by construction",
         "integrated gradients",
-        "of random choices",
+        "of random selections",
     ):
         assert expected in made, expected
     assert len(made) < 300_000 and "<script" not in made and "3 inputs explained" in result.output
@@ -147,7 +147,9 @@ def test_explain_a_caption(tmp_path: Path, photos: Path) -> None:
         "the vision&#x27;s layers (they mixed it into the kept rows)",
         "did not influence the output in this batch",
     )
-    assert "text.cross.0: keeps " in made and any(text in made for text in (*known, "none is dropped altogether"))
+    assert "text.cross.0: keeps " in made and any(
+        text in made for text in (*known, "each position is kept by some query or head")
+    )
 
 
 def test_two_models_side_by_side(tmp_path: Path, photos: Path) -> None:
@@ -163,7 +165,7 @@ def test_two_models_side_by_side(tmp_path: Path, photos: Path) -> None:
         assert result.exit_code == 0, result.output
         made = out.read_text(encoding="utf-8")
         assert made.count("<img") == images and made.count("full attention</td>") == 4 * (rows // 2 + rows % 2)
-        assert f"About this page: {name}" in made and ("the first alone" in made) is (name == "other")
+        assert f"About this page: {name}" in made and ("only the first" in made) is (name == "other")
     result = run("explain", tmp_path / "one", "--beside", t5(tmp_path / "t5"), *always)
     assert result.exit_code and "one reads images and t5 reads texts" in str(result.exception)
 
@@ -195,7 +197,7 @@ def test_what_cannot_be_explained(tmp_path: Path, photos: Path) -> None:
     for given, column, message in (
         (tmp_path / "empty", None, "holds no image"),
         (folder / "config.json", None, "needs --column"),
-        (folder / "model.safetensors", "text", "is no data set"),
+        (folder / "model.safetensors", "text", "is not a data set"),
     ):
         with pytest.raises(HardAttentionError, match=message):
             read_inputs(str(given), column)
@@ -238,7 +240,7 @@ def test_texts_and_images_of_other_families_are_explained_or_refused_in_words(tm
     page = explain(bundles["LlamaForCausalLM"], [text, " ".join(WORDS[2:5])])
     assert page.count('class="hfha"') == 2 and "How faithful that is, measured" in page
     assert "vision.tokens" in explain(bundles["SiglipForImageClassification"], [image], measure=False)
-    with pytest.raises(HardAttentionError, match="BertModel neither classifies nor writes"):
+    with pytest.raises(HardAttentionError, match="BertModel neither classifies nor generates text"):
         explain(bundles["BertModel"], [text])
 
 

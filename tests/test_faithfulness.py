@@ -226,7 +226,7 @@ def test_evaluator_of_a_generated_text_scores_what_generate_said() -> None:
 
 def test_evaluator_refuses() -> None:
     model, batch = example("vit", "ViTForImageClassification", ["vision.tokens.0"])
-    with pytest.raises(HardAttentionError, match="removal='select' is not possible.*'vision.inputs' in force"):
+    with pytest.raises(HardAttentionError, match="removal='select' is not possible.*'vision.inputs' to be active"):
         PerturbationEvaluator(model, batch, removal="select")
     with pytest.raises(HardAttentionError, match="neither pixel_values nor a text"):
         PerturbationEvaluator(model, {"labels": batch["labels"]})

@@ -208,7 +208,7 @@ def test_estimators_add_their_terms_to_the_loss_of_embeddings(models: Path, data
     (selector,) = hf_hardattn.selectors(task.model).values()
     assert selector.scorer.weight.grad.abs().max() > 1e-6
     for other in ("rloo", "distil"):
-        with pytest.raises(hf_hardattn.HardAttentionError, match="further forward passes of one step"):
+        with pytest.raises(hf_hardattn.HardAttentionError, match="several forward passes per step"):
             make("sentence_embeddings", models, data, **flags, estimator=other)
 
 
@@ -307,7 +307,7 @@ def test_frozen_features_are_the_images(models: Path, data: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({}, "of the vision tower learns, so its features change; .* Add --freeze vision_model"),
+        ({}, "of the vision tower is trained, so its features change; .* Add --freeze vision_model"),
         (
             {"freeze": ["vision_model"], "sites": ["vision.inputs"]},
             "site 'vision.inputs' selects inside the vision tower",
@@ -411,14 +411,14 @@ def bad(folder: Path, **changes: Any) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("task", "changes", "message"),
     [
-        ("captioning", {"image": "text.png"}, r"row 2 of the training data .*text.png cannot be read \(UnidentifiedImageError.*take the row out"),
+        ("captioning", {"image": "text.png"}, r"row 2 of the training data .*text.png cannot be read \(UnidentifiedImageError.*remove the row"),
         ("captioning", {"image": "half.png"}, r"row 2 of the training data .*half.png cannot be read"),
         ("captioning", {"image": "none.png"}, r"row 2 of the training data .*none.png cannot be read \(FileNotFoundError"),
         ("captioning", {"image": None}, r"row 2 of the training data .*the cell is empty"),
-        ("captioning", {"caption": "  "}, "row 2 of the training data .*caption='  ' is no text; .* Fill it"),
+        ("captioning", {"caption": "  "}, "row 2 of the training data .*caption='  ' is not a text; .* Fill it"),
         ("image_classification", {"image": "text.png"}, "row 2 of the training data .*cannot be read"),
-        ("image_classification", {"label": None}, "row 2 of the training data .*label None is none of the model's 2; it has: 'a', 'b'"),
-        ("translation", {"target": None}, "row 2 of the training data .*target=None is no text"),
+        ("image_classification", {"label": None}, "row 2 of the training data .*label None is not one of the model's 2 labels; it has: 'a', 'b'"),
+        ("translation", {"target": None}, "row 2 of the training data .*target=None is not a text"),
     ],
 )  # fmt: skip
 def test_bad_row_is_named_before_training(task: str, changes: Any, message: str, models: Path, tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_mixed_sizes_without_resizing(models: Path, tmp_path: Path) -> None:
     ViTImageProcessorPil(do_resize=False).save_pretrained(plain)
     with pytest.raises(
         hf_hardattn.HardAttentionError,
-        match="row 2 of the training data .*10x14 pixels where the first is 12x12; .* do_resize",
+        match="row 2 of the training data .*10x14 pixels, but the first is 12x12; .* do_resize",
     ):
         make("image_classification", tmp_path, tmp_path, **bad(tmp_path, image="odd.png"))
     task = make("image_classification", models, tmp_path, **bad(tmp_path, image="odd.png"))  # this one resizes
@@ -459,7 +459,7 @@ def test_text_longer_than_the_model(models: Path, data: Path) -> None:
 def test_missing_column_and_empty_split(models: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(
         hf_hardattn.HardAttentionError,
-        match="no column 'words' in the data; it has: .*'caption'.* Name it with --caption_column",
+        match="no column 'words' in the data; it has: .*'caption'.* Specify it with --caption_column",
     ):
         make("captioning", models, data, caption_column="words")
     with pytest.raises(hf_hardattn.HardAttentionError, match="the training data has no rows; .*--max_\\*_samples"):
@@ -472,8 +472,8 @@ def test_missing_column_and_empty_split(models: Path, data: Path, tmp_path: Path
         ("rows.jsonl", "", "rows.jsonl holds no rows; .* Check the file"),
         ("rows.csv", "", "rows.csv holds no rows"),
         ("rows.csv", "source,target\n", "rows.csv holds no rows"),
-        ("rows.jsonl", '{"source": "a", "target": "b"}\n{"source": "a", "targ', r"rows.jsonl cannot be read as json \(.*line|row|column.*Mend the file"),
-        ("rows.csv", 'source,target\na,b\na,b,c,d\n', r"rows.csv cannot be read as csv \(.*line 3.*Mend the file"),
+        ("rows.jsonl", '{"source": "a", "target": "b"}\n{"source": "a", "targ', r"rows.jsonl cannot be read as json \(.*line|row|column.*Fix the file"),
+        ("rows.csv", 'source,target\na,b\na,b,c,d\n', r"rows.csv cannot be read as csv \(.*line 3.*Fix the file"),
         ("photos/none.txt", "x", "photos holds no rows"),
     ],
 )  # fmt: skip
@@ -496,7 +496,10 @@ def test_validation_is_checked_before_training_too(models: Path, tmp_path: Path)
     good = bad(tmp_path)["train_file"]
     other = tmp_path / "validation.jsonl"
     for changes, message in (
-        ({"label": "c"}, "row 1 of the validation data .*label 'c' is none of the model's 2; it has: 'a', 'b'"),
+        (
+            {"label": "c"},
+            "row 1 of the validation data .*label 'c' is not one of the model's 2 labels; it has: 'a', 'b'",
+        ),
         ({"image": "text.png"}, "row 1 of the validation data .*text.png cannot be read"),
     ):
         row = {"image": "0.png", "label": "a"}
@@ -514,7 +517,7 @@ def test_answer_outside_its_context(models: Path, data: Path, tmp_path: Path) ->
     wrong = {**row, "answers": {"text": ["red"], "answer_start": [5]}}
     with pytest.raises(
         hf_hardattn.HardAttentionError,
-        match="row 1 of the training data .*'red' does not stand in the context at character 5",
+        match="row 1 of the training data .*'red' does not occur in the context at character 5",
     ):
         make("extractive_question_answering", models, data, **write(tmp_path, [row, wrong]))
     with pytest.raises(hf_hardattn.HardAttentionError, match="row 1 of the training data .* holds no answer"):
@@ -535,9 +538,11 @@ def test_label_outside_the_map() -> None:
     stale = ViTConfig(id2label={0: "a", 1: "dog"}, label2id={"LABEL_0": 0, "LABEL_1": 1})
     assert label_numbers(stale) == {"a": 0, "dog": 1}  # a base's label2id does not name this model's classes
     assert label_number(1, names, {"dog": 7}) == 7 and label_number(3, None, {"3": 2}) == 2
-    with pytest.raises(hf_hardattn.HardAttentionError, match="label 'cat' is none of the model's 1; it has: 'dog'"):
+    with pytest.raises(
+        hf_hardattn.HardAttentionError, match="label 'cat' is not one of the model's 1 labels; it has: 'dog'"
+    ):
         label_number(0, names, {"dog": 7})
-    with pytest.raises(hf_hardattn.HardAttentionError, match="label -1 is none of the model's 1"):
+    with pytest.raises(hf_hardattn.HardAttentionError, match="label -1 is not one of the model's 1 labels"):
         label_number(-1, names, {"dog": 7})
 
 
@@ -595,11 +600,12 @@ def test_processes_that_disagree_on_data_all_say_so(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         assert (
-            f"{rank}: processes 0 and 1 read different training data (5 and 5 rows; row 3 is the first that differs"
+            f"{rank}: processes 0 and 1 read different training data (5 and 5 rows; row 3 is the first to differ"
             in done.stdout
         )
         assert (
-            f"{rank}: processes 0 and 1 read different training data (2 and 3 rows; row 2 is in one only" in done.stdout
+            f"{rank}: processes 0 and 1 read different training data (2 and 3 rows; row 2 is in only one of them"
+            in done.stdout
         )
     assert "0: row" not in done.stdout.replace("0: row 3 of the training data", "")
 
@@ -741,7 +747,7 @@ def test_image_in_a_video_model_is_the_stock_image(models: Path, data: Path, vid
     frames = moving.model.vision_model.embeddings(pixels[:, None].expand(-1, 4, -1, -1, -1))
     torch.testing.assert_close(frames, torch.cat([patches[:, :1], *[patches[:, 1:]] * 4], 1))
     with pytest.raises(
-        hf_hardattn.HardAttentionError, match="--vision_features keeps what the tower makes of an image"
+        hf_hardattn.HardAttentionError, match="--vision_features stores the tower's outputs for single images"
     ):
         make("video_captioning", models, videos, planted_column=None, vision_features="x")
     with pytest.raises(
@@ -767,7 +773,7 @@ def test_stream_gives_the_rows_of_the_file(name: str, models: Path, data: Path) 
 
     for key, rows in batches(loaded).items():
         torch.testing.assert_close(batches(streamed)[key], rows)
-    with pytest.raises(hf_hardattn.HardAttentionError, match="validation_fraction=0.5 of a stream is unknown"):
+    with pytest.raises(hf_hardattn.HardAttentionError, match="validation_fraction=0.5 of a stream cannot be held out"):
         make(name, models, data, streaming=True, validation_fraction=0.5)
 
 

@@ -203,7 +203,7 @@ def test_a_backbone_that_is_not_finite_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("verify", [True, False])
 def test_an_adapter_file_in_the_base_is_refused(folder: Path, settings: dict[str, Any], verify: bool) -> None:
     (folder.parent / "base" / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(HardAttentionError, match="base holds adapter_config.json beside the weights"):
+    with pytest.raises(HardAttentionError, match="base contains adapter_config.json next to the weights"):
         hf_hardattn.load(folder, verify_base=verify)
 
 

@@ -207,23 +207,23 @@ def test_characters_boxes_seconds() -> None:
     offsets = [(0, 3), (3, 7), (8, 11), (0, 0)]  # "hello world": "hel" "lo w"...; then </s>
     assert character_spans(torch.tensor([1, 1, 0, 1], dtype=torch.bool), offsets) == [(0, 7)]
     assert character_spans(torch.tensor([1, 0, 1, 1], dtype=torch.bool), offsets) == [(0, 3), (8, 11)]
-    with pytest.raises(HardAttentionError, match="4 offsets for 2 places"):
+    with pytest.raises(HardAttentionError, match="4 offsets for 2 positions"):
         character_spans(torch.ones(2, dtype=torch.bool), offsets)
     kept = torch.tensor([1, 0, 1, 0, 0, 0, 1], dtype=torch.bool)  # CLS, then 2 x 3 patches of 4 pixels
     assert pixel_boxes(kept, 4, (8, 12)) == [(4, 0, 8, 4), (8, 4, 12, 8)]
     assert pixel_boxes(kept, 4, (8, 12), (80, 60)) == [(20, 0, 40, 40), (40, 40, 60, 80)]
-    with pytest.raises(HardAttentionError, match="7 places do not fit 3 x 3 patches"):
+    with pytest.raises(HardAttentionError, match="7 positions do not fit 3 x 3 patches"):
         pixel_boxes(kept, 4, (12, 12))
     assert frame_times(torch.tensor([1, 0, 1, 1], dtype=torch.bool), [0.0, 0.5, 1.0]) == [0.0, 1.0]
-    with pytest.raises(HardAttentionError, match="3 frames for 2 places"):
+    with pytest.raises(HardAttentionError, match="3 frames for 2 positions"):
         frame_times(torch.ones(2, dtype=torch.bool), [0.0, 0.5, 1.0])
     assert frame_places(torch.ones(2, dtype=torch.bool), 1, patches=True).shape == (1, 1)
     padded = torch.arange(17) == 0  # 8 frames, one place each, </s> and padding
     assert frame_places(padded, 8).flatten().tolist() == [True] + [False] * 7
     for frames in (0, 5):
-        with pytest.raises(HardAttentionError, match=f"{frames} frames for 17 places"):
+        with pytest.raises(HardAttentionError, match=f"{frames} frames for 17 positions"):
             frame_places(padded, frames, patches=True)
-    with pytest.raises(HardAttentionError, match="4 offsets for 6 places, and a place after the last offset is kept"):
+    with pytest.raises(HardAttentionError, match="4 offsets for 6 positions, and one after the last offset is kept"):
         character_spans(torch.tensor([0, 0, 1, 1, 1, 1], dtype=torch.bool), offsets)  # padded on the left
 
 
@@ -369,7 +369,7 @@ def test_agreement_and_its_chance_level() -> None:
         (4 * (1 / 3) + 1) / 6
     )  # two of four: 1 of 6 pairs equal, 4 share one, 1 none
     assert seed_agreement([one, other, one])["vision.inputs"]["jaccard"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
-    with pytest.raises(HardAttentionError, match="1 recording has no pair"):
+    with pytest.raises(HardAttentionError, match="1 recording is not enough"):
         seed_agreement([one])
     with pytest.raises(HardAttentionError, match="share no site"):
         jaccard(one, Recording([selection_of([[1, 0]], "encoder.inputs")]))
@@ -382,6 +382,6 @@ def test_diff_between_two_checkpoints() -> None:
     assert same.jaccard == 1.0 and not same.first_only.any() and not same.second_only.any()
     (found,) = selection_diff(first, second, batch)  # the same weights: the second keeps two more
     assert not found.first_only.any() and (found.second_only.sum(-1) == 2).all() and (found.both.sum(-1) == 3).all()
-    assert "the second alone 6; Jaccard 0.60" in str(found)
+    assert "only the second 6; Jaccard 0.60" in str(found)
     figure = difference_overlay(batch["pixel_values"][:, :1], found, 4)
     assert [axis.get_title() for axis in figure.axes] == ["-0 +2"] * 3 and drawn(figure) > 2000

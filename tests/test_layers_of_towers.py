@@ -51,7 +51,8 @@ def test_a_layer_with_a_strict_signature_is_refused_when_attached() -> None:
     replace(example, 2, StrictLayer)
     before = run(example)
     with pytest.raises(
-        HardAttentionError, match="layer 2 of 'vision' is a StrictLayer, whose forward takes no further keywords"
+        HardAttentionError,
+        match="layer 2 of 'vision' is a StrictLayer, whose forward accepts no extra keyword arguments",
     ):
         hf_hardattn.apply(example.model, {"sites": ["vision.tokens.0"]})
     assert torch.equal(run(example), before) and "no hard attention" in hf_hardattn.status(example.model)
@@ -64,7 +65,7 @@ def test_a_layer_that_came_later_is_refused_until_hard_attention_is_applied_agai
     example = hard_vit()
     replace(example, number)
     with pytest.raises(
-        HardAttentionError, match=f"layer {number} of 'vision' .ViTLayer. came after hard attention was applied"
+        HardAttentionError, match=f"layer {number} of 'vision' .ViTLayer. was added after hard attention was applied"
     ):
         example.model.train(training)(**example.batch)
     hf_hardattn.apply(example.model, example.model.config.hard_attention)
@@ -91,7 +92,7 @@ def test_the_mask_of_a_layer_with_a_site_says_what_it_is() -> None:
     (mask,) = [value for value in seen if type(value).__name__ == "AttentionInput"]
     assert mask.mask is None
     with pytest.raises(
-        AttributeError, match="no 'shape': it carries what was chosen too. The mask itself is its attribute 'mask'"
+        AttributeError, match="no 'shape': it also carries the selection. The mask itself is its attribute 'mask'"
     ):
         mask.shape  # noqa: B018
 
@@ -101,7 +102,7 @@ def test_choices_of_each_query_are_not_drawn_anew_in_the_backward_pass() -> None
     hf_hardattn.apply(example.model, {"sites": ["decoder.self.0"], "estimator": "rloo", "budget": 2})
     example.model.train().gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     with pytest.raises(
-        HardAttentionError, match="'decoder.self.0' chooses for each query.*Leave preserve_rng_state at True"
+        HardAttentionError, match="'decoder.self.0' selects for each query.*Leave preserve_rng_state at True"
     ):
         example.model(**example.batch, use_cache=False)
 
@@ -113,6 +114,6 @@ def test_offloaded_estimators_train_or_are_refused() -> None:
     example = hard_vit(estimator="variational")
     accelerate.cpu_offload(example.model.train())
     with pytest.raises(
-        HardAttentionError, match="is offloaded, and not in memory between calls; estimator 'variational' reads"
+        HardAttentionError, match="is offloaded, and so not in memory between calls; estimator 'variational' reads"
     ):
         example.model(**example.batch)

@@ -91,7 +91,7 @@ def test_a_benchmark_measures_a_model_at_its_own_sites(tmp_path: Path) -> None:
     (row,) = group["rows"]
     assert row["hard"]["budget"] == 0.25 and row["hard"]["sites"]["vision.tokens.1"]["scorer"] == "mlp"
     hf_hardattn.apply(stock(), row["hard"])
-    with pytest.raises(HardAttentionError, match="needs to know what to measure"):
+    with pytest.raises(HardAttentionError, match="does not say what to measure"):
         bench._own("vit", [], [], [], None, 1, "float32", 4)
 
 
@@ -134,7 +134,7 @@ def test_a_benchmark_takes_other_budgets_at_a_models_own_sites(tmp_path: Path) -
     [
         ("bench --site vision.inputs", "--site has no effect without --model"),
         ("bench --model vit --size 32 --site vision.inputs --suite gpu", "--suite has no effect with --model"),
-        ("bench --models outputs/x", "--models has no effect on any suite but 'competing'"),
+        ("bench --models outputs/x", "--models has no effect for any suite except 'competing'"),
         ("bench --model vit --config x.json --budget 0.5", "--budget has no effect with --config"),
         ("demo --port 80", "--port has no effect without --ui"),
         ("demo --ui --seed 1", "--seed has no effect with --ui"),
@@ -148,14 +148,14 @@ def test_an_option_without_effect_is_refused(words: str, message: str) -> None:
 
 def test_a_benchmark_overwrites_nothing_unasked(tmp_path: Path) -> None:
     (tmp_path / "host.json").write_text("{}")
-    with pytest.raises(HardAttentionError, match="host.json' exists already"):
+    with pytest.raises(HardAttentionError, match="host.json' already exists"):
         command("bench", "--suite", "host", "--no-fixed-allocator", "--output", tmp_path)
 
 
 def test_a_benchmark_of_images_and_texts_needs_their_processor(tmp_path: Path) -> None:
     hf_hardattn.save(hf_hardattn.apply(build("clip", "CLIPModel").model), tmp_path)
     workload = Workload(str(tmp_path), 12)
-    with pytest.raises(HardAttentionError, match="holds no processor, and CLIPModel reads images and texts"):
+    with pytest.raises(HardAttentionError, match="holds no processor, but CLIPModel reads images and texts"):
         workload.inputs(workload.build())
 
 
@@ -176,7 +176,7 @@ def test_a_space_without_a_trained_model_shows_the_sample(tmp_path: Path, monkey
 
 def test_a_demo_does_not_replace_what_a_folder_holds(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(HardAttentionError, match="is not empty; nothing is overwritten unasked"):
+    with pytest.raises(HardAttentionError, match="is not empty; existing files are not overwritten by default"):
         command("demo", "--quick", "--output", tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_a_push_names_every_file_that_is_wrong_at_once(tmp_path: Path) -> None:
     for name in ("a.exe", "b.py", "c.pkl"):
         (tmp_path / name).write_text("x")
     with pytest.raises(
-        HardAttentionError, match="3 files of .* a.exe is no file of a model.* b.py is unsafe.* c.pkl is unsafe"
+        HardAttentionError, match="3 files of .* a.exe is not a file of a model.* b.py is unsafe.* c.pkl is unsafe"
     ):
         list_files(tmp_path)
 
@@ -214,8 +214,8 @@ def test_a_dry_run_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(pushing.HfApi, "model_info", unreachable)
     plan = hf_hardattn.push(tmp_path, "me/vit")
     assert plan.files.keys() == {"config.json", "model.safetensors"} and not plan.asked
-    assert "me/vit: not asked, as the Hub did not answer, private" in str(plan)
-    with pytest.raises(HardAttentionError, match="could not be asked about me/vit"):
+    assert "me/vit: unknown, because the Hub did not answer, private" in str(plan)
+    with pytest.raises(HardAttentionError, match="could not be queried about me/vit"):
         hf_hardattn.push(tmp_path, "me/vit", dry_run=False)
 
 
@@ -224,7 +224,7 @@ def test_a_dry_run_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 )
 def test_a_comparison_of_the_wrong_shape_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "c.yaml").write_text(content)
-    with pytest.raises(HardAttentionError, match="is a mapping"):
+    with pytest.raises(HardAttentionError, match="must be a mapping"):
         Comparison.read(tmp_path / "c.yaml")
 
 
@@ -274,6 +274,6 @@ def test_compare_writes_under_outputs(tmp_path: Path, monkeypatch: pytest.Monkey
     said = command("compare", "--config", "needle.yaml", "--quick", "--seeds", 1)
     assert "outputs/compare/needle-quick.json" in said.replace("\n", "") and not Path("results").exists()
     Path("mine.json").write_text("{}")
-    with pytest.raises(HardAttentionError, match="mine.json' exists already"):
+    with pytest.raises(HardAttentionError, match="mine.json' already exists"):
         command("compare", "--config", "needle.yaml", "--quick", "--seeds", 1, "--output", "mine.json")
     assert Path("mine.json").read_text() == "{}"

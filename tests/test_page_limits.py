@@ -108,14 +108,14 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
 )
 def test_a_file_that_is_no_picture_is_refused(vit: str, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    assert "Not shown: the file is no whole image" in compare(vit, str(tmp_path / "a.png"), "", 0.5)[1]
+    assert "Not shown: the file is not a complete image" in compare(vit, str(tmp_path / "a.png"), "", 0.5)[1]
 
 
 def test_a_file_of_too_many_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(png(64, 64))
     read_image(tmp_path / "a.png")
     monkeypatch.setattr(uploads, "MOST_BYTES", 10)
-    with pytest.raises(HardAttentionError, match="bytes; 10 at most"):
+    with pytest.raises(HardAttentionError, match="bytes; at most 10 are allowed"):
         read_image(tmp_path / "a.png")
 
 
@@ -150,12 +150,12 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_text_that_is_too_long_is_refused(t5: str) -> None:
     assert "GFLOPs (counted)" in compare(t5, None, "word word word", 0.5)[0]
     started = time.process_time()
-    assert f"{MOST_CHARACTERS:,} at most" in compare(t5, None, "word " * 20_000, 0.5)[1]
+    assert f"at most {MOST_CHARACTERS:,}" in compare(t5, None, "word " * 20_000, 0.5)[1]
     assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t"])
 def test_an_empty_text_is_asked_for(t5: str, text: str) -> None:
-    assert "Give it a text" in compare(t5, None, text, 0.5)[1]
+    assert "Enter a text" in compare(t5, None, text, 0.5)[1]
     with pytest.raises(HardAttentionError, match="text 2 of 2 is empty; there is nothing to explain"):
         ModelWithProcessor.load(t5).encode(["word", text])

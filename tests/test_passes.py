@@ -128,13 +128,13 @@ def test_marginal_likelihood_label_by_label_in_the_last_layer():
 
 
 def test_marginal_refuses_what_it_cannot_weigh():
-    with pytest.raises(HardAttentionError, match="in the last layer only"):
+    with pytest.raises(HardAttentionError, match="supports this only in the last layer"):
         example = t5("decoder.cross.0", estimator="marginal")
         example.model(**example.batch)
-    with pytest.raises(HardAttentionError, match="126 choices of 4 among 9 positions"):
+    with pytest.raises(HardAttentionError, match="126 selections of 4 among 9 positions"):
         example = vit(estimator="marginal", estimator_options={"limit": 100}, budget=4)
         example.model(**example.batch)
-    with pytest.raises(HardAttentionError, match="tries every choice of ONE site"):
+    with pytest.raises(HardAttentionError, match="tries every selection of ONE site"):
         example = t5("decoder.cross.*", estimator="marginal")
         example.model(**example.batch)
     with pytest.raises(HardAttentionError, match="unknown objective 'sum'"):
@@ -313,7 +313,7 @@ def test_soft_rows_look_everywhere():
     assert (selections[0].kept_ratio == 1).all()
     with hf_hardattn.soft(example.model):
         torch.testing.assert_close(soft_loss, example.model(**example.batch).loss)
-    with pytest.raises(HardAttentionError, match="soft_rate=0.5 at .* computes on the kept positions only"):
+    with pytest.raises(HardAttentionError, match="soft_rate=0.5 at .* computes only the kept positions"):
         hf_hardattn.HardAttentionConfig(estimator="reinforce", soft_rate=0.5)
 
 
@@ -342,7 +342,9 @@ def test_schedules_by_share_and_in_stages():
 def test_a_share_of_the_training_needs_its_length():
     example = vit(estimator="simple", budget={"start": 1.0, "end": 0.25, "steps": 0.5})
     hf_hardattn.set_step(example.model, 3)
-    with pytest.raises(HardAttentionError, match="is a share of the training, whose length is not known"):
+    with pytest.raises(
+        HardAttentionError, match="is a share of the training, but the length of the training is not known"
+    ):
         example.model(**example.batch)
     hf_hardattn.set_step(example.model, 50, 100)
     with warnings.catch_warnings():

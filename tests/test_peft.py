@@ -136,7 +136,7 @@ def test_an_adapter_of_transformers_holds_the_selectors(base: Path, tmp_path: Pa
 def test_prompt_learning_says_that_it_trains_no_selector() -> None:
     sizes = dict(vocab_size=60, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
     model = hf_hardattn.apply(T5ForConditionalGeneration(T5Config(**sizes)), {"sites": ["encoder.tokens.0"]})
-    with pytest.warns(UserWarning, match="the selectors of hard attention stay as they are"):
+    with pytest.warns(UserWarning, match="the selectors of hard attention are not trained"):
         get_peft_model(model, PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2))
 
 
@@ -251,7 +251,7 @@ def test_a_hard_adapter_beside_soft_ones_is_refused(base: Path, folder: Path) ->
 
 def test_an_adapter_of_other_sites_is_refused(base: Path, folder: Path) -> None:
     model = ViTForImageClassification.from_pretrained(base, hard_attention={"sites": ["vision.inputs"]})
-    with pytest.raises(HardAttentionError, match=r"holds 2 selector tensors that the model has no place for"):
+    with pytest.raises(HardAttentionError, match=r"holds 2 selector tensors that the model does not have"):
         PeftModel.from_pretrained(model, folder)
 
 

@@ -139,15 +139,15 @@ def test_any_annotation_of_an_option_is_checked():
     good = {"needed": 1, "sizes": [1, 2], "table": {"a": [1.0]}, "anything": "x", "slope": 2}
     assert HardAttentionConfig(estimator="loose", estimator_options=good).estimator_options == good
     for changes, message in [
-        ({"sizes": {"a": 1}}, "sizes={'a': 1} has a wrong type .*; it must be a list or None"),
-        ({"table": [1]}, "table=.1. has a wrong type .*; it must be a dict"),
+        ({"sizes": {"a": 1}}, "sizes={'a': 1} has the wrong type .*; it must be a list or None"),
+        ({"table": [1]}, "table=.1. has the wrong type .*; it must be a dict"),
         ({"anything": float("nan")}, "anything=nan at .* holds a number that is not finite"),
-        ({"slope": "steep"}, "slope='steep' has a wrong type .*; it must be a number"),
+        ({"slope": "steep"}, "slope='steep' has the wrong type .*; it must be a number"),
         ({"rest": 1}, "unknown option of estimator 'loose': 'rest'"),
     ]:
         with pytest.raises(HardAttentionError, match=message):
             HardAttentionConfig(estimator="loose", estimator_options={**good, **changes})
-    with pytest.raises(HardAttentionError, match="option 'needed' is missing at estimator loose .* Give an int"):
+    with pytest.raises(HardAttentionError, match="option 'needed' is missing at estimator loose .* Set it to an int"):
         HardAttentionConfig(estimator="loose")
 
 
@@ -156,7 +156,7 @@ def test_a_name_is_taken_once():
     hf_hardattn.register("estimator", "through", Through)  # the same again changes nothing
     other = type("Other", (Through,), {})
     for name in ("through", "simple"):
-        with pytest.raises(HardAttentionError, match=f"estimator '{name}' is registered already.*overwrite=True"):
+        with pytest.raises(HardAttentionError, match=f"estimator '{name}' is already registered.*overwrite=True"):
             hf_hardattn.register("estimator", name, other)
         hf_hardattn.register("estimator", name, other, overwrite=True)
         assert registry.load("estimators", name) is other
@@ -172,11 +172,16 @@ def test_a_name_is_taken_once():
             "unknown kind of plug-in 'architecture'; known: 'baseline', 'estimator', 'scorer'",
         ),
         (["scorer"], "mine", Scaled, "unknown kind of plug-in"),
-        ("estimator", "my/name", Through, "'my/name' is no name for a plug-in"),
-        ("estimator", 3, Through, "3 is no name for a plug-in"),
-        ("scorer", "mine", Through, "cannot be scorer 'mine'; it must be a subclass of hf_hardattn.scorers.Scorer"),
-        ("scorer", "mine", Scorer, "cannot be scorer 'mine'"),
-        ("baseline", "mine", Zero(), "cannot be baseline 'mine'"),
+        ("estimator", "my/name", Through, "'my/name' is not a valid name for a plug-in"),
+        ("estimator", 3, Through, "3 is not a valid name for a plug-in"),
+        (
+            "scorer",
+            "mine",
+            Through,
+            "cannot be used as scorer 'mine'; it must be a subclass of hf_hardattn.scorers.Scorer",
+        ),
+        ("scorer", "mine", Scorer, "cannot be used as scorer 'mine'"),
+        ("baseline", "mine", Zero(), "cannot be used as baseline 'mine'"),
         ("estimator", "mine", type("Silent", (Estimator,), {}), "does not say whether it is biased"),
         ("estimator", "mine", type("Odd", (Through,), {"needs": ("labels",)}), "needs=.'labels',. of estimator 'mine'"),
     ],
@@ -223,9 +228,9 @@ def test_entry_points_of_installed_packages(tmp_path, monkeypatch):
     config = HardAttentionConfig(estimator="mine", estimator_options={"size": 3})
     assert registry.load("estimators", config.estimator).__name__ == "Mine" and "plugged_in" in sys.modules
     monkeypatch.delitem(sys.modules, "plugged_in")
-    with pytest.raises(HardAttentionError, match="size='3' has a wrong type at estimator mine .*must be an int"):
+    with pytest.raises(HardAttentionError, match="size='3' has the wrong type at estimator mine .*must be an int"):
         HardAttentionConfig(estimator="mine", estimator_options={"size": "3"})
     with pytest.raises(HardAttentionError, match="'nowhere_at_all:Mine', cannot be imported .ModuleNotFoundError"):
         HardAttentionConfig(estimator="broken")
-    with pytest.raises(HardAttentionError, match="cannot be scorer 'wrong'"):
+    with pytest.raises(HardAttentionError, match="cannot be used as scorer 'wrong'"):
         HardAttentionConfig(scorer="wrong")

@@ -94,7 +94,7 @@ def test_a_stock_model_is_predicted_too_and_has_nothing_kept(tmp_path, data):
     checkpoint(tmp_path / "model", BertModel, hard=False)
     predict(tmp_path / "model", data, tmp_path / "out.parquet", "--pooling", "cls")
     assert parquet.read_schema(tmp_path / "out.parquet").names == ["index", "embedding", "seconds"]
-    with pytest.raises(HardAttentionError, match="is a stock model, which has no budget"):
+    with pytest.raises(HardAttentionError, match="is an original model, which has no budget"):
         predict(tmp_path / "model", data, tmp_path / "other.parquet", "--budget", "0.5")
 
 
@@ -128,7 +128,7 @@ def test_an_interrupted_run_goes_on_and_a_different_one_is_refused(tmp_path, dat
     predict(tmp_path / "model", data, tmp_path / "out.parquet", "--chunk", "8")
     assert len(seen) == len(set(seen)) == 7
     assert contents(tmp_path / "out.parquet").equals(contents(tmp_path / "whole.parquet"))
-    with pytest.raises(HardAttentionError, match="exists already; nothing is overwritten unasked"):
+    with pytest.raises(HardAttentionError, match="already exists; existing files are not overwritten by default"):
         predict(tmp_path / "model", data, tmp_path / "out.parquet")
 
 

@@ -239,7 +239,7 @@ def test_patches_that_the_attention_mask_hides_are_never_chosen():
 
 def test_no_cells_are_refused():
     with pytest.raises(
-        HardAttentionError, match=r"cells=0 is out of range at scorer scout .* A patch is seen as cells x cells"
+        HardAttentionError, match=r"cells=0 is out of range at scorer scout .* A patch is reduced to cells x cells"
     ):
         example("vit", "ViTModel", scorer_options={"cells": 0})
 
@@ -249,5 +249,5 @@ def test_videos_have_no_scout():
     with pytest.raises(HardAttentionError, match=r"reads the pixels of an image; 'vision.inputs' has none"):
         hf_hardattn.apply(BlipForVideoCaptioning(config), SCOUT)
     config.hard_attention = hf_hardattn.HardAttentionConfig.parse(SCOUT)
-    with pytest.raises(HardAttentionError, match=r"scorer 'scout' reads .*, and BlipForVideoCaptioning takes videos"):
+    with pytest.raises(HardAttentionError, match=r"scorer 'scout' reads .*, but BlipForVideoCaptioning takes videos"):
         BlipForVideoCaptioning(config)

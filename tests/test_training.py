@@ -197,7 +197,7 @@ def test_recomputation_chooses_nothing(tmp_path: Path) -> None:
 def test_callback_warns_on_a_soft_model_and_refuses_deepspeed(tmp_path: Path) -> None:
     trainer = Trainer(build(), arguments(tmp_path, max_steps=1), train_dataset=examples())
     trainer.add_callback(HardAttentionCallback())
-    with pytest.warns(UserWarning, match="nothing to drive: ViTForImageClassification has no hard attention"):
+    with pytest.warns(UserWarning, match="no effect: ViTForImageClassification has no hard attention"):
         trainer.train()
     settings = copy.copy(arguments(tmp_path))
     settings.deepspeed = "zero.json"

@@ -47,8 +47,8 @@ class GruConfig(PreTrainedConfig):
     ):
         if d_model % 2 or d_model % num_attention_heads:
             raise ValueError(
-                f"d_model={d_model} with num_attention_heads={num_attention_heads}; d_model is halved by the two directions of the "
-                "encoder and shared out among the heads. Give an even multiple of the heads."
+                f"d_model={d_model} does not fit num_attention_heads={num_attention_heads}; d_model is split between the two directions of "
+                "the encoder, and among the heads. Use an even multiple of the number of heads."
             )
         self.vocab_size, self.d_model = vocab_size, d_model
         self.num_layers, self.num_decoder_layers = num_layers, num_decoder_layers
@@ -196,8 +196,8 @@ class GruEncoder(GruPreTrainedModel):
             hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         elif inputs_embeds is None:
             raise ValueError(
-                f"feature_size={self.config.feature_size} reads rows of features, and inputs_embeds is None; give inputs_embeds "
-                "[B, N, feature_size], or a config with feature_size=None and input_ids."
+                f"feature_size={self.config.feature_size} needs rows of features, but inputs_embeds is None; pass inputs_embeds "
+                "[B, N, feature_size], or input_ids with a config that has feature_size=None."
             )
         else:
             hidden = self.project(inputs_embeds)

@@ -67,7 +67,7 @@ class RamConfig(PreTrainedConfig):
     ):
         if min(glimpses, scales, step) < 1 or patch < 2 or patch % 2 or sigma <= 0 or samples < 2:
             raise ValueError(
-                f"glimpses={glimpses}, scales={scales}, step={step}, patch={patch}, sigma={sigma}, samples={samples} is out of range. Give "
+                f"glimpses={glimpses}, scales={scales}, step={step}, patch={patch}, sigma={sigma}, samples={samples} is out of range. Use "
                 "glimpses, scales and step >= 1, an even patch, sigma > 0 and samples >= 2."
             )
         for name, value, known in (
@@ -77,7 +77,7 @@ class RamConfig(PreTrainedConfig):
             ("reward", reward, REWARDS),
         ):
             if value not in known:
-                raise ValueError(f"{name}='{value}' is unknown. Give one of: {', '.join(known)}.")
+                raise ValueError(f"{name}='{value}' is unknown. Use one of: {', '.join(known)}.")
         self.image_size, self.num_channels = image_size, num_channels
         self.glimpses, self.patch, self.scales, self.step = glimpses, patch, scales, step
         self.background, self.hidden_size, self.part_size = background, hidden_size, part_size
@@ -221,8 +221,8 @@ class RamForImageClassification(PreTrainedModel):
         config = self.config
         if pixel_values.shape[1:] != (config.num_channels, config.image_size, config.image_size):
             raise ValueError(
-                f"pixel_values {list(pixel_values.shape)} are not [B, {config.num_channels}, {config.image_size}, {config.image_size}], the "
-                "sizes of the config."
+                f"pixel_values has the shape {list(pixel_values.shape)}; the config needs [B, {config.num_channels}, {config.image_size}, "
+                f"{config.image_size}]."
             )
         sample = self.training if sample is None else sample
         count = len(pixel_values)
@@ -266,7 +266,7 @@ class RamForImageClassification(PreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
     def _policy_loss(self, reward: Tensor, log_prob: Tensor, values: Tensor, samples: int) -> Tensor:
-        """Return minus the surrogate of the expected reward, plus the baseline's error, from ``[B]``, ``[B, choices]``, ``[B, choices]``."""
+        """Return minus the surrogate of the expected reward, plus the baseline's error; shapes: ``[B]``, ``[B, choices]`` twice."""
         if samples > 1:
             drawn = reward.view(samples, -1)
             advantage = ((drawn - drawn.mean(0)) * samples / (samples - 1)).view(-1, 1)

@@ -35,7 +35,7 @@ def _watch(model: Any) -> None:
     embeddings: Any = model.vision_model.embeddings
     if getattr(embeddings, "input_selector", None) is not None:
         raise HardAttentionError(
-            f"scorer '{embeddings.input_selector.config.scorer}' reads the pixels of an image, and {type(model).__name__} takes videos. Use scorer "
+            f"scorer '{embeddings.input_selector.config.scorer}' reads the pixels of an image, but {type(model).__name__} takes videos. Use scorer "
             "'conv' at 'vision.inputs', with its options frames and whole_frames."
         )
     embeddings.__class__ = VideoEmbeddings

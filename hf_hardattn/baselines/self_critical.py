@@ -27,8 +27,8 @@ class SelfCritical(Baseline):
         """
         if greedy is None:
             raise HardAttentionError(
-                "greedy=None at baseline self_critical; it compares with the reward of the deterministic choice. "
-                "Hand over that reward, or take baseline 'moving_average' or 'leave_one_out'."
+                "greedy=None at baseline self_critical; it compares with the reward of the deterministic selection. "
+                "Pass that reward, or use baseline 'moving_average' or 'leave_one_out'."
             )
         greedy = greedy.detach()
         finite = greedy.isfinite()

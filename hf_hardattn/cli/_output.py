@@ -25,7 +25,7 @@ def place(wanted: Path | None, default: Path, overwrite: bool = False) -> Path:
     if wanted is not None:
         if _is_taken(wanted):
             raise HardAttentionError(
-                f"--output {str(wanted)!r} exists already; nothing is overwritten unasked. Name another, or add --overwrite."
+                f"--output {str(wanted)!r} already exists; existing files are not overwritten by default. Use another, or add --overwrite."
             )
         return wanted
     names = itertools.chain(

@@ -24,8 +24,8 @@ def command(
     column: Annotated[str, typer.Option(help="Column with the images or texts.")] = "image",
     by: Annotated[list[str] | None, typer.Option(help="Column with the subgroups; may be given several times.")] = None,
     site: Annotated[str | None, typer.Option(help="Site to audit; the first by default.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Largest number of rows to read.")] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 32,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows to read.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 32,
     output: Annotated[
         Path | None, typer.Option(help="File to write the findings to; outputs/audit.json by default.")
     ] = None,
@@ -43,7 +43,7 @@ def command(
     findings = audit_rows(ModelWithProcessor.load(model), rows, column, by or [], site, batch)
     for finding in findings:
         typer.echo(("* " if finding.notable else "  ") + finding.sentence)
-    typer.echo("* marks what is notable.")
+    typer.echo("* marks notable findings.")
     typer.echo(CAUTION)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = {

@@ -33,36 +33,36 @@ def command(
         ),
     ] = None,
     size: Annotated[
-        list[int], typer.Option(help="Pixels a side of its images, or source tokens; may be given several times.")
+        list[int], typer.Option(help="Pixels per side of the images, or source tokens; may be given several times.")
     ] = [],  # noqa: B006
-    site: Annotated[list[str], typer.Option(help="Globs of its sites; may be given several times.")] = [],  # noqa: B006
+    site: Annotated[list[str], typer.Option(help="Globs of the sites; may be given several times.")] = [],  # noqa: B006
     budget: Annotated[
         list[float],
         typer.Option(
-            help="Budgets to measure, at the sites given or at a checkpoint's own; 0.5 and 0.25 at the sites given by default."
+            help="Budgets to measure, at the given sites or at a checkpoint's own; 0.5 and 0.25 by default at given sites."
         ),
     ] = [],  # noqa: B006
     config: Annotated[
-        Path | None, typer.Option(help="JSON file with its hard-attention configuration, instead of sites and budgets.")
+        Path | None, typer.Option(help="JSON file with the hard-attention configuration, instead of sites and budgets.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
     new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens that a model that writes is asked for; its call is generate().")
+        int, typer.Option(min=1, help="Number of tokens to generate per call, for models that use generate().")
     ] = 16,
     dtype: Annotated[str, typer.Option(help="Dtype of weights and inputs.")] = "float32",
     layers: Annotated[
         int | None, typer.Option(help="Number of layers of the models that are built here, instead of the suite's.")
     ] = None,
     only: Annotated[str, typer.Option(help="Glob of the groups to run; the others keep their earlier results.")] = "*",
-    rounds: Annotated[int, typer.Option(help="Largest number of interleaved rounds.")] = 9,
+    rounds: Annotated[int, typer.Option(help="Maximum number of interleaved rounds.")] = 9,
     seconds: Annotated[
-        float, typer.Option(help="Stop the rounds of a group after so many seconds; at least two are run.")
+        float, typer.Option(help="Stop timing a group after this many seconds; at least two rounds are run.")
     ] = 60.0,
     threads: Annotated[int, typer.Option(help="Number of PyTorch threads.")] = 2,
     fixed_allocator: Annotated[
         bool,
         typer.Option(
-            help="Restart with glibc's allocator settings fixed, because page faults would change the ratios."
+            help="Restart with glibc's allocator settings fixed, because page faults would distort the ratios."
         ),
     ] = True,
     mode: Annotated[
@@ -72,7 +72,7 @@ def command(
         ),
     ] = "eager",
     import_cost: Annotated[
-        bool, typer.Option(help="Also measure what importing the library costs an original model.")
+        bool, typer.Option(help="Also measure the cost of importing the library for an original model.")
     ] = False,
     models: Annotated[
         Path, typer.Option(help="For the suite competing: folder with the trained models 'soft' and 'hard'.")
@@ -167,16 +167,18 @@ def _check_options(
     """Refuse options that the run would ignore."""
     if model is None:
         refuse_unused(
-            context, "size site budget config batch new_tokens dtype", "without --model: a suite says them itself"
+            context,
+            "size site budget config batch new_tokens dtype",
+            "without --model, because a suite defines these settings itself",
         )
     else:
         refuse_unused(context, "suite only", "with --model, which is measured alone")
     if config is not None:
-        refuse_unused(context, "site budget", "with --config, which says them itself")
+        refuse_unused(context, "site budget", "with --config, which defines these settings itself")
     if suite != "competing":
-        refuse_unused(context, "models task", "on any suite but 'competing'")
+        refuse_unused(context, "models task", "for any suite except 'competing'")
     if suite in ("competing", "host"):
-        refuse_unused(context, "only layers import_cost", f"on suite {suite!r}")
+        refuse_unused(context, "only layers import_cost", f"for suite {suite!r}")
 
 
 def _check_suite(suite: str, model: str | None) -> None:
@@ -185,8 +187,8 @@ def _check_suite(suite: str, model: str | None) -> None:
 
     if suite == "gpu" and model is None and not torch.cuda.is_available():
         raise HardAttentionError(
-            "suite 'gpu' measures a GPU, and PyTorch sees none here; on a CPU it would take hours and say nothing. Run it on a machine with "
-            "one, or take --suite quick or targets."
+            "suite 'gpu' measures a GPU, and PyTorch sees none here; on a CPU it would take hours and mean nothing. Run it on a machine with a "
+            "GPU, or use --suite quick or targets."
         )
     if suite not in SUITES and not suite.endswith((".yaml", ".yml")):
         raise unknown("suite", suite, SUITES)
@@ -195,7 +197,9 @@ def _check_suite(suite: str, model: str | None) -> None:
 def _eagerly(suite: str, mode: str) -> None:
     """Refuse other modes for suites that time exported models, single layers, or unmodified other methods."""
     if mode != "eager":
-        raise HardAttentionError(f"suite {suite!r} is not run by --mode {mode}, only eagerly. Leave --mode out.")
+        raise HardAttentionError(
+            f"suite {suite!r} does not support --mode {mode}, only eager execution. Leave --mode out."
+        )
 
 
 def _competing(models: Path, name: str, rounds: int, threads: int, output: Path | None, overwrite: bool) -> None:
@@ -258,7 +262,7 @@ def _own(
     sizes = sizes or ([] if known is None else [known.size])
     if saved is None and not (sizes and (config or sites)):
         raise HardAttentionError(
-            f"--model {model!r} needs to know what to measure; give --size (pixels a side, or tokens), and --site or --config."
+            f"--model {model!r} does not say what to measure; pass --size (pixels per side, or tokens), and --site or --config."
         )
     counts = [int(value) if value > 1 else value for value in budgets or ([] if saved else [0.5, 0.25])]
     rows: list[dict[str, Any]]

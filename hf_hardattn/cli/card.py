@@ -15,19 +15,22 @@ def command(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            help="Output folders of trainings, or sources of cards (source.json); with --check, folders that hold a card."
+            help="Output folders of training runs, or sources of cards (source.json); with --check, folders that contain a card."
         ),
     ],
     check: Annotated[
         bool,
         typer.Option("--check", help="Check cards instead of writing them; exits with code 1 if anything is wrong."),
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Folder for one card; beside its source by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for one card; the folder of its source by default.")
+    ] = None,
     repo_id: Annotated[
-        str | None, typer.Option(help="user/name that the card of a training names; --hub_model_id by default.")
+        str | None,
+        typer.Option(help="Repository, user/name, to state in the card of a training run; --hub_model_id by default."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a README.md that somebody else wrote.")
+        bool, typer.Option("--overwrite", help="Replace a README.md that this command did not write.")
     ] = False,
 ) -> None:
     """Write model cards from results JSON: hf-hardattn card outputs/vit, or check them: hf-hardattn card --check outputs/vit."""
@@ -39,7 +42,7 @@ def command(
     if not check:
         if output is not None and len(paths) > 1:
             raise HardAttentionError(
-                f"--output takes one card; {len(paths)} are given. Leave it out to write each beside its source."
+                f"--output is for one card; {len(paths)} are given. Leave it out to write each next to its source."
             )
         for path in paths:
             source = source_for(path, repo_id)

@@ -15,17 +15,17 @@ from ._output import place
 def command(
     config: Annotated[Path, typer.Option(help="What to compare, e.g. scripts/configs/compare/cluttered_digits.yaml.")],
     seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 5,
-    first_seed: Annotated[int, typer.Option(help="First seed. Tune on other seeds than those you report.")] = 0,
+    first_seed: Annotated[int, typer.Option(help="First seed. Tune on seeds other than those you report.")] = 0,
     jobs: Annotated[int, typer.Option(help="Number of parallel processes.", min=1)] = 1,
     threads: Annotated[int, typer.Option(help="Number of PyTorch threads in each process.", min=1)] = 1,
     output: Annotated[
-        Path | None, typer.Option(help="JSON to write; outputs/compare/<name of the config>.json by default.")
+        Path | None, typer.Option(help="JSON file to write; outputs/compare/<name of the config>.json by default.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False,
     folder: Annotated[
         Path | None,
         typer.Option(
-            help="Takes base checkpoints and runs, to go on from; outputs/compare/<name of the config> by default."
+            help="Folder for base checkpoints and runs, from which a comparison continues; outputs/compare/<name of the config> by default."
         ),
     ] = None,
     only: Annotated[

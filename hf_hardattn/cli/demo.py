@@ -19,9 +19,9 @@ def command(
     output: Annotated[
         Path | None, typer.Option(help="Folder for models, picture and results; outputs/demo by default.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the contents of the output folder.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the data and the selections.")] = 4,
-    threads: Annotated[int, typer.Option(help="PyTorch threads; 0 leaves the choice to PyTorch.")] = 0,
+    threads: Annotated[int, typer.Option(help="Number of PyTorch threads; 0 for PyTorch's default.")] = 0,
     quick: Annotated[
         bool, typer.Option(help="Run a few steps only, to check that everything works; the numbers mean nothing.")
     ] = False,
@@ -41,9 +41,9 @@ def command(
     if ui or space:
         refuse_unused(context, "overwrite seed threads quick", "with --ui or --space, which train nothing")
         if model:
-            refuse_unused(context, "output", "beside --model, which names what is shown")
+            refuse_unused(context, "output", "with --model, which defines what is shown")
         if space:
-            refuse_unused(context, "port", "with --space, which is written and not served")
+            refuse_unused(context, "port", "with --space, which only writes the page")
         return page(model or [_trained(output) if output else _newest()], space, port)
     refuse_unused(context, "model port", "without --ui or --space")
     from rich.console import Console
@@ -56,7 +56,7 @@ def command(
         output = DEFAULT.with_name("demo-quick") if quick else DEFAULT
     elif output.is_dir() and any(output.iterdir()) and not overwrite:
         raise HardAttentionError(
-            f"--output {str(output)!r} is not empty; nothing is overwritten unasked. Name another folder, or add --overwrite."
+            f"--output {str(output)!r} is not empty; existing files are not overwritten by default. Use another folder, or add --overwrite."
         )
     recipe = Recipe(seed=seed)
     if quick:
@@ -81,7 +81,7 @@ def command(
     console = Console()
     console.print(table)
     if quick:
-        console.print("a quick run: it shows that everything works, and is no result")
+        console.print("a quick run: it only checks that everything works; the numbers mean nothing")
     for site in results["certificate"]["sites"]:
         console.print(site["statement"])
     again = results["reload"]
@@ -90,7 +90,7 @@ def command(
         f"accuracy {again['accuracy']:.1%} ({'the same' if again['same_accuracy'] else 'NOT the same'})"
     )
     console.print(
-        f"{results['seconds']:.0f} s in all; picture: {output / 'kept_patches.png'}; results: {output / 'results.json'}"
+        f"{results['seconds']:.0f} s in total; picture: {output / 'kept_patches.png'}; results: {output / 'results.json'}"
     )
 
 
@@ -102,7 +102,7 @@ def _trained(output: Path) -> str:
     """
     if not (output / "hard" / "config.json").is_file():
         raise HardAttentionError(
-            f"{output / 'hard'} holds no model; the page shows the demo's. Run 'hf-hardattn demo' first, or name a hard checkpoint with --model."
+            f"{output / 'hard'} holds no model; the page shows that of the demo. Run 'hf-hardattn demo' first, or pass a hard checkpoint as --model."
         )
     return str(output / "hard")
 

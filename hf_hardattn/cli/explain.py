@@ -16,20 +16,20 @@ def command(
     input: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text, image, folder of images, or table with --column; may be given several times. The model 'sample' brings its own."
+            help="Text, image, folder of images, or table with --column; may be given several times. The model 'sample' comes with its own."
         ),
     ] = None,
     column: Annotated[str | None, typer.Option(help="Column of the table given by --input.")] = None,
-    limit: Annotated[int, typer.Option(help="Largest number of inputs.")] = 8,
+    limit: Annotated[int, typer.Option(help="Maximum number of inputs.")] = 8,
     output: Annotated[
         Path | None, typer.Option(help="File to write the page to; outputs/report.html by default.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")] = False,
     measure: Annotated[
-        bool, typer.Option(help="Also measure faithfulness, which takes some hundred forward passes.")
+        bool, typer.Option(help="Also measure faithfulness, which takes several hundred forward passes.")
     ] = True,
     beside: Annotated[
-        str | None, typer.Option(help="Another checkpoint, hard or not, to show beside the first on every input.")
+        str | None, typer.Option(help="Another checkpoint, hard or not, to show next to the first for every input.")
     ] = None,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "",
 ) -> None:
@@ -42,14 +42,14 @@ def command(
     output = place(output, Path("outputs/report.html"), overwrite)
     if not input and model != sample.NAME:
         raise HardAttentionError(
-            "there is no --input to explain; name an image, a text, a folder of images, or a table with --column."
+            "there is no --input to explain; pass an image, a text, a folder of images, or a table with --column."
         )
     named = input or map(str, sample.image_paths())
     inputs = [item for given in named for item in read_inputs(given, column, limit)][:limit]
     other = None if beside is None else ModelWithProcessor.load_any(beside)
     if measure:
         typer.echo(
-            f"measuring faithfulness on {len(inputs)} input{'s' * (len(inputs) != 1)}: some hundred forward passes, which --no-measure leaves out",
+            f"measuring faithfulness on {len(inputs)} input{'s' * (len(inputs) != 1)} takes several hundred forward passes; use --no-measure to skip it",
             err=True,
         )
     page = explain(ModelWithProcessor.load(model), inputs, measure, title, other)

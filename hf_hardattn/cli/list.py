@@ -8,9 +8,9 @@ import typer
 
 NEEDS = """
 What an estimator needs: gates - the gradient at every position, so it trains masked and saves compute in inference only; reward -
-a reward for each example, by default minus the loss; choices - the loss of every choice; passes - several forward passes a step;
+a reward for each example, by default minus the loss; choices - the loss of every choice; passes - several forward passes per step;
 teacher - the same model with full attention; target - the labels, which its posterior reads;
-class - one integer label an example, which its auxiliary head predicts.
+class - one integer label per example, which its auxiliary head predicts.
 """
 
 

@@ -16,23 +16,23 @@ def command(
     data: Annotated[
         str, typer.Option(help="A csv, tsv, json, jsonl or parquet file, a folder of images, or a data set on the Hub.")
     ],
-    column: Annotated[str, typer.Option(help="Its column of texts or images.")],
+    column: Annotated[str, typer.Option(help="Column of the texts or images.")],
     split: Annotated[str, typer.Option(help="Split of a data set on the Hub.")] = "train",
     streaming: Annotated[
-        bool, typer.Option("--streaming", help="Read a data set on the Hub while it is predicted.")
+        bool, typer.Option("--streaming", help="Stream a data set from the Hub during prediction.")
     ] = False,
-    output: Annotated[Path, typer.Option(help="The Parquet file; a run that was killed goes on.")] = Path(
-        "outputs/predictions.parquet"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="Parquet file to write; an interrupted run continues when it is started again.")
+    ] = Path("outputs/predictions.parquet"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False,
     budget: Annotated[
         float | None,
-        typer.Option(help="Kept at every site, instead of the saved budgets: a ratio, or a count above 1."),
+        typer.Option(help="Budget of every site, which replaces the saved budgets: a ratio, or a count above 1."),
     ] = None,
-    pooling: Annotated[str, typer.Option(help="Of a model without a head: mean or cls.")] = "mean",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a model that writes.")] = 40,
-    batch_size: Annotated[int, typer.Option(min=1, help="Inputs a call.")] = 32,
-    chunk: Annotated[int, typer.Option(min=1, help="Inputs a chunk, which is written in one step.")] = 1024,
+    pooling: Annotated[str, typer.Option(help="Pooling for a model without a head: mean or cls.")] = "mean",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of generated tokens.")] = 40,
+    batch_size: Annotated[int, typer.Option(min=1, help="Inputs per call.")] = 32,
+    chunk: Annotated[int, typer.Option(min=1, help="Inputs per chunk; a chunk is written in one step.")] = 1024,
 ) -> None:
     """Predict a large collection into one Parquet file: classes, texts or embeddings, and what was kept of each input.
 
@@ -45,16 +45,16 @@ def command(
 
     if output.exists() and not overwrite:
         raise HardAttentionError(
-            f"--output {str(output)!r} exists already; nothing is overwritten unasked. Name another, or add --overwrite."
+            f"--output {str(output)!r} already exists; existing files are not overwritten by default. Use another, or add --overwrite."
         )
     kept: Any = int(budget) if budget is not None and budget > 1 else budget
     bundle = ModelWithProcessor.load_any(model, budget=kept)
     if bundle.model.can_generate():
-        refuse_unused(context, "pooling", "on a model that writes")
+        refuse_unused(context, "pooling", "for a model that generates text")
     else:
-        refuse_unused(context, "max_new_tokens", "on a model that does not write")
+        refuse_unused(context, "max_new_tokens", "for a model that does not generate text")
     if Path(data).exists():
-        refuse_unused(context, "split streaming", "on files of this machine, which are read whole")
+        refuse_unused(context, "split streaming", "for local files, which are read completely")
     bundle.model.to(processes().device)
     predictor = Predictor(bundle, pooling, max_new_tokens)
     run = {
@@ -80,6 +80,6 @@ def _rows(data: str, column: str, split: str, streaming: bool) -> Any:
     names = rows.column_names
     if names is not None and column not in names:
         raise HardAttentionError(
-            f"no column {column!r} in {data}; it has: {', '.join(names)}. Name another with --column."
+            f"no column {column!r} in {data}; it has: {', '.join(names)}. Specify another with --column."
         )
     return rows

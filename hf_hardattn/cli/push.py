@@ -9,7 +9,7 @@ import typer
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="Folder that hf_hardattn.save or save_pretrained wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Folder written by hf_hardattn.save or save_pretrained.")],
     repo_id: Annotated[str, typer.Argument(help="user/name on the Hub; created if it does not exist.")],
     dry_run: Annotated[bool, typer.Option(help="Only show what would be uploaded, and who could see it.")] = True,
     public: Annotated[
@@ -39,4 +39,4 @@ def command(
     )
     typer.echo(str(plan))
     if dry_run:
-        typer.echo("dry run; to push: the same command with --no-dry-run")
+        typer.echo("dry run; to push, run the same command with --no-dry-run")

@@ -153,8 +153,8 @@ def _through_processor(model: Any, place: str, size: int, batch: int) -> dict[st
     processor = ModelWithProcessor.load_any(place).processor
     if processor is None:
         raise HardAttentionError(
-            f"{place!r} holds no processor, and {type(model).__name__} reads images and texts together, which nothing else knows how to "
-            "join. Save its processor in the same folder: processor.save_pretrained(...)."
+            f"{place!r} holds no processor, but {type(model).__name__} reads images and texts together, and only its processor can "
+            "combine them. Save its processor in the same folder: processor.save_pretrained(...)."
         )
     pixels = torch.randint(256, (size, size, 3), dtype=torch.uint8)
     text = " ".join(filter(None, [getattr(processor, "image_token", None), "what does this image show"]))

@@ -38,7 +38,7 @@ def run(folder: Path, columns: dict[str, Any], *, batch: int, rounds: int) -> di
     missing = [name for name in ("soft", "hard") if not (folder / name).is_dir()]
     if missing:
         raise HardAttentionError(
-            f"{folder} holds no {' and no '.join(map(repr, missing))} model; competing methods are compared on those of a training. Run: hf-hardattn demo "
+            f"{folder} holds no {' and no '.join(map(repr, missing))} model; competing methods are compared on trained models. Run: hf-hardattn demo "
             f"--output {folder}, or train them with scripts/research/train_checkpoint.py and name their folder."
         )
     soft, hard = (AutoModelForImageClassification.from_pretrained(folder / name).eval() for name in ("soft", "hard"))

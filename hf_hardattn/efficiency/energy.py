@@ -72,7 +72,9 @@ def total(readings: list[dict[str, Any]]) -> dict[str, Any]:
 def _reading(tracker: Any, country: str | None) -> dict[str, Any]:
     data = tracker.final_emissions_data
     if not data.energy_consumed > 0:
-        return {"not_measured": "CodeCarbon read no energy; the work was too short, or the machine shows none"}
+        return {
+            "not_measured": "CodeCarbon measured no energy; the run was too short, or the machine does not report it"
+        }
     parts = [str(part) for part in tracker._conf.get("hardware", ())]
     own_meter = any(name in part.lower().replace(" ", "_") for part in parts for name in MEASURING)
     graphics = f", {data.gpu_count} x {data.gpu_model}" if data.gpu_count else ""
@@ -85,5 +87,5 @@ def _reading(tracker: Any, country: str | None) -> dict[str, Any]:
         "scope": "whole machine: processor and memory" + (" and GPUs" if data.gpu_count else "") + ", without cooling",
         "software": f"CodeCarbon {data.codecarbon_version}",
         "hardware": f"{data.cpu_count} x {data.cpu_model}{graphics}, {data.ram_total_size:.0f} GB of memory",
-        "region": country or f"unknown; {WORLD_AVERAGE:.0f} g CO2eq a kWh, the world's average",
+        "region": country or f"unknown; {WORLD_AVERAGE:.0f} g CO2eq per kWh, the world average",
     }

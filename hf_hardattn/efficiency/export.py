@@ -65,6 +65,6 @@ def check(model: PreTrainedModel) -> None:
     for site, selector in selectors(model).items():
         if selector.data_dependent:
             raise HardAttentionError(
-                f"budget={selector.config.budget!r} at '{site}' keeps as many positions as the scores say; an exported model has fixed shapes. "
+                f"budget={selector.config.budget!r} at '{site}' lets the scores decide how many positions are kept; an exported model has fixed shapes. "
                 "Use an int or a ratio."
             )

@@ -104,7 +104,9 @@ def amdahl(shares: Mapping[str, float], before: Mapping[str, float], after: Mapp
     before, after = ({**work, "linear": work.get("streamed", work.get("linear", 0))} for work in (before, after))
     remaining = sum(share * (after[part] / before[part] if before[part] else 1.0) for part, share in shares.items())
     if remaining <= 0:
-        raise HardAttentionError(f"the parts' shares of the time are {dict(shares)}; no limit follows from them.")
+        raise HardAttentionError(
+            f"the parts' shares of the time are {dict(shares)}; no limit can be computed from them."
+        )
     return 1 / remaining
 
 

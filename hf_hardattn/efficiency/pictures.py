@@ -65,8 +65,8 @@ def pareto(results: dict[str, Any], path: Path) -> None:
     axis.minorticks_off()
     axis.axvline(1, color="0.7", linewidth=0.8)
     axis.axhline(1, color="0.7", linewidth=0.8)
-    axis.set_xlabel("speed against original Transformers (measured)")
-    axis.set_ylabel("peak memory against original Transformers")
+    axis.set_xlabel("speed relative to original Transformers (measured)")
+    axis.set_ylabel("peak memory relative to original Transformers")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -100,7 +100,7 @@ def growth(results: dict[str, Any], path: Path) -> None:
                     color=line.get_color(),
                     label="of that, the layers after the selection",
                 )
-        unit = "tokens" if model.startswith("t5") else "pixels a side"
+        unit = "tokens" if model.startswith("t5") else "pixels per side"
         for axis, what in ((axes[0][column], "seconds"), (axes[1][column], "peak memory, MiB")):
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
@@ -147,7 +147,7 @@ def break_even(results: dict[str, Any], path: Path) -> None:
     axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axis.set_yticks([0.5, 1, 2, 4, 8], ["0.5×", "1×", "2×", "4×", "8×"])
     axis.set_xlabel("tokens")
-    axis.set_ylabel("speed against original Transformers (below 1: slower)")
+    axis.set_ylabel("speed relative to original Transformers (below 1: slower)")
     axis.legend(fontsize=7, handlelength=3.5, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -170,7 +170,7 @@ def accuracy_and_speed(results: dict[str, Any], path: Path) -> None:
             label=family,
             zorder=3 if ours else 2,
         )
-    axis.set_xlabel("images a second against the soft model (measured)")
+    axis.set_xlabel("images per second relative to the soft model (measured)")
     axis.set_ylabel("accuracy, %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

@@ -75,7 +75,7 @@ def speedup(group: dict[str, Any], name: str, baseline: str) -> str:
     if baseline not in group["rows"]:
         raise HardAttentionError(
             f"{name!r} of {group['name']!r} has a speed-up against {baseline!r}, which is not among its rows "
-            f"({', '.join(map(repr, group['rows']))}); no speed-up without its baseline. Run the group again."
+            f"({', '.join(map(repr, group['rows']))}); a speed-up needs its baseline. Run the group again."
         )
     low, _, high = ratio["quartiles"]
     return f"{ratio['median']:.2f} ({low:.2f}-{high:.2f})"

@@ -50,7 +50,7 @@ def ratios(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, list[
     rounds = {name: len(times) for name, times in seconds.items()}
     if baseline not in seconds or len(set(rounds.values())) != 1 or not rounds[baseline]:
         raise HardAttentionError(
-            f"no speed-up without its baseline: {baseline!r} was not timed in the rounds of {', '.join(map(repr, seconds))}. "
-            "Time it beside them, in the same run."
+            f"a speed-up needs its baseline: {baseline!r} was not timed in the same rounds as {', '.join(map(repr, seconds))}. "
+            "Time them together, in one run."
         )
     return {name: [b / t for b, t in zip(seconds[baseline], times, strict=True)] for name, times in seconds.items()}

@@ -14,10 +14,10 @@ from ..options import Configurable
 # What an estimator may need besides the scores.
 NEEDS = {
     "gates": "the gradient at dropped positions: trains masked",
-    "reward": "a reward of each example: minus its loss, or yours",
-    "passes": "several sampled forward passes a step",
-    "choices": "a forward pass for every choice, at one site of the model",
-    "teacher": "a soft forward pass a step, without gradient",
+    "reward": "a reward per example: minus its loss, or your own",
+    "passes": "several sampled forward passes per step",
+    "choices": "a forward pass for every possible selection, at one site of the model",
+    "teacher": "a soft forward pass per step, without gradient",
     "target": "the labels, in training",
     "class": "the class of each example, in training",
 }

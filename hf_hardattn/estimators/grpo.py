@@ -11,7 +11,7 @@ from ..distributions import ConditionalBernoulli, PlackettLuce
 from ..options import Range
 from . import Choice, Estimator, Sampling
 
-_SAMPLES = Range(2, 1024, "A deviation takes 2 samples or more. For one sample use 'reinforce'.")
+_SAMPLES = Range(2, 1024, "A standard deviation needs at least 2 samples. For one sample use 'reinforce'.")
 LAWS = {"plackett_luce": PlackettLuce, "conditional_bernoulli": ConditionalBernoulli}
 FLOOR = 1e-4  # added to the deviation, so that rewards that differ only by rounding have no effect
 
@@ -43,7 +43,7 @@ class Grpo(Estimator):
 
     biased = True
     needs = ("reward", "passes")
-    source = "Shao et al. 2024, arXiv:2402.03300, section 4.1; one optimizer step a draw"
+    source = "Shao et al. 2024, arXiv:2402.03300, section 4.1; one optimizer step per draw"
 
     def __init__(
         self,

@@ -45,7 +45,9 @@ class GumbelRao(Estimator):
     needs = ("gates",)
     source = "Paulus, Maddison & Krause 2021, arXiv:2010.04838; k > 1: given the order of the picks"
 
-    def __init__(self, draws: Annotated[int, Range(1, 10_000, "It counts noises, >= 1.")] = 10) -> None:
+    def __init__(
+        self, draws: Annotated[int, Range(1, 10_000, "It is the number of noise samples, >= 1.")] = 10
+    ) -> None:
         super().__init__()
         self.draws = draws
 

@@ -46,7 +46,7 @@ class Marginal(Estimator):
     def __init__(
         self,
         objective: Literal["likelihood", "expectation"] = "likelihood",
-        limit: Annotated[int, Range(1, 65_536, "It counts choices, >= 1.")] = 256,
+        limit: Annotated[int, Range(1, 65_536, "It is a number of selections, >= 1.")] = 256,
         monotonic: bool = False,
     ) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Marginal(Estimator):
     def check_together(cls, options: Mapping[str, Any], where: str) -> None:
         if options.get("monotonic") and options.get("objective", "likelihood") != "likelihood":
             raise HardAttentionError(
-                f"monotonic=True with objective={options['objective']!r} at {where}; alignments are summed over in the likelihood. "
+                f"monotonic=True with objective={options['objective']!r} at {where}; the sum over alignments is a likelihood. "
                 "Use objective='likelihood'."
             )
 

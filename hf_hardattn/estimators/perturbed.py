@@ -13,7 +13,7 @@ from ..functional.topk import topk_mask
 from ..options import Positive, Range
 from . import Choice, Estimator, Sampling
 
-_DRAWS = Range(2, 10**6, "A covariance takes 2 noises or more. The paper takes 500.")
+_DRAWS = Range(2, 10**6, "A covariance needs at least 2 noise samples. The paper uses 500.")
 
 
 class Perturbed(Estimator):

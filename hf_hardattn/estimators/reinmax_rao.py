@@ -51,7 +51,7 @@ class ReinmaxRao(Estimator):
 
     def __init__(
         self,
-        draws: Annotated[int, Range(1, 10_000, "It counts noises, >= 1.")] = 32,
+        draws: Annotated[int, Range(1, 10_000, "It is the number of noise samples, >= 1.")] = 32,
         tau: Annotated[float, Range(1e-6, 1e6, "A temperature is > 0.")] = 0.7,
     ) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from . import Choice, Estimator, Sampling
 
 SURROGATES = ("balanced", "softmax", "sigmoid", "identity")
 UNBALANCED = (
-    "its gradient does not sum to 0 over a row, so what is dropped can rise as a whole. On cluttered digits with 8% kept it reached {}, "
+    "its gradient does not sum to 0 over a row, so the scores of dropped positions can rise together. On cluttered digits with 8% kept it reached {}, "
     "random selection 19.3 ± 1.7, 'balanced' 87.9 ± 1.0 (accuracy in %, 5 seeds, results/compare/surrogates.md)."
 )
 

@@ -90,7 +90,7 @@ def attend(
     weights: bool = False,
     logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention, ``softmax(scale * q k + bias) v`` over the allowed keys.
+    """Compute softmax attention, ``softmax(scale * q k + bias) v``, over the allowed keys.
 
     Args:
         query: ``[B, H, Q, d]``. key, value: ``[B, H, N, d]``.

@@ -38,7 +38,7 @@ def save_adapter(model: Any, folder: Path, base_model: str | None, base_revision
     base = base_model or adapter.base_model_name_or_path
     if not base:
         raise HardAttentionError(
-            "the adapter names no base model; whoever loads it needs one. Pass base_model='user/name' (and base_revision)."
+            "the adapter names no base model; loading it requires one. Pass base_model='user/name' (and base_revision)."
         )
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     saved = {tensor.data_ptr() for tensor in state.values()}
@@ -46,7 +46,7 @@ def save_adapter(model: Any, folder: Path, base_model: str | None, base_revision
         for part, parameter in selector.named_parameters():
             if parameter.data_ptr() not in saved:
                 raise HardAttentionError(
-                    f"the adapter leaves out '{part}' of the selector at '{site}'; it would be lost. Build it with "
+                    f"the adapter does not save '{part}' of the selector at '{site}'; it would be lost. Create it with "
                     "modules_to_save=['selector', 'input_selector']."
                 )
     before = adapter.base_model_name_or_path, adapter.revision
@@ -81,7 +81,7 @@ def load_adapter(
     settings = _read_settings(source, max((max(shape, default=0) for shape in header.shapes.values()), default=0))
     if not source.has("config.json") and given is None:
         raise HardAttentionError(
-            f"{where} is an adapter without config.json, so nothing says where it looks; PEFT alone does not write it. Save with "
+            f"{where} is an adapter without config.json, so its sites are unknown; PEFT alone does not write this file. Save with "
             "hf_hardattn.save(model, folder), or pass hard_attention=HardAttentionConfig(...)."
         )
     base = fetch(
@@ -105,8 +105,8 @@ def load_adapter(
     except Exception as error:  # noqa: BLE001 - PEFT raises many types of errors for damaged files
         text = " ".join(str(error).split())[:400]
         raise HardAttentionError(
-            f"the adapter {where} does not fit its base {base.name} ({type(error).__name__}: {text}); its files are damaged or the base "
-            "is another one."
+            f"the adapter {where} does not fit its base {base.name} ({type(error).__name__}: {text}); its files are damaged, or this is "
+            "not its base."
         ) from error
     found = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     odd = sorted(found.keys() ^ header.shapes.keys())
@@ -118,7 +118,7 @@ def load_adapter(
     lost = {f"base_model.model.{key}" for key in missing} - found.keys()
     if lost:
         raise HardAttentionError(
-            f"neither the base {base.name} nor the adapter {where} holds {len(lost)} tensors (first: {sorted(lost)[0]!r}); an adapter of a "
+            f"{len(lost)} tensors are in neither the base {base.name} nor the adapter {where} (first: {sorted(lost)[0]!r}); an adapter of a "
             "soft base must hold its selectors (modules_to_save=['selector', 'input_selector'])."
         )
     return adapted.eval()
@@ -129,8 +129,8 @@ def _read_settings(source: Source, largest: int) -> dict[str, Any]:
     settings, where = read_json(source.folder / CONFIG, source.name), source.name
     if settings.get("peft_type") not in METHODS:
         raise HardAttentionError(
-            f"{CONFIG} of {where} has peft_type={str(settings.get('peft_type'))[:100]!r}; load() reads {', '.join(METHODS)}. Load another "
-            "with PEFT itself, if you trust it."
+            f"{CONFIG} of {where} has peft_type={str(settings.get('peft_type'))[:100]!r}; load() supports {', '.join(METHODS)}. Load other "
+            "types with PEFT itself, if you trust them."
         )
     for name in REFUSED:
         if settings.get(name):
@@ -144,19 +144,21 @@ def _read_settings(source: Source, largest: int) -> dict[str, Any]:
     )
     if settings.get("peft_type") == "LORA" and not all(isinstance(r, int) and 1 <= r <= largest for r in ranks):
         raise HardAttentionError(
-            f"{CONFIG} of {where} has rank {str(ranks)[:60]}; its tensors have no dimension above {largest}."
+            f"{CONFIG} of {where} has rank {str(ranks)[:60]}; no dimension of its tensors is larger than {largest}."
         )
     for key, value in walk(settings):
         if isinstance(value, str) and (len(value) > 500 or _is_slow(value)):
             raise HardAttentionError(
-                f"{CONFIG} of {where}: {key[:100]}={value[:100]!r} is no plain name or pattern; it is refused."
+                f"{CONFIG} of {where}: {key[:100]}={value[:100]!r} is not a plain name or pattern; it is refused."
             )
         if len(key) > 500 or _is_slow(key):
-            raise HardAttentionError(f"{CONFIG} of {where}: the key {key[:100]!r} is no plain name; it is refused.")
+            raise HardAttentionError(f"{CONFIG} of {where}: the key {key[:100]!r} is not a plain name; it is refused.")
     if not isinstance(settings.get("base_model_name_or_path"), str) or not settings["base_model_name_or_path"]:
         raise HardAttentionError(f"{CONFIG} of {where} names no base model; it cannot be loaded.")
     if not isinstance(settings.get("revision"), (str, type(None))):
-        raise HardAttentionError(f"{CONFIG} of {where}: revision={str(settings['revision'])[:100]!r} is no revision.")
+        raise HardAttentionError(
+            f"{CONFIG} of {where}: revision={str(settings['revision'])[:100]!r} is not a valid revision."
+        )
     return settings
 
 

@@ -46,7 +46,7 @@ def model_class(name: Any, where: str) -> type[PreTrainedModel]:
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and _is_complete(found)):
         known = ", ".join(models.names())
         raise HardAttentionError(
-            f"{where} names the class {str(name)[:100]!r}; it must be one of Transformers' models of: {known}."
+            f"{where} names the class {str(name)[:100]!r}; it must be a Transformers model of one of these families: {known}."
         )
     return found
 
@@ -74,25 +74,27 @@ def read_model_config(source: Source, header: Header) -> tuple[PreTrainedConfig,
     for key, value in walk({key: value for key, value in data.items() if key != "hard_attention"}):
         if isinstance(value, (int, float)) and abs(value) > limit:
             raise HardAttentionError(
-                f"config.json of {where} says {key}={str(value)[:40]}; its weights hold {header.elements:,} numbers in all, so that "
-                "cannot be theirs."
+                f"config.json of {where} says {key}={str(value)[:40]}; its weights hold only {header.elements:,} numbers in total, so "
+                "the two do not match."
             )
         # "max_window_layers" is exempt: it is a bound
         if "layers" in key and "max_" not in key and isinstance(value, int) and value > len(header.shapes):
             raise HardAttentionError(
-                f"config.json of {where} says {key}={value}; its weights are {len(header.shapes)} tensors, too few for so many layers."
+                f"config.json of {where} says {key}={value}; its weights have only {len(header.shapes)} tensors, too few for so many layers."
             )
     labels, widest = data.get("num_labels"), max((max(shape, default=0) for shape in header.shapes.values()), default=0)
     if isinstance(labels, int) and labels > max(widest, MOST_LABELS):  # Transformers creates a name for each
         raise HardAttentionError(
-            f"config.json of {where} says num_labels={labels:,}; no tensor of its weights has a dimension above {widest:,}."
+            f"config.json of {where} says num_labels={labels:,}; no dimension of its weights is larger than {widest:,}."
         )
     names = data.get("architectures")
     cls = model_class(names[0] if isinstance(names, list) and names else None, f"config.json of {where}")
     kind = data.get("model_type")
     config_class: Any = cls.config_class
     if kind != config_class.model_type:
-        raise HardAttentionError(f"config.json of {where} says model_type={str(kind)[:100]!r}; {cls.__name__} is none.")
+        raise HardAttentionError(
+            f"config.json of {where} says model_type={str(kind)[:100]!r}; {cls.__name__} is a model of another type."
+        )
     if data.get("hard_attention") is not None:
         data["hard_attention"] = read_config(data["hard_attention"], where).to_dict()
     try:
@@ -120,7 +122,7 @@ def build(
     where = source.name
     if source.has("adapter_config.json"):  # from_pretrained would follow it and bypass the checks
         raise HardAttentionError(
-            f"{where} holds adapter_config.json beside the weights of a model; a base model is whole, without an adapter of its own. "
+            f"{where} contains adapter_config.json next to the weights of a model; a base model must not contain an adapter. "
             "Merge the adapter (merge_and_unload) and save the result, or remove the file."
         )
     kwargs = options_of(config, cls, header, where) | kwargs
@@ -193,7 +195,7 @@ def blueprint(
         raise _broken(where, cls, error) from error
     if count > 2 * header.elements + ROOM:
         raise HardAttentionError(
-            f"config.json of {where} describes {count:,} parameters; its weights hold {header.elements:,}. They do not belong together."
+            f"config.json of {where} describes {count:,} parameters; its weights hold {header.elements:,}. They do not match."
         )
     return model
 
@@ -203,8 +205,8 @@ def check_complete(missing: set[str], where: str) -> None:
     if missing:
         first = next((key for key in sorted(missing) if "selector" in key), sorted(missing)[0])
         raise HardAttentionError(
-            f"the weights of {where} lack {len(missing)} tensors (first: {first!r}); a hard checkpoint must hold its selectors and "
-            "everything else. Ask its owner to push it again."
+            f"the weights of {where} lack {len(missing)} tensors (first: {first!r}); a hard checkpoint must contain all weights, "
+            "those of its selectors too. Ask its owner to push it again."
         )
 
 

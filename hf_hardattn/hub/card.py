@@ -44,10 +44,10 @@ def render(record: dict[str, Any]) -> ModelCard:
     check_record(record, str(record.get("name", "the card"))[:100])
     for name in (record["repo_id"], record["base"]["model"]):
         if not _MODEL.fullmatch(name):
-            raise HardAttentionError(f"{name[:100]!r} is no repository's name; a name is 'user/name'.")
+            raise HardAttentionError(f"{name[:100]!r} is not the name of a repository; a name is 'user/name'.")
     for picture in record["pictures"]:
         if not _PICTURE.fullmatch(picture["file"]):
-            raise HardAttentionError(f"{picture['file'][:100]!r} is no picture's file; give a .png or .jpg.")
+            raise HardAttentionError(f"{picture['file'][:100]!r} is not a picture file; use a .png or .jpg.")
     base = "" if record["base"]["model"] == "none" else f" Base model: {plain(record['base']['model'])}."
     parts = [f"# {plain(record['name'])}", f"{plain(record['summary'])}{base}", sections.pictures(record)]
     body = "\n\n".join([part for part in parts if part] + [section(record) for section in SECTIONS])
@@ -74,7 +74,7 @@ def write_card(source: Path, folder: Path | None = None) -> Path:
     for picture in pictures:
         if not picture.is_file():
             raise HardAttentionError(
-                f"{picture} is not there; the card of {record['name']} shows it. Run the command that draws it."
+                f"{picture} does not exist; the card of {record['name']} shows it. Run the command that draws it."
             )
     write_record(record, card, folder)
     for picture in pictures:
@@ -93,7 +93,7 @@ def refuse_foreign_card(folder: Path) -> None:
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if text.strip() and NOTE not in text and "[More Information Needed]" not in text:
         raise HardAttentionError(
-            f"{path} was not written by this command; nothing is overwritten unasked. Move it, add --overwrite, or name another --output."
+            f"{path} was not written by this command; existing files are not overwritten by default. Move it, add --overwrite, or use another --output."
         )
 
 

@@ -16,7 +16,7 @@ from .record import check_record, read_record
 from .secrets import holds_token
 from .untrusted import read_json
 
-EDITED = f"{CARD} is not what {RECORD} says"
+EDITED = f"{CARD} does not match {RECORD}"
 
 
 def check_card(folder: Path) -> list[str]:
@@ -41,9 +41,9 @@ def _problems(folder: Path) -> Iterator[str]:
     check_record(record, str(folder / RECORD))
     text = (folder / CARD).read_text(encoding="utf-8")
     if text != str(render(record)):
-        yield f"{EDITED}; a card is not edited by hand. Write it again: hf-hardattn card"
+        yield f"{EDITED}; a card must not be edited by hand. Write it again: hf-hardattn card"
     if (folder / SOURCE).is_file() and read_record(folder / SOURCE) != record:
-        yield f"{RECORD} is not what {SOURCE} and the results say now. Write it again: hf-hardattn card"
+        yield f"{RECORD} does not match {SOURCE} and the current results. Write it again: hf-hardattn card"
     yield from _sources(folder, record)
     yield from _metadata(text, record)
     if problem := conflict(record["license"], record["base"]["license"]):
@@ -67,7 +67,7 @@ def _metadata(text: str, record: dict[str, Any]) -> Iterator[str]:
         yield f"the metadata of {CARD} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
         return
     if data.get("library_name") != "hf-hardattn":
-        yield f"library_name={data.get('library_name')!r}; it must be hf-hardattn, which is what loads the model hard."
+        yield f"library_name={data.get('library_name')!r}; it must be hf-hardattn, the library that loads the model hard."
     if data.get("license") != record["license"]:
         yield f"license={data.get('license')!r} in the metadata; the record says {record['license']!r}."
     if not data.eval_results:

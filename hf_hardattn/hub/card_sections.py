@@ -47,7 +47,7 @@ def behaviour(record: Record) -> str:
             "## Hard or soft?",
             table(("loaded by", "it runs"), rows),
             "",
-            f"At inference: {plain(selection['inference'])} Kept always, and no choice: {plain(selection['always_kept'])}.",
+            f"At inference: {plain(selection['inference'])} Always kept, and not part of the selection: {plain(selection['always_kept'])}.",
         ]
     )
 
@@ -110,7 +110,7 @@ def quality(record: Record) -> str:
             "",
             table(("variant", "seed", "run", plain(task["metric_name"])), rows),
             "",
-            "`soft` is the same model with full attention; `random` keeps as much, chosen at random.",
+            "`soft` is the same model with full attention; `random` keeps the same number of positions, selected at random.",
             "",
             f"External validation: {plain(record['external_validation'])}",
         ]
@@ -131,14 +131,14 @@ def efficiency(record: Record) -> str:
         )
         for r in found["rows"]
     ]
-    header = ("variant", "GFLOPs an example (counted)", "examples/s (measured)", "× soft (measured)")
+    header = ("variant", "GFLOPs per example (counted)", "examples/s (measured)", "× soft (measured)")
     return "\n".join(["## Cost", table(header, rows), "", "Measured on:", "", facts(found["machine"])])
 
 
 def faithfulness(record: Record) -> str:
     """Statements of the certificate, and their limits."""
     found = record["faithfulness"]
-    warning = "A selection is not an explanation of the whole model: behind the first layers, kept positions already carry what others held."
+    warning = "A selection is not an explanation of the whole model: after the first layers, kept positions already carry information from the others."
     if why := missing(found):
         return f"## Faithfulness\nNot measured: {plain(why)}\n\n{warning}"
     return "\n".join(
@@ -170,7 +170,7 @@ def subgroups(record: Record) -> str:
         parts.append(table(("group", "examples", f"{name}, hard", f"{name}, soft"), rows))
     parts += [
         "",
-        "What the model keeps and drops by subgroup, as `hf-hardattn audit` says it:",
+        "What the model keeps and drops by subgroup, as reported by `hf-hardattn audit`:",
         "",
         bullets(found["selection"]),
     ]
@@ -211,7 +211,7 @@ def transparency(record: Record) -> str:
         ("base model", plain(record["base"]["model"])),
         ("licence", f"{plain(record['license'])} (base model: {plain(record['base']['license'])})"),
     ]
-    return f"## Transparency facts\nFacts, and no claim of compliance with anything.\n\n{table(('', ''), rows)}"
+    return f"## Transparency facts\nThese are facts, not a claim of compliance.\n\n{table(('', ''), rows)}"
 
 
 def pictures(record: Record) -> str:

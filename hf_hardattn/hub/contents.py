@@ -66,7 +66,7 @@ def list_files(
         HardAttentionError: a file is unsafe or unexpected, links out of the folder, or holds an access token.
     """
     if not folder.is_dir():
-        raise HardAttentionError(f"{folder} is no folder; save the model first: hf_hardattn.save(model, folder).")
+        raise HardAttentionError(f"{folder} is not a folder; save the model first: hf_hardattn.save(model, folder).")
     kept, left, problems = [], [], list[str]()
     root = folder.resolve()
     for path in sorted(folder.rglob("*")):
@@ -103,11 +103,11 @@ def _check_place(path: Path, name: str, folder: Path, root: Path, token: str | N
         )
     if not path.resolve().is_relative_to(root):
         raise HardAttentionError(
-            f"{name} links out of {folder}; copy the file into it, or leave it out: --exclude {name!r}."
+            f"{name} is a link to a place outside {folder}; copy the file into it, or leave it out: --exclude {name!r}."
         )
     if not path.is_file():  # a link to a folder or to nothing, a pipe, a device
         raise HardAttentionError(
-            f"{name} is no file; only files are pushed. Remove it, or leave it out: --exclude {name!r}."
+            f"{name} is not a file; only files are pushed. Remove it, or leave it out: --exclude {name!r}."
         )
 
 
@@ -160,7 +160,7 @@ def check_hard(folder: Path, files: list[str], soft_too: bool = False) -> str:
     if hard is None:
         raise HardAttentionError(
             f"{folder} has no hard_attention in a config.json: others would load it soft. Save it with hf_hardattn.save(model, folder); "
-            "a soft model goes up with 'hf upload'."
+            "upload a soft model with 'hf upload'."
         )
     if form == "full":
         config, cls = read_model_config(source, header)
@@ -171,7 +171,7 @@ def check_hard(folder: Path, files: list[str], soft_too: bool = False) -> str:
         )
         if wanted != found:
             raise HardAttentionError(
-                f"{folder} has {wanted} selector tensors by its config.json and {found} in its weights; others could not load it. "
+                f"{folder} has {wanted} selector tensors according to its config.json, but {found} in its weights; others could not load it. "
                 "Save it with hf_hardattn.save(model, folder)."
             )
     return form
@@ -180,7 +180,7 @@ def check_hard(folder: Path, files: list[str], soft_too: bool = False) -> str:
 def _check_base(base: object, where: str) -> None:
     if not isinstance(base, str) or Path(base).is_absolute() or Path(base).is_dir() or base.count("/") > 1:
         raise HardAttentionError(
-            f"{where} sits on the base model {str(base)!r}, which only this machine has; others need one on the Hub. "
+            f"{where} uses the base model {str(base)!r}, which exists only on this machine; others need one on the Hub. "
             "Save it again with base_model='user/name' and base_revision=<commit>."
         )
 
@@ -191,19 +191,19 @@ def _check_file(path: Path, name: str, token: str | None) -> None:
         if stub_is_ours(path):
             return
         raise HardAttentionError(
-            f"{name} is not the file that hf_hardattn writes; a repository must carry no other code. Remove it."
+            f"{name} is not the file that hf_hardattn writes; a repository must not contain other code. Remove it."
         )
     if path.suffix in tensors.UNSAFE or path.suffix == ".py":
         raise HardAttentionError(
-            f"{name} is unsafe: a pickle or code runs on whoever loads it; only safetensors and JSON are pushed. Remove it, or leave it "
+            f"{name} is unsafe: a pickle or code runs on the machine that loads it; only safetensors and JSON are pushed. Remove it, or leave it "
             f"out: --exclude {name!r}."
         )
     if not EXPECTED.fullmatch(name):
         raise HardAttentionError(
-            f"{name} is no file of a model or its card; nothing unexpected is pushed. Leave it out: --exclude {name!r}."
+            f"{name} is not a file of a model or its card; other files are not pushed. Leave it out: --exclude {name!r}."
         )
     if holds_token(path, token):
         raise HardAttentionError(
-            f"{name} holds an access token; it must not leave this machine, nor must a password or key. Remove it there, and revoke it. If it is "
-            f"none, leave the file out: --exclude {name!r}."
+            f"{name} holds an access token; it must not leave this machine, nor must a password or key. Remove it, and revoke it. If it is "
+            f"a false alarm, leave the file out: --exclude {name!r}."
         )

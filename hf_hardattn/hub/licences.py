@@ -14,13 +14,13 @@ def conflict(licence: str, base: str) -> str | None:
     """
     licence, base = licence.lower(), base.lower()
     if licence in ("", "unknown", "none"):
-        return f"license={licence!r} says nothing; name one of the Hub's licence identifiers."
+        return f"license={licence!r} states no licence; use one of the Hub's licence identifiers."
     if base in ("none", licence) or base in PUBLIC_DOMAIN:
         return None
     if "-nd" in base:
         return f"the base model's licence {base} forbids derived works."
     if base in PERMISSIVE | ATTRIBUTION:
         if licence in PUBLIC_DOMAIN:
-            return f"license={licence} drops the notice that the base model's {base} asks for."
+            return f"license={licence} drops the notice that the base model's {base} requires."
         return None
-    return f"license={licence} differs from the base model's {base}, which is not known to allow that; take the same licence."
+    return f"license={licence} differs from the base model's {base}, which is not known to allow that; use the same licence."

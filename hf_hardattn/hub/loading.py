@@ -68,7 +68,7 @@ def load(
     for name in DECIDED:
         if name in kwargs:
             raise HardAttentionError(
-                f"load() takes no {name}; it decides that itself, for safety. Use from_pretrained for more."
+                f"load() does not accept {name}; it sets this itself, for safety. Use from_pretrained instead."
             )
     given = None if hard_attention is None else HardAttentionConfig.parse(hard_attention)
 

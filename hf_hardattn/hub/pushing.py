@@ -49,8 +49,10 @@ class Plan:
 
     def __str__(self) -> str:
         where = "a pull request" if self.pull_request else f"branch {self.branch or 'main'}"
-        who = "private" if self.private else "PUBLIC: everybody can see and download it"
-        state = "exists" if self.exists else "will be created" if self.asked else "not asked, as the Hub did not answer"
+        who = "private" if self.private else "PUBLIC: everyone can see and download it"
+        state = (
+            "exists" if self.exists else "will be created" if self.asked else "unknown, because the Hub did not answer"
+        )
         lines = [
             f"{self.repo_id}: {state}, {who}",
             f"{'soft' if self.form == 'soft' else self.form + ' hard'} model to {where}{f', tag {self.tag}' if self.tag else ''}:",
@@ -98,20 +100,20 @@ def push(
     for word, given in named.items():
         if given and is_secret(given, token):
             raise HardAttentionError(
-                f"the {word} holds an access token or a password; everybody with the repository would read it. Take it out; a token "
-                "is given by 'hf auth login' or HF_TOKEN."
+                f"the {word} holds an access token or a password; everyone with access to the repository could read it. Remove it; "
+                "provide a token with 'hf auth login' or HF_TOKEN."
             )
     try:
         validate_repo_id(repo_id)
     except HFValidationError:  # its message repeats the name, which may be a misplaced token
         raise HardAttentionError(
-            f"{redact(repo_id, token)[:200]!r} is no repository's name; a name is 'user/name'."
+            f"{redact(repo_id, token)[:200]!r} is not the name of a repository; a name is 'user/name'."
         ) from None
     if "/" not in repo_id:
-        raise HardAttentionError(f"{redact(repo_id, token)!r} names no owner; a repository's name is 'user/name'.")
+        raise HardAttentionError(f"{redact(repo_id, token)!r} has no owner; the name of a repository is 'user/name'.")
     if pull_request and (branch or tag):
         raise HardAttentionError(
-            "a pull request takes neither branch nor tag; it is opened against main. Drop one of them."
+            "a pull request accepts neither branch nor tag; it is opened against main. Remove one of them."
         )
     plan = make_plan(Path(folder), repo_id, public, branch, tag, pull_request, exclude, lenient, token, dry_run)
     return plan if dry_run else _send(plan, Path(folder), message, token)
@@ -151,13 +153,13 @@ def make_plan(
         exists = False
     except Exception as error:
         if not local_too or getattr(getattr(error, "response", None), "status_code", None) is not None:
-            raise _failed("the Hub could not be asked about", repo_id, error, token) from error
+            raise _failed("the Hub could not be queried about", repo_id, error, token) from error
         exists = asked = False
     if exists and private == public:
         raise HardAttentionError(_other_visibility(repo_id, private))
     if pull_request and asked and not exists:
         raise HardAttentionError(
-            f"{repo_id} is not there (or not to be seen with this token); a pull request needs a repository. Drop it."
+            f"{repo_id} does not exist (or is not visible with this token); a pull request needs a repository. Push without one."
         )
     return Plan(
         repo_id=repo_id,
@@ -180,9 +182,7 @@ def _send(plan: Plan, folder: Path, message: str, token: str | None) -> Plan:
     api, repo_id, parent, made = HfApi(token=token), plan.repo_id, plan.parent, None
     try:
         if plan.tag and plan.exists and plan.tag in {ref.name for ref in api.list_repo_refs(repo_id).tags}:
-            raise HardAttentionError(
-                f"{repo_id} has a tag {plan.tag!r} already; a tag is not moved. Take another name."
-            )
+            raise HardAttentionError(f"{repo_id} already has a tag {plan.tag!r}; tags are not moved. Use another name.")
         if not plan.exists:
             api.create_repo(repo_id, private=plan.private)
             info = api.model_info(repo_id)
@@ -221,7 +221,7 @@ def _other_visibility(repo_id: str, private: bool) -> str:
             f"{repo_id} exists and is private; public=True makes only new repositories public. Push without it, and change the "
             "visibility in the repository's settings."
         )
-    return f"{repo_id} is PUBLIC; the push was to be private. Nothing was sent. Say public=True (--public), or take another name."
+    return f"{repo_id} is PUBLIC; the push was meant to be private. Nothing was sent. Pass public=True (--public), or use another name."
 
 
 def _failed(what: str, repo_id: str, error: Exception, token: str | None) -> HardAttentionError:
@@ -229,13 +229,13 @@ def _failed(what: str, repo_id: str, error: Exception, token: str | None) -> Har
     text = redact(" ".join(str(error.__cause__ or error).split()), token)[:400]
     if status == 412:
         return HardAttentionError(
-            f"somebody else pushed to {repo_id} meanwhile; nothing was overwritten. Look at their commit, then push again."
+            f"someone else pushed to {repo_id} in the meantime; nothing was overwritten. Check their commit, then push again."
         )
     if status in (401, 403):
         return HardAttentionError(
-            f"{what} {repo_id} ({status}: {text}); the token must exist and may write there. Log in with: hf auth login"
+            f"{what} {repo_id} ({status}: {text}); a token with write access is required. Log in with: hf auth login"
         )
     return HardAttentionError(
-        f"{what} {repo_id} ({type(error).__name__}: {text}); no commit was made, so nobody sees half of it. Push again: large files that "
+        f"{what} {repo_id} ({type(error).__name__}: {text}); no commit was made, so nothing was changed. Push again: large files that "
         "arrived are not sent twice."
     )

@@ -142,7 +142,7 @@ def check_record(record: dict[str, Any], where: str) -> None:
     if problems:
         raise HardAttentionError(
             f"the record of {where} is incomplete: {'; '.join(problems[:8])}{' ...' if len(problems) > 8 else ''}. "
-            'A card is not written with anything missing; measure it, or say {"not_measured": "why"} where that is allowed.'
+            'A card must be complete; measure what is missing, or write {"not_measured": "why"} where that is allowed.'
         )
 
 
@@ -158,7 +158,7 @@ def _odd(record: dict[str, Any]) -> Iterator[str]:
         yield f"task.unit={record['task']['unit']!r} (known: {', '.join(UNITS)})"
     for variant in VARIANTS:
         if not any(run["variant"] == variant for run in record["runs"]):
-            yield f"runs of '{variant}' (a failed run is a run too)"
+            yield f"runs of '{variant}' (failed runs count too)"
     if not any(run["variant"] == "hard" and missing(run["value"]) is None for run in record["runs"]):
         yield "a value of a run of 'hard'"
 
@@ -168,12 +168,12 @@ def _problems(value: Any, kind: Any, where: str) -> Iterator[str]:
         if missing(value) is None:
             yield from _problems(value, kind.kind, where)
         elif len(value) != 1 or not missing(value):
-            yield f"{where}: not_measured gives a reason and stands alone"
+            yield f"{where}: not_measured must give a reason and be the only key"
     elif isinstance(kind, dict):
         yield from _problems_of_object(value, kind, where)
     elif isinstance(kind, list):
         if not isinstance(value, list):
-            yield f"{where} is no list"
+            yield f"{where} is not a list"
             return
         for index, row in enumerate(value):
             yield from _problems(row, kind[0], f"{where}[{index}]")
@@ -183,7 +183,7 @@ def _problems(value: Any, kind: Any, where: str) -> Iterator[str]:
 
 def _problems_of_object(value: Any, kind: dict[str, Any], where: str) -> Iterator[str]:
     if not isinstance(value, dict):
-        yield f"{where or 'the record'} is no object"
+        yield f"{where or 'the record'} is not an object"
         return
     for key, wanted in kind.items():
         optional = isinstance(wanted, Optional)

@@ -54,19 +54,19 @@ class Resolver:
             return found
         if isinstance(data, (int, float)) and not isinstance(data, bool):
             raise HardAttentionError(
-                f'{where}={data} is written by hand; a card\'s numbers come from results JSON. Use {{"$ref": "file.json#/where/it/is"}}.'
+                f'{where}={data} is written by hand; a card\'s numbers must come from results JSON. Use {{"$ref": "file.json#/where/it/is"}}.'
             )
         return data
 
     def _rows(self, data: dict[str, Any], where: str) -> list[Any]:
         each = self._follow({"$ref": data["$each"]}, where, None)
         if not isinstance(each, list) or not all(isinstance(row, dict) for row in each):
-            raise HardAttentionError(f"{data['$each']} is no list of rows; '$each' goes through one; at {where}.")
+            raise HardAttentionError(f"{data['$each']} is not a list of rows; '$each' needs one; at {where}.")
         wanted = data.get("where", {})
         rows = [row for row in each if all(row.get(key) == value for key, value in wanted.items())]
         if not rows:
             raise HardAttentionError(
-                f"no row of {data['$each']} has {wanted}; a card is not written with rows missing; at {where}."
+                f"no row of {data['$each']} has {wanted}; no row of a card may be missing; at {where}."
             )
         return [self.resolve(data.get("row", {}), where, row) for row in rows]
 
@@ -81,8 +81,8 @@ class Resolver:
                 if name == "@" and "else" in data:
                     return self.resolve(data["else"], where, row)
                 raise HardAttentionError(
-                    f"{reference} is not in the results ('{part}' is missing); a card is not written with a number missing; "
-                    f'at {where}. Run the command that writes it, or say {{"not_measured": "why"}}.'
+                    f"{reference} is not in the results ('{part}' is missing); no number of a card may be missing; "
+                    f'at {where}. Run the command that writes it, or write {{"not_measured": "why"}}.'
                 ) from None
         return value
 
@@ -93,7 +93,7 @@ class Resolver:
                 self._read[name] = json.loads(content)
             except (OSError, ValueError) as error:
                 raise HardAttentionError(
-                    f"{name} cannot be read ({error}); a card's numbers come from it; at {where}. Run the command that writes it."
+                    f"{name} cannot be read ({error}); the numbers of the card come from it; at {where}. Run the command that writes it."
                 ) from error
             self.sources[name] = hashlib.sha256(content).hexdigest()
         return self._read[name]

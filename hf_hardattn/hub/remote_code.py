@@ -50,7 +50,7 @@ def add_stub(folder: Path) -> Path:
     auto = auto_class(name)
     if auto is None:
         raise HardAttentionError(
-            f"{name!r} has no auto class to hang the file on; leave it out (remote_code_stub=False)."
+            f"{name!r} has no auto class to attach the file to; leave it out (remote_code_stub=False)."
         )
     (folder / STUB).write_text(_TEXT.format(name=name), encoding="utf-8")
     data["auto_map"] = {auto: f"{STUB.removesuffix('.py')}.{name}"}

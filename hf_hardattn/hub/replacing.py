@@ -52,10 +52,10 @@ def replaced(folder: Path, what: str, drop: tuple[str, ...] = ()) -> Iterator[Pa
             shutil.copymode(folder, partial)
             _exchange(partial, folder)
     except (OSError, SafetensorError) as error:
-        state = "what was there is unchanged" if folder.exists() else "nothing was written"
+        state = "its contents are unchanged" if folder.exists() else "nothing was written"
         raise HardAttentionError(
-            f"{what} could not be written to {folder} ({type(error).__name__}: {str(error).splitlines()[0][:200]}); {state}. Make "
-            "room, or name a folder that may be written to."
+            f"{what} could not be written to {folder} ({type(error).__name__}: {str(error).splitlines()[0][:200]}); {state}. Free "
+            "some space, or use a writable folder."
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

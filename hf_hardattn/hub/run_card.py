@@ -17,7 +17,7 @@ from .secrets import redact
 from .untrusted import read_json
 
 RESULTS = "results.json"
-UNSTATED = "not stated by whoever trained it"
+UNSTATED = "not stated by its author"
 NOT_QUALITY = ("loss", "examples", "kept_ratio")
 RECIPE = (
     "learning_rate",
@@ -49,8 +49,8 @@ def source_for(path: Path, repo_id: str | None = None) -> Path:
         return path
     if not path.exists() or not ((folder / SOURCE).is_file() or (folder / RESULTS).is_file()):
         raise HardAttentionError(
-            f"{path} holds neither {SOURCE} nor {RESULTS}; a card is written from what a training or an evaluation leaves. Name its "
-            "--output_dir. A model of another Trainer is evaluated first, into its own folder: scripts/evaluate.py --model_name_or_path "
+            f"{path} holds neither {SOURCE} nor {RESULTS}; a card is written from the files of a training or evaluation run. Pass its "
+            "--output_dir. A model of another Trainer must be evaluated first, into its own folder: scripts/evaluate.py --model_name_or_path "
             f"{path} --output_dir {path}, with your validation data."
         )
     if not (folder / SOURCE).is_file():
@@ -60,7 +60,7 @@ def source_for(path: Path, repo_id: str | None = None) -> Path:
         (folder / SOURCE).write_text(source + "\n", encoding="utf-8")
     elif repo_id is not None:
         raise HardAttentionError(
-            f"{folder / SOURCE} says what the card names already; --repo-id has no effect. Change it there, or remove that file."
+            f"{folder / SOURCE} already states the repository; --repo-id has no effect. Change it there, or remove that file."
         )
     return folder / SOURCE
 
@@ -80,7 +80,7 @@ def source_of_run(folder: Path, repo_id: str) -> dict[str, Any]:
     metric = next((name for name in found if name not in NOT_QUALITY), None)
     if not hard or metric is None:
         raise HardAttentionError(
-            f"{folder / RESULTS} holds no evaluation of a hard model; a card needs one. Give validation data."
+            f"{folder / RESULTS} holds no evaluation of a hard model; a card needs one. Pass validation data."
         )
     adapter = (folder / "adapter_config.json").is_file()
     counted, uncounted = "parameters" in results, {"not_measured": "the results do not count them"}
@@ -97,7 +97,7 @@ def source_of_run(folder: Path, repo_id: str) -> dict[str, Any]:
     return {
         "name": repo_id.rpartition("/")[2],
         "repo_id": repo_id,
-        "summary": f"{name} that chooses the positions it computes on, trained by hf-hardattn for {results.get('task', 'its task')}.",
+        "summary": f"{name} that selects the positions it computes on, trained by hf-hardattn for {results.get('task', 'its task')}.",
         "form": "adapter" if adapter else "full",
         "model_class": name,
         "auto_class": auto_class(name) or "none",
@@ -115,7 +115,7 @@ def source_of_run(folder: Path, repo_id: str) -> dict[str, Any]:
             "scorer": str(hard["scorer"]),
             "estimator": str(hard["estimator"]),
             "inference": "deterministic, by the scores.",
-            "always_kept": "CLS, or the end of a T5 row, where a row shares its choice",
+            "always_kept": "CLS, or the end of a T5 row, where a row shares one selection",
             "schedule": _schedule(hard),
             "recipe": {key: _ref("arguments", key) for key in RECIPE if key in arguments},
             "sites": [_site(hard, site) for site in found.get("kept_ratio", {})],
@@ -148,12 +148,12 @@ def source_of_run(folder: Path, repo_id: str) -> dict[str, Any]:
                 "variant": "random",
                 "seed": _ref("arguments", "seed"),
                 "status": "not run",
-                "value": {"not_measured": "no random selection was trained beside it"},
+                "value": {"not_measured": "no random selection was trained for comparison"},
             },
         ],
         "efficiency": {"not_measured": "the training script does not time inference; hf-hardattn bench does"},
         "faithfulness": {"not_measured": "run hf_hardattn.verify on your own batch"},
-        "subgroups": {"not_measured": "the training script knows no subgroups"},
+        "subgroups": {"not_measured": "the training script does not measure subgroups"},
         "data": [
             {
                 "name": str(arguments.get("dataset_name") or "own data"),
@@ -169,7 +169,7 @@ def source_of_run(folder: Path, repo_id: str) -> dict[str, Any]:
             "limits": ["one run of one seed", "the selection was not audited by subgroup"],
         },
         "external_validation": "none known.",
-        "energy": {"not_measured": "the run metered no energy"},
+        "energy": {"not_measured": "the run did not measure energy"},
         "transparency": {
             "parameters": _ref("parameters", "all") if counted else uncounted,
             "selector_parameters": _ref("parameters", "selectors") if counted else uncounted,
@@ -180,7 +180,9 @@ def source_of_run(folder: Path, repo_id: str) -> dict[str, Any]:
         "versions": _ref("versions"),
         "reproduce": {
             "commands": [redact(str(results.get("command", "unknown")))],
-            "hashes": _ref("hashes") if results.get("hashes") else {"not_measured": "the results hash no weights"},
+            "hashes": _ref("hashes")
+            if results.get("hashes")
+            else {"not_measured": "the results contain no hashes of the weights"},
         },
     }
 

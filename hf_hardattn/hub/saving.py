@@ -63,7 +63,7 @@ def save(
         mine = selectors_only if name == selector_only.CONFIG else adapter
         if not mine and (folder / name).exists():  # load() reads these files first
             raise HardAttentionError(
-                f"{folder} holds {name}, so load() would take it for {form} still; one folder holds one form. Save to another, or remove it."
+                f"{folder} holds {name}, so load() would still read it as {form}; a folder holds one form. Save to another, or remove that file."
             )
     if adapter:
         if selectors_only:
@@ -84,7 +84,7 @@ def save(
     base = base_model or inner.name_or_path
     if not base:
         raise HardAttentionError(
-            "selectors_only=True names no base model; whoever loads the selectors needs one. Pass base_model='user/name' (and base_revision)."
+            "selectors_only=True has no base model; loading the selectors requires one. Pass base_model='user/name' (and base_revision)."
         )
     revision = base_revision or (None if base_model else getattr(inner.config, "_commit_hash", None))
     if verify_base:

@@ -80,15 +80,15 @@ def check_base(model: Any, base_model: str, base_revision: str | None) -> None:
         header = headers(base)
     except HardAttentionError as error:
         warnings.warn(
-            f"the base model {base_model} is not on this machine, so nobody compared its weights with the model's ({error}). load() will.",
+            f"the base model {base_model} is not on this machine, so its weights were not compared with those of the model ({error}). load() compares them.",
             stacklevel=3,
         )
         return
     config, _ = read_model_config(base, header)
     if config.hard_attention is not None:
         raise HardAttentionError(
-            f"the base {base.name} has hard attention itself, and selectors alone are put on a model with full attention; at base_model. Save "
-            "the full model (selectors_only=False), or name the stock model that the base was made of."
+            f"the base {base.name} has hard attention itself, but selectors alone need a base with full attention; at base_model. Save "
+            "the full model (selectors_only=False), or pass the original model that the base was made from."
         )
 
     def reload(dtype: torch.dtype) -> Any:
@@ -99,9 +99,9 @@ def check_base(model: Any, base_model: str, base_revision: str | None) -> None:
 
     if not is_base_of(reload(torch.float32), fingerprint(model), FORMAT, str(model.dtype), reload):
         raise HardAttentionError(
-            f"selectors_only=True would lose weights: those of the model are not those of its base {base.name} (revision "
+            f"selectors_only=True would lose weights: those of the model differ from those of its base {base.name} (revision "
             f"{base.revision or 'of the folder'}), so more than the selectors was trained. Save the full model (selectors_only=False), or "
-            "name the base that it was loaded from."
+            "pass the base that it was loaded from."
         )
 
 
@@ -124,7 +124,7 @@ def read_selector_file(source: Source) -> SelectorFile:
     data, known = read_json(source.folder / CONFIG, source.name), SelectorFile.__dataclass_fields__
     if type(data.get("format")) is not int or data["format"] < 1:  # bool is a subclass of int
         raise HardAttentionError(
-            f"{CONFIG} of {source.name} has format {str(data.get('format'))[:40]!r}; it is a whole number, 1 to {FORMAT}. The file is "
+            f"{CONFIG} of {source.name} has format {str(data.get('format'))[:40]!r}; it must be a whole number from 1 to {FORMAT}. The file is "
             "damaged or was changed by hand."
         )
     if data["format"] > FORMAT:
@@ -138,10 +138,12 @@ def read_selector_file(source: Source) -> SelectorFile:
         )
     for name in ("base_model", "base_sha256", "dtype", "model_class", "hf_hardattn_version"):
         if not isinstance(data[name], str) or len(data[name]) > 500:
-            raise HardAttentionError(f"{CONFIG} of {source.name}: {name}={str(data[name])[:100]!r} is no name.")
+            raise HardAttentionError(
+                f"{CONFIG} of {source.name}: {name}={str(data[name])[:100]!r} is not a valid name."
+            )
     if not (data["base_revision"] is None or isinstance(data["base_revision"], str)):
         raise HardAttentionError(
-            f"{CONFIG} of {source.name}: base_revision={str(data['base_revision'])[:100]!r} is no revision."
+            f"{CONFIG} of {source.name}: base_revision={str(data['base_revision'])[:100]!r} is not a valid revision."
         )
     read_config(data["hard_attention"], source.name)
     return SelectorFile(**data)
@@ -190,7 +192,7 @@ def load_selectors(source: Source, hub: dict[str, Any], change: Any, verify_base
     if verify_base and not is_base_of(model, content.base_sha256, content.format, content.dtype, reload):
         raise HardAttentionError(
             f"the weights of {base.name} (revision {base.revision or 'of the folder'}) are not those that the selectors of {where} were "
-            "trained on; their choices would mean nothing. Ask their owner which revision it was, push the full model if the backbone was "
+            "trained on; their selections would mean nothing. Ask their owner which revision it was, push the full model if the backbone was "
             "trained too, or pass verify_base=False."
         )
     with torch.no_grad():

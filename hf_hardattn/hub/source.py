@@ -106,7 +106,7 @@ def _unanswered(name: str | Path, token: str | bool | None, error: Exception) ->
     text = redact(" ".join(str(error).split()), token)[:300]
     return HardAttentionError(
         f"{name} cannot be fetched ({type(error).__name__}: {text}); the Hub did not answer. "
-        "Try again, or pass local_files_only=True for what is in the cache."
+        "Try again, or pass local_files_only=True to use the cache."
     )
 
 
@@ -125,7 +125,7 @@ def _download(
     wanted = [file for file in files if any(fnmatchcase(file, pattern) for pattern in PATTERNS)]
     if not wanted:
         raise HardAttentionError(
-            f"{name} holds nothing to load ({len(files)} other files); a model has config.json, adapter_config.json or "
+            f"{name} holds nothing to load ({len(files)} other files); a model needs config.json, adapter_config.json or "
             "hard_attention.json, and .safetensors weights."
         )
     # use the requested revision, so that the cache can resolve it offline

@@ -46,14 +46,14 @@ def read_header(path: Path, where: str) -> Header:
             )
     except (SafetensorError, OSError) as error:
         raise HardAttentionError(
-            f"{path.name} of {where} is no whole safetensors file ({' '.join(str(error).split())[:200]}); "
-            "it was cut short or damaged. Download it again (force_download), or ask its owner to push it again."
+            f"{path.name} of {where} is not a complete safetensors file ({' '.join(str(error).split())[:200]}); "
+            "it was truncated or damaged. Download it again (force_download), or ask its owner to push it again."
         ) from error
     odd = sorted(key for key, dtype in header.dtypes.items() if dtype not in (*FLOATS, *INTEGERS))
     if odd:
         raise HardAttentionError(
-            f"{path.name} of {where}: {odd[0][:150]!r} is of dtype {header.dtypes[odd[0]]}; weights are {', '.join(FLOATS)}. Save them "
-            "in one of these."
+            f"{path.name} of {where}: {odd[0][:150]!r} is of dtype {header.dtypes[odd[0]]}; weights must be {', '.join(FLOATS)}. Save "
+            "them in one of these."
         )
     return header
 
@@ -73,7 +73,7 @@ def check_floats(header: Header, path_name: str, where: str, besides: Collection
     if odd:
         raise HardAttentionError(
             f"{path_name} of {where}: {odd[0][:150]!r} is of dtype {header.dtypes[odd[0]]}; the model needs {', '.join(FLOATS)}. Save "
-            "the weights in one of these; quantised ones are loaded with from_pretrained."
+            "the weights in one of these; load quantised ones with from_pretrained."
         )
 
 
@@ -98,9 +98,9 @@ def read_headers(folder: Path, where: str) -> Header:
         return read_header(folder / WEIGHTS, where)
     if not (folder / INDEX).is_file():
         unsafe = sorted(path.name for path in folder.iterdir() if path.suffix in UNSAFE)
-        found = f"only {unsafe[0]!r}, a pickle or alike that can run code" if unsafe else "none"
+        found = f"only {unsafe[0]!r}, a pickle or similar file that can run code" if unsafe else "none"
         raise HardAttentionError(
-            f"{where} has no safetensors weights ({found}); weights are read from {WEIGHTS} or {INDEX} alone. "
+            f"{where} has no safetensors weights ({found}); weights are read only from {WEIGHTS} or {INDEX}. "
             "Convert them: load the model where you trust it, then save_pretrained()."
         )
     places = read_json(folder / INDEX, where).get("weight_map")
@@ -110,7 +110,9 @@ def read_headers(folder: Path, where: str) -> Header:
     dtypes: dict[str, str] = {}
     for shard in sorted(set(places.values())):
         if "/" in check_name(shard, where) or not shard.endswith(".safetensors"):
-            raise HardAttentionError(f"{INDEX} of {where} names {shard!r}; a shard is a .safetensors file beside it.")
+            raise HardAttentionError(
+                f"{INDEX} of {where} names {shard!r}; a shard must be a .safetensors file next to it."
+            )
         header = read_header(folder / shard, where)
         shapes |= header.shapes
         dtypes |= header.dtypes

@@ -28,7 +28,7 @@ def check_name(name: str, where: str) -> str:
     parts = name.split("/")
     if len(name) > 1000 or not name.isprintable() or not all(map(_is_part, parts)):
         raise HardAttentionError(
-            f"{name[:200]!r} is no file name of {where}; a name is a relative path of plain characters, inside the repository. "
+            f"{name[:200]!r} is not a valid file name in {where}; a name is a relative path of plain characters, inside the repository. "
             "Nothing was read; do not use this repository."
         )
     return name
@@ -43,7 +43,7 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise HardAttentionError(
-                f"{path.name} of {where} has {path.stat().st_size:,} bytes; {MOST_BYTES:,} at most."
+                f"{path.name} of {where} has {path.stat().st_size:,} bytes; at most {MOST_BYTES:,} are allowed."
             )
         data = json.loads(path.read_bytes())
         if not isinstance(data, dict):
@@ -68,7 +68,7 @@ def walk(data: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]
     """
     if depth > MOST_DEPTH:
         raise HardAttentionError(
-            f"the JSON nests deeper than {MOST_DEPTH} levels at {name[:100]!r}; nothing real does."
+            f"the JSON nests deeper than {MOST_DEPTH} levels at {name[:100]!r}; no real configuration does."
         )
     if isinstance(data, dict):
         for key, value in data.items():
@@ -87,14 +87,16 @@ def read_config(data: Any, where: str) -> HardAttentionConfig:
     sites = data.get("sites")
     if isinstance(sites, (dict, list)) and len(sites) > MOST_SITES:
         raise HardAttentionError(
-            f"hard_attention of {where} names {len(sites):,} sites; {MOST_SITES:,} at most. No model has so many; use globs."
+            f"hard_attention of {where} names {len(sites):,} sites; at most {MOST_SITES:,} are allowed. No model has so many; use globs."
         )
     for key, value in walk(data):
         if isinstance(value, str) and len(value) > 500:
-            raise HardAttentionError(f"hard_attention of {where}: {key} has {len(value):,} characters; 500 at most.")
+            raise HardAttentionError(
+                f"hard_attention of {where}: {key} has {len(value):,} characters; at most 500 are allowed."
+            )
         if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
             raise HardAttentionError(
-                f"hard_attention of {where}: {key}={str(value)[:40]} is out of range; numbers stay within {LARGEST:,}."
+                f"hard_attention of {where}: {key}={str(value)[:40]} is out of range; numbers must stay within {LARGEST:,}."
             )
     try:
         return HardAttentionConfig.from_dict(data)
@@ -102,8 +104,8 @@ def read_config(data: Any, where: str) -> HardAttentionConfig:
         raise
     except Exception as error:  # a wrong type at any depth; the user needs its location, not a traceback
         raise HardAttentionError(
-            f"hard_attention of {where} is not a configuration ({_line(error)}); names and numbers only, as HardAttentionConfig "
-            "writes them."
+            f"hard_attention of {where} is not a configuration ({_line(error)}); only names and numbers are allowed, as "
+            "HardAttentionConfig writes them."
         ) from error
 
 

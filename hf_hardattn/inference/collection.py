@@ -97,7 +97,7 @@ def _open_parts(parts: Path, run: dict[str, Any]) -> None:
     if other:
         raise HardAttentionError(
             f"{parts} holds chunks of another run: {', '.join(f'{name} was {before.get(name)!r}, is {run[name]!r}' for name in other)}. "
-            "Remove the folder to begin anew, or name another --output."
+            "Remove the folder to start from scratch, or use another --output."
         )
 
 
@@ -146,7 +146,7 @@ def _join(parts: Path, output: Path, count: int) -> None:
     temporary = output.with_name(f"{output.name}.{os.getpid()}")
     paths = [parts / f"{number:08d}.parquet" for number in range(count)]
     if not paths:
-        raise HardAttentionError("the data holds no row to predict.")
+        raise HardAttentionError("the data has no rows to predict.")
     with parquet.ParquetWriter(temporary, parquet.read_schema(paths[0]), compression="zstd") as writer:
         for path in paths:
             writer.write_table(parquet.read_table(path))

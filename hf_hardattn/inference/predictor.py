@@ -41,7 +41,9 @@ class Predictor:
         if self.model.takes_images:
             return [0] * len(inputs)
         if self.model.processor is None:
-            raise HardAttentionError(f"{self.model.name} holds no tokenizer; save it beside the model to read texts.")
+            raise HardAttentionError(
+                f"{self.model.name} holds no tokenizer, which texts need; save it next to the model."
+            )
         return [len(ids) for ids in self.model.processor(list(inputs), truncation=True)["input_ids"]]
 
     @torch.no_grad()
@@ -75,8 +77,8 @@ class Predictor:
         hidden = output.get("last_hidden_state")
         if hidden is None:
             raise HardAttentionError(
-                f"{type(self.model.model).__name__} neither classifies, nor writes, nor returns last_hidden_state; predict takes a model that "
-                "does one of these."
+                f"{type(self.model.model).__name__} does not classify, generate text or return last_hidden_state; predict needs a model "
+                "that does one of these."
             )
         pooled = hidden[:, 0] if self.pooling == "cls" else mean_rows(hidden, batch.get("attention_mask"))
         return {"embedding": list(pooled.float().cpu().numpy())}

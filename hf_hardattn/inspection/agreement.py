@@ -41,7 +41,9 @@ def seed_agreement(recordings: list[Recording]) -> dict[str, dict[str, float]]:
     """Average ``jaccard`` over all pairs of recordings of the same batch by models of different seeds."""
     pairs = [jaccard(one, other) for one, other in combinations(recordings, 2)]
     if not pairs:
-        raise HardAttentionError(f"{len(recordings)} recording has no pair; agreement between seeds needs 2 or more.")
+        raise HardAttentionError(
+            f"{len(recordings)} recording is not enough; agreement between seeds needs at least 2."
+        )
     return {
         site: {name: sum(pair[site][name] for pair in pairs) / len(pairs) for name in ("jaccard", "chance")}
         for site in pairs[0]
@@ -68,7 +70,7 @@ class Difference:
     def __str__(self) -> str:
         gone, new = int(self.first_only.sum()), int(self.second_only.sum())
         return (
-            f"{self.site}: both keep {int(self.both.sum())} places, the first alone {gone}, the second alone {new}; "
+            f"{self.site}: both keep {int(self.both.sum())} positions, only the first {gone}, only the second {new}; "
             f"Jaccard {self.jaccard:.2f}, by chance {self.chance:.2f}"
         )
 
@@ -96,7 +98,7 @@ def _choices(one: Recording, other: Recording, site: str) -> tuple[Tensor, Tenso
     kept = [one.kept(first, choice=True), other.kept(second, choice=True)]
     if kept[0].shape[-1] != kept[1].shape[-1]:
         raise HardAttentionError(
-            f"'{site}' has {kept[0].shape[-1]} places in one recording and {kept[1].shape[-1]} in the other; record the same batch."
+            f"'{site}' has {kept[0].shape[-1]} positions in one recording and {kept[1].shape[-1]} in the other; record the same batch."
         )
     shape = torch.broadcast_shapes(kept[0].shape, kept[1].shape)
     entry = next(

@@ -58,7 +58,9 @@ def audit(kept: Tensor, places: Tensor, groups: Mapping[str, Any], least: int = 
         groups; the bound assumes that the rows were drawn independently.
     """
     if kept.shape != places.shape:
-        raise HardAttentionError(f"kept {tuple(kept.shape)} and places {tuple(places.shape)} differ; both are [B, P].")
+        raise HardAttentionError(
+            f"kept {tuple(kept.shape)} and places {tuple(places.shape)} differ; both must be [B, P]."
+        )
     measured = []
     for column, given in groups.items():
         for value, inside, per_place in _members(given, places, column):
@@ -122,14 +124,14 @@ def _members(given: Any, places: Tensor, column: str) -> list[tuple[str, Tensor,
     if isinstance(kinds, Tensor) and kinds.dim() == 2:
         if kinds.shape != places.shape:
             raise HardAttentionError(
-                f"column {column!r} has shape {tuple(kinds.shape)}; the places have {tuple(places.shape)}."
+                f"column {column!r} has shape {tuple(kinds.shape)}; it must have that of the positions, {tuple(places.shape)}."
             )
         values = kinds[places].unique().tolist()
         return [(names[v] if names else str(v), (kinds == v) & places, True) for v in values if v >= 0]
     rows = [str(value) for value in (kinds.tolist() if isinstance(kinds, Tensor) else kinds)]
     if len(rows) != len(places):
         raise HardAttentionError(
-            f"column {column!r} has {len(rows)} values for {len(places)} rows; it needs one a row."
+            f"column {column!r} has {len(rows)} values for {len(places)} rows; it needs one per row."
         )
     member = {value: torch.tensor([row == value for row in rows])[:, None] for value in dict.fromkeys(rows)}
     return [(value, where & places, False) for value, where in member.items()]

@@ -44,29 +44,29 @@ class Collapse:
 
 _MESSAGES = {
     "keeps_all": (
-        "keeps every position it may drop, so it chooses nothing. Lower its budget (a schedule may still stand at its start: call set_step), "
+        "keeps every position that it may drop, so it selects nothing. Lower its budget (a schedule may still be at its start: call set_step), "
         "or raise the threshold."
     ),
     "keeps_nothing": (
-        "keeps a single position in every row, though its budget leaves the number to the scores. Lower the threshold; a learned rate that fell to zero wants a Lagrangian target or "
-        "a schedule that starts at 1.0."
+        "keeps a single position in every row, although the scores decide how many are kept. Lower the threshold; if a learned rate fell to zero, use a "
+        "Lagrangian target or a schedule that starts at 1.0."
     ),
     "position_constant": (
         "keeps the same positions in every row. Start from a trained soft model, let the budget fall from 1.0 (recipe='robust'), and compare "
         "with scorer 'static': if that is as good, the input does not matter here."
     ),
     "input_independent": (
-        "scores positions almost alike whatever the input. Raise the learning rate of the selectors or warm them up alone "
+        "gives almost the same scores for every input. Raise the learning rate of the selectors or warm them up alone "
         "(selector_warmup_steps), add exploration, or use a scorer that sees more ('mlp', 'conv')."
     ),
     "worse_than_random": (
-        "keeps positions that serve worse than as many drawn at random: the loss is {own:.4g} beside {random:.4g}, on {examples} examples and "
-        "{draws} draws. Train on from there with exploration, or anew from a trained soft model with recipe='robust'; a scorer trained at "
-        "another site, budget or resolution is such a case too."
+        "keeps positions that are worse than random selection: the loss is {own:.4g}, and {random:.4g} with as many random positions, on "
+        "{examples} examples and {draws} draws. Continue training with exploration, or train again from a trained soft model with "
+        "recipe='robust'; this also happens with a scorer that was trained at another site, budget or resolution."
     ),
     "dead": (
         "gets no gradient: its scorer cannot learn. Its scores may be saturated (backward_temperature='adaptive'), its budget may keep "
-        "everything, or nothing downstream may read what it selects."
+        "everything, or no later layer may read what it selects."
     ),
 }
 

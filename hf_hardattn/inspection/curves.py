@@ -34,7 +34,7 @@ def faithfulness_curves(measured: Mapping[str, Mapping[str, Any]]) -> Any:
     # Below the axes, where the legend covers no curve, with the areas under both curves in brackets.
     labels = [f"{name} ({', '.join(values)})" for name, values in areas.items()]
     figure.legend(figure.axes[0].lines, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    figure.axes[0].set_ylabel("p(answer), the model as it runs = 1", fontsize=9)
+    figure.axes[0].set_ylabel("p(answer), relative to the unperturbed input", fontsize=9)
     return figure
 
 

@@ -24,8 +24,8 @@ from .collapse import Collapse, find_collapse
 _SUSPECT = 0.5  # cosine below which a mean gradient counts as pointing in another direction
 _NOISY = 0.5  # relative noise of a mean above which it cannot serve as a reference
 _LEGEND = """relative_sd: noise of one step's gradient over the size of its mean. bias: 1 - cosine of the mean gradient to the exact one, where all
-choices can be tried. error: 1 - cosine of one step's gradient to the exact one, else to RLOO's mean; the smaller, the faster the scorer learns.
-cosine_to_rloo: of the mean gradients. entropy: of the law that is drawn from. distinct: different selections among the draws."""
+selections can be tried. error: 1 - cosine of one step's gradient to the exact one, else to RLOO's mean; the smaller, the faster the scorer learns.
+cosine_to_rloo: of the mean gradients. entropy: of the sampling distribution. distinct: different selections among the draws."""
 _REFERENCE = {"estimator": "rloo", "estimator_options": {"samples": 8}}
 
 
@@ -84,7 +84,7 @@ class Diagnosis:
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
         lines += [f"failed: {row.site} {row.estimator}: {row.failed}" for row in self.rows if row.failed]
         lines += [
-            f"suspect: {row.site} {row.estimator}: its mean gradient points elsewhere"
+            f"suspect: {row.site} {row.estimator}: its mean gradient points in another direction"
             for row in self.rows
             if row.suspect
         ]
@@ -98,14 +98,14 @@ class Diagnosis:
                 all(row.bias is None for row in self.rows if row.site == site) and self.noise.get(site, 0.0) > _NOISY
             )
             if noisy:
-                yield f"{site}: the reference is noise for the most part; nothing is said of the estimators. Take more draws, or more examples."
+                yield f"{site}: the reference gradient is mostly noise, so the estimators cannot be compared. Use more draws or more examples."
                 continue
             sound = [row for row in self.rows if row.site == site and row.error is not None and not row.suspect]
             if not sound:
-                yield f"{site}: none of these estimators follows the gradient. See what is collapsed, and start from a trained soft model."
+                yield f"{site}: none of these estimators follows the gradient. Check for collapse with find_collapse, and start from a trained soft model."
                 continue
             best = min(sound, key=lambda row: row.error or 0.0)
-            yield f"{site}: '{best.estimator}' has the least error a step, {best.error:.2f}. Compare it with random selection in a training."
+            yield f"{site}: '{best.estimator}' has the smallest error per step, {best.error:.2f}. Compare it with random selection in training."
 
 
 def _draws(name: str) -> bool:

@@ -40,7 +40,7 @@ def area(curve: Tensor) -> Tensor:
     Source: Petsiuk, Das & Saenko 2018, "RISE", arXiv:1806.07421.
     """
     if curve.shape[-1] < 2:
-        raise HardAttentionError(f"a curve of {curve.shape[-1]} points has no area; it needs both ends, 2 or more.")
+        raise HardAttentionError(f"a curve of {curve.shape[-1]} points has no area; it needs at least 2.")
     return torch.trapezoid(curve, dx=1.0 / (curve.shape[-1] - 1), dim=-1)
 
 

@@ -81,7 +81,7 @@ class ModelWithProcessor:
                 set_budget(bundle.model, budget)
             return bundle
         if budget is not None:
-            raise HardAttentionError(f"{path} is a stock model, which has no budget to set. Leave --budget out.")
+            raise HardAttentionError(f"{path} is an original model, which has no budget to set. Leave --budget out.")
         name = (config.architectures or ["AutoModel"])[0]
         if not hasattr(transformers, name):
             raise HardAttentionError(
@@ -128,7 +128,7 @@ class ModelWithProcessor:
                         f"input {index + 1} of {len(inputs)} {problem}; {self.name} reads texts. Leave it out, or name another column."
                     )
             if self.processor is None:
-                raise HardAttentionError(f"{self.name} holds no tokenizer; save it beside the model to explain a text.")
+                raise HardAttentionError(f"{self.name} holds no tokenizer; save one with the model to explain a text.")
             padding: dict[str, Any] = {"padding": True}
             if self.goes_on:  # padding on the left keeps the last token of a prompt at the end
                 padding = {"padding": len(inputs) > 1, "padding_side": "left"}
@@ -167,7 +167,7 @@ class ModelWithProcessor:
             return Prediction(text, None, recording, written[0 if self.goes_on else 1 :].tolist())
         if output.get("logits") is None or output.logits.dim() != 2:
             raise HardAttentionError(
-                f"{type(self.model).__name__} neither classifies nor writes, so there is no answer to explain. Save the model with such a head; "
+                f"{type(self.model).__name__} neither classifies nor generates text, so there is no answer to explain. Save the model with such a head; "
                 "record() shows what any model keeps."
             )
         probabilities = output.logits[0].float().softmax(-1)

@@ -49,7 +49,7 @@ class PerturbationEvaluator:
         self.removal = removal or ("select" if usable else "replace")
         if self.removal not in REMOVALS or self.removal == "select" and not usable:
             raise HardAttentionError(
-                f"removal={removal!r} is not possible; 'select' needs the site '{self.site}' in force, 'replace' needs nothing "
+                f"removal={removal!r} is not possible; 'select' needs the site '{self.site}' to be active, 'replace' does not "
                 f"({type(model).__name__}). Use removal='replace'."
             )
         with torch.no_grad(), evaluating(model):
@@ -104,7 +104,7 @@ class PerturbationEvaluator:
             logits = _logits(self.model, self.model(**self.batch))
             if logits.dim() != 2:
                 raise HardAttentionError(
-                    f"{type(self.model).__name__} gives logits of shape {tuple(logits.shape)}; an evaluator follows one answer a row, [B, classes]."
+                    f"{type(self.model).__name__} returns logits of shape {tuple(logits.shape)}; an evaluator needs one answer per row, [B, classes]."
                 )
             self.answer = logits.argmax(-1)
             return
@@ -150,7 +150,7 @@ def choosable(model: nn.Module, batch: Mapping[str, Any]) -> tuple[str, Tensor, 
     found = next(iter(family.input_rows(model, batch).items()), None)
     if found is None:
         raise HardAttentionError(
-            f"the batch has neither pixel_values nor a text the model's encoder reads, but {', '.join(batch)}."
+            f"the batch has neither pixel_values nor a text for the model's encoder; it has: {', '.join(batch)}."
         )
     tower, rows = found
     reads_tokens = not family.towers(model)[tower].reads_images

@@ -59,7 +59,7 @@ def compare(path: str, image: Any, text: str, ratio: float) -> tuple[str, str]:
     """
     bundle = _load(path)
     if image is None if bundle.takes_images else not text.strip():
-        return "", paragraph("Give it an image." if bundle.takes_images else "Give it a text.")
+        return "", paragraph("Upload an image." if bundle.takes_images else "Enter a text.")
     try:
         given = read_image(image) if bundle.takes_images else check_text(text)
     except HardAttentionError as error:
@@ -75,7 +75,7 @@ def compare(path: str, image: Any, text: str, ratio: float) -> tuple[str, str]:
             shown = WIDE + "\n".join(pictures(bundle, given, batch, hard, whole=False))
         plain = ""
         if bundle.takes_images:
-            plain = WIDE + picture(whole_image(batch["pixel_values"]), "The image, all patches computed.", dpi=180)
+            plain = WIDE + picture(whole_image(batch["pixel_values"]), "The image, with all patches computed.", dpi=180)
     kept = "; ".join(f"{row['site']} keeps {row['kept_ratio']:.0%}" for row in hard.recording.summary())
     return (
         paragraph(f"{quoted(loose)}, {whole / 1e9:.4g} GFLOPs (counted).") + plain,
@@ -115,7 +115,7 @@ def build(models: Sequence[str]) -> Any:
         title="hf_hardattn: full and hard attention", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
     ) as page:
         gr.Markdown(
-            "# Full and hard attention, side by side\nThe same weights twice: with full attention, and computing only on what the model selects. "
+            "# Full and hard attention, side by side\nThe same weights, run twice: with full attention, and computing only what the model selects. "
             "Lit and framed, or marked: kept. Faded, or struck through: dropped. Move the budget to keep more or less."
         )
         model = gr.Dropdown(list(models), value=models[0], label="model", interactive=len(models) > 1)

@@ -43,7 +43,7 @@ def kept_per_token(recording: Recording, site: str, beam_indices: Tensor | None 
     if not once and len(steps) < int((rows >= 0).sum(-1).max()):
         raise HardAttentionError(
             f"the recording holds {len(steps)} selections at '{site}' and the sequences have "
-            f"{int((rows >= 0).sum(-1).max())} tokens; record exactly the generate() call that gave beam_indices."
+            f"{int((rows >= 0).sum(-1).max())} tokens; record exactly the generate() call that returned beam_indices."
         )
     kept = [
         steps[0 if once else t].cpu()[rows[:, t].clamp(min=0)] for t in range(min(count, count if once else len(steps)))
@@ -69,7 +69,7 @@ def spans_per_token(
     kept = kept_per_token(recording, site, beam_indices)
     if len(offsets) != len(kept):
         raise HardAttentionError(
-            f"{len(offsets)} lists of offsets for {len(kept)} generated rows; each row has one, repeated where one source gave several."
+            f"{len(offsets)} lists of offsets for {len(kept)} generated rows; pass one per row, repeated for rows of the same source."
         )
     return [[character_spans(token, spans) for token in row] for row, spans in zip(kept, offsets, strict=True)]
 
@@ -84,12 +84,12 @@ def character_spans(kept: Tensor, offsets: Sequence[tuple[int, int]]) -> list[tu
     """
     if len(offsets) > len(kept):
         raise HardAttentionError(
-            f"{len(offsets)} offsets for {len(kept)} places; each token has one. Take both from the same tokenizer call."
+            f"{len(offsets)} offsets for {len(kept)} positions; each token has one. Use the same tokenizer call for both."
         )
     if bool(kept[len(offsets) :].any()):
         raise HardAttentionError(
-            f"{len(offsets)} offsets for {len(kept)} places, and a place after the last offset is kept; only padding on the right has no "
-            "offset. Take both from the same tokenizer call."
+            f"{len(offsets)} offsets for {len(kept)} positions, and one after the last offset is kept; only padding on the right has no "
+            "offset. Use the same tokenizer call for both."
         )
     spans: list[tuple[int, int]] = []
     for keep, (start, end) in zip(kept.tolist(), offsets, strict=False):
@@ -117,7 +117,7 @@ def pixel_boxes(
     first = len(kept) - across * down
     if not 0 <= first < max(across * down, 2):
         raise HardAttentionError(
-            f"{len(kept)} places do not fit {down} x {across} patches of {patch_size} pixels and CLS; check patch_size and model_size."
+            f"{len(kept)} positions do not fit {down} x {across} patches of {patch_size} pixels and CLS; check patch_size and model_size."
         )
     tall, wide = image_size or model_size
     y, x = patch_size * tall / height, patch_size * wide / width
@@ -135,8 +135,8 @@ def frame_places(kept: Tensor, frames: int, patches: bool = False) -> Tensor:
     """
     rest = (len(kept) - 1) % frames if patches and frames else 0
     if not 0 < frames <= len(kept) - patches or rest:
-        unit = "the same number of patches, after CLS" if patches else "one place"
-        raise HardAttentionError(f"{frames} frames for {len(kept)} places; each frame has {unit}.")
+        unit = "the same number of patches, after CLS" if patches else "one position"
+        raise HardAttentionError(f"{frames} frames for {len(kept)} positions; each frame has {unit}.")
     return kept[1:].unflatten(0, (frames, -1)) if patches else kept[:frames, None]
 
 

@@ -27,8 +27,8 @@ from .side_by_side import LIT, MARKED, ask, card, differences, in_short
 from .verify import Report, verify
 
 LIMITS = (
-    "What was kept is what the model computed on from that site on. That is a fact about the computation, not a reason in a person's "
-    "sense: it does not say which of the kept positions mattered, nor that another model would need them."
+    "After each site, the model computed only on what was kept. That is a fact about the computation, not a reason in the human "
+    "sense: it does not tell which of the kept positions mattered, nor whether another model would need them."
 )
 
 
@@ -57,11 +57,11 @@ def explain(
             f"{bundle.name} has no hard-attention sites to explain; load a hard checkpoint, or call apply()."
         )
     if not inputs:
-        raise HardAttentionError("there is nothing to explain; give one input or more.")
+        raise HardAttentionError("there is nothing to explain; pass at least one input.")
     if beside is not None and beside.takes_images is not bundle.takes_images:
         kinds = [f"{one.name} reads {'images' if one.takes_images else 'texts'}" for one in (bundle, beside)]
         raise HardAttentionError(
-            f"{' and '.join(kinds)}; two models are shown on the same inputs. Name one of its kind."
+            f"{' and '.join(kinds)}; two models are shown on the same inputs. Use two models of the same kind."
         )
     names = _names(bundle, beside)
     asked = [[answer for one, name in names for answer in ask(one, given, name)] for given in inputs]
@@ -166,7 +166,7 @@ def _measured(evaluator: PerturbationEvaluator, name: str) -> str:
         table(header, rows),
         picture(
             faithfulness_curves(measured),
-            "The probability of the answer as the best positions are removed, or added; in brackets the areas under both curves.",
+            "The probability of the answer as the best positions are removed, or added; in brackets: the areas under both curves.",
         ),
     ]
     how = "left out of the computation" if evaluator.removal == "select" else "masked or greyed"
@@ -177,7 +177,7 @@ def _measured(evaluator: PerturbationEvaluator, name: str) -> str:
     parts += [paragraph(note, "note"), *absent]
     if evaluator.removal == "select":
         own = own_sufficiency(evaluator).abs().max().item()
-        text = f"On exactly what it kept, its answer's probability changes by {own:g}"
+        text = f"With only what it kept, the probability of its answer changes by {own:g}"
         parts.append(paragraph(text + (": sufficiency is 0 by construction." if own == 0.0 else ", which is a bug.")))
     return section(f"How faithful that is, measured{name}", *parts)
 
@@ -188,7 +188,7 @@ def _sanity(bundle: ModelWithProcessor, evaluator: PerturbationEvaluator, name: 
     text = "Agreement far above chance would mean that the selection does not need what the model learned."
     return section(
         f"With shuffled weights{name}",
-        table(["site", "agreement with the shuffled model (Jaccard)", "of random choices"], rows),
+        table(["site", "agreement with the shuffled model (Jaccard)", "of random selections"], rows),
         paragraph(text, "note"),
         paragraph(LIMITS, "note"),
     )

@@ -84,7 +84,7 @@ def card(given: Any, answers: Sequence[Answer]) -> str:
     shown = []
     if answers[0].bundle.takes_images:
         image = picture(
-            whole_image(answers[0].batch["pixel_values"]), "The image, all patches computed.", 140, caption=False
+            whole_image(answers[0].batch["pixel_values"]), "The image, with all patches computed.", 140, caption=False
         )
         shown.append(("Full attention", image))
     hard = [answer for answer in answers if answer.hard]
@@ -118,7 +118,7 @@ def pictures(
             words = bundle.words(prediction.tokens)
             figure = caption_grid(pixels, recording, words, bundle.patch_size, cross)
             shared = not cross or len(recording[cross]) == 1 and recording[cross][0].mask.shape[2] == 1
-            once = " This site chooses once, for all words alike." if shared else ""
+            once = " This site makes one selection for all words." if shared else ""
             found.append(picture(figure, f"For each word, the patches that the step producing it could read.{once}"))
         return found
     row = bundle.tokenizer(given, truncation=True, return_offsets_mapping=True)
@@ -149,7 +149,7 @@ def in_short(asked: Sequence[Sequence[Answer]]) -> str:
         same = sum(one.prediction.text == other.prediction.text for one, other in zip(column, first, strict=True))
         cost = sum(answer.flops for answer in column) / sum(answer.flops for answer in fulls)
         rows.append([column[0].name, f"{same} of {len(asked)}", f"{cost:.0%}"])
-    header = ["", "answers as in the first row", "FLOPs, of its full attention"]
+    header = ["", "same answers as the first row", "FLOPs, relative to full attention"]
     return section("In short", table(header, rows))
 
 
@@ -161,7 +161,11 @@ def differences(one: ModelWithProcessor, other: ModelWithProcessor, inputs: Sequ
     alike = batch.keys() == second.keys() and all(batch[name].shape == second[name].shape for name in batch)
     if not alike or "input_ids" in batch and not torch.equal(batch["input_ids"], second["input_ids"]):
         return section(
-            title, paragraph("The models read these inputs as other positions, which cannot be compared.", "note")
+            title,
+            paragraph(
+                "The two models split these inputs into different positions, so their selections cannot be compared.",
+                "note",
+            ),
         )
     scored = PerturbationEvaluator(one.model, batch).batch  # includes the first model's answer if it generates text
     try:
@@ -172,6 +176,6 @@ def differences(one: ModelWithProcessor, other: ModelWithProcessor, inputs: Sequ
     parts = [table(["site", "overlap (Jaccard)", "of random selections"], rows)]
     drawn = next((difference for difference in found if difference.site.startswith("vision.")), None)
     if drawn is not None and batch["pixel_values"].dim() == 4:
-        text = "Thin frames: both keep the patch. Thick: the first alone. Dotted: the second alone. The most changed inputs come first."
+        text = "Thin frames: both keep the patch. Thick: only the first. Dotted: only the second. The inputs that differ most come first."
         parts.append(picture(difference_overlay(batch["pixel_values"], drawn, one.patch_size), text, dpi=140))
     return section(title, *parts)

@@ -46,7 +46,7 @@ def read_inputs(given: str, column: str | None = None, limit: int = 8) -> list[A
     if path.suffix.lower() in IMAGES:
         return [_image(path)]
     raise HardAttentionError(
-        f"{given} is a file of kind {path.suffix!r}; an image is {', '.join(IMAGES)}, and a table ({', '.join(FILES)}) needs --column."
+        f"{given} is a file of type {path.suffix!r}; an image is {', '.join(IMAGES)}, and a table ({', '.join(FILES)}) needs --column."
     )
 
 
@@ -64,7 +64,7 @@ def read_table(given: str) -> Any:
         found: Dataset = load_dataset(FILES[path.suffix], data_files=given, split="train", **options)
         return found
     raise HardAttentionError(
-        f"{given} is no data set; name a {', '.join(FILES)} file or a folder saved by save_to_disk."
+        f"{given} is not a data set; use a {', '.join(FILES)} file or a folder saved by save_to_disk."
     )
 
 

@@ -32,8 +32,8 @@ tags:
 
 # Full and hard attention, side by side
 
-The same weights twice: with full attention, and computing only on what the model selects. Made with hf_hardattn by
-`hf-hardattn demo --space`; `app.py` runs it, here or at home: `pip install -r requirements.txt gradio && python app.py`.
+The same weights, run twice: with full attention, and computing only what the model selects. Made with hf_hardattn by
+`hf-hardattn demo --space`; `app.py` runs it, here or locally: `pip install -r requirements.txt gradio && python app.py`.
 """
 EXTRAS = ("interpret", "plots", "vision", "text")
 
@@ -59,7 +59,7 @@ def write_space(folder: Path, models: Sequence[str]) -> list[str]:
             "no model is named; a Space shows one or more hard checkpoints. Name one with --model."
         )
     if folder.exists() and any(folder.iterdir()):
-        raise HardAttentionError(f"{folder} is not empty; a Space is written whole. Name a new folder.")
+        raise HardAttentionError(f"{folder} is not empty; a Space needs a folder of its own. Use a new folder.")
     local = {
         model: f"models/{number}-{Path(model).name}" for number, model in enumerate(models) if Path(model).is_dir()
     }

@@ -43,7 +43,7 @@ class BoundedBodies:
 
 
 async def _refuse(send: Any) -> None:
-    text = f"The file is too large; {MOST_BYTES // 1024**2} MB at most.".encode()
+    text = f"The file is too large; at most {MOST_BYTES // 1024**2} MB are allowed.".encode()
     headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": 413, "headers": headers})
     await send({"type": "http.response.body", "body": text})
@@ -59,19 +59,19 @@ def read_image(path: str | Path) -> Any:
 
     size = Path(path).stat().st_size
     if size > MOST_BYTES:
-        raise HardAttentionError(f"the image has {size:,} bytes; {MOST_BYTES:,} at most. Make it smaller.")
+        raise HardAttentionError(f"the image has {size:,} bytes; at most {MOST_BYTES:,} are allowed. Reduce its size.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path, formats=FORMATS)
         if image.width * image.height > MOST_PIXELS:
             raise HardAttentionError(
-                f"the image has {image.width:,} x {image.height:,} pixels; {MOST_PIXELS:,} in all at most. Make it smaller."
+                f"the image has {image.width:,} x {image.height:,} pixels; at most {MOST_PIXELS:,} in all are allowed. Reduce its size."
             )
         return ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise HardAttentionError(
-            f"the file is no whole image ({type(error).__name__}); it must be one of {', '.join(FORMATS)}."
+            f"the file is not a complete image ({type(error).__name__}); it must be one of {', '.join(FORMATS)}."
         ) from error
 
 
@@ -82,5 +82,7 @@ def check_text(text: str) -> str:
         HardAttentionError: it is too long.
     """
     if len(text) > MOST_CHARACTERS:
-        raise HardAttentionError(f"the text has {len(text):,} characters; {MOST_CHARACTERS:,} at most. Shorten it.")
+        raise HardAttentionError(
+            f"the text has {len(text):,} characters; at most {MOST_CHARACTERS:,} are allowed. Shorten it."
+        )
     return text

@@ -87,7 +87,7 @@ def _add_adapter(
     result = add(self, adapter_name, peft_config, *args, **kwargs)
     if peft_config.is_prompt_learning and not peft_config.inference_mode and _selector_names(unwrap(self)):
         warnings.warn(
-            f"{peft_config.peft_type.value} trains prompts only, so the selectors of hard attention stay as they are. Train them before, "
+            f"{peft_config.peft_type.value} trains only prompts, so the selectors of hard attention are not trained. Train them first, "
             "or use a method with modules_to_save (LoRA).",
             stacklevel=3,
         )
@@ -110,8 +110,8 @@ def _load_adapter(load: Callable[..., Any], self: Any, model_id: Any, *args: Any
     inner = unwrap(self)
     if not selectors(inner) and not _is_to_be_soft(inner) and adapter_configuration(model_id, hub) is not None:
         raise HardAttentionError(
-            f"the adapter {model_id} is of a hard model, and the model that it is to be added to is soft; with it, the other adapters "
-            "would become hard too. Load it by itself, with PeftModel.from_pretrained or hf_hardattn.load."
+            f"the adapter {model_id} belongs to a hard model, but the model to which it would be added is soft; the other adapters "
+            "would become hard too. Load it separately, with PeftModel.from_pretrained or hf_hardattn.load."
         )
     if selectors(inner):
         check_selectors(inner, model_id, hub, complete=False)
@@ -173,13 +173,13 @@ def check_selectors(model: nn.Module, place: Any, hub: Mapping[str, Any], *, com
     spare, lacking = sorted(held - wanted), sorted(wanted - held) if complete else []
     if spare:
         raise HardAttentionError(
-            f"the adapter {place} holds {len(spare)} selector tensors that the model has no place for (first: '{spare[0]}'); its sites or "
-            "scorers are not the model's. Load it onto its own base model, which then takes the adapter's hard_attention."
+            f"the adapter {place} holds {len(spare)} selector tensors that the model does not have (first: '{spare[0]}'); its sites or "
+            "scorers differ from the model's. Load it onto its own base model, which then uses the adapter's hard_attention."
         )
     if lacking:
         raise HardAttentionError(
-            f"the adapter {place} says hard_attention in its config.json, but it lacks {len(lacking)} selector tensors (first: "
-            f"'{lacking[0]}') that its base does not have either. Train it with modules_to_save=['selector', 'input_selector'], or load "
+            f"the adapter {place} has hard_attention in its config.json, but lacks {len(lacking)} selector tensors (first: "
+            f"'{lacking[0]}'), which its base does not have either. Train it with modules_to_save=['selector', 'input_selector'], or load "
             "the base with hard_attention=None to use the adapter soft."
         )
 
@@ -203,7 +203,7 @@ def _warn_of_lost_selectors(model: Any, place: Any, unexpected: Iterable[str]) -
     lost = [key for key in unexpected if "selector.scorer." in key]
     if lost and not selectors(model) and not _is_to_be_soft(model):
         warnings.warn(
-            f"the adapter {place} holds {len(lost)} selector tensors (first: '{lost[0]}') but no config.json that says where it looks: "
+            f"the adapter {place} holds {len(lost)} selector tensors (first: '{lost[0]}') but no config.json with hard_attention: "
             "the model runs SOFT. Load the base with hard_attention=... to use them, or with hard_attention=None to silence this.",
             stacklevel=4,
         )

@@ -47,9 +47,9 @@ def _check_loaded(
         saved = _saved_hard_attention(place, kwargs)
         if saved and HardAttentionConfig.parse(saved).to_dict() == model.config.hard_attention:
             raise HardAttentionError(
-                f"{place} says hard_attention in its config, but its weights lack {len(lacking)} selector tensors (first: '{lacking[0]}'); "
-                "a hard checkpoint must hold its selectors. Load a complete checkpoint, or pass hard_attention=HardAttentionConfig(...) "
-                "to train fresh ones, or hard_attention=None to load it soft."
+                f"{place} has hard_attention in its config, but its weights lack {len(lacking)} selector tensors (first: '{lacking[0]}'); "
+                "a hard checkpoint must contain its selectors. Load a complete checkpoint, or pass hard_attention=HardAttentionConfig(...) "
+                "to train new ones, or hard_attention=None to load it soft."
             )
     spare = [key for key in info["unexpected_keys"] if "selector.scorer." in key]
     modules = (
@@ -58,8 +58,8 @@ def _check_loaded(
     forgotten = [key for key in spare if re.sub(r"(?:^|\.)(?:input_)?selector\.scorer\..*", "", key) in modules]
     if forgotten:
         raise HardAttentionError(
-            f"{place} holds {len(forgotten)} tensors of selectors (first: '{forgotten[0]}') at sites that its config does not select, so "
-            f"that it would choose less often than it was trained to. {_ADVICE}"
+            f"{place} holds {len(forgotten)} selector tensors (first: '{forgotten[0]}') for sites that are not in its config, so the "
+            f"model would select at fewer sites than it was trained with. {_ADVICE}"
         )
     if spare and not prefixes:
         warnings.warn(
@@ -98,8 +98,8 @@ def _post_init(post_init: Callable[..., Any], self: PreTrainedModel) -> None:
         attach_to(self, HardAttentionConfig.parse(wanted), is_part=_is_part(self))
     elif wanted is not None and not _is_part(self):
         raise HardAttentionError(
-            f"{type(self).__name__} was asked for hard attention and no family knows it, so that it would run soft; "
-            f"{why_unknown(self)}. Leave hard_attention out, or pass hard_attention=None where a config.json asks for it."
+            f"no family supports {type(self).__name__}, so hard attention cannot be applied and it would run soft; "
+            f"{why_unknown(self)}. Leave hard_attention out, or pass hard_attention=None if its config.json has it."
         )
     elif wanted is None and selectors(self):
         remove(self)  # the outer config decides: this removes the sites of hard parts if the whole model is to be soft
@@ -184,7 +184,7 @@ def _get_config_dict(
     folder = Path(place) if isinstance(place, (str, Path)) else None
     if folder is not None and (folder / SELECTORS).is_file() and not (folder / CONFIG).is_file():
         raise HardAttentionError(
-            f"{place} holds selectors alone, and no model; their base is named in {SELECTORS}. Load both with hf_hardattn.load({str(place)!r})."
+            f"{place} holds only selectors, without a model; {SELECTORS} names their base. Load both with hf_hardattn.load({str(place)!r})."
         )
     return get_config_dict(cls, place, *args, **kwargs)
 

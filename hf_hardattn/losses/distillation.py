@@ -63,7 +63,7 @@ def _weights(model: nn.Module, seen: dict[tuple[str, str, int], Tensor]) -> Iter
                     if output[-1] is None:
                         raise HardAttentionError(
                             f"estimator 'distil' reads attention weights, which {type(model).__name__} does not return; let its "
-                            "forward take output_attentions, or use another estimator."
+                            "forward accept output_attentions, or use another estimator."
                         )
                     seen[key] = output[-1].detach().float()
 

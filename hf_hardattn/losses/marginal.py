@@ -44,8 +44,8 @@ def marginal_loss(
     count = math.comb(len(places), size)
     if count > estimator.limit or int(k.min()) != size:
         raise HardAttentionError(
-            f"{count:,} choices of {size} among {len(places)} positions at '{site}'; estimator 'marginal' tries each of them, at most "
-            f"limit={estimator.limit}, and needs one count for all rows. Use budget 1, fewer positions, or estimator 'simple'."
+            f"{count:,} selections of {size} among {len(places)} positions at '{site}'; estimator 'marginal' tries each, at most "
+            f"limit={estimator.limit}, and needs the same count in all rows. Use budget 1, fewer positions, or estimator 'simple'."
         )
     subsets = torch.zeros(count, n, dtype=torch.bool, device=selection.mask.device)
     for row, chosen in enumerate(itertools.combinations(places, size)):
@@ -60,7 +60,7 @@ def marginal_loss(
             losses = family.token_loss(model, inputs, forward())
         if losses is None:
             raise HardAttentionError(
-                f"{type(model).__name__} tells no loss of each example; estimator 'marginal' at '{site}' needs labels in its inputs."
+                f"{type(model).__name__} returns no loss per example; estimator 'marginal' at '{site}' needs labels in its inputs."
             )
         counted = losses[1]
         likelihoods.append(-losses[0] * counted)
@@ -69,13 +69,13 @@ def marginal_loss(
         log_y = log_y.sum(-1, keepdim=True)  # one choice for the row, which all its labels share
     elif log_p.shape[-1] != log_y.shape[-1] or not _last(model, site):
         raise HardAttentionError(
-            f"queries choose for themselves at '{site}', and later layers mix them; estimator 'marginal' can weigh their choices one "
-            "by one in the last layer only. Name the last layer's site, or a scorer that makes one choice a row."
+            f"each query makes its own selection at '{site}', and later layers mix the queries; estimator 'marginal' supports this only "
+            "in the last layer. Use the last layer's site, or a scorer that makes one selection per row."
         )
     if estimator.monotonic:
         if size != 1 or selection.mask.shape[2] == 1:
             raise HardAttentionError(
-                f"monotonic=True at '{site}' sums over alignments, one position a label. Use budget 1 and a scorer that chooses per query."
+                f"monotonic=True at '{site}' sums over alignments, one position per label. Use budget 1 and a scorer that selects per query."
             )
         rows = _monotonic(scores, candidates[:, 0], log_y, places, counted)
         return -rows.sum() / (1 if counted is None else counted.sum().clamp(min=1))
@@ -93,12 +93,12 @@ def _family(model: nn.Module, selection: Selection, inputs: dict[str, Any]) -> F
     site, family = selection.site, family_of(model)
     if selection.mask.shape[1] > 1 or family is None:
         raise HardAttentionError(
-            f"per_head=True at '{site}'; estimator 'marginal' tries one choice at a time. Use per_head=False."
+            f"per_head=True at '{site}'; estimator 'marginal' tries one selection at a time. Use per_head=False."
         )
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise HardAttentionError(
-            f"gradient checkpointing is on, and estimator 'marginal' at '{site}' makes the choices of its passes from outside; the passes "
-            "cannot be computed again. Call model.gradient_checkpointing_disable(), or use estimator 'simple'."
+            f"estimator 'marginal' at '{site}' does not support gradient checkpointing: it sets the selection of each pass, which a "
+            "recomputation would not repeat. Call model.gradient_checkpointing_disable(), or use estimator 'simple'."
         )
     if family.labels(model, inputs) is None:
         raise HardAttentionError(

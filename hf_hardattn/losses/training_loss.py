@@ -43,7 +43,7 @@ def prepare_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if context.target is None:
         warnings.warn(
             f"{type(model).__name__} got no labels that an inference network could read, so estimator 'variational' draws from its "
-            "prior and learns as 'simple' does. Pass labels, or use estimator 'simple'.",
+            "prior and learns like 'simple'. Pass labels, or use estimator 'simple'.",
             stacklevel=2,
         )
 
@@ -55,8 +55,8 @@ def _tell_of_annealing(model: nn.Module, found: Mapping[str, Selector]) -> None:
         return
     model.__dict__[_TOLD] = True
     warnings.warn(
-        f"the budget of {', '.join(map(repr, sites[:3]))}{' ...' if len(sites) > 3 else ''} is not annealed, because nobody says how many "
-        "steps the training has; pathwise estimators learn better where it falls from everything. Add HardAttentionCallback() to the "
+        f"the budget of {', '.join(map(repr, sites[:3]))}{' ...' if len(sites) > 3 else ''} is not annealed, because the number of training "
+        "steps is not known; pathwise estimators learn better if the budget starts at 1.0 and then falls. Add HardAttentionCallback() to the "
         "Trainer, call hf_hardattn.set_step(model, step, total_steps) before each step, or set anneal=0 to silence this.",
         stacklevel=2,
     )
@@ -116,8 +116,8 @@ class Step:
         if exact:
             if len(exact) > 1:
                 raise HardAttentionError(
-                    f"estimator 'marginal' at {exact[0].site!r} and {exact[1].site!r}; it tries every choice of ONE site. "
-                    "Name one site, or use estimator 'simple' at the others."
+                    f"estimator 'marginal' at {exact[0].site!r} and {exact[1].site!r}; it tries every selection of ONE site. "
+                    "Use one site, or use estimator 'simple' at the others."
                 )
             selector = self.selectors[exact[0].site]
             output["loss"] = marginal_loss(self.model, selector, exact[0], self.inputs, self.forward)
@@ -148,9 +148,9 @@ class Step:
         names = [name for name, is_lost in lost.items() if is_lost]
         if names:
             warnings.warn(
-                f"{type(self.model).__name__} returned no loss, so this has no effect: {', '.join(names)}. Pass labels; the Trainer "
-                "keeps them from the model with label_smoothing_factor and compute_loss_func. Rewards, penalties and the entropy bonus "
-                "can also be added to a loss of your own: with hf_hardattn.record(model) as selections, call "
+                f"{type(self.model).__name__} returned no loss, so the following has no effect: {', '.join(names)}. Pass labels; with "
+                "label_smoothing_factor or compute_loss_func, the Trainer does not pass them to the model. Rewards, penalties and the entropy "
+                "bonus can also be added to your own loss: with hf_hardattn.record(model) as selections, call "
                 "hf_hardattn.auxiliary_loss(selections, hf_hardattn.selectors(model), reward).",
                 stacklevel=2,
             )
@@ -221,7 +221,7 @@ def _reward(model: nn.Module, inputs: dict[str, Any], output: Any, loss: Tensor)
             reward = torch.as_tensor(custom(inputs, output), dtype=torch.float32, device=loss.device)
             if reward.dim() != 1:
                 raise HardAttentionError(
-                    f"the reward function returned shape {tuple(reward.shape)}; it must give one number per example, [B]."
+                    f"the reward function returned shape {tuple(reward.shape)}; it must return one number per example, [B]."
                 )
             return reward
         family = family_of(model)
@@ -255,7 +255,7 @@ def _classes(model: nn.Module, inputs: dict[str, Any], site: str) -> Tensor:
         what = "no labels" if given is None else f"labels of shape {tuple(given.shape)} and {given.dtype}"
         raise HardAttentionError(
             f"{type(model).__name__} was given {what} in training; estimator 'cropr' at '{site}' learns from the class of each example, one "
-            "integer label a row. Pass such labels, or use estimator 'simple' (any task) or 'rloo' (trains gathered too)."
+            "integer label per row. Pass such labels, or use estimator 'simple' (any task) or 'rloo' (also trains gathered)."
         )
     return labels[:, 0]
 

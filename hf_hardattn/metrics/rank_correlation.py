@@ -18,7 +18,7 @@ class RankCorrelation(evaluate.Metric):
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation=_CITATION,
-            inputs_description="predictions and references: a score a place.",
+            inputs_description="predictions and references: one score per position.",
             features=SCORES,
         )
 

@@ -18,7 +18,7 @@ class RationaleAuprc(evaluate.Metric):
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation=_CITATION,
-            inputs_description="predictions: a score a place; references: 0 or 1 a place.",
+            inputs_description="predictions: one score per position; references: 0 or 1 per position.",
             features=SCORES_AND_CHOICES,
         )
 

@@ -18,7 +18,7 @@ class RationaleIou(evaluate.Metric):
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation=_CITATION,
-            inputs_description="predictions and references: 0 or 1 a place.",
+            inputs_description="predictions and references: 0 or 1 per position.",
             features=CHOICES,
         )
 

@@ -19,7 +19,7 @@ class Sufficiency(evaluate.Metric):
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation=_CITATION,
-            inputs_description="predictions: p(y|r), a number a row or one a threshold; references: p(y|x).",
+            inputs_description="predictions: p(y|r), one number per row or per threshold; references: p(y|x).",
             features=[CURVES, PROBABILITIES],
         )
 

@@ -55,7 +55,7 @@ def attach(
     resolved = config.resolve(kinds, recommended, type(model).__name__, ignore=absent)
     if not resolved and (is_built or not absent):
         raise HardAttentionError(
-            f"no site of {type(model).__name__} is selected by {list(config.sites or [])}; it has: {some_names(list(kinds))}."
+            f"no site of {type(model).__name__} matches {list(config.sites or [])}; it has: {some_names(list(kinds))}."
         )
     resolved = name_scorers(resolved, kinds)
     config = config.with_scorers(resolved)  # a checkpoint must not depend on what "auto" means later
@@ -112,14 +112,14 @@ def _check_restore(model: nn.Module, config: HardAttentionConfig, towers: Mappin
     for name, tower in towers.items():
         if tower.spec.prompt or tower.spec.pools_by_place:
             raise HardAttentionError(
-                f"restore=False leaves '{name}' of {type(model).__name__} without the places of its rows; its head reads them by place. "
+                f"restore=False leaves '{name}' of {type(model).__name__} without the positions of its rows; its head needs them. "
                 "Use restore=None."
             )
         read = any(other.source == name for other in towers.values())
         if read and tower.spec.restores:
             raise HardAttentionError(
-                f"restore=False leaves '{name}' of {type(model).__name__} without the places of its rows; its reader finds them by the "
-                "attention mask. Use restore=None."
+                f"restore=False leaves '{name}' of {type(model).__name__} without the positions of its rows; the tower that reads them needs "
+                "positions for its attention mask. Use restore=None."
             )
 
 
@@ -129,7 +129,7 @@ def _check_averages(model: nn.Module, resolved: Mapping[str, SiteConfig], kinds:
     for site, config in resolved.items():
         if kinds[site][1] in ("inputs", "tokens") and isinstance(config.budget, str):
             raise HardAttentionError(
-                f"budget={config.budget!r} at '{site}' keeps another number of rows in every example, and {type(model).__name__} averages "
+                f"budget={config.budget!r} at '{site}' keeps a different number of rows in each example, but {type(model).__name__} averages "
                 "the rows of a batch. Use a fixed budget, or a model with another head."
             )
 

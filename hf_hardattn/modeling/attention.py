@@ -235,8 +235,8 @@ class AttentionCall:
     ) -> tuple[Tensor, Tensor | None]:
         if not self.replaceable:
             warnings.warn(
-                f"the registered attention '{self.implementation}' is not called in masked training, whose gates weigh softmax attention. "
-                "Use a score-function estimator, which trains gathered, if it computes anything else.",
+                f"the registered attention '{self.implementation}' is not called in masked training, where gates weight softmax attention. "
+                "If it computes anything else, use a score-function estimator, which trains gathered.",
                 stacklevel=2,
             )
         options: dict[str, Any] = dict(scale=self.view.scale, bias=bias, dropout=self.view.dropout)

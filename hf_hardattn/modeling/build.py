@@ -95,7 +95,7 @@ def _check_inputs(site: str, config: SiteConfig, tower: Tower, kind: str, scorer
         )
     if scorer.needs_pixels and (not tower.has_patches or kind != "inputs"):
         raise HardAttentionError(
-            f"scorer '{config.scorer}' reads the pixels of an image; '{site}' has none. Use it at 'vision.inputs' of a model of images, or "
+            f"scorer '{config.scorer}' reads the pixels of an image; '{site}' has none. Use it at 'vision.inputs' of an image model, or "
             "another scorer here."
         )
     if scorer.needs_pixels and "class" in registry.load("estimators", config.estimator).needs:
@@ -108,41 +108,41 @@ def _check_inputs(site: str, config: SiteConfig, tower: Tower, kind: str, scorer
 def _check_choice(site: str, config: SiteConfig, tower: Tower, kind: str, scorer: Any, per_query: bool) -> None:
     rows = kind in ("tokens", "inputs")
     if rows and (scorer.per_query or config.per_head):
-        what = f"scorer '{config.scorer}' chooses per query" if scorer.per_query else "per_head=True chooses per head"
+        what = f"scorer '{config.scorer}' selects per query" if scorer.per_query else "per_head=True selects per head"
         raise HardAttentionError(
-            f"{what}; '{site}' drops whole tokens, one choice per row. Use it at a 'self' or 'cross' site."
+            f"{what}; '{site}' drops whole tokens, with one selection per row. Use it at a 'self' or 'cross' site."
         )
     if config.scorer_options.get("monotonic") and scorer.per_query and kind != "cross":
         raise HardAttentionError(
-            f"monotonic=True at '{site}' reads a source in order; queries that choose among their own row have none. Use it at a 'cross' site."
+            f"monotonic=True at '{site}' reads a source in order; queries that select from their own row have none. Use it at a 'cross' site."
         )
     if tower.spec.prompt and kind == "self":
         _check_prompt_keys(site, config, tower, scorer)
     if tower.spec.prompt and config.pack:
         raise HardAttentionError(
-            f"pack=True at '{site}'; the cache of a decoder keeps a padded batch. Leave pack out there."
+            f"pack=True is not supported at '{site}'; the cache of a decoder holds a padded batch. Leave pack out."
         )
     if scorer.sequential and tower.causal and kind == "self":
         raise HardAttentionError(
-            f"scorer '{config.scorer}' makes one choice a row, look by look; at '{site}' each query chooses among its past. Use another scorer here."
+            f"scorer '{config.scorer}' makes one selection per row, glimpse by glimpse; at '{site}' each query selects from its past. Use another scorer here."
         )
     if config.share_selection and (rows or per_query):
         what = (
-            "drops rows of the stream, once" if rows else "chooses for each query, and other layers have other queries"
+            "drops rows, once for all layers" if rows else "selects for each query, and other layers have other queries"
         )
         raise HardAttentionError(
-            f"share_selection=True at '{site}', which {what}; a choice is shared between the layers of 'self' or 'cross' sites, one for all "
-            "queries of a row. Leave it False here."
+            f"share_selection=True at '{site}', which {what}; only 'self' or 'cross' sites that make one selection for all queries of a row can "
+            "share it between layers. Leave it False here."
         )
 
 
 def _check_prompt_keys(site: str, config: SiteConfig, tower: Tower, scorer: Any) -> None:
     """Check a decoder's ``self`` site, whose keys in the cache are the same for all later queries and for all heads."""
     if scorer.per_query or config.per_head:
-        what = f"scorer '{config.scorer}' chooses per query" if scorer.per_query else "per_head=True chooses per head"
+        what = f"scorer '{config.scorer}' selects per query" if scorer.per_query else "per_head=True selects per head"
         raise HardAttentionError(
-            f"{what}; '{site}' leaves the keys of a prompt in the cache, one choice for all that follows and all heads. Use a scorer of "
-            "the keys alone, and per_head=False."
+            f"{what}; '{site}' keeps the keys of a prompt in the cache, with one selection for all later tokens and all heads. Use a "
+            "scorer that reads only the keys, and per_head=False."
         )
     window = tower.window(int(site.rsplit(".", 1)[1]))
     if window is not None:

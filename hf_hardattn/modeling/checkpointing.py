@@ -31,8 +31,8 @@ def checkpoint_without_reentry(layer: nn.Module, chooses_inside: str | None = No
         return
     if chooses_inside is not None and layer.training and function.keywords.get("preserve_rng_state") is False:
         raise HardAttentionError(
-            f"'{chooses_inside}' chooses for each query, inside the layer that is checkpointed, and preserve_rng_state=False would have it draw "
-            "other choices in the backward pass than in the forward. Leave preserve_rng_state at True."
+            f"'{chooses_inside}' selects for each query inside the checkpointed layer; with preserve_rng_state=False, the backward pass would "
+            "draw other selections than the forward pass. Leave preserve_rng_state at True."
         )
     module._gradient_checkpointing_func = without_reentry(function)
 

@@ -87,7 +87,7 @@ def _replayed(selector: Selector, scores: Tensor, masks: Masks, settings: Settin
     shape = scores.shape
     if any(given not in (1, size) for given, size in zip(forced.shape, shape, strict=True)):
         raise HardAttentionError(
-            f"the selection to replay at '{selector.site}' has the shape {list(forced.shape)}; the choice there is {list(shape)}. Replay a "
+            f"the selection to replay at '{selector.site}' has the shape {list(forced.shape)}; that of this call has {list(shape)}. Replay a "
             "recording on the batch it was made on, under the same hf_hardattn.execution: masked sites drop no rows."
         )
     mask = forced.expand(shape) & masks.valid

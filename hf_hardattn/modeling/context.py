@@ -123,8 +123,8 @@ class ForwardContext:
         selections: every selection of the call, in order.
         labels: labels that the model was called with, or None.
         candidates: rows of a prompt that represent an image, bool ``[B, N]``; None if a decoder's sites choose among all rows, or if the
-            call does not tell.
-        predictions: number of last rows whose logits the caller requested; 0 if the call does not say.
+            call does not specify them.
+        predictions: number of last rows whose logits the caller requested; 0 if not specified.
         target: states of the labels ``[B, T, D]``, for estimators that read the answer; None otherwise.
         classes: classes of the examples, int64 ``[B]``, for estimators that learn from them; None otherwise.
         source_given: the caller passed encoder states that were computed before.

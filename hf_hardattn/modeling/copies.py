@@ -30,8 +30,8 @@ def hide_dropped(plan: TowerPlan, context: ForwardContext, arguments: Arguments)
     """
     if context.source_given and plan.source_drops:
         raise HardAttentionError(
-            f"encoder_outputs holds what a selection left of the input, and this head feeds '{plan.name}' the whole input; what was dropped "
-            "would come back through it. Give input_ids alone, or decoder_input_ids too."
+            f"encoder_outputs holds only kept states, but this head feeds '{plan.name}' the whole input, which would bring back the dropped "
+            "rows. Pass only input_ids, or decoder_input_ids too."
         )
     source = context.towers.get(plan.reads or "")
     ids: Tensor | None = arguments.get("input_ids")

@@ -240,7 +240,7 @@ class Family:
     def example_loss(self, model: nn.Module, inputs: dict[str, Any], output: Any) -> Tensor | None:
         """Return the task loss of each example, the mean over its labels, ``[B]``.
 
-        None if the output does not tell; all examples then share the loss of the batch.
+        None if the output has no such loss; all examples then share the loss of the batch.
         """
         losses = self.token_loss(model, inputs, output)
         return None if losses is None else losses[0].sum(-1) / losses[1].sum(-1).clamp(min=1)

@@ -39,8 +39,8 @@ def padding_mask(valid: Tensor | None, config: Any, hidden: Tensor, source: Tens
         return additive(valid[:, None, None, :], hidden.dtype)
     if implementation not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
         raise HardAttentionError(
-            f"the registered attention '{implementation}' makes no masks, so it would attend to padding and to slots that a selection left "
-            "empty. Register a mask function with AttentionMaskInterface, or use a fixed budget and no padding."
+            f"the registered attention '{implementation}' makes no masks, so it would attend to padding and to unused "
+            "slots. Register a mask function with AttentionMaskInterface, or use a fixed budget and no padding."
         )
     extra: dict[str, Any] = {} if source is None else {"encoder_hidden_states": source}
     return create_bidirectional_mask(config=config, inputs_embeds=hidden, attention_mask=valid, **extra)
@@ -80,8 +80,8 @@ def row_mask(state: TowerState, plan: LayerPlan, config: Any, hidden: Tensor, gi
 def _refuse_counted_window(implementation: str, plan: LayerPlan) -> None:
     if implementation.startswith("flash"):
         raise HardAttentionError(
-            f"attn_implementation='{implementation}' at sites of '{plan.tower}', whose layers see a window; that kernel counts a window "
-            "in rows, and rows are missing. Use attn_implementation='sdpa' or 'eager'."
+            f"attn_implementation='{implementation}' is not supported at sites of '{plan.tower}', whose layers have a sliding window; its "
+            "kernel counts rows, and dropped rows are missing. Use attn_implementation='sdpa' or 'eager'."
         )
 
 

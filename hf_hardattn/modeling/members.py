@@ -27,8 +27,8 @@ def check_signatures(tower: Tower) -> None:
     for number, layer in enumerate(tower.layers):
         if not takes_keywords(layer):
             raise HardAttentionError(
-                f"layer {number} of '{tower.name}' is a {type(layer).__name__}, whose forward takes no further keywords; hard attention hands its "
-                "layers the state of a call in one, as Transformers hands its own. Add **kwargs to its forward and pass them on."
+                f"layer {number} of '{tower.name}' is a {type(layer).__name__}, whose forward accepts no extra keyword arguments; hard attention "
+                "passes the state of a call to its layers as a keyword argument, as Transformers does. Add **kwargs to its forward and pass them on."
             )
 
 
@@ -54,8 +54,8 @@ def check(tower: nn.Module, path: str, name: str) -> None:
     for number, layer in enumerate(layers):
         if not any(MEMBER in part.__dict__ for part in layer.modules()):
             raise HardAttentionError(
-                f"layer {number} of '{name}' ({type(layer).__name__}) came after hard attention was applied: it has no site, and would compute on "
-                "what was dropped. Call hf_hardattn.apply(model, model.config.hard_attention) again; trained selectors stay."
+                f"layer {number} of '{name}' ({type(layer).__name__}) was added after hard attention was applied: it has no site, and would "
+                "compute dropped rows. Call hf_hardattn.apply(model, model.config.hard_attention) again; trained selectors are kept."
             )
     tower.__dict__[CHECKED] = found
 

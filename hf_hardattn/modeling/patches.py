@@ -41,7 +41,7 @@ class PatchChoice:
 def choose_patches(
     tower: Any, plan: TowerPlan, context: ForwardContext, state: TowerState, arguments: Arguments
 ) -> None:
-    """Choose patches before any is embedded, and hand the choice to the embedding module."""
+    """Choose patches before any is embedded, and pass the choice to the embedding module."""
     spec: Any = plan.patches
     embeddings, pixels = tower.get_submodule(spec.module), arguments.get("pixel_values")
     selector = running(embeddings.input_selector)

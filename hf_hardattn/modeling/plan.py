@@ -108,7 +108,7 @@ class TowerPlan:
 
     Attributes:
         name: name of the tower. layers: path of its list of layers. names: parameters of its forward.
-        reads: name of the tower whose rows its cross-attention reads; None when there is none.
+        reads: name of the tower whose rows its cross-attention reads; None if there is none.
         source_drops: that tower may drop rows.
         restores: the output takes its full length again.
         is_read: another tower reads the output.

@@ -1,4 +1,4 @@
-"""What a decoder's call knows about its prompt, and the record of the rows that a selection left in its cache."""
+"""The prompt of a decoder's call, and the record of the rows that a selection left in its cache."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _go_on(
         if count > 1:
             call.problem = (
                 "the cache given to '{site}' holds rows that this model did not read as a prompt (prefix tuning, or a cache that "
-                "another model or hf_hardattn.soft filled), so what follows cannot be told from the prompt. Start from an empty cache."
+                "another model or hf_hardattn.soft filled), so the prompt cannot be distinguished from what follows. Start from an empty cache."
             )
     call.memory = memory
     mask = arguments.get("attention_mask")
@@ -168,8 +168,8 @@ def _check_length(positions: Any, memory: PromptMemory, length: Any) -> None:
     padding = 0 if valid is None else memory.rows - int(valid.sum(-1).max())
     if last + 1 != int(length) - padding:
         raise HardAttentionError(
-            f"the last of position_ids is {last} where the cache and this call hold {int(length) - padding} rows of the text; generate() cannot "
-            "go on from a cache whose first layer holds a part of the prompt. Use sites behind the first layer, or give it the whole text anew."
+            f"position_ids ends at {last}, but the cache and this call hold {int(length) - padding} rows of the text; generate() cannot continue "
+            "from a cache whose first layer holds only a part of the prompt. Use sites after the first layer, or pass the whole text again."
         )
 
 
@@ -183,7 +183,7 @@ def _read_labels(call: PromptCall, context: ForwardContext, count: int) -> None:
     if not torch.compiler.is_compiling() and bool(call.answer[:, 0].all()):
         call.problem = (
             "the labels leave no prompt to select from at '{site}': every row is labelled from its first token on. Set the labels of the "
-            "prompt to -100, as for any training on answers; a choice among the tokens to predict would let them see their future."
+            "prompt to -100, as for any training on answers; selecting among the tokens to predict would reveal their future."
         )
 
 
@@ -192,7 +192,7 @@ def _unknown_prompt(tower: nn.Module, context: ForwardContext, arguments: Argume
     owner: Any = context.owner
     if owner is not None and owner.__dict__.get(CANDIDATES) and context.candidates is None:
         return (
-            "nothing tells at '{site}' which rows are an image's: "
+            "at '{site}' it is not known which rows belong to an image: "
             + type(owner).__name__
             + " was called without input_ids. Pass input_ids "
             "and pixels, not inputs_embeds."
@@ -202,15 +202,15 @@ def _unknown_prompt(tower: nn.Module, context: ForwardContext, arguments: Argume
     uses_cache = arguments.get("use_cache")
     if tower.training and uses_cache is not True:
         return (
-            "in training nothing tells the prompt from the answer at '{site}': "
+            "in training, only labels distinguish the prompt from the answer at '{site}': "
             + type(owner).__name__
             + " got no labels. Pass labels "
-            "that are -100 on the prompt (the Trainer keeps them back with label_smoothing_factor and compute_loss_func)."
+            "that are -100 on the prompt (with label_smoothing_factor or compute_loss_func, the Trainer does not pass them to the model)."
         )
     if uses_cache is False:
         return (
-            "use_cache=False at '{site}': without a cache generate() reads the whole text again at each step, and nothing tells what it wrote "
-            "from the prompt. Leave use_cache out, or pass labels that are -100 on the prompt."
+            "use_cache=False at '{site}': without a cache, generate() reads the whole text again at each step, and the prompt cannot be "
+            "distinguished from the generated tokens. Leave use_cache out, or pass labels that are -100 on the prompt."
         )
     return None
 

@@ -102,7 +102,7 @@ def rows_mask(
     """
     if window is not None and config._attn_implementation not in _BY_POSITION:
         raise HardAttentionError(
-            f"attn_implementation='{config._attn_implementation}' counts the rows of a sliding window, of which a selection leaves gaps. "
+            f"attn_implementation='{config._attn_implementation}' counts the rows of a sliding window, where dropped rows leave gaps. "
             "Use attn_implementation='sdpa', 'eager' or 'flex_attention'."
         )
     queries = hidden.shape[1]
@@ -145,6 +145,6 @@ def as_form(allowed: Tensor, implementation: str, dtype: torch.dtype, site: str)
     if implementation == "eager":
         return additive(allowed, dtype)
     raise HardAttentionError(
-        f"attn_implementation='{implementation}' at '{site}' with labels: the answer reads fewer keys than the prompt does, which takes a mask of "
-        "each query. Use attn_implementation='sdpa' or 'eager'."
+        f"attn_implementation='{implementation}' does not support labels at '{site}': the answer reads fewer keys than the prompt, which requires "
+        "a separate mask for each query. Use attn_implementation='sdpa' or 'eager'."
     )

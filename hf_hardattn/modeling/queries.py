@@ -86,8 +86,8 @@ def _check_cache(cache: Any, width: int, site: str) -> None:
     keys = getattr(layer, "keys", None)
     if keys is not None and keys.numel() and keys.shape[-1] != width:
         raise HardAttentionError(
-            f"the cache holds keys {keys.shape[-1]} wide at '{site}', which another model or prefix tuning put there; the keys of a "
-            f"site that chooses for each query carry its scores and are {width} wide. Start from an empty cache, or use budget 1.0 there."
+            f"the cache holds keys of width {keys.shape[-1]} at '{site}', from another model or prefix tuning; the keys of a site that "
+            f"selects for each query also carry scores and have width {width}. Start from an empty cache, or use budget 1.0 there."
         )
 
 

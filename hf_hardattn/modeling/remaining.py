@@ -82,14 +82,14 @@ def hardly_meant(towers: Mapping[str, Tower], selectors: Mapping[str, Selector])
         share = left[rows[-1]].share if rows else None
         if len(rows) > 1 and share is not None and share < LEAST_SHARE:
             yield (
-                f"{len(rows)} sites of '{tower.name}' leave {share:.1%} of its rows together; the budget of '{rows[1]}' is a share of what "
-                f"'{rows[0]}' left. Name fewer sites, or give each a larger budget."
+                f"{len(rows)} sites of '{tower.name}' together keep only {share:.1%} of its rows, because the budget of '{rows[1]}' is a "
+                f"share of the rows that '{rows[0]}' keeps. Use fewer sites, or larger budgets."
             )
         unread = [site for site, kind in sites if kind == "self" and not tower.spec.continues]
         if unread:
             yield (
-                f"{', '.join(unread)} choose the keys that rows behind the prompt read, and this model writes none, so that they have no "
-                "effect. Name 'inputs' or 'tokens' sites."
+                f"{', '.join(unread)} select keys for tokens generated after the prompt, but this model generates none, so these sites have "
+                "no effect. Use 'inputs' or 'tokens' sites."
             )
         total = whole(tower).total
         for site, kind in sites if total is not None else ():
@@ -97,7 +97,7 @@ def hardly_meant(towers: Mapping[str, Tower], selectors: Mapping[str, Selector])
             there = (total or 0) - selector.protected.rows
             if kind != "cross" and isinstance(selector.config.budget, int) and selector.config.budget >= there:
                 yield (
-                    f"budget={selector.config.budget} at '{site}' keeps everything: there are {there} positions to choose from. Give a smaller "
+                    f"budget={selector.config.budget} at '{site}' keeps everything: there are {there} positions to select from. Use a smaller "
                     "count, or a ratio."
                 )
 
@@ -111,10 +111,10 @@ def seldom_faster(towers: Mapping[str, Tower], selectors: Mapping[str, Selector]
             sites = [site for site in sites if not selectors[site].keeps_all]
             total = whole(tower).total
             if sites and (total is None or total < rows):
-                there = "texts differ in length" if total is None else f"there are {total}"
+                there = "here, texts differ in length" if total is None else f"here there are {total}"
                 yield (
-                    f"choosing keys ({sites[0]}{', ...' * (len(sites) > 1)}) was measured to save time from about {rows} rows on; {there}. "
-                    "Shorter inputs run no faster than without. 'hf-hardattn bench --model' measures yours."
+                    f"selecting keys ({sites[0]}{', ...' * (len(sites) > 1)}) saved time in our measurements from about {rows} rows on; {there}. "
+                    "Shorter inputs run no faster than with full attention. Measure yours with 'hf-hardattn bench --model'."
                 )
 
 
@@ -125,7 +125,7 @@ def mixed_kinds(patterns: Iterable[str], selectors: Iterable[str]) -> Iterator[s
         kinds = sorted({site.split(".")[1] for site in sites if fnmatchcase(site, pattern)})
         if len(kinds) > 1 and pattern != "*":
             yield (
-                f"'{pattern}' names sites of {len(kinds)} kinds ({', '.join(kinds)}): rows leave at some, and keys at others. Name the kind, as "
+                f"'{pattern}' names sites of {len(kinds)} kinds ({', '.join(kinds)}): rows are dropped at some, and keys at others. Name the kind, as "
                 f"in '{pattern.split('.')[0]}.{kinds[-1]}.*', or '*' for everything."
             )
 

@@ -129,7 +129,7 @@ class Selection:
 
     @property
     def slot_valid(self) -> Tensor | None:
-        """``slot_mask``, or None where every row is known to fill all its slots."""
+        """``slot_mask``, or None if every row is known to fill all its slots."""
         return None if self.dense else self.slot_mask
 
     @property

@@ -190,14 +190,14 @@ class Selector(nn.Module):
             if not self.training:
                 return schedule.end
             warnings.warn(
-                f"'{self.site}' has a schedule that stands at step 0; add HardAttentionCallback() to the Trainer, "
+                f"the schedule of '{self.site}' does not advance: it is still at step 0. Add HardAttentionCallback() to the Trainer, "
                 "or call hf_hardattn.set_step(model, step) after each optimizer step.",
                 stacklevel=2,
             )
             self.step = 0
         if isinstance(schedule, Schedule) and schedule.relative and not self.steps:
             raise HardAttentionError(
-                f"steps={schedule.steps} of a schedule at '{self.site}' is a share of the training, whose length is not known. Call "
+                f"steps={schedule.steps} of a schedule at '{self.site}' is a share of the training, but the length of the training is not known. Call "
                 "hf_hardattn.set_step(model, step, total_steps), add HardAttentionCallback() to the Trainer, or count steps with an int."
             )
         return schedule(self.step or 0, self.steps or 0)

@@ -27,7 +27,7 @@ class AttentionSpec:
         mask: parameter of ``forward`` that carries the mask.
         source: parameter of ``forward`` that carries the states of another tower; if they are passed, the module is a cross-attention.
         position_bias: the module adds a relative position bias and returns ``(output, bias, weights)``, as T5's does.
-        own_bias: the module adds a relative position bias of its own, and returns ``(output, weights)``, as UMT5's does.
+        own_bias: the module computes its own relative position bias, and returns ``(output, weights)``, as UMT5's does.
         interface: the module calls an attention function of ``AttentionInterface``; False if it computes attention itself.
         eager_only: the module computes attention eagerly, and its cross-attention never sees the source's mask. In a hard tower
             all layers run through SDPA instead.

@@ -92,8 +92,8 @@ class AttentionInput(NamedTuple):
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"the mask that a layer with a site hands its attention has no {name!r}: it carries what was chosen too. The mask itself is its "
-            "attribute 'mask', None where it hides nothing."
+            f"the mask that a layer with a site passes to its attention has no {name!r}: it also carries the selection. The mask itself is its "
+            "attribute 'mask', None where nothing is masked."
         )
 
 

@@ -68,8 +68,8 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _refuse_compiled_training(tower: str) -> None:
     """Raise the error outside of compiled code, where Dynamo passes it on instead of retrying without compilation."""
     raise HardAttentionError(
-        f"the estimator of '{tower}' adds a term to the training loss, and the compiled model around it does not hand its keywords "
-        f"down to '{tower}', so the term would be lost. Let forward take **kwargs and pass them on, train without torch.compile, "
+        f"the estimator of '{tower}' adds a term to the training loss, but the compiled model around it does not pass its keyword "
+        f"arguments to '{tower}', so the term would be lost. Let forward accept **kwargs and pass them on, train without torch.compile, "
         "or use an estimator without such a term ('simple')."
     )
 
@@ -77,8 +77,8 @@ def _refuse_compiled_training(tower: str) -> None:
 def _refuse_compiled_call(model: str, tower: str) -> None:
     """Raise the error outside of compiled code, as ``_refuse_compiled_training`` does."""
     raise HardAttentionError(
-        f"{model}.forward takes no keywords to hand down, and compiled code has no other way to tell '{tower}' which rows were kept, or are "
-        "an image's: it would read what was dropped. Let forward take **kwargs and pass them on, or run it without torch.compile."
+        f"{model}.forward accepts no extra keyword arguments, which compiled code needs to pass the kept rows, or the rows of an image, to "
+        f"'{tower}'; without them, it would read dropped rows. Let forward accept **kwargs and pass them on, or run it without torch.compile."
     )
 
 
@@ -132,9 +132,9 @@ def _of_unused_slots(
 def _check_width(plan: TowerPlan, mask: Any, source: Tensor) -> None:
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != source.shape[1]:
         raise HardAttentionError(
-            f"encoder_attention_mask has {mask.shape[1]} columns for {source.shape[1]} encoder states at '{plan.name}'; states that a "
-            "selection left carry their own mask, which a tuple loses, and so does a new last_hidden_state. Give encoder_outputs as the "
-            "encoder returned them, or select and repeat the rows of every tensor in them."
+            f"encoder_attention_mask has {mask.shape[1]} columns for {source.shape[1]} encoder states at '{plan.name}'; kept states "
+            "carry their own mask, which a tuple loses, and so does a new last_hidden_state. Pass encoder_outputs as the encoder returned "
+            "it, or select and repeat the rows of every tensor in it."
         )
 
 

@@ -17,7 +17,7 @@ _loaded: dict[str, Family] = {}
 
 
 def names() -> tuple[str, ...]:
-    """Names of the families, sorted."""
+    """Return the names of the families, sorted."""
     return _names
 
 
@@ -44,8 +44,8 @@ def why_unknown(model: nn.Module) -> str:
     """Return why no family knows ``model``, to complete a sentence of an error."""
     known = next((name for name in names() if load(name).knows_as_encoder(model)), None)
     if known is None:
-        return f"known families: {', '.join(names())}"
-    return f"family '{known}' knows it with is_decoder=False in its config, which makes it an encoder"
+        return f"supported families: {', '.join(names())}"
+    return f"family '{known}' supports it as an encoder, with is_decoder=False in its config"
 
 
 def towers_inside(model: nn.Module, paths: Mapping[str, str]) -> dict[str, tuple[TowerSpec, nn.Module]]:

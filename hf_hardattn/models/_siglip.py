@@ -25,8 +25,8 @@ def refuse_hidden_end(tower: Any, arguments: Arguments) -> None:
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and not torch.compiler.is_compiling() and not mask[:, -1].all():
         raise HardAttentionError(
-            "attention_mask hides the last place of a text, where SigLIP pools it, and hard attention keeps no padding; at 'text'. Pad "
-            "texts to the full length and give no mask, as the model was trained."
+            "attention_mask hides the last position of a text at 'text', where SigLIP pools; hard attention keeps no padding. Pad "
+            "texts to the full length and pass no mask, as in the model's training."
         )
 
 

@@ -82,7 +82,7 @@ class Conv(Scorer):
         if side * side * self.frames != patches:
             frames = f"scorer_options {{'frames': {self.frames}}}" if self.frames > 1 else "one frame"
             raise HardAttentionError(
-                f"scorer 'conv' got {patches} patches for {frames}; it needs a grid for each frame. Give pixel_values, set frames to those "
-                "of a video, or use scorer 'mlp'."
+                f"scorer 'conv' got {patches} patches for {frames}; it needs a grid for each frame. Pass pixel_values, set frames to the "
+                "number in a video, or use scorer 'mlp'."
             )
         return side, side

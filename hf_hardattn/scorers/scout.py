@@ -36,7 +36,7 @@ class Scout(Scorer):
         query_size: int,
         heads: int = 1,
         hidden: Width = 32,
-        cells: Annotated[int, Range(1, 256, "A patch is seen as cells x cells averages.")] = 4,
+        cells: Annotated[int, Range(1, 256, "A patch is reduced to cells x cells averages.")] = 4,
     ):
         super().__init__(hidden_size, query_size, heads)
         self.cells = cells

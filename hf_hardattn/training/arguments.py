@@ -27,24 +27,24 @@ class ModelArguments:
     config_overrides: str | None = flag(None, "Changes to the configuration, e.g. num_layers=2,d_model=64.")
     processor_name: str | None = flag(None, "Tokenizer or image processor to use instead of the model's.")
     model_revision: str = flag("main", "Branch, tag or commit on the Hub.")
-    cache_dir: str | None = flag(None, "Where downloads and prepared data go.")
-    attn_implementation: str | None = flag(None, "eager | sdpa | ...; the library's choice by default.")
+    cache_dir: str | None = flag(None, "Directory for downloads and prepared data.")
+    attn_implementation: str | None = flag(None, "eager | sdpa | ...; Transformers' choice by default.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = flag(
         None, "Dtype of the weights; the checkpoint's by default."
     )
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, more time.")
-    use_peft: bool = flag(False, "Train LoRA adapters and the selectors; the backbone stays as it is.")
+    use_peft: bool = flag(False, "Train LoRA adapters and the selectors; the backbone is frozen.")
     lora_r: int = flag(16, "Rank of the adapters.")
     lora_alpha: int = flag(32, "Scale of the adapters.")
     lora_dropout: float = flag(0.05, "Dropout in the adapters.")
     lora_target_modules: list[str] | None = flag(None, "Modules that get an adapter; queries and values by default.")
     lora_modules_to_save: list[str] | None = flag(
-        None, "Modules that are trained whole besides the selectors and the task's head."
+        None, "Modules to train in full, in addition to the selectors and the task's head."
     )
-    use_rslora: bool = flag(False, "Scale adapters by the root of their rank.")
-    use_dora: bool = flag(False, "Train the size of each weight apart from its direction.")
+    use_rslora: bool = flag(False, "Scale adapters by lora_alpha / sqrt(lora_r) instead of lora_alpha / lora_r.")
+    use_dora: bool = flag(False, "Train the magnitude of each weight separately from its direction.")
     train_selectors_only: bool = flag(
-        False, "Train the selectors; everything else stays as it is, and is saved with them."
+        False, "Train only the selectors; the rest of the model is frozen, and saved with them."
     )
 
 
@@ -56,15 +56,17 @@ class HardAttentionArguments:
         None, "HardAttentionConfig: inline JSON, or a .json or .yaml file; 'none' trains a hard checkpoint soft."
     )
     sites: list[str] | None = flag(None, "Site globs, e.g. vision.tokens.3 'vision.tokens.*'.")
-    recipe: str | None = flag(None, "Settings that were measured to train well: robust.")
-    budget: str | None = flag(None, "What to keep: 8, 0.25, threshold:0.5, top_p:0.9, or a schedule as JSON.")
-    scorer: str | None = flag(None, "What scores the positions.")
-    estimator: str | None = flag(None, "How the gradient passes through the choice.")
+    recipe: str | None = flag(None, "Named settings that trained well in our measurements: robust.")
+    budget: str | None = flag(
+        None, "How many positions to keep: 8, 0.25, threshold:0.5, top_p:0.9, or a schedule as JSON."
+    )
+    scorer: str | None = flag(None, "How the positions are scored.")
+    estimator: str | None = flag(None, "How the gradient passes through the selection.")
     baseline: str | None = flag(None, "What a score-function estimator subtracts from the reward.")
     temperature: str | None = flag(None, "Temperature of the sampling distribution: a number, or a schedule as JSON.")
-    selector_warmup_steps: int = flag(0, "Optimizer steps at the start in which only the selectors learn.")
+    selector_warmup_steps: int = flag(0, "First optimizer steps, in which only the selectors are trained.")
     selector_learning_rate: float | None = flag(
-        None, "Learning rate of the selectors; by default --learning_rate, 1e-3 at least."
+        None, "Learning rate of the selectors; by default --learning_rate, but at least 1e-3."
     )
 
 
@@ -74,23 +76,25 @@ class DataArguments:
 
     folder_format: ClassVar[str] = "imagefolder"  # builder of `datasets` that reads --train_dir
     dataset_name: str | None = flag(None, "Data set on the Hub, or its local directory.")
-    dataset_config_name: str | None = flag(None, "Its configuration.")
+    dataset_config_name: str | None = flag(None, "Configuration of dataset_name.")
     train_split: str = flag("train", "Split of dataset_name to train on.")
     validation_split: str = flag("validation", "Split of dataset_name to evaluate on.")
     train_dir: str | None = flag(
         None,
-        "Folder of images (of videos, for a task of videos): one folder a class, or a metadata.jsonl or .csv; or a folder of splits, "
-        "train/ and validation/ or test/, each like that.",
+        "Folder of images (for a video task: of videos) with one folder per class, or with a metadata.jsonl or .csv; or a folder with "
+        "one such folder per split: train/ and validation/ or test/.",
     )
-    validation_dir: str | None = flag(None, "The same, to evaluate on.")
-    train_file: str | None = flag(None, "csv, tsv, json or jsonl file.")
-    validation_file: str | None = flag(None, "The same, to evaluate on.")
-    validation_fraction: float = flag(0.0, "Share of the training data held out when nothing else is given.")
-    streaming: bool = flag(False, "Read the training data as it comes, never all of it; needs --max_train_steps.")
-    shuffle_buffer: int = flag(1000, "Rows of a stream among which the next one is drawn.")
-    max_train_samples: int | None = flag(None, "Take so many training examples at most.")
-    max_eval_samples: int | None = flag(None, "Take so many evaluation examples at most.")
-    dataloader_num_workers: int = flag(0, "Processes that prepare batches.")
+    validation_dir: str | None = flag(None, "The same, for evaluation.")
+    train_file: str | None = flag(None, "csv, tsv, json or jsonl file to train on.")
+    validation_file: str | None = flag(None, "The same, for evaluation.")
+    validation_fraction: float = flag(
+        0.0, "Share of the training data to hold out for evaluation if no other data is given."
+    )
+    streaming: bool = flag(False, "Stream the training data instead of loading all of it; needs --max_train_steps.")
+    shuffle_buffer: int = flag(1000, "Rows of a stream from which the next one is drawn at random.")
+    max_train_samples: int | None = flag(None, "Maximum number of training examples.")
+    max_eval_samples: int | None = flag(None, "Maximum number of evaluation examples.")
+    dataloader_num_workers: int = flag(0, "Number of processes that prepare batches.")
 
 
 @dataclass(kw_only=True)
@@ -100,22 +104,24 @@ class OptimizationArguments:
     per_device_train_batch_size: int = flag(8, "Examples per device and micro-batch.")
     gradient_accumulation_steps: int = flag(1, "Micro-batches per optimizer step.")
     num_train_epochs: float = flag(3.0, "Passes over the training data.")
-    max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.")
+    max_train_steps: int | None = flag(None, "Number of optimizer steps; overrides num_train_epochs.")
     learning_rate: float = flag(5e-5, "Peak learning rate of everything but the selectors.")
     lr_scheduler_type: str = flag("linear", "linear | cosine | constant | constant_with_warmup | ...")
     lr_scheduler_kwargs: str | None = flag(None, 'Other settings of the schedule as JSON, e.g. {"num_cycles": 2}.')
-    num_warmup_steps: int = flag(0, "Optimizer steps in which the learning rate rises.")
-    weight_decay: float = flag(0.0, "Weight decay of AdamW; biases and norms have none.")
+    num_warmup_steps: int = flag(0, "Optimizer steps over which the learning rate rises.")
+    weight_decay: float = flag(0.0, "Weight decay of AdamW; not applied to biases and norms.")
     adam_beta1: float = flag(0.9, "Decay of the running mean of gradients, in [0, 1).")
     adam_beta2: float = flag(0.999, "Decay of the running mean of squared gradients, in [0, 1).")
-    adam_epsilon: float = flag(1e-8, "Added to the root of the running mean of squared gradients.")
-    max_grad_norm: float = flag(1.0, "Clip gradients to this norm; 0 never clips.")
-    seed: int = flag(42, "Seed of the new weights, the order of the data and the sampling noise.")
-    data_seed: int | None = flag(None, "Seed of the order of the data alone; seed by default.")
-    full_determinism: bool = flag(False, "Use deterministic kernels only: slower, and an error where there is none.")
-    allow_tf32: bool = flag(False, "Let matrix products of float32 round to TF32 on GPUs that have it: faster.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "What accelerate launch says by default.")
-    cpu: bool = flag(False, "Train on the CPU although there is a GPU.")
+    adam_epsilon: float = flag(1e-8, "Added to the square root of the running mean of squared gradients.")
+    max_grad_norm: float = flag(1.0, "Clip gradients to this norm; 0 disables clipping.")
+    seed: int = flag(42, "Seed of the new weights, the data order and the sampling noise.")
+    data_seed: int | None = flag(None, "Seed of the data order only; --seed by default.")
+    full_determinism: bool = flag(False, "Use only deterministic kernels: slower, and an error where none exists.")
+    allow_tf32: bool = flag(False, "Compute float32 matrix products in TF32 on GPUs that support it: faster.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
+        None, "Mixed precision; by default that of accelerate launch."
+    )
+    cpu: bool = flag(False, "Train on the CPU even if there is a GPU.")
 
 
 @dataclass(kw_only=True)
@@ -123,30 +129,40 @@ class EvaluationArguments:
     """When to evaluate, and which model to keep."""
 
     per_device_eval_batch_size: int = flag(8, "Examples per device in evaluation.")
-    evaluate_each_epoch: bool = flag(True, "Evaluate after each epoch, besides the end.")
-    eval_on_start: bool = flag(False, "Evaluate before the first step too.")
-    eval_steps: int | None = flag(None, "Evaluate every N optimizer steps instead.")
-    load_best_model_at_end: bool = flag(False, "Keep the model of the best evaluation, not of the last step.")
-    metric_for_best_model: str | None = flag(None, "What best means: loss, or a metric; the task's first by default.")
-    lower_is_better: bool = flag(False, "A lower metric_for_best_model is better; a lower loss always is.")
-    early_stopping_patience: int = flag(0, "Stop after N evaluations that are no better, and keep the best; 0 never.")
-    validation_steps: int = flag(0, "Draw what is kept of validation examples every N optimizer steps; 0 never.")
-    num_validation_examples: int = flag(6, "How many are drawn.")
+    evaluate_each_epoch: bool = flag(True, "Evaluate after each epoch, in addition to the end.")
+    eval_on_start: bool = flag(False, "Also evaluate before the first step.")
+    eval_steps: int | None = flag(None, "Evaluate every N optimizer steps instead of after each epoch.")
+    load_best_model_at_end: bool = flag(False, "Keep the model of the best evaluation instead of the last step.")
+    metric_for_best_model: str | None = flag(
+        None, "Metric that decides which model is best, or loss; the task's first metric by default."
+    )
+    lower_is_better: bool = flag(False, "A lower metric_for_best_model is better; always so for loss.")
+    early_stopping_patience: int = flag(
+        0, "Stop after N evaluations without improvement, and keep the best model; 0 disables this."
+    )
+    validation_steps: int = flag(
+        0, "Draw the kept positions of validation examples every N optimizer steps; 0 disables this."
+    )
+    num_validation_examples: int = flag(6, "Number of validation examples to draw.")
 
 
 @dataclass(kw_only=True)
 class OutputArguments:
     """What a run writes, and how it continues after an interruption."""
 
-    output_dir: str = flag("outputs/run", "Where the model, results.json, log.jsonl and checkpoints go.")
-    overwrite: bool = flag(False, "Replace what an earlier run left in output_dir.")
-    checkpointing_steps: str | None = flag(None, "Save the state every N optimizer steps, or each 'epoch'.")
-    checkpoints_total_limit: int | None = flag(None, "Keep so many checkpoints, the newest; the best one besides.")
+    output_dir: str = flag("outputs/run", "Directory for the model, results.json, log.jsonl and checkpoints.")
+    overwrite: bool = flag(False, "Replace the files of an earlier run in output_dir.")
+    checkpointing_steps: str | None = flag(None, "Save a checkpoint every N optimizer steps, or every 'epoch'.")
+    checkpoints_total_limit: int | None = flag(
+        None, "Number of newest checkpoints to keep, in addition to the best one."
+    )
     resume_from_checkpoint: str | None = flag(
-        None, "A checkpoint directory, or 'latest', which starts afresh if there is none: a job can always be given it."
+        None,
+        "A checkpoint directory, or 'latest', which starts from scratch if there is none, so a job can always use it.",
     )
     trust_checkpoint: bool = flag(
-        False, "Resume even if the checkpoint holds pickles that can run code; only for one that you made yourself."
+        False,
+        "Resume even if the checkpoint contains pickles that can run code; only for checkpoints you made yourself.",
     )
 
 
@@ -155,9 +171,9 @@ class TrackingArguments:
     """Logs, trackers and the Hub."""
 
     logging_steps: int = flag(10, "Optimizer steps between two log rows.")
-    with_tracking: bool = flag(False, "Log to every tracker that is installed, or to --report_to.")
+    with_tracking: bool = flag(False, "Log to every installed tracker, or to those of --report_to.")
     report_to: str = flag("none", "trackio | tensorboard | wandb | ... | none")
-    logging_dir: str | None = flag(None, "Where trackers write; output_dir by default.")
+    logging_dir: str | None = flag(None, "Directory for tracker logs; output_dir by default.")
     push_to_hub: bool = flag(False, "Upload the trained model; log in first with: hf auth login")
     hub_model_id: str | None = flag(None, "Repository to upload to, e.g. me/vit-hard.")
     hub_private_repo: bool = flag(True, "Make the repository private; --no_hub_private_repo makes it public.")
@@ -191,20 +207,22 @@ def validate(args: ScriptArguments) -> None:
     ):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise HardAttentionError(f"{name}={value} is out of range; it is a count, >= 1.")
+            raise HardAttentionError(f"{name}={value} is out of range; it must be a count, >= 1.")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
-            raise HardAttentionError(f"{name}={getattr(args, name)} is out of range; it is a share, in [0, 1).")
+            raise HardAttentionError(f"{name}={getattr(args, name)} is out of range; it must be in [0, 1).")
     schedule_settings(args)
     interval = args.checkpointing_steps
     if interval is not None and interval != "epoch" and not (interval.isdigit() and int(interval)):
         raise HardAttentionError(
-            f"checkpointing_steps={interval!r} is no interval; it is a count of optimizer steps, or 'epoch'."
+            f"checkpointing_steps={interval!r} is not a valid interval; use a number of optimizer steps, or 'epoch'."
         )
     if args.train_selectors_only and args.use_peft:
-        raise HardAttentionError("--train_selectors_only leaves LoRA adapters nothing to do; drop it or --use_peft.")
+        raise HardAttentionError(
+            "--train_selectors_only would leave the LoRA adapters untrained; remove it or --use_peft."
+        )
     if args.push_to_hub and not args.hub_model_id:  # raise now, not after the training
-        raise HardAttentionError("--push_to_hub needs a repository; name it with --hub_model_id me/my-model.")
+        raise HardAttentionError("--push_to_hub needs a repository; specify it with --hub_model_id me/my-model.")
 
 
 def schedule_settings(args: LoopArguments) -> dict[str, Any]:
@@ -216,9 +234,11 @@ def schedule_settings(args: LoopArguments) -> dict[str, Any]:
     try:
         found = json.loads(args.lr_scheduler_kwargs or "{}")
     except json.JSONDecodeError as error:
-        raise HardAttentionError(f"lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} is no JSON; {error}.") from error
+        raise HardAttentionError(
+            f"lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} is not valid JSON; {error}."
+        ) from error
     if not isinstance(found, dict):
         raise HardAttentionError(
-            f'lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} is no mapping; write its settings by name, e.g. {{"num_cycles": 2}}.'
+            f'lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} is not a mapping; give the settings by name, e.g. {{"num_cycles": 2}}.'
         )
     return found

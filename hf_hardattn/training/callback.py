@@ -46,8 +46,8 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
     def __init__(self, selector_warmup_steps: int = 0, selector_learning_rate: float | None = None) -> None:
         if selector_learning_rate is not None and not selector_learning_rate > 0:
             raise HardAttentionError(
-                f"selector_learning_rate={selector_learning_rate} is out of range in HardAttentionCallback; it is a number > 0. Leave it out "
-                "for the Trainer's, 1e-3 at least."
+                f"selector_learning_rate={selector_learning_rate} is out of range in HardAttentionCallback; it must be > 0. Leave it out to "
+                "use the Trainer's, but at least 1e-3."
             )
         prepare_trainer(HardAttentionCallback)
         self.selector_warmup_steps, self.selector_learning_rate = selector_warmup_steps, selector_learning_rate
@@ -65,23 +65,23 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self.selector_warmup_steps and args.deepspeed:
             raise HardAttentionError(
-                f"selector_warmup_steps={self.selector_warmup_steps} does not work under DeepSpeed, which keeps gradients of its "
-                "own; the warm-up drops the backbone's. Use 0, or train under DDP or FSDP."
+                f"selector_warmup_steps={self.selector_warmup_steps} does not work under DeepSpeed, which manages the "
+                "gradients itself; the warm-up has to drop those of the backbone. Use 0, or train under DDP or FSDP."
             )
         if self.driver is not None:
             self.driver.close()
         self.driver = Driver(model, self.selector_warmup_steps, state.max_steps)
         if not self.driver.selectors:
             warnings.warn(
-                f"HardAttentionCallback has nothing to drive: {type(model).__name__} has no hard attention and trains soft. "
+                f"HardAttentionCallback has no effect: {type(model).__name__} has no hard attention and trains soft. "
                 "Load it with hard_attention=... or call hf_hardattn.apply().",
                 stacklevel=2,
             )
         learned = [selector for selector in self.driver.selectors.values() if selector.learned]
         if learned and not any(p.requires_grad for selector in learned for p in selector.parameters()):
             warnings.warn(
-                f"no selector of {type(model).__name__} is trained: none of their parameters requires a gradient, so they stay as they "
-                "are. With PEFT, use modules_to_save=['selector', 'input_selector'].",
+                f"no selector of {type(model).__name__} is trained: none of their parameters requires a gradient, so they do not "
+                "change. With PEFT, use modules_to_save=['selector', 'input_selector'].",
                 stacklevel=2,
             )
         kept: Any = state.stateful_callbacks  # a dict by class name; the annotation in Transformers says list

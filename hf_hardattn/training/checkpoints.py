@@ -56,8 +56,8 @@ class RunState:
         for name, value in state.pop("layout").items():
             if self.layout[name] != value:
                 raise HardAttentionError(
-                    f"{name}={self.layout[name]} but the checkpoint was made with {value}; a resumed run sees the data in the same "
-                    "order, which depends on it. Resume with the old value, or start a new run from the saved model."
+                    f"{name}={self.layout[name]} but the checkpoint was made with {value}; the order of the data depends on it, "
+                    "and a resumed run must keep that order. Resume with the old value, or start a new run from the saved model."
                 )
         for name, value in state.items():
             setattr(self, name, value)
@@ -126,7 +126,7 @@ def resume(accelerator: Accelerator, output_dir: str, wanted: str, trusted: bool
             if wrong is None:
                 path = found[-1]
             else:
-                logger.warning("%s is passed over: %s", found.pop(), wrong)
+                logger.warning("skipping %s: %s", found.pop(), wrong)
         if path is None:
             logger.warning("no checkpoint in %s yet: starting at step 0", output_dir)
             return False
@@ -135,12 +135,12 @@ def resume(accelerator: Accelerator, output_dir: str, wanted: str, trusted: bool
         others = ", ".join(str(f) for f in found if f.resolve() != path) or "none"
         if not path.is_dir():
             raise HardAttentionError(
-                f"{path} is no checkpoint directory; there are: {others}. 'latest' takes the newest."
+                f"{path} is not a checkpoint directory; available: {others}. Use 'latest' for the newest."
             )
         wrong = damage(path)
         if wrong is not None:
             raise HardAttentionError(
-                f"the checkpoint {path} is damaged: {wrong}. Resume from another one; there are: {others}."
+                f"the checkpoint {path} is damaged: {wrong}. Resume from another one; available: {others}."
             )
     load(accelerator, path, trusted)
     logger.info("resumed from %s", path)
@@ -164,7 +164,7 @@ def load(accelerator: Accelerator, path: Path, trusted: bool = False) -> None:
     except FILE_ERRORS as error:
         raise HardAttentionError(
             f"the checkpoint {path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}); it is damaged, or was "
-            "made with another model, optimizer or way to distribute. Resume with the flags it was made with, or from another one."
+            "made with another model, optimizer or distribution strategy. Resume with its original flags, or from another one."
         ) from error
     accelerator.step = 0  # start at the first micro-batch of an optimizer step, whatever the accumulation was
 
@@ -189,8 +189,8 @@ def check_writable(output_dir: str) -> None:
             pass
     except (OSError, ValueError) as error:
         raise HardAttentionError(
-            f"--output_dir {output_dir!r} cannot be written to ({type(error).__name__}: {error}); the run leaves its model and records "
-            "there. Name another folder."
+            f"--output_dir {output_dir!r} is not writable ({type(error).__name__}: {error}); the run saves its model and records "
+            "there. Use another folder."
         ) from error
 
 
@@ -240,20 +240,20 @@ def damage(folder: Path) -> str | None:
     except (OSError, ValueError, RecursionError):
         return f"{MANIFEST}, which is written last, is missing or unreadable"
     if not isinstance(files, dict):
-        return f"{MANIFEST} holds a {type(files).__name__} where names and sizes of files were written"
+        return f"{MANIFEST} holds a {type(files).__name__} instead of the names and sizes of files"
     for name, noted in files.items():
         if isinstance(noted, int):  # format of an earlier version
             noted = {"bytes": noted}
         size = noted.get("bytes") if isinstance(noted, dict) else None
         if not isinstance(size, int):
-            return f"{MANIFEST} has no size of {name}"
+            return f"{MANIFEST} has no size for {name}"
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes where {size:,} were written"
+            return f"{name} has {path.stat().st_size:,} bytes, but {size:,} were written"
         if noted.get("sha256", "") and noted["sha256"] != _digest(path):
-            return f"{name} does not hold what was written"
+            return f"{name} has changed since it was written"
     return None
 
 
@@ -281,7 +281,7 @@ def _told_when_full(output_dir: str, what: str) -> Iterator[None]:
         kept = f"The last complete checkpoint is {found[-1]}." if found else "There is no complete checkpoint yet."
         raise HardAttentionError(
             f"{what} could not be written to {Path(output_dir).resolve()} ({str(error).splitlines()[0][:200]}); the disk or the quota is "
-            f"full, or the folder is not writable. {kept} Make room (--checkpoints_total_limit 1 keeps one), then start again "
+            f"full, or the folder is not writable. {kept} Free some space (--checkpoints_total_limit 1 keeps one), then start again "
             "with --resume_from_checkpoint latest."
         ) from error
 

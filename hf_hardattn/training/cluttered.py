@@ -60,7 +60,7 @@ def draw_scenes(bank: Bank, scene: Scene, size: int, clutter: int, generator: to
         HardAttentionError: a size is out of range.
     """
     if size < 1 or clutter < 0:
-        raise HardAttentionError(f"size={size}, clutter={clutter} is out of range; size is >= 1 and clutter >= 0.")
+        raise HardAttentionError(f"size={size}, clutter={clutter} is out of range; size must be >= 1 and clutter >= 0.")
     canvas, patch, side, fragment = scene.canvas, scene.patch, scene.item, scene.fragment
     copies, count = bank.images.shape[:2]
     step = scene.step or patch

@@ -211,7 +211,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     left.invert_yaxis()
     left.set_xlabel(f"{metric} (points)")
     right.set_ylabel(f"{metric} (points)")
-    right.set_xlabel("GFLOPs an example, forward (counted)")
+    right.set_xlabel("GFLOPs per example, forward (counted)")
     right.set_xlim(0, 1.08 * max((row["gflops"] for _, row in shown), default=1.0))
     labelled = [item for item in shown if item[0] in ("soft", "random")]
     learned = [item for item in shown if item[0] not in CONTROLS]
@@ -227,7 +227,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.25)
     count = len(results["seeds"])
     note = "grey: controls; red: a run failed" if any(row["failed"] for _, row in shown) else "grey: controls"
-    figure.suptitle(f"{results['task']}, {count} seed{'s' * (count > 1)}: mean ± sd, a tick a run; {note}", fontsize=10)
+    figure.suptitle(
+        f"{results['task']}, {count} seed{'s' * (count > 1)}: mean ± sd, one tick per run; {note}", fontsize=10
+    )
     figure.savefig(path, dpi=150)
 
 

@@ -59,28 +59,28 @@ class Comparison:
         path = shipped(path)
         if not path.is_file():
             raise HardAttentionError(
-                f"--config {str(path)!r} is no file; give one like scripts/configs/compare/*.yaml."
+                f"--config {str(path)!r} is not a file; use one like scripts/configs/compare/*.yaml."
             )
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         if not isinstance(data, dict):
             raise HardAttentionError(
-                f"{path} holds a {type(data).__name__}; a comparison is a mapping of a task and variants."
+                f"{path} holds a {type(data).__name__}; a comparison must be a mapping with a task and variants."
             )
         for name in data:
             if name not in cls.__dataclass_fields__:
                 raise unknown("key", name, cls.__dataclass_fields__, str(path))
         for name in ("task", "variants"):
             if not data.get(name):
-                raise HardAttentionError(f"{path} names no {name}; a comparison needs a task and variants.")
+                raise HardAttentionError(f"{path} has no {name}; a comparison needs a task and variants.")
         for name, kind in (("variants", dict), ("task_options", dict), ("recipe", dict)):
             if not isinstance(data.get(name, {}), kind):
                 raise HardAttentionError(
-                    f"{name} of {path} is a {type(data[name]).__name__}; it is a mapping, one 'name: settings' a line. A control or an "
-                    "estimator stands without settings: 'simple:'."
+                    f"{name} of {path} is a {type(data[name]).__name__}; it must be a mapping with one 'name: settings' per line. A control "
+                    "or an estimator may have no settings: 'simple:'."
                 )
         if not isinstance(data.get("controls", True), bool):
             raise HardAttentionError(
-                f"controls={data['controls']!r} of {path} is no choice; use true (they are run too) or false."
+                f"controls={data['controls']!r} of {path} is invalid; use true (also run the controls) or false."
             )
         return cls(**data).with_controls()
 
@@ -145,12 +145,12 @@ def _reduced(name: str, given: dict[str, Any], task: tasks.Base) -> dict[str, An
     """
     if not task.reduces:
         raise HardAttentionError(
-            f"variant {name!r} reads smaller inputs, and those of the site '{task.site}' cannot be made smaller: images can, and rows of tokens. "
+            f"variant {name!r} reads smaller inputs, but the inputs of site '{task.site}' cannot be reduced; only images and rows of tokens can. "
             "Leave the variant out."
         )
     ratio = given[REDUCE]
     if given.keys() != {REDUCE} or isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
         raise HardAttentionError(
-            f"variant {name!r} is {given!r}; full attention on smaller inputs is {{reduce: RATIO}}, a number in (0, 1], and nothing else."
+            f"variant {name!r} is {given!r}; write full attention on smaller inputs as {{reduce: RATIO}}, with a number in (0, 1] and no other setting."
         )
     return {REDUCE: float(ratio)}

@@ -124,5 +124,5 @@ def _draw(model: nn.Module, task: tasks.Base, rows: dict[str, Any], path: Path) 
     with record(model) as selections:
         predicted = model(pixel_values=pixels).logits.argmax(-1)
     titles = [f"{p}" if p == y else f"{p} (is {y})" for p, y in zip(predicted.tolist(), labels.tolist(), strict=True)]
-    caption = f"The model computed on the lit patches only ({rows['hard']['kept']:.0%}); above each image, what it read there."
+    caption = f"The model computed only on the lit patches ({rows['hard']['kept']:.0%}); above each image: its answer."
     patch_overlay(pixels, selections[SITE][0], SCENE.patch, titles, columns=6, caption=caption).savefig(path, dpi=150)

@@ -46,11 +46,13 @@ class Driver:
         self.model, self.selectors, self.step, self.steps = model, selectors(model), 0, steps
         self.warmup = selector_warmup_steps
         if self.warmup < 0:
-            raise HardAttentionError(f"selector_warmup_steps={self.warmup} is out of range; it counts steps, >= 0.")
+            raise HardAttentionError(
+                f"selector_warmup_steps={self.warmup} is out of range; it must be a number of steps, >= 0."
+            )
         learning = (p for s in self.selectors.values() for p in s.parameters() if p.requires_grad)
         if self.warmup and next(learning, None) is None:
             raise HardAttentionError(
-                f"selector_warmup_steps={self.warmup} leaves nothing to learn; no selector of {type(model).__name__} has "
+                f"selector_warmup_steps={self.warmup} leaves nothing to train; no selector of {type(model).__name__} has "
                 "trainable parameters. Use 0, or a scorer with parameters ('linear', 'mlp', 'query_key')."
             )
         self._latest: dict[str, Selection] = {}
@@ -130,7 +132,7 @@ class Driver:
                 else:
                     warnings.warn(
                         f"the checkpoint's {name} of {type(part).__name__} at {site!r} is not finite ({state[site][name]}), "
-                        "so it was not loaded; it starts anew.",
+                        "so it was not loaded; it starts from its initial value.",
                         stacklevel=2,
                     )
 

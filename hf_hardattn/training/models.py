@@ -30,7 +30,7 @@ def load_config(args: ScriptArguments, model_class: type[PreTrainedModel], **cha
     name = args.config_name or args.model_name_or_path
     if name is None:
         raise HardAttentionError(
-            "no model is named; give --model_name_or_path, or --config_name to train from scratch."
+            "no model is given; pass --model_name_or_path, or --config_name to train from scratch."
         )
     config = AutoConfig.from_pretrained(name, revision=args.model_revision, cache_dir=args.cache_dir, **changes)
     expected = getattr(model_class.config_class, "model_type", None)
@@ -52,7 +52,7 @@ def processor_source(args: ScriptArguments) -> str:
     name = args.processor_name or args.model_name_or_path
     if name is None:
         raise HardAttentionError(
-            "no tokenizer or image processor is named; --config_name brings none. Give --processor_name."
+            "no tokenizer or image processor is given; --config_name does not provide one. Pass --processor_name."
         )
     return name
 
@@ -67,7 +67,7 @@ def hard_attention(args: HardAttentionArguments, saved: dict[str, Any] | None) -
     if args.hard_attention == "none":
         if short or args.sites:
             raise HardAttentionError(
-                f"--hard_attention none trains soft; --{[*short, 'sites'][0]} has no effect then. Drop one of them."
+                f"--hard_attention none trains soft; --{[*short, 'sites'][0]} has no effect then. Remove one of them."
             )
         return ""
     if args.hard_attention is None and not short and not args.sites:
@@ -94,7 +94,7 @@ def _read(source: str) -> dict[str, Any]:
         path = Path(source)
         if not path.is_file():
             raise HardAttentionError(
-                f"--hard_attention {source!r} is no file; give inline JSON, a .json or .yaml file, or 'none'."
+                f"--hard_attention {source!r} is not a file; use inline JSON, a .json or .yaml file, or 'none'."
             )
         text, where = path.read_text(encoding="utf-8"), source
     try:
@@ -102,7 +102,7 @@ def _read(source: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise HardAttentionError(f"{where} is not valid JSON or YAML; {' '.join(str(error).split())}.") from error
     if not isinstance(data, dict):
-        raise HardAttentionError(f"{where} holds a {type(data).__name__}; a HardAttentionConfig is a mapping.")
+        raise HardAttentionError(f"{where} holds a {type(data).__name__}; a HardAttentionConfig must be a mapping.")
     return data.get("hard_attention", data)
 
 
@@ -148,14 +148,14 @@ def _freeze_all_but_selectors(model: nn.Module) -> None:
     chosen = selector_parameters(model)
     if not chosen:
         raise HardAttentionError(
-            f"--train_selectors_only leaves nothing to learn; {type(model).__name__} has no selector with parameters. Give "
+            f"--train_selectors_only leaves nothing to train; {type(model).__name__} has no selector with parameters. Pass "
             "--sites and a scorer with parameters ('linear', 'mlp', 'query_key')."
         )
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
-        "selectors only: %s parameters are trained; --output_dir gets the whole model, as from_pretrained wants it. For the selectors alone: "
+        "selectors only: %s parameters are trained; --output_dir gets the whole model, as from_pretrained needs it. To save only the selectors: "
         "hf_hardattn.save(model, FOLDER, selectors_only=True, base_model=...)",
         f"{trained:,}",
     )
@@ -205,7 +205,7 @@ def _load_weights(
     wrong = [key for key in keys if key.split(".")[0] not in heads]
     if wrong:
         raise HardAttentionError(
-            f"{len(wrong)} weights of {name} do not fit the configuration (first: '{wrong[0]}'); a trained model keeps its sizes. "
+            f"{len(wrong)} weights of {name} do not fit the configuration (first: '{wrong[0]}'); the sizes of a trained model cannot change. "
             "Leave --config_name and --config_overrides out, or train from scratch from a directory without weights."
         )
     return model

@@ -67,7 +67,7 @@ def parse(arguments: type[Arguments], argv: Sequence[str] | None = None) -> Argu
         near = difflib.get_close_matches(name, names, n=1)  # the names are too many to list
         hint = f"Did you mean '{near[0]}'? " if near else ""
         raise HardAttentionError(
-            f"unknown argument '{name}'; no flag and no YAML key is called so. {hint}--help lists all."
+            f"unknown argument '{name}'; no flag or YAML key has this name. {hint}--help lists all."
         )
     dataclass: Any = arguments
     parser = HfArgumentParser(dataclass, allow_abbrev=False)
@@ -94,16 +94,18 @@ def shipped(path: Path) -> Path:
 def _from_file(file: str) -> list[str]:
     path = shipped(Path(file))
     if not path.is_file():
-        raise HardAttentionError(f"--config {file!r} is no file; give a YAML file of flags, one 'name: value' a line.")
+        raise HardAttentionError(
+            f"--config {file!r} is not a file; use a YAML file of flags, with one 'name: value' per line."
+        )
     data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(data, dict):
         raise HardAttentionError(
-            f"{file} holds a {type(data).__name__}; a config is a mapping, one 'name: value' a line."
+            f"{file} holds a {type(data).__name__}; a config must be a mapping with one 'name: value' per line."
         )
     environment = data.pop("env", None) or {}
     if not isinstance(environment, dict):
         raise HardAttentionError(
-            f"env in {file} is no mapping; it sets environment variables, one 'NAME: value' a line."
+            f"env in {file} is not a mapping; it must set environment variables, with one 'NAME: value' per line."
         )
     os.environ.update({name: str(value) for name, value in environment.items()})
     words = []

@@ -40,8 +40,8 @@ def check_pickles(folder: Path, trusted: bool = False) -> None:
             text = " ".join(str(error).split())[:200]
             raise HardAttentionError(
                 f"{path.relative_to(folder)} of the checkpoint {folder} is damaged, or is a pickle that can run code on this machine "
-                f"({type(error).__name__}: {text}). If you made this checkpoint yourself, and it is whole, add --trust_checkpoint; else "
-                "resume from another one."
+                f"({type(error).__name__}: {text}). If you made this checkpoint yourself and it is complete, add --trust_checkpoint; "
+                "otherwise resume from another one."
             ) from error
 
 

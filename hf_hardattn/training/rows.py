@@ -73,8 +73,8 @@ def _unreadable(value: Any, error: Exception) -> HardAttentionError:
     path = value["path"] if isinstance(value, dict) else value
     name = f"the image {path}" if path else "the image"
     return HardAttentionError(
-        f"{name} cannot be read ({type(error).__name__}: {error}); every row needs a whole image file that Pillow knows. "
-        "Mend the file, or take the row out."
+        f"{name} cannot be read ({type(error).__name__}: {error}); every row needs a complete image file that Pillow can read. "
+        "Fix the file, or remove the row."
     )
 
 
@@ -87,7 +87,7 @@ def text(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         raise HardAttentionError(
-            f"{name}={value!r} is no text; every row needs one. Fill it, take the row out, or name another column."
+            f"{name}={value!r} is not a text; every row needs one. Fill it in, remove the row, or use another column."
         )
     return value
 
@@ -125,9 +125,9 @@ def label_number(value: Any, names: ClassLabel | None, label2id: dict[str, int])
     if name not in label2id:
         shown = list(label2id)[:20]
         raise HardAttentionError(
-            f"label {value if name is None else name!r} is none of the model's {len(label2id)}; it has: "
+            f"label {value if name is None else name!r} is not one of the model's {len(label2id)} labels; it has: "
             f"{', '.join(map(repr, shown))}{' ...' if len(label2id) > len(shown) else ''}. "
-            "Mend the row, or train with data that has all labels."
+            "Fix the row, or train with data that has all labels."
         )
     return label2id[name]
 
@@ -136,7 +136,7 @@ def check_some(data: Any, split: str) -> None:
     """Raise HardAttentionError for a split without rows."""
     if isinstance(data, Dataset) and len(data) == 0:
         raise HardAttentionError(
-            f"the {split} data has no rows; nothing can be learned or measured on it. Check its file, folder or split, and --max_*_samples."
+            f"the {split} data has no rows; training and evaluation need at least one. Check its file, folder or split, and --max_*_samples."
         )
 
 
@@ -180,13 +180,13 @@ def same_everywhere(accelerator: Accelerator, splits: dict[str, Any]) -> None:
         other = next(rank for rank, theirs in enumerate(mine) if theirs != mine[0])
         row = next((i for i, (a, b) in enumerate(zip(mine[0], mine[other], strict=False)) if a != b), None)
         place = (
-            f"row {min(map(len, (mine[0], mine[other])))} is in one only"
+            f"row {min(map(len, (mine[0], mine[other])))} is in only one of them"
             if row is None
-            else f"row {row} is the first that differs"
+            else f"row {row} is the first to differ"
         )
         raise HardAttentionError(
             f"processes 0 and {other} read different {split} data ({len(mine[0])} and {len(mine[other])} rows; {place}, counted from 0); "
-            "each must see the same rows in the same order, or examples are lost and repeated. Give all nodes the same files and flags."
+            "each must see the same rows in the same order, or examples are lost and repeated. Use the same files and flags on all nodes."
         )
 
 

@@ -69,7 +69,9 @@ def train(accelerator: Accelerator, args: ScriptArguments, task: Task, argv: lis
         SystemExit: code 143 after SIGTERM; the state is saved, and ``--resume_from_checkpoint latest`` continues from it.
     """
     if task.train is None or (isinstance(task.train, Dataset) and len(task.train) == 0):
-        raise HardAttentionError("there is no training data; name it with --dataset_name, --train_dir or --train_file.")
+        raise HardAttentionError(
+            "there is no training data; specify it with --dataset_name, --train_dir or --train_file."
+        )
     training = Training(accelerator, args, task)
     try:
         with Interruption(accelerator) as interruption:
@@ -78,7 +80,7 @@ def train(accelerator: Accelerator, args: ScriptArguments, task: Task, argv: lis
         training.driver.close()
     if training.run.best_step is not None:
         checkpoints.best(accelerator, args.output_dir, training.run, args.trust_checkpoint)
-        logger.info("the model is that of step %d, the best", training.run.best_step)
+        logger.info("keeping the best model, of step %d", training.run.best_step)
     save_model(accelerator, training.model, task.processor, args.output_dir)
     return _finish(accelerator, args, task, training.model, argv, {"train": training.summary()})
 
@@ -89,7 +91,7 @@ def evaluate(
     """Evaluate a trained model hard and soft, and return the content of ``results.json``."""
     if task.validation is None:
         raise HardAttentionError(
-            "there is no evaluation data; name it with --dataset_name, --validation_dir or --validation_file."
+            "there is no evaluation data; specify it with --dataset_name, --validation_dir or --validation_file."
         )
     return _finish(accelerator, args, task, accelerator.prepare_model(task.model, evaluation_mode=True), argv, {})
 

@@ -43,6 +43,6 @@ def check_warmup(distributed_type: DistributedType, steps: int) -> None:
     """
     if steps and distributed_type == DistributedType.DEEPSPEED:
         raise HardAttentionError(
-            f"selector_warmup_steps={steps} has no effect under DeepSpeed; its engine takes the step inside the backward pass, before the gradients "
-            "of everything else can be dropped. Train a first run with --train_selectors_only, or use DDP or FSDP2."
+            f"selector_warmup_steps={steps} has no effect under DeepSpeed; its engine makes the optimizer step inside the backward pass, before the "
+            "gradients of the other parameters can be dropped. First train a run with --train_selectors_only, or use DDP or FSDP2."
         )

@@ -32,8 +32,8 @@ def load_splits(args: ScriptArguments) -> tuple[Any, Any]:
     training data is an ``IterableDataset``."""
     if args.streaming and args.validation_fraction:
         raise HardAttentionError(
-            f"validation_fraction={args.validation_fraction} of a stream is unknown; its rows are not counted. "
-            "Name evaluation data with --validation_file, --validation_dir or --validation_split."
+            f"validation_fraction={args.validation_fraction} of a stream cannot be held out; its number of rows is unknown. "
+            "Specify evaluation data with --validation_file, --validation_dir or --validation_split."
         )
     with PartialState().local_main_process_first():
         train, validation = _load(args)
@@ -55,7 +55,7 @@ def _load(args: ScriptArguments) -> tuple[Any, Any]:
     named = [way for way, values in ways.items() if any(values)]
     if len(named) != 1:
         found = " and ".join(named) if named else "none"
-        raise HardAttentionError(f"the data comes from {found}; name exactly one source: {', '.join(ways)}.")
+        raise HardAttentionError(f"data sources given: {found}; use exactly one of: {', '.join(ways)}.")
     if args.dataset_name:
         where = (args.dataset_name, args.dataset_config_name)
         splits = get_dataset_split_names(*where) if args.streaming else None
@@ -91,8 +91,8 @@ def _split_folders(folders: dict[str, Path]) -> dict[str, Path]:
         splits = inside["train"]
         if "train" not in splits:
             raise HardAttentionError(
-                f"{folders['train']} holds the splits {', '.join(sorted(p.name for p in splits.values()))} and none to train on; name the "
-                "folder of the training data with --train_dir, and that of the evaluation data with --validation_dir."
+                f"{folders['train']} holds the splits {', '.join(sorted(p.name for p in splits.values()))} but none to train on; pass the "
+                "folder of the training data as --train_dir, and that of the evaluation data as --validation_dir."
             )
         found["train"] = splits["train"]
         held_out = splits.get("validation", splits.get("test"))
@@ -109,7 +109,7 @@ def _split_folders(folders: dict[str, Path]) -> dict[str, Path]:
         found["validation"] = splits.get("validation") or splits.get("test") or splits["train"]
         if found["validation"] == found.get("train"):
             raise HardAttentionError(
-                f"{folders['validation']} holds no split to evaluate on but the one that is trained on; add a folder validation/ or test/."
+                f"{folders['validation']} holds no split to evaluate on other than the training split; add a folder validation/ or test/."
             )
     return found
 
@@ -128,7 +128,7 @@ def _splits_in(folder: Path) -> dict[str, Path]:
     if "train" in splits and len(splits) > 1:  # read as classes, evaluation images would be trained on
         names = ", ".join(path.name for path in subfolders)
         raise HardAttentionError(
-            f"{folder} holds {names}: splits, and others beside them. Name the folders themselves: --train_dir {folder}/train "
+            f"{folder} holds {names}: splits and other folders. Pass the folders themselves: --train_dir {folder}/train "
             f"--validation_dir {folder}/..."
         )
     return {}
@@ -152,12 +152,12 @@ def _whole(kind: str, options: dict[str, Any], args: ScriptArguments) -> Any:
         )
         if empty:
             raise HardAttentionError(
-                f"{path} holds no rows; nothing can be learned or measured on it. Check the file or folder, or name another."
+                f"{path} holds no rows; training and evaluation need at least one. Check the file or folder, or use another."
             ) from error
         what = " ".join(str(cause).split())
         raise HardAttentionError(
-            f"{path} cannot be read as {kind} ({type(cause).__name__}: {what}); every row needs the same columns, and every column one type. "
-            "Mend the file, or take the row out."
+            f"{path} cannot be read as {kind} ({type(cause).__name__}: {what}); all rows need the same columns, and each column one type. "
+            "Fix the file, or remove the row."
         ) from error
 
 
@@ -172,7 +172,7 @@ def _existing(paths: dict[str, str | None], test: Callable[[Path], bool], what: 
     for path in given.values():
         if not test(path):
             raise HardAttentionError(
-                f"{path} is no {what}; --*_dir takes folders, --*_file takes csv, tsv, json or jsonl."
+                f"{path} is not a {what}; --*_dir takes folders, --*_file takes csv, tsv, json or jsonl."
             )
     return given
 
@@ -202,5 +202,5 @@ def column(data: Any, wanted: str | None, usual: tuple[str, ...], flag: str) -> 
             return name
     sought = " or ".join(map(repr, (wanted,) if wanted else usual))
     raise HardAttentionError(
-        f"no column {sought} in the data; it has: {', '.join(map(repr, names))}. Name it with {flag}."
+        f"no column {sought} in the data; it has: {', '.join(map(repr, names))}. Specify it with {flag}."
     )

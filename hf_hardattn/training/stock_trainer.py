@@ -125,6 +125,6 @@ def _check_loaded(model: PreTrainedModel, seen: set[str]) -> None:
     missing = sorted(name for name, tensor in own.items() if id(tensor) not in loaded and name not in unsaved)
     if missing:
         raise HardAttentionError(
-            f"the checkpoint brought {len(own) - len(missing)} of {len(own)} tensors of {type(model).__name__} (first missing: "
-            f"{missing[0]!r}); the others would stay as they are now. Load the model with from_pretrained(checkpoint) instead."
+            f"the checkpoint has {len(own) - len(missing)} of {len(own)} tensors of {type(model).__name__} (first missing: "
+            f"{missing[0]!r}); the others would keep their current values. Load the model with from_pretrained(checkpoint) instead."
         )

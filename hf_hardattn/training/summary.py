@@ -16,7 +16,7 @@ def summarise(results: dict[str, Any], folder: str) -> str:
     lines = []
     if not metrics:
         lines.append(
-            "no validation data: nothing was measured. Name it with --validation_dir, --validation_file or --validation_fraction."
+            "no validation data: nothing was measured. Specify it with --validation_dir, --validation_file or --validation_fraction."
         )
     else:
         names = [key for key, value in next(iter(metrics.values())).items() if isinstance(value, (int, float))]
@@ -36,6 +36,6 @@ def summarise(results: dict[str, Any], folder: str) -> str:
             lines.append(f"  hf-hardattn explain {quoted} --input FILE   (what it keeps)")
         lines += [
             f"  hf-hardattn card {quoted}   (its model card)",
-            "  the same command with --scorer random and another --output_dir: what a random choice reaches",
+            "  the same command with --scorer random and another --output_dir: what random selection reaches",
         ]
     return "\n".join(lines)

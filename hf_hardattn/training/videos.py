@@ -47,7 +47,7 @@ def read_frames(value: Any, folder: Path, count: int) -> list[Any]:
         images = [str(folder / image) if isinstance(image, str) else image for image in value or []]
     if not images:
         raise HardAttentionError(
-            f"video {value!r} has no frames; a row needs a video file, a folder of images, or a list of images. Mend it, or take the row out."
+            f"video {value!r} has no frames; a row needs a video file, a folder of images, or a list of images. Fix it, or remove the row."
         )
     return [read_image(images[i]) for i in spaced(len(images), count)]
 
@@ -89,11 +89,11 @@ def _decode(value: Any, folder: Path, read: Callable[[Callable[[], Any]], Iterab
         images = [colours.reformat(frame, format="rgb24").to_image() for frame in frames]
     except (OSError, IndexError, av.FFmpegError) as error:
         raise HardAttentionError(
-            f"{name} cannot be read ({type(error).__name__}: {error}); every row needs a whole file with a video stream. "
-            "Mend the file, or take the row out."
+            f"{name} cannot be read ({type(error).__name__}: {error}); every row needs a complete file with a video stream. "
+            "Fix the file, or remove the row."
         ) from error
     if not images:
-        raise HardAttentionError(f"{name} has no frames; every row needs some. Take the row out.")
+        raise HardAttentionError(f"{name} has no frames; every row needs at least one. Remove the row.")
     return images
 
 

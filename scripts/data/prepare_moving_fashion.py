@@ -88,11 +88,11 @@ def start(folder: Path, width: int, layers: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/data/moving-fashion"), help="folder of the rows")
+    parser.add_argument("--output", type=Path, default=Path("outputs/data/moving-fashion"), help="folder for the rows")
     parser.add_argument("--train", type=int, default=2000, help="training videos (default: 2000)")
     parser.add_argument("--test", type=int, default=300, help="test videos (default: 300)")
     parser.add_argument("--width", type=int, default=64, help="width of the tiny BLIP (default: 64)")
-    parser.add_argument("--layers", type=int, default=2, help="of each of its towers (default: 2)")
+    parser.add_argument("--layers", type=int, default=2, help="layers of each tower (default: 2)")
     arguments = parser.parse_args()
     for seed, (part, count) in enumerate({"train": arguments.train, "test": arguments.test}.items()):
         bank, generator = fashion_bank(part), torch.Generator().manual_seed(seed)

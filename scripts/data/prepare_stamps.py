@@ -32,8 +32,10 @@ def square(path: Path, size: int) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stamps", type=Path, help="folder with the unpacked package")
-    parser.add_argument("--output", type=Path, default=Path("outputs/data/stamps"), help="folder of the rows")
-    parser.add_argument("--size", type=int, default=224, help="pixels of an image, at most (default: 224)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/data/stamps"), help="folder for the rows")
+    parser.add_argument(
+        "--size", type=int, default=224, help="maximum width and height of an image in pixels (default: 224)"
+    )
     arguments = parser.parse_args()
     root = next(arguments.stamps.rglob("tuxpaint/stamps"), None)
     if root is None:

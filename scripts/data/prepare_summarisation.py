@@ -30,10 +30,10 @@ def pairs(lists: Path, fewest: int, most: int) -> list[tuple[str, str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/data/summarisation"), help="folder")
-    parser.add_argument("--lists", type=Path, help="folder with apt's lists; fetched by default")
-    parser.add_argument("--fewest", type=int, default=20, help="words of a description (default: 20)")
-    parser.add_argument("--most", type=int, default=50, help="words of a description (default: 50)")
-    parser.add_argument("--vocabulary", type=int, default=4000, help="tokens (default: 4000)")
+    parser.add_argument("--lists", type=Path, help="folder with apt's lists; by default they are fetched")
+    parser.add_argument("--fewest", type=int, default=20, help="minimum words of a description (default: 20)")
+    parser.add_argument("--most", type=int, default=50, help="maximum words of a description (default: 50)")
+    parser.add_argument("--vocabulary", type=int, default=4000, help="tokens of the tokenizer (default: 4000)")
     parser.add_argument("--held-out", type=int, default=400, help="pairs of test and of validation (default: 400)")
     arguments = parser.parse_args()
     output = arguments.output

@@ -151,10 +151,10 @@ def main() -> None:
     parser.add_argument(
         "--language", default="it", help="language of the translations: it, fr, de, es ... (default: it)"
     )
-    parser.add_argument("--output", type=Path, help="folder; outputs/data/translation-LANGUAGE by default")
-    parser.add_argument("--lists", type=Path, help="folder with apt's lists; fetched by default")
-    parser.add_argument("--longest", type=int, default=9, help="words of a sentence (default: 9)")
-    parser.add_argument("--vocabulary", type=int, default=2000, help="tokens (default: 2000)")
+    parser.add_argument("--output", type=Path, help="folder to write; outputs/data/translation-LANGUAGE by default")
+    parser.add_argument("--lists", type=Path, help="folder with apt's lists; by default they are fetched")
+    parser.add_argument("--longest", type=int, default=9, help="maximum words of a sentence (default: 9)")
+    parser.add_argument("--vocabulary", type=int, default=2000, help="tokens of the tokenizer (default: 2000)")
     parser.add_argument("--held-out", type=int, default=500, help="sentences of test and of validation (default: 500)")
     arguments = parser.parse_args()
     output = arguments.output or Path(f"outputs/data/translation-{arguments.language}")

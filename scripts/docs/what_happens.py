@@ -480,8 +480,8 @@ def _is_ours(message: str) -> bool:
 
 
 def _quoted(message: str) -> str:
-    """Return a message without paths of this machine, and with only the first of the known families."""
-    message = re.sub(r"(known families: \w+, \w+)[^.]*", r"\1 ...", message)
+    """Return a message without paths of this machine, and with only the first of the supported families."""
+    message = re.sub(r"(supported families: \w+, \w+)[^.]*", r"\1 ...", message)
     return re.sub(r"/tmp/[^\s'),]*", "FOLDER", " ".join(message.split())).replace("|", "\\|")
 
 

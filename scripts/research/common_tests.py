@@ -201,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="an unpacked source distribution of Transformers")
     parser.add_argument("--only", default="", help="suites, separated by commas")
-    parser.add_argument("--test", default="", help="tests whose name holds this; nothing is written")
+    parser.add_argument("--test", default="", help="only tests whose name contains this; nothing is written")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")

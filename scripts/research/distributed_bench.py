@@ -114,9 +114,9 @@ def process(rank: int, port: int, args: argparse.Namespace, output: Path) -> Non
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, default=8, help="of each process")
-    parser.add_argument("--rounds", type=int, default=15, help="measured; two more warm up")
-    parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--batch_size", type=int, default=8, help="batch size of each process")
+    parser.add_argument("--rounds", type=int, default=15, help="measured rounds; two more warm up")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))

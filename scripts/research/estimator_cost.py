@@ -54,11 +54,11 @@ def choice(name: str, options: dict[str, Any], batch: int, patches: int, k: int)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--patches", type=int, default=1024, help="a square number")
+    parser.add_argument("--patches", type=int, default=1024, help="number of patches, a square number")
     parser.add_argument("--keep", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument(
-        "--micro_batch", type=int, default=2, help="the step is so many images; its time grows in proportion"
+        "--micro_batch", type=int, default=2, help="images per measured step; its time is scaled to --batch"
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)

@@ -67,7 +67,7 @@ ENTMAX = (
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the toys; write and return the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--draws", type=int, default=10_000, help="Gradients of each estimator on each toy.")
+    parser.add_argument("--draws", type=int, default=10_000, help="Gradients per estimator and toy.")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="Toys of the SIMPLE paper.")
     parser.add_argument("--output", type=Path, default=Path("results/estimators.json"))
     arguments = parser.parse_args(argv)

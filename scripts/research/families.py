@@ -73,7 +73,9 @@ def add(subject: Any, found: dict[str, str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="families, separated by commas")
-    parser.add_argument("--slow", action="store_true", help="compiled models and flex attention")
+    parser.add_argument(
+        "--slow", action="store_true", help="compiled models and flex attention instead of the other checks"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

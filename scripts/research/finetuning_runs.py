@@ -60,9 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         "--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the variants (default: 0 1 2)"
     )
     parser.add_argument(
-        "--try", dest="steps", type=int, help="take so few steps, to see that it works and how long it takes"
+        "--try", dest="steps", type=int, help="run only this many steps, to check that it works and how long it takes"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel runs (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     arguments = parser.parse_args(argv)
     root = Path("outputs/try") if arguments.steps else Path("outputs")

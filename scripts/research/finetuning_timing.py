@@ -92,10 +92,8 @@ def measure(place: Path, rows: int, rounds: int) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="+", choices=sorted(FAMILIES))
-    parser.add_argument(
-        "--rounds", type=int, default=11, help="rounds that are measured; one more warms up (default: 11)"
-    )
-    parser.add_argument("--rows", type=int, default=16, help="rows of the batch (default: 16)")
+    parser.add_argument("--rounds", type=int, default=11, help="measured rounds; one more warms up (default: 11)")
+    parser.add_argument("--rows", type=int, default=16, help="rows per batch (default: 16)")
     arguments = parser.parse_args(argv)
     for task in arguments.task:
         place = folder(task, "hard", 0)

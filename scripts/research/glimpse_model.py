@@ -102,13 +102,15 @@ def main() -> None:
     parser.add_argument("--glimpses", type=int, default=8)
     parser.add_argument("--scales", type=int, default=3)
     parser.add_argument("--estimator", choices=ESTIMATORS, default="reinforce")
-    parser.add_argument("--random", action="store_true", help="the control: random places, in training too")
+    parser.add_argument("--random", action="store_true", help="the control: random places, also in training")
     parser.add_argument(
         "--sigma", type=float, nargs=2, default=(0.4, 0.1), help="standard deviation of the policy, first and last"
     )
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--every", type=int, default=500, help="steps from one line of progress to the next")
-    parser.add_argument("--output", type=Path, default=Path("results/glimpse_models.json"), help="JSON to add to")
+    parser.add_argument("--every", type=int, default=500, help="steps between lines of progress")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/glimpse_models.json"), help="JSON file to add the results to"
+    )
     args = parser.parse_args()
     task, _, _ = Comparison.read(args.config).settle()
     for seed in range(args.first_seed, args.first_seed + args.seeds):

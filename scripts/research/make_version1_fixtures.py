@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commit", default=VERSION1)
     parser.add_argument("--output", type=Path, default=FOLDER)
-    parser.add_argument("--in-this-process", action="store_true", help="with whatever hf_hardattn can be imported")
+    parser.add_argument("--in-this-process", action="store_true", help="use the hf_hardattn that can be imported")
     args = parser.parse_args()
     if args.in_this_process:
         write_cases(args.output)

@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--kind", choices=tuple(TESTS))
     parser.add_argument("--model", choices=tuple(COSTS))
-    parser.add_argument("--size", type=int, help="pixels a side, or tokens")
+    parser.add_argument("--size", type=int, help="pixels per side, or tokens")
     parser.add_argument("--variant", choices=("soft", "random", "hard"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

@@ -148,9 +148,9 @@ def main() -> None:
     parser.add_argument("part", choices=("kills", "timing"))
     parser.add_argument("--model", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--wordnet", type=Path, required=True, help="folder with WordNet's data.noun and others")
-    parser.add_argument("--count", type=int, default=20_000, help="sentences (default: 20,000)")
-    parser.add_argument("--kills", type=int, default=5, help="of each run, at most (default: 5)")
-    parser.add_argument("--rounds", type=int, default=3, help="of timing (default: 3)")
+    parser.add_argument("--count", type=int, default=20_000, help="number of sentences (default: 20,000)")
+    parser.add_argument("--kills", type=int, default=5, help="maximum number of kills per run (default: 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: 3)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     results = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}

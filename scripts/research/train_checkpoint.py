@@ -63,15 +63,17 @@ def draw_text(model: Any, task: Texts, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="Name of the checkpoint.")
-    parser.add_argument("--config", type=Path, required=True, help="A comparison: its task and recipe.")
+    parser.add_argument("--config", type=Path, required=True, help="Comparison that defines the task and the recipe.")
     parser.add_argument("--variant", required=True, help="Variant of the comparison: how the hard model selects.")
-    parser.add_argument("--seed", type=int, required=True, help="Seed; none that the comparison reports.")
-    parser.add_argument("--threads", type=int, default=0, help="PyTorch threads; 0 leaves the choice to PyTorch.")
+    parser.add_argument(
+        "--seed", type=int, required=True, help="Seed; it must differ from those that the comparison reports."
+    )
+    parser.add_argument("--threads", type=int, default=0, help="Number of PyTorch threads; 0 for PyTorch's default.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/checkpoints"), help="Folder for the models.")
     parser.add_argument(
         "--results_dir", type=Path, default=Path("results/checkpoints"), help="Folder for the numbers and the picture."
     )
-    parser.add_argument("--quick", action="store_true", help="A few steps only: a check that everything runs.")
+    parser.add_argument("--quick", action="store_true", help="Run a few steps only, to check that everything works.")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

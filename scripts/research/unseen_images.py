@@ -158,9 +158,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--base-steps", type=int, default=4500)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--rates", type=float, nargs="+", default=[BASE_RATE, 5e-5], help="5e-5: the Trainer's own")
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[BASE_RATE, 5e-5],
+        help="learning rates; 5e-5 is the Trainer's default",
+    )
     parser.add_argument("--fragments", type=int, default=8)
-    parser.add_argument("--scenes", type=int, nargs=2, default=[40_000, 5_000], help="of training and test")
+    parser.add_argument(
+        "--scenes", type=int, nargs=2, default=[40_000, 5_000], help="number of scenes for training and test"
+    )
     parser.add_argument("--work", type=Path, default=Path("outputs/unseen_images"))
     parser.add_argument("--output", type=Path, default=Path("outputs/unseen_images.json"))
     args = parser.parse_args()

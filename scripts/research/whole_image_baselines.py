@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument(
-        "--steps", type=int, help="default: as many as the comparison trains its models, base checkpoint and branch"
+        "--steps", type=int, help="default: the steps of the comparison's base checkpoint plus those of a branch"
     )
     parser.add_argument("--batch", type=int, help="default: the comparison's")
     args = parser.parse_args()

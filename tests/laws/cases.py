@@ -254,9 +254,9 @@ def refusal(place: Place, scorer: str) -> str | None:
     if member.needs_pixels and not (place.pixels and place.kind == "inputs"):
         return f"scorer '{scorer}' reads the pixels of an image; '{place.group}"
     if member.per_query and place.kind in ("tokens", "inputs"):
-        return f"scorer '{scorer}' chooses per query; '{place.group}.*' drops whole tokens, one choice per row"
+        return f"scorer '{scorer}' selects per query; '{place.group}.*' drops whole tokens, with one selection per row"
     if member.sequential and place.causal:
-        return f"scorer '{scorer}' makes one choice a row, look by look; at '{place.group}.*' each query chooses"
+        return f"scorer '{scorer}' makes one selection per row, glimpse by glimpse; at '{place.group}.*' each query selects"
     return None
 
 

@@ -177,7 +177,9 @@ def test_a_conversation_goes_on_with_its_cache():
         more = torch.cat((first.sequences, torch.tensor([[7, 8, 9], [10, 11, 12]])), 1)
         turn = {"input_ids": more, "attention_mask": torch.ones_like(more)}
         if config == "first keys":
-            with pytest.raises(HardAttentionError, match=r"generate\(\) cannot go on from a cache whose first layer"):
+            with pytest.raises(
+                HardAttentionError, match=r"generate\(\) cannot continue from a cache whose first layer"
+            ):
                 write(model, turn, past_key_values=first.past_key_values)
             continue
         found = write(model, turn, past_key_values=first.past_key_values)
@@ -311,7 +313,7 @@ def test_classifiers_and_bare_towers_read_the_whole_text_as_a_prompt(name):
 
 
 def test_keys_that_nobody_reads_are_named_and_have_a_gradient():
-    with pytest.warns(UserWarning, match="decoder.self.0 choose the keys that rows behind the prompt read"):
+    with pytest.warns(UserWarning, match="decoder.self.0 select keys for tokens generated after the prompt"):
         model = harden(stock("llama", "ForSequenceClassification"), {"sites": ["decoder.self.0"], "budget": 0.5})
     model.train()(**prompts(), labels=torch.tensor([1, 0])).loss.backward()
     assert all(bool((p.grad == 0).all()) for s in hf_hardattn.selectors(model).values() for p in s.parameters())
@@ -346,7 +348,7 @@ def test_a_saved_decoder_is_hard_again(tmp_path):
 def test_generation_without_a_cache_is_refused():
     model = harden(stock("llama"), CONFIGS["tokens"])
     with pytest.raises(
-        HardAttentionError, match=r"use_cache=False at 'decoder.tokens.0': without a cache generate\(\)"
+        HardAttentionError, match=r"use_cache=False at 'decoder.tokens.0': without a cache, generate\(\)"
     ):
         write(model, prompts(), use_cache=False)
     with hf_hardattn.soft(model):
@@ -361,7 +363,7 @@ def test_training_on_a_text_without_a_prompt_is_refused():
     with pytest.raises(HardAttentionError, match="the labels leave no prompt to select from at 'decoder.self.0'"):
         model(**{**batch, "labels": batch["input_ids"]})
     with pytest.raises(
-        HardAttentionError, match="in training nothing tells the prompt from the answer at 'decoder.self.0'"
+        HardAttentionError, match="in training, only labels distinguish the prompt from the answer at 'decoder.self.0'"
     ):
         model(**prompts())
 
@@ -380,14 +382,14 @@ def test_a_cache_that_somebody_else_filled_is_refused():
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("llama", {"sites": ["decoder.self.0"], "scorer": "query_key"}, "'decoder.self.0' leaves the keys of a prompt"),
+        ("llama", {"sites": ["decoder.self.0"], "scorer": "query_key"}, "'decoder.self.0' keeps the keys of a prompt"),
         (
             "llama",
             {"sites": ["decoder.self.0"], "per_head": True},
-            "per_head=True chooses per head; 'decoder.self.0' leaves",
+            "per_head=True selects per head; 'decoder.self.0' keeps",
         ),
         ("mistral", {"sites": ["decoder.self.0"]}, "'decoder.self.0' belongs to a layer with a sliding window of 5"),
-        ("llama", {"sites": ["decoder.tokens.0"], "pack": True}, "pack=True at 'decoder.tokens.0'"),
+        ("llama", {"sites": ["decoder.tokens.0"], "pack": True}, "pack=True is not supported at 'decoder.tokens.0'"),
         ("llama", {"sites": ["decoder.tokens.0"], "restore": False}, "restore=False leaves 'decoder'"),
     ],
 )

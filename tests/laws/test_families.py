@@ -115,7 +115,7 @@ def test_siglip_texts_must_not_end_in_padding():
     harden(example.model.eval(), {"sites": ["text.tokens.0"], "budget": 0.5})
     mask = torch.ones_like(example.batch["input_ids"])
     mask[1, 7:] = 0
-    with pytest.raises(HardAttentionError, match="attention_mask hides the last place of a text"):
+    with pytest.raises(HardAttentionError, match="attention_mask hides the last position of a text"):
         example.model(**example.batch, attention_mask=mask)
 
 
@@ -123,7 +123,10 @@ def test_a_window_counted_in_rows_is_refused():
     example = build("modernbert", "ModernBertModel")
     harden(example.model.eval(), {"sites": ["text.inputs"], "budget": 3})
     example.model.config._attn_implementation_internal = "flash_attention_2"  # its setter asks for the package
-    with pytest.raises(HardAttentionError, match="'flash_attention_2' at sites of 'text', whose layers see a window"):
+    with pytest.raises(
+        HardAttentionError,
+        match="'flash_attention_2' is not supported at sites of 'text', whose layers have a sliding window",
+    ):
         example.model(**example.batch)
 
 

@@ -257,14 +257,14 @@ def test_options_out_of_range_are_refused(config, message):
     [
         (
             {"estimator": "distil"},
-            r"several glimpses at 'the top level'; estimator 'distil' \(needs teacher\) reads the scores of one",
+            r"several glimpses at 'the top level'; estimator 'distil' \(needs teacher\) supports only one",
         ),
         ({"estimator": "marginal", "budget": 1}, r"estimator 'marginal' \(needs choices\)"),
         (
             {"estimator": "hard_concrete"},
-            r"'hard_concrete' .* keeps a number of its own in training; scorer 'recurrent'",
+            r"'hard_concrete' .* does not keep an exact count in training; scorer 'recurrent'",
         ),
-        ({"budget": "top_p:0.5"}, r"budget='top_p:0.5' .* needs a count to spread over its glimpses"),
+        ({"budget": "top_p:0.5"}, r"budget='top_p:0.5' .* divides a fixed count among its glimpses"),
     ],
 )
 def test_combinations_that_need_the_scores_of_one_look_are_refused(config, message):

@@ -37,7 +37,7 @@ def test_a_scorer_is_served_or_refused_by_name(place, scorer):
 )
 def test_a_choice_per_head_is_refused_where_whole_tokens_are_dropped(place):
     with pytest.raises(
-        HardAttentionError, match=r"per_head=True chooses per head; .* Use it at a 'self' or 'cross' site"
+        HardAttentionError, match=r"per_head=True selects per head; .* Use it at a 'self' or 'cross' site"
     ):
         hard(Case(place, place.heads[0]), per_head=True)
 
@@ -66,7 +66,7 @@ BAD = [
     ({"scorer": "linaer"}, "unknown scorer 'linaer'; known: .*'linear'.* Did you mean 'linear'\\?"),
     ({"estimator": "simpel"}, "unknown estimator 'simpel'; known: .* Did you mean 'simple'\\?"),
     ({"baseline": "nothing"}, "unknown baseline 'nothing'; known: 'learned', 'leave_one_out'"),
-    ({"budget": 0}, "budget=0 is out of range at 'the top level'; an int budget counts positions"),
+    ({"budget": 0}, "budget=0 is out of range at 'the top level'; an int budget is the number of positions"),
     (
         {"budget": 1.3},
         r"budget=1.3 is out of range at 'the top level'; a float budget is the ratio to KEEP, in \(0, 1\]",
@@ -75,7 +75,7 @@ BAD = [
     ({"budget": True}, "budget=True is not a budget"),
     ({"budget": None}, "budget=None is not a budget"),
     ({"budget": "most"}, "budget='most' is not a budget"),
-    ({"budget": "top_p:1.5"}, r"budget='top_p:1.5' is out of range.*lies in \(0, 1\)"),
+    ({"budget": "top_p:1.5"}, r"budget='top_p:1.5' is out of range.*must be in \(0, 1\)"),
     ({"temperature": 0}, "temperature=0 is out of range.*it must stay > 0"),
     ({"entropy_weight": -1}, "entropy_weight=-1 is out of range .*a loss weight is a number >= 0"),
     ({"execution": "fast"}, "unknown execution 'fast'.*known: 'auto', 'gathered', 'masked'"),
@@ -91,7 +91,7 @@ BAD = [
     ),
     ({"sites": {"vision.tokens.1": {"budget": 1.3}}}, "budget=1.3 is out of range at 'vision.tokens.1'"),
     ({"temperature": {"start": 1.0, "end": 0.1}}, "is not a schedule at 'the top level, temperature'"),
-    ({"schema_version": 99}, "schema_version=99 is newer than this hf_hardattn knows"),
+    ({"schema_version": 99}, "schema_version=99 is newer than this hf_hardattn supports"),
     ({"sights": ["vision.inputs"]}, "unknown key of hard_attention: 'sights'; known: .* Did you mean 'sites'"),
     ({"schema_version": 99, "from_the_future": 1}, "schema_version=99 is newer.*pip install -U hf-hardattn"),
 ]
@@ -126,7 +126,7 @@ def test_a_pattern_that_matches_nothing_lists_the_sites(architecture, head, patt
 
 def test_an_unsupported_model_is_refused():
     with pytest.raises(
-        HardAttentionError, match="Linear is not supported by hard attention; known families: .*'?t5.*vit"
+        HardAttentionError, match="Linear is not supported by hard attention; supported families: .*'?t5.*vit"
     ):
         hf_hardattn.apply(nn.Linear(2, 2), {})
 
@@ -135,7 +135,9 @@ def test_an_unsupported_model_is_refused():
 def test_an_encoder_that_is_a_decoder_is_refused_with_the_setting_that_makes_it_one(name):
     cls = getattr(transformers, name)
     sizes = dict(TEXT_SIZES, num_hidden_layers=1, is_decoder=True)
-    with pytest.raises(HardAttentionError, match=f"{name} is not supported.* knows it with is_decoder=False"):
+    with pytest.raises(
+        HardAttentionError, match=f"{name} is not supported.* supports it as an encoder, with is_decoder=False"
+    ):
         hf_hardattn.apply(cls(cls.config_class(**sizes)), {"budget": 0.5})
     with pytest.raises(HardAttentionError, match=f"{name} was asked for hard attention.* is_decoder=False"):
         cls(cls.config_class(**sizes, hard_attention={"budget": 0.5}))

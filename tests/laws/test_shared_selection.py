@@ -132,9 +132,14 @@ def test_a_site_that_drops_rows_starts_a_new_choice():
             ("t5", "T5Model"),
             "decoder.self.*",
             {},
-            "share_selection=True at 'decoder.self.0', which chooses for each query",
+            "share_selection=True at 'decoder.self.0', which selects for each query",
         ),
-        (("t5", "T5Model"), "encoder.self.*", {"scorer": "query_key"}, "a choice is shared between the layers of"),
+        (
+            ("t5", "T5Model"),
+            "encoder.self.*",
+            {"scorer": "query_key"},
+            "only 'self' or 'cross' sites that make one selection",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_refused(head, pattern, options, message):
@@ -143,5 +148,5 @@ def test_what_cannot_be_shared_is_refused(head, pattern, options, message):
 
 
 def test_share_selection_is_true_or_false():
-    with pytest.raises(HardAttentionError, match="share_selection=2 is not a choice at 'vision.self"):
+    with pytest.raises(HardAttentionError, match="share_selection=2 is not a valid value at 'vision.self"):
         HardAttentionConfig(sites={"vision.self.*": {"share_selection": 2}})

@@ -98,7 +98,7 @@ def test_embeddings_alone_are_refused():
     model, batch = stock("llava")
     harden(model, CONFIGS["inputs"])
     embeddings = model.get_input_embeddings()(batch["input_ids"])
-    with pytest.raises(HardAttentionError, match="nothing tells at 'decoder.inputs' which rows are an image's"):
+    with pytest.raises(HardAttentionError, match="at 'decoder.inputs' it is not known which rows belong to an image"):
         model(inputs_embeds=embeddings, attention_mask=batch["attention_mask"])
 
 

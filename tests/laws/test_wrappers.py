@@ -272,10 +272,10 @@ READERS = {
 WRITERS = {verb.__name__: verb for verb in (set_budget, set_reward, remove, apply)}
 # what a wrapper makes impossible, and the words that say so
 REFUSED = {
-    ("diagnose", "FSDP2"): "is sharded by FSDP2; diagnose needs the weights in one piece",
-    ("find_collapse", "FSDP2"): "is sharded by FSDP2; find_collapse needs the weights in one piece",
-    ("save", "FSDP2"): "is sharded by FSDP2; save needs the weights in one piece",
-    ("diagnose", "cpu_offload"): "is offloaded, and not in memory between calls; diagnose needs it there",
+    ("diagnose", "FSDP2"): "is sharded by FSDP2; diagnose needs unsharded weights",
+    ("find_collapse", "FSDP2"): "is sharded by FSDP2; find_collapse needs unsharded weights",
+    ("save", "FSDP2"): "is sharded by FSDP2; save needs unsharded weights",
+    ("diagnose", "cpu_offload"): "is offloaded, and so not in memory between calls; diagnose needs it there",
 }
 
 _shared: dict[str, Wrapped] = {}
@@ -368,7 +368,7 @@ def test_selectors_made_inside_a_wrapper_that_will_not_average_them_are_announce
     example = stock(*HEAD)
     model = WRAPPERS[wrapper](example)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 2)
-    with pytest.warns(UserWarning, match=f"made after {wrapper} had wrapped .*Call apply\\(\\) first"):
+    with pytest.warns(UserWarning, match=f"created after {wrapper} had wrapped .*Call apply\\(\\) first"):
         hf_hardattn.apply(model, CONFIG)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -415,5 +415,5 @@ def test_a_pipeline_is_hard_and_its_model_is_found():
     ],
 )
 def test_what_is_no_model_is_refused_by_name(verb):
-    with pytest.raises(HardAttentionError, match="str is no model"):
+    with pytest.raises(HardAttentionError, match="str is not a model"):
         verb("google/vit-base-patch16-224")

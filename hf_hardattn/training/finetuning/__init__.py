@@ -30,7 +30,7 @@ class TaskArguments(ScriptArguments):
     """Flags that every task has in addition to the shared ones."""
 
     task: str | None = flag(None, "What the model learns; the family's first by default.")
-    freeze: list[str] | None = flag(None, "Modules that do not learn, e.g. vision_model; selectors in them still do.")
+    freeze: list[str] | None = flag(None, "Modules to freeze, e.g. vision_model; selectors in them are still trained.")
 
 
 class Base:
@@ -118,7 +118,7 @@ class Base:
         }
         found = {name: data for name, (data, _) in splits.items() if data is not None}
         if not found:
-            raise HardAttentionError("there is no data; name it with --dataset_name, --train_dir or --train_file.")
+            raise HardAttentionError("there is no data; specify it with --dataset_name, --train_dir or --train_file.")
         for name, data in found.items():
             check_some(data, name)
             self.columns(data)

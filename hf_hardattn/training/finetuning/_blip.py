@@ -23,10 +23,10 @@ from ._texts import pad_rows
 class BlipArguments(ImageArguments):
     """Flags of all BLIP tasks."""
 
-    output_dir: str = flag("outputs/blip", "Where the model, results.json, log.jsonl and checkpoints go.")
-    max_target_length: int = flag(64, "Tokens of a text, at most; longer ones are cut.")
+    output_dir: str = flag("outputs/blip", "Directory for the model, results.json, log.jsonl and checkpoints.")
+    max_target_length: int = flag(64, "Maximum number of tokens of a text; longer texts are truncated.")
     vision_features: str | None = flag(
-        None, "Run the frozen vision tower once an image and keep its outputs in this safetensors file."
+        None, "Run the frozen vision tower once per image and store its outputs in this safetensors file."
     )
 
 
@@ -44,8 +44,8 @@ class BlipTask(ImageTask):
         self.text_config, positions = config.text_config, config.text_config.max_position_embeddings
         if self.args.max_target_length > positions:
             raise HardAttentionError(
-                f"max_target_length={self.args.max_target_length} is more than the {positions} positions of the text tower; a longer "
-                f"text has no place there. Set --max_target_length {positions} or less: longer texts are cut."
+                f"max_target_length={self.args.max_target_length} is more than the {positions} positions of the text tower; longer "
+                f"texts do not fit. Set --max_target_length to {positions} or less; longer texts are truncated."
             )
 
     def setup(self) -> Task:

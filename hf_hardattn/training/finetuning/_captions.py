@@ -22,7 +22,7 @@ from ._texts import mean_loss
 class CaptionArguments(BlipArguments):
     """Flags of captioning."""
 
-    caption_column: str | None = flag(None, "Column of captions: caption, text by default.")
+    caption_column: str | None = flag(None, "Column of captions: caption or text by default.")
     num_beams: int = flag(1, "Beams in evaluation.")
     metrics: list[str] = flag(["bleu", "rouge"], "bleu (with chrF) | rouge | cider | bleu4 | answers")
 

@@ -20,7 +20,7 @@ from . import Base, TaskArguments
 class ImageArguments(TaskArguments):
     """Flags of the tasks that read images."""
 
-    image_column: str | None = flag(None, "Column of images or their paths: image, img by default.")
+    image_column: str | None = flag(None, "Column of images or their paths: image or img by default.")
 
 
 class ImageTask(Base):
@@ -69,7 +69,7 @@ def same_size(size: tuple[int, int], first: tuple[int, int] | None) -> tuple[int
     """
     if first is not None and size != first:
         raise HardAttentionError(
-            f"the image is {size[0]}x{size[1]} pixels where the first is {first[0]}x{first[1]}; a batch holds one size, and this "
+            f"the image is {size[0]}x{size[1]} pixels, but the first is {first[0]}x{first[1]}; a batch has a single size, and this "
             "image processor does not resize. Set do_resize and size in preprocessor_config.json, or resize the files."
         )
     return size

@@ -15,13 +15,15 @@ from . import TaskArguments
 class AnswerArguments(TaskArguments):
     """Flags of question answering."""
 
-    output_dir: str = flag("outputs/t5", "Where the model, results.json, log.jsonl and checkpoints go.")
+    output_dir: str = flag("outputs/t5", "Directory for the model, results.json, log.jsonl and checkpoints.")
     question_column: str | None = flag(None, "Column of questions: question by default.")
-    context_column: str | None = flag(None, "Column of the texts that hold the answers: context by default.")
+    context_column: str | None = flag(None, "Column of the texts that contain the answers: context by default.")
     answer_column: str | None = flag(
-        None, "Column of answers, texts or SQuAD's dicts of text and answer_start: answers, answer by default."
+        None, "Column of answers (texts, or SQuAD's dicts of text and answer_start): answers or answer by default."
     )
-    max_source_length: int = flag(512, "Tokens of question and context together, at most; longer ones are cut.")
+    max_source_length: int = flag(
+        512, "Maximum number of tokens of question and context together; longer ones are truncated."
+    )
 
 
 def prompt(question: str) -> str:
@@ -40,7 +42,7 @@ def answer(row: dict[str, Any], name: str) -> tuple[str, int | None]:
         texts, starts = value.get("text") or [], value.get("answer_start") or []
         if not texts:
             raise HardAttentionError(
-                f"{name}={value!r} holds no answer; every row needs one, unanswerable questions cannot be trained here. Take the row out."
+                f"{name}={value!r} holds no answer; every row needs one, because unanswerable questions are not supported. Remove the row."
             )
         return texts[0], int(starts[0]) if starts else None
     return text(row, name), None

@@ -93,10 +93,8 @@ class BlipForImageTextRetrieval(transformers.BlipForImageTextRetrieval):
 class RetrievalArguments(BlipArguments):
     """Flags of retrieval."""
 
-    caption_column: str | None = flag(None, "Column of texts: caption, text by default.")
-    rerank: int = flag(
-        16, "Candidates of each query that the matching head ranks again; 0 leaves the order of the embeddings."
-    )
+    caption_column: str | None = flag(None, "Column of texts: caption or text by default.")
+    rerank: int = flag(16, "Candidates per query that the matching head reranks; 0 keeps the order of the embeddings.")
 
 
 @dataclass

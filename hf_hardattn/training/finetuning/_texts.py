@@ -23,14 +23,14 @@ from . import Base, TaskArguments
 class TextArguments(TaskArguments):
     """Flags of the tasks that generate a text."""
 
-    output_dir: str = flag("outputs/t5", "Where the model, results.json, log.jsonl and checkpoints go.")
-    source_column: str | None = flag(None, "Column of the input: its usual names by default.")
-    target_column: str | None = flag(None, "Column of the output: its usual names by default.")
+    output_dir: str = flag("outputs/t5", "Directory for the model, results.json, log.jsonl and checkpoints.")
+    source_column: str | None = flag(None, "Column of the input: one of the usual names by default.")
+    target_column: str | None = flag(None, "Column of the output: one of the usual names by default.")
     source_lang: str | None = flag(None, "Key of the input in a `translation` column.")
     target_lang: str | None = flag(None, "Key of the output in a `translation` column.")
-    source_prefix: str = flag("", "Put before each input, e.g. 'summarize: '.")
-    max_source_length: int = flag(512, "Tokens of the input, at most; longer ones are cut.")
-    max_target_length: int = flag(128, "Tokens of the output, at most; longer ones are cut.")
+    source_prefix: str = flag("", "Text to put before each input, e.g. 'summarize: '.")
+    max_source_length: int = flag(512, "Maximum number of tokens of the input; longer inputs are truncated.")
+    max_target_length: int = flag(128, "Maximum number of tokens of the output; longer outputs are truncated.")
     num_beams: int = flag(1, "Beams in evaluation.")
     metrics: list[str] = flag(["bleu"], "bleu (with chrF) | rouge | cider | exact_match")
 
@@ -44,8 +44,8 @@ class TokensTask(Base):
         super().build(config, processor)
         if len(processor) > config.vocab_size:
             raise HardAttentionError(
-                f"the tokenizer has {len(processor)} tokens and the model {config.vocab_size}; they do not belong together. "
-                "Name the model's own tokenizer with --processor_name."
+                f"the tokenizer has {len(processor)} tokens and the model {config.vocab_size}; they do not match. "
+                "Pass the model's own tokenizer as --processor_name."
             )
 
     def pad(self, rows: list[list[int]]) -> dict[str, Tensor]:
@@ -83,7 +83,9 @@ class TextToText(T5Task):
         args = self.args
         if args.source_lang or args.target_lang:
             if not (args.source_lang and args.target_lang):
-                raise HardAttentionError("one language is missing; --source_lang and --target_lang go together.")
+                raise HardAttentionError(
+                    "one language is missing; --source_lang and --target_lang must be given together."
+                )
             column(data, "translation", (), "--source_column and --target_column")
             self.source, self.target = args.source_lang, args.target_lang
         else:

@@ -29,11 +29,11 @@ class VideoArguments:
 
     folder_format: ClassVar[str] = "videofolder"
     image_column: str | None = flag(
-        None, "Column of videos (files, folders of images, or lists of images): video, frames by default."
+        None, "Column of videos (files, folders of images, or lists of images): video or frames by default."
     )
-    num_frames: int = flag(8, "Frames of a video that are read, evenly spaced.")
+    num_frames: int = flag(8, "Number of evenly spaced frames to read from each video.")
     planted_column: str | None = flag(
-        None, "Column of the frames' numbers that matter, where they are known: scores the choice."
+        None, "Column of the numbers of the frames that matter, if known: used to score the selection."
     )
 
 
@@ -46,7 +46,7 @@ class VideoTask(BlipTask):
         super().columns(data)
         if self.args.vision_features:
             raise HardAttentionError(
-                "--vision_features keeps what the tower makes of an image; it makes something of a video's frames together. Leave it out."
+                "--vision_features stores the tower's outputs for single images; for a video, the tower processes all frames together. Leave it out."
             )
         if self.args.planted_column:
             column(data, self.args.planted_column, (), "--planted_column")

@@ -27,11 +27,11 @@ from ._texts import mean_loss
 class CausalArguments(TaskArguments):
     """Flags of causal language modelling."""
 
-    output_dir: str = flag("outputs/decoder", "Where the model, results.json, log.jsonl and checkpoints go.")
-    prompt_column: str | None = flag(None, "Column of prompts: prompt, source, question by default.")
-    completion_column: str | None = flag(None, "Column of completions: completion, target, answer by default.")
-    max_prompt_length: int = flag(1024, "Tokens of a prompt, at most; of longer ones the end is kept.")
-    max_target_length: int = flag(128, "Tokens of a completion, at most; longer ones are cut.")
+    output_dir: str = flag("outputs/decoder", "Directory for the model, results.json, log.jsonl and checkpoints.")
+    prompt_column: str | None = flag(None, "Column of prompts: prompt, source or question by default.")
+    completion_column: str | None = flag(None, "Column of completions: completion, target or answer by default.")
+    max_prompt_length: int = flag(1024, "Maximum number of tokens of a prompt; only the end of longer prompts is kept.")
+    max_target_length: int = flag(128, "Maximum number of tokens of a completion; longer completions are truncated.")
     num_beams: int = flag(1, "Beams in evaluation.")
     metrics: list[str] = flag(["answers"], "answers (exact match and word F1) | rouge | bleu (with chrF) | cider")
 
@@ -72,7 +72,7 @@ class CausalLanguageModelling(Base):
         if len(processor) > config.vocab_size or processor.eos_token_id is None:
             raise HardAttentionError(
                 f"the tokenizer has {len(processor)} tokens, the model {config.vocab_size}, and the end of a text is token "
-                f"{processor.eos_token_id}; they do not belong together. Name the model's own tokenizer with --processor_name."
+                f"{processor.eos_token_id}; they do not match. Pass the model's own tokenizer as --processor_name."
             )
         self.padding = processor.eos_token_id if processor.pad_token_id is None else processor.pad_token_id
 

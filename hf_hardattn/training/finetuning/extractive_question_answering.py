@@ -41,8 +41,8 @@ class ExtractiveQuestionAnswering(T5Task):
         start = context.find(words) if start is None else start
         if start < 0 or context[start : start + len(words)] != words:
             raise HardAttentionError(
-                f"the answer {words!r} does not stand in the context{f' at character {start}' if start >= 0 else ''}; an extractive answer is a "
-                "piece of it, to the letter. Mend the row, or use --task generative_question_answering."
+                f"the answer {words!r} does not occur in the context{f' at character {start}' if start >= 0 else ''}; an extractive answer must "
+                "be an exact substring of it. Fix the row, or use --task generative_question_answering."
             )
         return before + context, len(before) + start, len(before) + start + len(words)
 

@@ -19,7 +19,7 @@ from ._texts import TextToText
 class GenerativeArguments(AnswerArguments):
     """Flags of generative question answering."""
 
-    max_target_length: int = flag(32, "Tokens of an answer, at most; longer ones are cut.")
+    max_target_length: int = flag(32, "Maximum number of tokens of an answer; longer answers are truncated.")
     num_beams: int = flag(1, "Beams in evaluation.")
     metrics: list[str] = flag(["answers"], "answers (exact match and word F1) | rouge | bleu")
 

@@ -23,8 +23,8 @@ from ._images import ImageArguments, ImageTask
 class ClassArguments(ImageArguments):
     """Flags of image classification."""
 
-    output_dir: str = flag("outputs/vit", "Where the model, results.json, log.jsonl and checkpoints go.")
-    label_column: str | None = flag(None, "Column of labels: label, labels by default.")
+    output_dir: str = flag("outputs/vit", "Directory for the model, results.json, log.jsonl and checkpoints.")
+    label_column: str | None = flag(None, "Column of labels: label or labels by default.")
     random_flip: bool = flag(False, "Mirror half of the training images.")
 
 

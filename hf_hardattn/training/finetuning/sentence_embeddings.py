@@ -76,12 +76,12 @@ class Embedder:
 class EmbeddingArguments(TaskArguments):
     """Flags of sentence embeddings."""
 
-    output_dir: str = flag("outputs/embeddings", "Where the model, results.json, log.jsonl and checkpoints go.")
-    text_column: str | None = flag(None, "Column of texts: text, document, sentence by default.")
+    output_dir: str = flag("outputs/embeddings", "Directory for the model, results.json, log.jsonl and checkpoints.")
+    text_column: str | None = flag(None, "Column of texts: text, document or sentence by default.")
     query_column: str | None = flag(
-        None, "Column of queries that find the text of their row: only evaluation reads it."
+        None, "Column of queries that should find the text of their row: used only in evaluation."
     )
-    max_source_length: int = flag(256, "Tokens of a text, at most; longer ones are cut.")
+    max_source_length: int = flag(256, "Maximum number of tokens of a text; longer texts are truncated.")
 
 
 class SentenceEmbeddings(EncoderTask):
@@ -103,7 +103,7 @@ class SentenceEmbeddings(EncoderTask):
         name = self.args.model_name_or_path
         if name is None:
             raise HardAttentionError(
-                "sentence_embeddings learns from the embeddings of a trained model, and --config_name brings none. Give --model_name_or_path."
+                "sentence_embeddings learns from the embeddings of a trained model, and --config_name provides none. Pass --model_name_or_path."
             )
         revision, cache = self.args.model_revision, self.args.cache_dir
         teacher = AutoModel.from_pretrained(name, revision=revision, cache_dir=cache, hard_attention=None)
@@ -149,12 +149,12 @@ def refuse_further_passes(model: nn.Module) -> None:
         greedy = selector.baseline is not None and selector.baseline.needs_greedy
         if greedy or {"passes", "choices", "teacher"} & set(selector.estimator.needs):
             raise HardAttentionError(
-                f"the estimator or baseline at '{site}' computes further forward passes of one step; sentence_embeddings takes its loss from a single one. "
-                "Take 'simple', another estimator with gates, or 'reinforce' with baseline 'moving_average'."
+                f"the estimator or baseline at '{site}' needs several forward passes per step; sentence_embeddings computes its loss from a single one. "
+                "Use 'simple', another estimator with gates, or 'reinforce' with baseline 'moving_average'."
             )
     if (getattr(model.config, "hard_attention", None) or {}).get("self_distillation"):
         raise HardAttentionError(
-            "self_distillation computes a further forward pass; sentence_embeddings learns from the original model's embeddings already. Leave it out."
+            "self_distillation needs an additional forward pass; sentence_embeddings already learns from the original model's embeddings. Leave it out."
         )
 
 

@@ -12,7 +12,7 @@ from ._texts import TextArguments, TextToText
 class SummaryArguments(TextArguments):
     """Flags of summarisation: ROUGE as the metric, and the prefix that T5 was pretrained with."""
 
-    source_prefix: str = flag("summarize: ", "Put before each input.")
+    source_prefix: str = flag("summarize: ", "Text to put before each input.")
     metrics: list[str] = flag(["rouge"], "rouge | bleu (with chrF) | cider")
 
 

@@ -25,11 +25,11 @@ class TextClassArguments(TaskArguments):
     """Flags of text classification."""
 
     output_dir: str = flag(
-        "outputs/text_classification", "Where the model, results.json, log.jsonl and checkpoints go."
+        "outputs/text_classification", "Directory for the model, results.json, log.jsonl and checkpoints."
     )
-    text_column: str | None = flag(None, "Column of texts: text, sentence by default.")
-    label_column: str | None = flag(None, "Column of labels: label, labels by default.")
-    max_source_length: int = flag(512, "Tokens of a text, at most; longer ones are cut.")
+    text_column: str | None = flag(None, "Column of texts: text or sentence by default.")
+    label_column: str | None = flag(None, "Column of labels: label or labels by default.")
+    max_source_length: int = flag(512, "Maximum number of tokens of a text; longer texts are truncated.")
 
 
 class TextClassification(EncoderTask):

@@ -51,8 +51,8 @@ class Texts(Base):
         path = Path(self.folder) / name
         if not path.is_file():
             raise HardAttentionError(
-                f"{path} is not there; the task '{type(self).__module__.rpartition('.')[2]}' reads what a script makes. Make it with: "
-                f"{self.maker} --output {self.folder}; or name its folder in ${self.variable}."
+                f"{path} does not exist; the task '{type(self).__module__.rpartition('.')[2]}' reads the output of a script. Create it with: "
+                f"{self.maker} --output {self.folder}; or set ${self.variable} to its folder."
             )
         return str(path)
 
