@@ -18,9 +18,10 @@ from ..functional.attention import keep_heads, keep_rows
 from .arguments import Arguments
 from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
+from .masks import as_allowed
 from .plan import LAYER, LayerPlan
 from .projection import AttentionView, projections_of
-from .prompt import MEMORY, CachedRows, PromptMemory, attach_memory, begin_rows
+from .prompt import MEMORY, CachedRows, PromptMemory, attach_memory, begin_rows, packed_for_flash
 from .prompt_masks import as_form, dense_mask, prefill_mask, step_mask
 from .rotary import tables_at
 from .rows import choose_among, select_rows
@@ -95,8 +96,11 @@ class _PromptRows:
 
     def begin(self) -> None:
         """Read which rows are valid, at the first hooked layer."""
-        if not self.state.begun:
-            begin_rows(self.state, self.arguments.get("attention_mask"), self.hidden.shape[1])
+        if self.state.begun:
+            return
+        begin_rows(self.state, self.arguments.get("attention_mask"), self.hidden.shape[1])
+        if self.attention.config._attn_implementation.startswith("flash"):
+            self.state.prompt.problem = self.state.prompt.problem or packed_for_flash(self.arguments)
 
     def select_inputs(self) -> None:
         """Choose among the rows before the first layer."""
@@ -150,16 +154,29 @@ class _PromptRows:
         keys, answer = state.keys, self._answer()
         by_answer = keys is not None and answer is not None
         if state.gates is not None or by_answer:
-            allowed = dense_mask(state, self.hidden, plan.window)
-            arguments.set("attention_mask", self._weighed(allowed, keys if by_answer else None, answer))
-        elif state.dropped:
-            mask = state.shared(given, lambda: self._mask(given), plan.window)
+            mask = self._weighed(self._allowed(given), keys if by_answer else None, answer)
             arguments.set("attention_mask", mask)
+        elif state.dropped:
+            arguments.set("attention_mask", self._mask(given))
 
     def _mask(self, given: Any) -> Any:
-        return prefill_mask(
-            self.state, self.attention.config, self.hidden, given, self.cache, self.plan.index, self.plan.window
-        )
+        """Return the mask of the remaining rows, in the form of the implementation."""
+        state, plan = self.state, self.plan
+        if not state.dropped:
+            return given
+
+        def make() -> Any:
+            config = self.attention.config
+            return prefill_mask(state, config, self.hidden, given, self.cache, plan.index, plan.window)
+
+        return state.shared(given, make, plan.window)
+
+    def _allowed(self, given: Any) -> Any:
+        """Return which keys each remaining row may read, bool ``[B or 1, 1, K, K]``."""
+        if given is None or isinstance(given, Tensor) and given.dim() == 2:
+            # the implementation is causal by itself, and its mask tells of padding alone
+            return dense_mask(self.state, self.hidden, self.plan.window)
+        return as_allowed(self._mask(given))
 
     def _answer(self) -> Tensor | None:
         """Return which rows read only the keys that a ``self`` site kept, bool ``[B, K]``; None if the whole call is the prompt."""

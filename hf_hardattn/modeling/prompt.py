@@ -235,6 +235,22 @@ def begin_rows(state: Any, mask: Any, count: int) -> None:
     state.always = always_kept(state.prompt.answer, state.prompt.candidates, valid)
 
 
+def packed_for_flash(arguments: Arguments) -> str | None:
+    """Return why a packed text cannot be selected from under flash attention, which tells its documents by their positions; else None."""
+    positions = arguments.get("position_ids")
+    packed = arguments.get("cu_seq_lens_q") is not None
+    if not packed and isinstance(positions, Tensor) and not torch.compiler.is_compiling():
+        # flash attention asks the same in each layer; beside a mask, or in a batch of several rows, it reads no documents
+        alone = arguments.get("attention_mask") is None and len(positions) == 1
+        packed = alone and bool((positions.diff(dim=-1) < 0).any())
+    if not packed:
+        return None
+    return (
+        "position_ids start again within the row at '{site}', and flash attention counts the rows of each document, of which a selection "
+        "drops some. Use attn_implementation='sdpa' or 'eager', or one document a row."
+    )
+
+
 def always_kept(answer: Tensor | None, candidates: Tensor | None, valid: Tensor | None) -> Tensor | None:
     """Return the rows that are not part of the choice.
 
