@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -110,11 +111,13 @@ def open_prompt(tower: Any, plan: TowerPlan, context: ForwardContext, arguments:
             delattr(cache, MEMORY)  # of an earlier prompt, in a static cache that is reused
             cache.__dict__.pop("reorder_cache", None)
         _read_labels(call, context, count)
-        if call.answer is None and 1 < context.predictions <= count:
+        if call.answer is None and 1 < context.predictions <= count and any(mode.assisted for mode in context.modes):
             # assisted decoding reads its first draft together with the prompt, and requests logits from the prompt's last row on
             place = torch.arange(count, device=rows.device)
             call.answer = (place > count - context.predictions).unsqueeze(0)
-        call.candidates = context.candidates
+        if context.ids is not None:
+            owner: Any = context.owner
+            call.candidates = torch.stack([context.ids == token for token in owner.__dict__[CANDIDATES]]).any(0)
         call.problem = call.problem or _unknown_prompt(tower, context, arguments)
     return call
 
@@ -190,7 +193,7 @@ def _read_labels(call: PromptCall, context: ForwardContext, count: int) -> None:
 def _unknown_prompt(tower: nn.Module, context: ForwardContext, arguments: Arguments) -> str | None:
     """Return why a generating model cannot tell the prompt from the answer in this call; None if it can."""
     owner: Any = context.owner
-    if owner is not None and owner.__dict__.get(CANDIDATES) and context.candidates is None:
+    if owner is not None and owner.__dict__.get(CANDIDATES) and context.ids is None:
         return (
             "nothing tells at '{site}' which rows are an image's: "
             + type(owner).__name__
@@ -248,6 +251,19 @@ def packed_for_flash(arguments: Arguments) -> str | None:
     return (
         "position_ids start again within the row at '{site}', and flash attention counts the rows of each document, of which a selection "
         "drops some. Use attn_implementation='sdpa' or 'eager', or one document a row."
+    )
+
+
+def warn_of_lost_logits(tower: nn.Module, call: PromptCall, context: ForwardContext) -> None:
+    """Warn of logits that nobody should read: those of dropped rows, in a call that does not tell the answer from the prompt."""
+    told = call.answer is not None or context.predictions == 1 or context.modes
+    if told or tower.training or torch.compiler.is_compiling() or not getattr(context.owner, "can_generate", bool)():
+        return
+    warnings.warn(
+        f"{type(context.owner).__name__} was called without labels, so the whole text was taken for a prompt: the logits of dropped rows are "
+        "0, and the others depend on a choice that saw the whole text. To score a text, pass labels that are -100 on its prompt; to continue "
+        "it, read the logits of the last row alone (logits_to_keep=1).",
+        stacklevel=2,
     )
 
 
