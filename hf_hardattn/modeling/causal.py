@@ -21,8 +21,9 @@ from .context import CONTEXT, ForwardContext
 from .masks import as_allowed
 from .plan import LAYER, LayerPlan
 from .projection import AttentionView, projections_of
-from .prompt import MEMORY, CachedRows, PromptMemory, attach_memory, begin_rows, packed_for_flash
+from .prompt import begin_rows, packed_for_flash
 from .prompt_masks import as_form, dense_mask, prefill_mask, step_mask
+from .prompt_memory import MEMORY, CachedRows, PromptMemory
 from .rotary import tables_at
 from .rows import choose_among, select_rows
 from .selection import Selection
@@ -203,23 +204,26 @@ class _PromptRows:
 
     def remember(self) -> None:
         """Store with the cache which rows this layer's keys come from."""
+        memory = self.memory()
+        if memory is not None and self.state.dropped:
+            batch, count = self.hidden.shape[:2]
+            memory.layers[self.plan.index] = self.state.shared(_RECORD, lambda: self._cached(batch, count))
+
+    def memory(self) -> PromptMemory | None:
+        """Return the record stored with the cache, which tells that this model read the prompt; None without a cache."""
         if self.cache is None:
-            return
-        state = self.state
+            return None
         memory = getattr(self.cache, MEMORY, None)
         if memory is None:
-            memory = PromptMemory(state.length, state.valid if not state.dropped else None)
-            self.attach(memory)
-        if state.dropped:
-            count = self.hidden.shape[1]
-            memory.layers[self.plan.index] = state.shared(
-                _RECORD, lambda: CachedRows(count, state.candidates, state.positions)
-            )
+            prompt = self.state.prompt
+            valid = None if prompt.valid is None else prompt.valid.expand(len(self.hidden), -1)
+            memory = PromptMemory(self.state.length, valid, prompt.answer)
+            setattr(self.cache, MEMORY, memory)
+        return memory
 
-    def attach(self, memory: PromptMemory) -> None:
-        """Attach the memory to the cache."""
-        drawn = self.layer.training or any(mode.sampled for mode in self.context.modes)
-        attach_memory(self.cache, memory, drawn)
+    def _cached(self, batch: int, count: int) -> CachedRows:
+        valid, positions = self.state.candidates, self.state.positions
+        return CachedRows(count, None if valid is None else valid.expand(batch, -1), positions)
 
 
 def choose_rows(rows: Any, host: nn.Module, name: str, hidden: Tensor, states: Tensor) -> Tensor | None:
@@ -263,6 +267,7 @@ def after_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if not plan.tokens:
         return (hidden, *output[1:]) if whole else hidden
     rows.begin()
+    rows.memory()
     indices = choose_rows(rows, layer, "selector", hidden, rows.hidden)
     if indices is not None:
         hidden = keep_rows(hidden, indices)
@@ -272,8 +277,6 @@ def after_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         )  # see ``after_layer``: FSDP2 fetches weights when the gradient reaches the layer's output
     else:
         return None
-    if rows.cache is not None and not hasattr(rows.cache, MEMORY):
-        rows.attach(PromptMemory(state.length, None))
     return (hidden, *output[1:]) if whole else hidden
 
 

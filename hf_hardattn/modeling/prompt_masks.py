@@ -11,7 +11,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ..errors import HardAttentionError
 from .masks import additive, block_mask_of_rows
-from .prompt import CachedRows
+from .prompt_memory import CachedRows
 
 _BY_POSITION = ("sdpa", "eager", "flex_attention")  # implementations that read a per-query mask
 
