@@ -1,4 +1,4 @@
-"""Integration into Transformers: six of its methods are wrapped, without effect unless a config has ``hard_attention``.
+"""Integration into Transformers: methods of its models, configurations and caches are wrapped, without effect on a stock model.
 
 The wrapper of ``post_init``, which every model calls at the end of its construction, adds the hooks and selectors of that model.
 Transformers' own ``register_patch_mapping`` is not used: its ``patch_output_recorders`` rewrites class-level recorders, so that
@@ -15,14 +15,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from ..api import attach_to, remove
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
 from ..fields import is_configuration
+from ..modeling.cache import follow
 from ..modeling.checkpointing import without_reentry
+from ..modeling.context import Mode, active
 from ..modeling.selector import Selector
 from ..models import family_of, why_unknown
 from ..recording import selectors
@@ -189,6 +191,24 @@ def _get_config_dict(
     return get_config_dict(cls, place, *args, **kwargs)
 
 
+def _take_examples(take: Callable[..., None], self: Cache, *args: Any, **kwargs: Any) -> None:
+    take(self, *args, **kwargs)
+    (order,) = (*args, *kwargs.values())
+    follow(self, lambda rows: rows[order.to(rows.device) if isinstance(order, Tensor) else order])
+
+
+def _repeat_examples(repeat: Callable[..., None], self: Cache, repeats: int) -> None:
+    repeat(self, repeats)
+    follow(self, lambda rows: rows.repeat_interleave(repeats, 0))
+
+
+def _assisted_decoding(decode: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    if not selectors(self):
+        return decode(self, *args, **kwargs)
+    with active(Mode({}, assisted=True)):
+        return decode(self, *args, **kwargs)
+
+
 def register() -> None:
     """Wrap Transformers once; called by ``import hf_hardattn``."""
     PreTrainedConfig.hard_attention = None  # from_pretrained accepts keywords for which its config has an attribute
@@ -198,5 +218,10 @@ def register() -> None:
     wrap_method(PreTrainedModel, "from_pretrained", _from_pretrained)
     wrap_method(PreTrainedConfig, "to_dict", _to_dict)
     wrap_method(PreTrainedConfig, "get_config_dict", _get_config_dict)
+    wrap_method(GenerationMixin, "_assisted_decoding", _assisted_decoding)
+    for cache in (Cache, EncoderDecoderCache):
+        wrap_method(cache, "reorder_cache", _take_examples)
+        wrap_method(cache, "batch_select_indices", _take_examples)
+        wrap_method(cache, "batch_repeat_interleave", _repeat_examples)
     peft.register()
     peft_adapters.register()

@@ -101,7 +101,7 @@ class Step:
         context, known = ForwardContext(self.model), self.context
         context.target, context.source_given = known.target, known.source_given
         context.classes = known.classes
-        context.labels, context.candidates, context.predictions = known.labels, known.candidates, known.predictions
+        context.labels, context.ids, context.predictions = known.labels, known.ids, known.predictions
         context.kept_source = known.kept_source
         return context
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
+from .prompt_memory import MEMORY
 from .state import KeySubset
 
 MEMO = "hard_attention_kept"  # attribute of a cache: dict from site to the KeySubset chosen in the first step
@@ -79,10 +81,28 @@ def remembered(cache: Any, site: str) -> KeySubset | None:
 
 
 def remember(cache: Any, site: str, keys: KeySubset) -> None:
-    """Store the choice of ``site`` with the cached keys. Beams of one source share it, so it needs no reordering."""
+    """Store the choice of ``site`` with the cached keys."""
     if not hasattr(cache, MEMO):
         setattr(cache, MEMO, {})
     getattr(cache, MEMO)[site] = keys
+
+
+def follow(cache: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """Change the examples of what is stored with a cache as those of the cache itself were changed.
+
+    Args:
+        change: function from a tensor ``[B, ...]`` to one of the cache's examples now, ``[B', ...]``.
+    """
+
+    def changed(stored: Any) -> Any:
+        return change(stored) if isinstance(stored, Tensor) else stored
+
+    memo: dict[str, KeySubset] = getattr(cache, MEMO, {})
+    for site, keys in memo.items():
+        memo[site] = KeySubset._make(map(changed, keys))
+    memory = getattr(cache, MEMORY, None)
+    if memory is not None:
+        memory.map(changed)
 
 
 def pack_features(features: Tensor, key: Tensor) -> Tensor:

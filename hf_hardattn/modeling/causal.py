@@ -18,10 +18,12 @@ from ..functional.attention import keep_heads, keep_rows
 from .arguments import Arguments
 from .checkpointing import checkpoint_without_reentry
 from .context import CONTEXT, ForwardContext
+from .masks import as_allowed
 from .plan import LAYER, LayerPlan
 from .projection import AttentionView, projections_of
-from .prompt import MEMORY, CachedRows, PromptMemory, attach_memory, begin_rows
+from .prompt import begin_rows, packed_for_flash
 from .prompt_masks import as_form, dense_mask, prefill_mask, step_mask
+from .prompt_memory import MEMORY, CachedRows, PromptMemory
 from .rotary import tables_at
 from .rows import choose_among, select_rows
 from .selection import Selection
@@ -95,8 +97,11 @@ class _PromptRows:
 
     def begin(self) -> None:
         """Read which rows are valid, at the first hooked layer."""
-        if not self.state.begun:
-            begin_rows(self.state, self.arguments.get("attention_mask"), self.hidden.shape[1])
+        if self.state.begun:
+            return
+        begin_rows(self.state, self.arguments.get("attention_mask"), self.hidden.shape[1])
+        if self.attention.config._attn_implementation.startswith("flash"):
+            self.state.prompt.problem = self.state.prompt.problem or packed_for_flash(self.arguments)
 
     def select_inputs(self) -> None:
         """Choose among the rows before the first layer."""
@@ -150,16 +155,29 @@ class _PromptRows:
         keys, answer = state.keys, self._answer()
         by_answer = keys is not None and answer is not None
         if state.gates is not None or by_answer:
-            allowed = dense_mask(state, self.hidden, plan.window)
-            arguments.set("attention_mask", self._weighed(allowed, keys if by_answer else None, answer))
-        elif state.dropped:
-            mask = state.shared(given, lambda: self._mask(given), plan.window)
+            mask = self._weighed(self._allowed(given), keys if by_answer else None, answer)
             arguments.set("attention_mask", mask)
+        elif state.dropped:
+            arguments.set("attention_mask", self._mask(given))
 
     def _mask(self, given: Any) -> Any:
-        return prefill_mask(
-            self.state, self.attention.config, self.hidden, given, self.cache, self.plan.index, self.plan.window
-        )
+        """Return the mask of the remaining rows, in the form of the implementation."""
+        state, plan = self.state, self.plan
+        if not state.dropped:
+            return given
+
+        def make() -> Any:
+            config = self.attention.config
+            return prefill_mask(state, config, self.hidden, given, self.cache, plan.index, plan.window)
+
+        return state.shared(given, make, plan.window)
+
+    def _allowed(self, given: Any) -> Any:
+        """Return which keys each remaining row may read, bool ``[B or 1, 1, K, K]``."""
+        if given is None or isinstance(given, Tensor) and given.dim() == 2:
+            # the implementation is causal by itself, and its mask tells of padding alone
+            return dense_mask(self.state, self.hidden, self.plan.window)
+        return as_allowed(self._mask(given))
 
     def _answer(self) -> Tensor | None:
         """Return which rows read only the keys that a ``self`` site kept, bool ``[B, K]``; None if the whole call is the prompt."""
@@ -186,23 +204,26 @@ class _PromptRows:
 
     def remember(self) -> None:
         """Store with the cache which rows this layer's keys come from."""
+        memory = self.memory()
+        if memory is not None and self.state.dropped:
+            batch, count = self.hidden.shape[:2]
+            memory.layers[self.plan.index] = self.state.shared(_RECORD, lambda: self._cached(batch, count))
+
+    def memory(self) -> PromptMemory | None:
+        """Return the record stored with the cache, which tells that this model read the prompt; None without a cache."""
         if self.cache is None:
-            return
-        state = self.state
+            return None
         memory = getattr(self.cache, MEMORY, None)
         if memory is None:
-            memory = PromptMemory(state.length, state.valid if not state.dropped else None)
-            self.attach(memory)
-        if state.dropped:
-            count = self.hidden.shape[1]
-            memory.layers[self.plan.index] = state.shared(
-                _RECORD, lambda: CachedRows(count, state.candidates, state.positions)
-            )
+            prompt = self.state.prompt
+            valid = None if prompt.valid is None else prompt.valid.expand(len(self.hidden), -1)
+            memory = PromptMemory(self.state.length, valid, prompt.answer)
+            setattr(self.cache, MEMORY, memory)
+        return memory
 
-    def attach(self, memory: PromptMemory) -> None:
-        """Attach the memory to the cache."""
-        drawn = self.layer.training or any(mode.sampled for mode in self.context.modes)
-        attach_memory(self.cache, memory, drawn)
+    def _cached(self, batch: int, count: int) -> CachedRows:
+        valid, positions = self.state.candidates, self.state.positions
+        return CachedRows(count, None if valid is None else valid.expand(batch, -1), positions)
 
 
 def choose_rows(rows: Any, host: nn.Module, name: str, hidden: Tensor, states: Tensor) -> Tensor | None:
@@ -246,6 +267,7 @@ def after_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if not plan.tokens:
         return (hidden, *output[1:]) if whole else hidden
     rows.begin()
+    rows.memory()
     indices = choose_rows(rows, layer, "selector", hidden, rows.hidden)
     if indices is not None:
         hidden = keep_rows(hidden, indices)
@@ -255,8 +277,6 @@ def after_prompt_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         )  # see ``after_layer``: FSDP2 fetches weights when the gradient reaches the layer's output
     else:
         return None
-    if rows.cache is not None and not hasattr(rows.cache, MEMORY):
-        rows.attach(PromptMemory(state.length, None))
     return (hidden, *output[1:]) if whole else hidden
 
 

@@ -48,6 +48,7 @@ class Mode:
         sites: site of each of the model's selectors, by the selector's id.
         soft, sampled: see ``hf_hardattn.soft`` and ``hf_hardattn.sampled``.
         execution: see ``hf_hardattn.execution``.
+        assisted: a call that reads a prompt reads the draft of assisted decoding as well.
         recorder: receives every selection.
         replayed: dict from site to the masks that its calls keep, in order.
     """
@@ -58,12 +59,13 @@ class Mode:
         *,
         soft: bool = False,
         sampled: bool = False,
+        assisted: bool = False,
         execution: str | None = None,
         recorder: Any = None,
         replayed: dict[str, Iterator[Tensor]] | None = None,
     ):
         self.sites = sites
-        self.soft, self.sampled, self.execution = soft, sampled, execution
+        self.soft, self.sampled, self.assisted, self.execution = soft, sampled, assisted, execution
         self.recorder, self.replayed = recorder, replayed or {}
 
 
@@ -122,8 +124,7 @@ class ForwardContext:
         towers: dict from tower name to the state of its rows.
         selections: every selection of the call, in order.
         labels: labels that the model was called with, or None.
-        candidates: rows of a prompt that represent an image, bool ``[B, N]``; None if a decoder's sites choose among all rows, or if the
-            call does not specify them.
+        ids: tokens that the model was called with, int64 ``[B, N]``, if a decoder's sites choose among those of an image; None otherwise.
         predictions: number of last rows whose logits the caller requested; 0 if not specified.
         target: states of the labels ``[B, T, D]``, for estimators that read the answer; None otherwise.
         classes: classes of the examples, int64 ``[B]``, for estimators that learn from them; None otherwise.
@@ -145,7 +146,7 @@ class ForwardContext:
         self.towers: dict[str, TowerState] = {}
         self.selections: list[Selection] = []
         self.labels: Tensor | None = None
-        self.candidates: Tensor | None = None
+        self.ids: Tensor | None = None
         self.predictions = 0
         self.target: Tensor | None = None
         self.classes: Tensor | None = None

@@ -65,7 +65,7 @@ def row_mask(state: TowerState, plan: LayerPlan, config: Any, hidden: Tensor, gi
     if not state.dropped:
         return given
     if (plan.windows or plan.causal) and isinstance(given, BlockMask):
-        return state.shared(given, lambda: _block_mask_of_rows(state, given, hidden))
+        return state.shared(given, lambda: block_mask_of_rows(state, given, hidden))
     by_place = plan.windows or plan.causal or state.per_query
     if by_place and isinstance(given, Tensor) and differs_between_queries(given):
         return state.shared(given, lambda: _mask_of_rows(state, given, hidden.dtype))
@@ -85,17 +85,22 @@ def _refuse_counted_window(implementation: str, plan: LayerPlan) -> None:
         )
 
 
-def _block_mask_of_rows(state: TowerState, mask: BlockMask, hidden: Tensor) -> BlockMask:
-    """Return flex attention's mask between the remaining rows."""
+def block_mask_of_rows(state: TowerState, mask: BlockMask, hidden: Tensor, width: int | None = None) -> BlockMask:
+    """Return flex attention's mask between the remaining rows ``[B, K, D]``.
+
+    Args:
+        width: number of keys, of which those behind the rows are hidden; None if they are the rows.
+    """
     batch, rows = hidden.shape[:2]
     positions, valid = state.positions, state.valid
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        places = (q, k) if positions is None else (positions[b, q], positions[b, k])
-        seen = mask.mask_mod(b, h, *places)
-        return seen if valid is None else seen & valid[b, k]
+        row = k.clamp(max=rows - 1)
+        places = (q, row) if positions is None else (positions[b, q], positions[b, row])
+        seen = mask.mask_mod(b, h, *places) & (k < rows)
+        return seen if valid is None else seen & valid[b, row]
 
-    return create_block_mask(allowed, batch, None, rows, rows, device=hidden.device)
+    return create_block_mask(allowed, batch, None, rows, width or rows, device=hidden.device)
 
 
 def _mask_of_rows(state: TowerState, mask: Tensor, dtype: torch.dtype) -> Tensor:

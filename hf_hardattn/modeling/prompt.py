@@ -1,8 +1,8 @@
-"""The prompt of a decoder's call, and the record of the rows that a selection left in its cache."""
+"""What a decoder's call knows about its prompt."""
 
 from __future__ import annotations
 
-import functools
+import warnings
 from typing import Any
 
 import torch
@@ -12,69 +12,9 @@ from ..errors import HardAttentionError
 from .arguments import Arguments
 from .context import ForwardContext
 from .plan import TowerPlan
+from .prompt_memory import MEMORY, PromptMemory
 
 CANDIDATES = "hard_attention_candidates"  # ids of a model's tokens that represent an image's rows
-MEMORY = "hard_attention_prompt"  # attribute of a cache: its PromptMemory
-
-
-class CachedRows:
-    """The rows of a prompt that one layer's cache holds, before the rows generated since.
-
-    It is a plain class, because layers whose caches hold the same rows share one instance and recognise it by its identity. It has no
-    ``__slots__``, because exporters take a cache apart by the attributes of its contents.
-
-    Attributes:
-        count: K, number of rows. valid: bool ``[B, K]``, rows that may be read; None if all may.
-        positions: int64 ``[B, K]``, their positions in the prompt; None if no row of it is missing.
-    """
-
-    def __init__(self, count: int, valid: Tensor | None, positions: Tensor | None):
-        self.count, self.valid, self.positions = count, valid, positions
-
-
-class PromptMemory:
-    """The record stored with the cache of a prompt. The beams of one prompt share it, so it needs no reordering; see ``attach_memory``.
-
-    Attributes:
-        rows: N, rows of the prompt. whole: the record of layers that hold all of them.
-        layers: dict from layer to the rows that its cache holds, if some are missing.
-        padded: later calls of several rows were padded.
-    """
-
-    def __init__(self, rows: int, valid: Tensor | None):
-        self.rows, self.whole = rows, CachedRows(rows, valid, None)
-        self.layers: dict[int, CachedRows] = {}
-        self.padded = False
-
-    def of(self, layer: int) -> CachedRows | None:
-        """Return the rows that a layer's cache holds; None if the mask made by Transformers fits it."""
-        known = self.layers.get(layer)
-        if known is not None or not self.layers or min(self.layers) > layer:
-            return known
-        return self.whole  # Transformers sizes its mask by the first layer, whose cache is shorter
-
-
-def attach_memory(cache: Any, memory: PromptMemory, drawn: bool) -> None:
-    """Attach a memory to a cache.
-
-    Args:
-        drawn: choices are drawn, so that beams of one prompt keep different rows and the memory must be reordered with them.
-    """
-    setattr(cache, MEMORY, memory)
-    if drawn:
-        cache.__dict__["reorder_cache"] = functools.partial(_reorder, cache)
-
-
-def _reorder(cache: Any, beams: Tensor) -> None:
-    """Reorder a cache whose beams keep different rows, together with its memory."""
-    type(cache).reorder_cache(cache, beams)
-    memory: PromptMemory = getattr(cache, MEMORY)
-    # layers that share a record continue to share it
-    for record in {id(rows): rows for rows in memory.layers.values()}.values():
-        for name in ("valid", "positions"):
-            rows = getattr(record, name)
-            if rows is not None:
-                setattr(record, name, rows.index_select(0, beams.to(rows.device)))
 
 
 class PromptCall:
@@ -87,6 +27,7 @@ class PromptCall:
             if all are the prompt.
         problem: why nothing can be selected in this call, with a placeholder for the site; None if selection is possible.
         later: mask of the rows generated after the prompt, bool ``[B, M]``; None if every row is valid.
+        valid: bool ``[B or 1, N]``, rows that are not padding, before any selection; None if there is no padding.
     """
 
     def __init__(self) -> None:
@@ -95,6 +36,7 @@ class PromptCall:
         self.answer: Tensor | None = None
         self.problem: str | None = None
         self.later: Tensor | None = None
+        self.valid: Tensor | None = None
 
 
 def open_prompt(tower: Any, plan: TowerPlan, context: ForwardContext, arguments: Arguments) -> PromptCall:
@@ -108,13 +50,14 @@ def open_prompt(tower: Any, plan: TowerPlan, context: ForwardContext, arguments:
     else:
         if memory is not None:
             delattr(cache, MEMORY)  # of an earlier prompt, in a static cache that is reused
-            cache.__dict__.pop("reorder_cache", None)
         _read_labels(call, context, count)
-        if call.answer is None and 1 < context.predictions <= count:
+        if call.answer is None and 1 < context.predictions <= count and any(mode.assisted for mode in context.modes):
             # assisted decoding reads its first draft together with the prompt, and requests logits from the prompt's last row on
             place = torch.arange(count, device=rows.device)
             call.answer = (place > count - context.predictions).unsqueeze(0)
-        call.candidates = context.candidates
+        if context.ids is not None:
+            owner: Any = context.owner
+            call.candidates = torch.stack([context.ids == token for token in owner.__dict__[CANDIDATES]]).any(0)
         call.problem = call.problem or _unknown_prompt(tower, context, arguments)
     return call
 
@@ -132,44 +75,71 @@ def _go_on(
 ) -> None:
     """Set up a call after the prompt, which selects nothing."""
     if memory is None:
-        memory = PromptMemory(0, None)  # nothing was selected when the cache was filled
-        if count > 1:
-            call.problem = (
-                "the cache given to '{site}' holds rows that this model did not read as a prompt (prefix tuning, or a cache that "
-                "another model or hf_hardattn.soft filled), so the prompt cannot be distinguished from what follows. Start from an empty cache."
-            )
+        # This model leaves a record with every cache that it fills. Without one, the layers may hold any rows.
+        memory = PromptMemory(0)
+        call.problem = (
+            "the cache given to '{site}' holds rows that this model did not read as a prompt (prefix tuning, a cache that another model or "
+            "hf_hardattn.soft filled, or one rebuilt from the tensors of another cache), so the prompt cannot be distinguished from what "
+            "follows. Start from an empty cache."
+        )
     call.memory = memory
-    mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and memory.layers:
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+    mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if mask is not None and memory.layers:
         later = mask[:, memory.rows :].bool()
         if count > 1 and not memory.padded:
             memory.padded = not bool(later.all())
         call.later = later if memory.padded else None
-    first = memory.layers.get(0)
-    if first is not None and count > 1 and not memory.padded:
-        _check_length(arguments.get("position_ids"), memory, cache.get_seq_length() - first.count + memory.rows + count)
-    if arguments.get("position_ids") is None and first is not None:
-        # Transformers counts the rows in the first layer's cache, where some are missing
-        past = cache.get_seq_length() - first.count + memory.rows
+    first, held = memory.layers.get(0), cache.get_seq_length()
+    if memory.layers and isinstance(held, int):  # a static cache, which counts on its device, cannot be cropped
+        _check_cropping(memory, held, memory.rows if first is None else first.count)
+    if first is None:
+        return
+    # Transformers counts the rows in the first layer's cache, where some are missing
+    past = held - first.count + memory.rows
+    if count > 1:
+        _check_length(mask, positions, memory, past + count)
+    if positions is None:
         arguments.set("position_ids", (torch.arange(count, device=device) + past).unsqueeze(0))
 
 
-def _check_length(positions: Any, memory: PromptMemory, length: Any) -> None:
+def _check_cropping(memory: PromptMemory, held: int, count: int) -> None:
+    """Refuse a cache from which rows of the prompt were cropped: every layer lost as many, but at other positions of the text.
+
+    Args:
+        held: number of rows that the first layer's cache holds. count: number of rows that the prompt left in it.
+    """
+    missing = count - held
+    if missing > 0 and (memory.answer is None or not bool(memory.answer[:, -missing:].all())):
+        raise HardAttentionError(
+            f"the first layer's cache holds {held} rows where the prompt left {count}; what a selection leaves of a prompt stands at other "
+            "positions in each layer, so it cannot be cropped. Crop only what was read after the prompt, or give the shorter prompt anew."
+        )
+
+
+def _check_length(mask: Tensor | None, positions: Any, memory: PromptMemory, length: Any) -> None:
     """Refuse rows that are fed twice, because Transformers takes the length of the first layer's cache for that of the text.
 
     Args:
-        positions: int64 ``[B, n]``, or ``[4, B, n]`` with those of the text first; other shapes are not checked. length: number of rows
-            of the text.
+        mask: mask of the whole text ``[B, N]``, or None. length: number of rows of the text.
+        positions: int64 ``[B, n]``, or ``[k, B, n]`` with those of the text first, unless k = 3 (positions in an image alone).
     """
-    if not isinstance(positions, Tensor) or positions.dim() == 3 and len(positions) != 4:
+    length = int(length)
+    if mask is not None:
+        told: int | None = mask.shape[1]
+    elif not isinstance(positions, Tensor) or memory.padded:
         return
-    last = int((positions if positions.dim() == 2 else positions[0]).max())
-    valid = memory.whole.valid
-    padding = 0 if valid is None else memory.rows - int(valid.sum(-1).max())
-    if last + 1 != int(length) - padding:
+    elif positions.dim() == 3 and len(positions) == 3:
+        told = None
+    else:
+        valid = memory.whole.valid
+        padding = 0 if valid is None else memory.rows - int(valid.sum(-1).max())
+        told = int((positions if positions.dim() == 2 else positions[0]).max()) + 1 + padding
+    if told != length:
         raise HardAttentionError(
-            f"position_ids ends at {last}, but the cache and this call hold {int(length) - padding} rows of the text; generate() cannot continue "
-            "from a cache whose first layer holds only a part of the prompt. Use sites after the first layer, or pass the whole text again."
+            f"the cache and this call hold {length} rows of the text, but attention_mask and position_ids count "
+            f"{'an unknown number' if told is None else told}; generate() cannot continue from a cache whose first layer holds only a "
+            "part of the prompt. Use sites after the first layer, or pass the whole text again."
         )
 
 
@@ -190,7 +160,7 @@ def _read_labels(call: PromptCall, context: ForwardContext, count: int) -> None:
 def _unknown_prompt(tower: nn.Module, context: ForwardContext, arguments: Arguments) -> str | None:
     """Return why a generating model cannot tell the prompt from the answer in this call; None if it can."""
     owner: Any = context.owner
-    if owner is not None and owner.__dict__.get(CANDIDATES) and context.candidates is None:
+    if owner is not None and owner.__dict__.get(CANDIDATES) and context.ids is None:
         return (
             "at '{site}' it is not known which rows belong to an image: "
             + type(owner).__name__
@@ -230,9 +200,38 @@ def begin_rows(state: Any, mask: Any, count: int) -> None:
         valid = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
     if valid is not None and not torch.compiler.is_compiling() and bool(valid.all()):
         valid = None
-    state.valid = valid
+    state.valid = state.prompt.valid = valid
     state.varied = True
     state.always = always_kept(state.prompt.answer, state.prompt.candidates, valid)
+
+
+def packed_for_flash(arguments: Arguments) -> str | None:
+    """Return why a packed text cannot be selected from under flash attention, which tells its documents by their positions; else None."""
+    positions = arguments.get("position_ids")
+    packed = arguments.get("cu_seq_lens_q") is not None
+    if not packed and isinstance(positions, Tensor) and not torch.compiler.is_compiling():
+        # flash attention asks the same in each layer; beside a mask, or in a batch of several rows, it reads no documents
+        alone = arguments.get("attention_mask") is None and len(positions) == 1
+        packed = alone and bool((positions.diff(dim=-1) < 0).any())
+    if not packed:
+        return None
+    return (
+        "position_ids start again within the row at '{site}', and flash attention counts the rows of each document, of which a selection "
+        "drops some. Use attn_implementation='sdpa' or 'eager', or one document a row."
+    )
+
+
+def warn_of_lost_logits(tower: nn.Module, call: PromptCall, context: ForwardContext) -> None:
+    """Warn of logits that nobody should read: those of dropped rows, in a call that does not tell the answer from the prompt."""
+    told = call.answer is not None or context.predictions == 1 or context.modes
+    if told or tower.training or torch.compiler.is_compiling() or not getattr(context.owner, "can_generate", bool)():
+        return
+    warnings.warn(
+        f"{type(context.owner).__name__} was called without labels, so the whole text was taken for a prompt: the logits of dropped rows are "
+        "0, and the others depend on a choice that saw the whole text. To score a text, pass labels that are -100 on its prompt; to continue "
+        "it, read the logits of the last row alone (logits_to_keep=1).",
+        stacklevel=2,
+    )
 
 
 def always_kept(answer: Tensor | None, candidates: Tensor | None, valid: Tensor | None) -> Tensor | None:

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import create_causal_mask
 
 from ..errors import HardAttentionError
-from .masks import additive
-from .prompt import CachedRows
+from .masks import additive, block_mask_of_rows
+from .prompt_memory import CachedRows
 
 _BY_POSITION = ("sdpa", "eager", "flex_attention")  # implementations that read a per-query mask
 
@@ -45,10 +46,14 @@ def prefill_mask(
         return valid  # flash attention reads which rows are valid
     if given is None and valid is None and window is None:
         return None
-    if not isinstance(given, Tensor):
-        places = None if positions is None else Places(positions, state.length)
-        return rows_mask(CachedRows(hidden.shape[1], valid, positions), config, hidden, cache, layer, window, places)
     count = hidden.shape[1]
+    if given is None:
+        places = None if positions is None else Places(positions, state.length)
+        return rows_mask(CachedRows(count, valid, positions), config, hidden, cache, layer, window, places)
+    if isinstance(given, BlockMask):
+        return block_mask_of_rows(
+            state, given, hidden, None if cache is None else cache.get_mask_sizes(count, layer)[0]
+        )
     if positions is not None:
         # gather rows and columns of the caller's mask, to preserve windows, packed texts and the user's own masks
         batch = len(positions)
@@ -125,7 +130,7 @@ def _place(places: Places | None, batch: Any, row: Any) -> Any:
 
 
 def dense_mask(state: Any, hidden: Tensor, window: int | None) -> Tensor:
-    """Return which keys each row of a prompt and its answer may read, bool ``[B or 1, 1, N, N]``, for attention computed here."""
+    """Return which keys each row of one text may read, bool ``[B or 1, 1, N, N]``, for attention computed here."""
     count = hidden.shape[1]
     places = torch.arange(count, device=hidden.device).unsqueeze(0) if state.positions is None else state.positions
     distance = places[:, :, None] - places[:, None, :]

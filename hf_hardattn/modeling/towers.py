@@ -14,7 +14,7 @@ from .context import CONTEXT, ForwardContext, current_context, has_modes, set_cu
 from .copies import copies_input, hide_dropped
 from .cross import SOURCE, SOURCE_MASK, KeptEncoderOutput, Source, handed_over
 from .plan import TOWER, TowerPlan
-from .prompt import CANDIDATES, open_prompt
+from .prompt import CANDIDATES, open_prompt, warn_of_lost_logits
 from .state import TowerState
 
 HANDS_DOWN = "hard_attention_hands_down"  # whether a model's forward passes keywords on to its towers
@@ -162,6 +162,8 @@ def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         context.finished = True
     if not state.dropped:
         return None
+    if plan.prompt:
+        warn_of_lost_logits(tower, state.prompt, context)
     whole = isinstance(output, tuple)
     hidden: Tensor = output[0] if whole else output["last_hidden_state"]
     rows = state.final_rows(hidden, restore=plan.restores, gate=not plan.is_read)
@@ -213,9 +215,9 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     arguments = Arguments(model.__dict__[NAMES], args, kwargs)
     context.labels, predictions = arguments.get("labels"), arguments.get("logits_to_keep")
     context.predictions = predictions if isinstance(predictions, int) else 0
-    tokens, ids = model.__dict__[CANDIDATES], arguments.get("input_ids")
-    if tokens and isinstance(ids, Tensor) and ids.shape[1] > 1:
-        context.candidates = torch.stack([ids == token for token in tokens]).any(0)
+    tokens = model.__dict__[CANDIDATES]
+    if tokens:
+        context.ids = arguments.get("input_ids")
     given = arguments.get("encoder_outputs")
     if given is not None:
         context.source_given, context.kept_source = True, handed_over(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -213,6 +214,37 @@ def test_assisted_decoding_writes_the_same():
     expected = write(model, one).sequences
     assert torch.equal(write(model, one, assistant_model=stock("llama")).sequences, expected)
     assert torch.equal(write(model, one, prompt_lookup_num_tokens=2).sequences, expected)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits_to_keep_says_nothing_of_the_prompt(name):
+    """Only in assisted decoding do the rows whose logits are requested begin with a draft."""
+    model, one = harden(stock(name), CONFIGS["tokens"]), prompts(padded=False)
+    with torch.no_grad():
+        expected = model(**one).logits
+        for count in (1, 5, 12):
+            assert_rounded(model(**one, logits_to_keep=count).logits, expected[:, -count:], SOME)
+
+
+def test_a_call_that_tells_no_answer_warns_of_the_logits_of_dropped_rows():
+    """They are 0, and the choice saw the whole text; nothing is said where the answer is told, or the last row alone is read."""
+    model, one = harden(stock("llama"), CONFIGS["tokens"]), {name: value[:1] for name, value in prompts().items()}
+    labels = answered()["labels"][:1]
+    with (
+        pytest.warns(UserWarning, match="called without labels.* pass labels that are -100 on its prompt"),
+        torch.no_grad(),
+    ):
+        assert not bool(model(**one).logits.any(-1).all())
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", UserWarning)
+        model(**one, logits_to_keep=1)
+        model(**one, labels=labels)
+        write(model, one, prompt_lookup_num_tokens=2)
+        write(model, one, num_beams=2)
+        with hf_hardattn.soft(model):
+            model(**one)
+        hf_hardattn.verify(model, one)
+        harden(stock("llama"), CONFIGS["keys"])(**one)  # drops keys, and no row
 
 
 # ---------------------------------------------------------------- training
