@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .family import Tower
 
 
+REGRESSION = "regression"  # problem_type of a head that predicts numbers and has no classes
+
+
 def extends(model: nn.Module, names: Iterable[str]) -> bool:
     """Return whether the model's class or one of its bases has one of these names; a user's subclass of a head counts as that head."""
     return not {cls.__name__ for cls in type(model).__mro__}.isdisjoint(names)
@@ -26,6 +29,18 @@ def labels(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
     if found is None or found.is_floating_point():
         return None
     return found.view(-1, 1) if found.dim() == 1 else found
+
+
+def class_scores(config: Any, logits: Tensor) -> Tensor:
+    """Return the score of each class as Transformers' pipelines compute it, fp32 ``[B, C]``.
+
+    The scores are a softmax; for several labels per example or a single class, each is a sigmoid; for a regression, they are the numbers
+    that the head predicts.
+    """
+    task, logits = getattr(config, "problem_type", None), logits.float()
+    if task == REGRESSION:
+        return logits
+    return logits.sigmoid() if task == "multi_label_classification" or logits.shape[-1] == 1 else logits.softmax(-1)
 
 
 def target_table(model: nn.Module) -> Tensor | None:
