@@ -160,16 +160,16 @@ class Recording(list[Selection]):
         return found.scatter_reduce(-1, places, chosen.int(), "amax").bool()
 
     def _stream(self, selection: Selection) -> list[Selection]:
-        """Return the selections that dropped rows of the tower's stream before ``selection`` in the same pass."""
+        """Return the selections that dropped rows of the tower's stream before ``selection``, in the call that ran the tower.
+
+        That is the call of ``selection``. Only cross-attention may read states of an earlier one, such as those of generate()'s encoder.
+        """
         index = next(i for i, other in enumerate(self) if other is selection)
         tower = self.tower(selection.site)
-        found: dict[str, Selection] = {}
-        for other in reversed(list(self)[:index]):
-            if other.site in found or other.site == selection.site and tower == selection.site.split(".")[0]:
-                break  # an earlier pass
-            if other.site.startswith((f"{tower}.inputs", f"{tower}.tokens.")):
-                found[other.site] = other
-        return list(found.values())[::-1]
+        before = [s for s in self[:index] if s.site.startswith((f"{tower}.inputs", f"{tower}.tokens."))]
+        reads_another = tower != selection.site.split(".")[0]
+        call = before[-1].call if before and reads_another else selection.call
+        return [other for other in before if other.call is call]
 
     def summary(self) -> list[dict[str, Any]]:
         """Return one row per site: calls, mean kept ratio, and mean entropy (nats), see ``Recorded``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import evaluate
@@ -16,13 +17,14 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import hf_hardattn
 from hf_hardattn import HardAttentionError, metrics
+from hf_hardattn.functional.patches import noise_like
 from hf_hardattn.inspection import attribution, measures
 from hf_hardattn.inspection.agreement import selection_diff
 from hf_hardattn.inspection.collapse import find_collapse
 from hf_hardattn.inspection.faithfulness import compare, faithfulness, own_sufficiency, plausibility, top
 from hf_hardattn.inspection.perturbation import PerturbationEvaluator
 from hf_hardattn.inspection.sanity import randomised_weights, shuffled
-from hf_hardattn.modeling import layers
+from hf_hardattn.modeling import heads, layers
 
 sys.path.insert(0, str(Path(__file__).parent / "laws"))
 from rounding import SOME, tolerance  # noqa: E402
@@ -165,6 +167,141 @@ def test_attention_that_shares_the_choice_carries_nothing(shared: bool) -> None:
     assert "the encoder's layers (they mixed it into the kept rows)" in report["decoder.cross.0"].statement
     assert ("and later layers read it" in report["encoder.self.0"].statement) is not shared
     assert "through the residual stream (its own row goes on" in report["encoder.self.0"].statement
+
+
+@pytest.mark.parametrize("site", ["decoder.cross.0", "encoder.inputs", "encoder.tokens.0"])
+@pytest.mark.parametrize("architecture", ["t5", "bart", "whisper"])
+def test_an_input_that_the_model_did_not_read_is_not_measured(architecture: Any, site: str) -> None:
+    """With ``encoder_outputs`` the encoder does not run, though what it once read is in the batch."""
+    head = {"t5": "T5", "bart": "Bart", "whisper": "Whisper"}[architecture] + "ForConditionalGeneration"
+    model, batch = example(architecture, head, {site: {"budget": 0.4}, "decoder.cross.1": {"budget": 0.4}})
+    read = [name for name in ("input_ids", "input_features", "attention_mask") if name in batch]
+    with torch.no_grad():
+        batch["encoder_outputs"] = model.get_encoder()(**{name: batch[name] for name in read})
+    report = hf_hardattn.verify(model, batch)
+    assert report.parity_ok and {found.site for found in report.sites} == {site, "decoder.cross.1"}
+    for found in report.sites:
+        assert (found.leak, found.certified, found.overlap) == (None, False, None) and "not measured" in found.statement
+
+
+class Deaf(ViTForImageClassification):
+    """The model runs, and its answer does not depend on it."""
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        return {"logits": torch.zeros_like(super().forward(pixel_values, **kwargs).logits)}
+
+
+def test_an_input_that_does_not_reach_the_output_is_not_measured() -> None:
+    made = build("vit", "ViTForImageClassification")
+    deaf = hf_hardattn.apply(Deaf(made.model.config).eval(), {"sites": {"vision.inputs": {"budget": 3}}})
+    (found,) = hf_hardattn.verify(deaf, {"pixel_values": made.batch["pixel_values"]}).sites
+    assert found.leak is None and not found.certified
+    assert "not measured, because the input of 'vision' did not reach the output" in found.statement
+
+
+SPECIAL = [
+    {"pad_token_id": 0, "bos_token_id": 51, "eos_token_id": 52},  # CLIP's
+    {"pad_token_id": 49, "bos_token_id": 48, "eos_token_id": [51, 52]},  # Llama 3's
+    {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "mask_token_id": 52},
+    {},
+]
+
+
+@pytest.mark.parametrize("special", SPECIAL, ids=str)
+def test_every_replacement_is_another_ordinary_token(special: dict[str, Any]) -> None:
+    """By a loop: nothing stays, no special token is put in, noise is not the constant, and a neighbour is the nearest one there is."""
+    ordinary = heads.ordinary_tokens(SimpleNamespace(vocab_size=53, **special))
+    names = {token for value in special.values() for token in (value if isinstance(value, list) else [value])}
+    assert ordinary.tolist() == [token for token in range(53) if token not in names]
+    ids = torch.randint(0, 53, (4, 60), generator=torch.Generator().manual_seed(7))
+    ids[0], ids[1, :] = (
+        ordinary[0],
+        torch.tensor([51, 52] * 30),
+    )  # nothing but the constant; two tokens, special ones or not
+    dropped = torch.rand(ids.shape, generator=torch.Generator().manual_seed(8)) < 0.8
+    noise, constant, swap = (heads.replace_tokens(ids, dropped, ordinary, how, 7) for how in ("noise", "zero", "swap"))
+    for found in (noise, constant, swap):
+        assert torch.equal(found[~dropped], ids[~dropped]) and (found != ids)[dropped].all()
+        assert torch.isin(found[dropped], ordinary).all()
+    assert (noise != constant)[dropped].all() and len(noise[dropped].unique()) > 30
+    for row, place in dropped.nonzero().tolist():
+        near = [t for t in ids[row].roll(-place).flip(0).tolist() if t != ids[row, place] and t not in names]
+        assert not near or swap[row, place] == near[0]
+
+
+def test_a_vocabulary_without_other_tokens_is_refused() -> None:
+    with pytest.raises(HardAttentionError, match="only 2 tokens of the vocabulary are not special"):
+        heads.replace_tokens(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3) > 0, torch.arange(2), "noise", 0)
+
+
+@pytest.mark.parametrize("eos", [52, 2])  # 2: CLIP pools at the highest id
+def test_a_dropped_bos_of_clip_is_seen(eos: int) -> None:
+    """All rows begin with BOS, which is all that is dropped, behind a layer that mixed it into the others; a text still ends where it did."""
+    torch.manual_seed(0)
+    made = build("clip", "CLIPTextModelWithProjection", bos_token_id=51, eos_token_id=eos)
+    model = hf_hardattn.apply(made.model.eval(), {"sites": {"text.tokens.0": {"budget": 6}}})
+    ids = torch.randint(3, 50, (3, 8))
+    ids[:, 0], ids[:, -1] = 51, 52
+    keep = torch.ones(3, 8, dtype=torch.bool)
+    keep[:, 0] = False
+    family: Any = hf_hardattn.models.family_of(model)
+    with torch.no_grad(), hf_hardattn.replay(model, {"text.tokens.0": keep}):
+        expected = model(input_ids=ids).text_embeds
+        for how in ("noise", "zero", "swap"):
+            batch = family.replace_inputs(model, {"input_ids": ids}, {"text": ~keep}, how, 0)
+            assert (batch["input_ids"][:, 1:] == ids[:, 1:]).all() and (batch["input_ids"] < 52)[:, :-1].all()
+            assert (model(**batch).text_embeds != expected).any(-1).all()
+
+
+def test_noise_is_never_what_was_there() -> None:
+    """A batch may have been drawn from the very seed."""
+    pixels = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert (noise_like(pixels, 0) != pixels).all()
+
+
+@pytest.mark.parametrize("around", ["masked", "sampled", "soft", "configured"])
+def test_verify_says_the_same_inside_any_block(around: str) -> None:
+    """It runs gathered and without drawing, for models of either execution, and says nothing of what a block around it switched off."""
+    sites = {"vision.inputs": {"budget": 5}, "vision.tokens.1": {"budget": 3}, "vision.self.2": {"budget": 2}}
+    model, batch = example("vit", "ViTForImageClassification", sites)
+    expected = hf_hardattn.verify(model, batch)
+    assert [found.leak is not None for found in expected.sites] == [True, True, True]
+    if around == "configured":
+        model, _ = example("vit", "ViTForImageClassification", sites, execution="masked")
+    blocks: dict[str, Any] = {
+        "masked": lambda: hf_hardattn.execution(model, "masked"),
+        "sampled": lambda: hf_hardattn.sampled(model),
+        "soft": lambda: hf_hardattn.soft(model),
+    }
+    with blocks.get(around, nullcontext)():
+        assert hf_hardattn.verify(model, batch) == expected
+        assert any(hf_hardattn.modeling.context.is_soft_now(s) for s in hf_hardattn.selectors(model).values()) == (
+            around == "soft"
+        )
+
+
+@pytest.mark.parametrize("changes", [{"budget": 1.0}, {"budget": 3, "estimator": "soft"}], ids=str)
+def test_nothing_dropped_is_nothing_certified(changes: dict[str, Any]) -> None:
+    model, batch = example("vit", "ViTForImageClassification", ["vision.inputs"], **changes)
+    (found,) = hf_hardattn.verify(model, batch).sites
+    assert found.leak is None and not found.certified and found.kept_ratio == 1.0 and "not measured" in found.statement
+
+
+def test_a_target_in_the_image_is_no_leak() -> None:
+    """Masked image modelling compares its output with the pixels, the dropped ones too."""
+    model, batch = example("vit", "ViTForMaskedImageModeling", {"vision.inputs": {"budget": 3}})
+    assert hf_hardattn.verify(model, batch).sites[0].certified
+
+
+def test_verify_refuses_what_it_cannot_compare() -> None:
+    model, batch = example("vit", "ViTForImageClassification", {"vision.inputs": {"budget": 3}})
+    with pytest.raises(HardAttentionError, match="returned a tuple; verify compares outputs by their names"):
+        hf_hardattn.verify(model, {**batch, "return_dict": False})
+    decoder, _ = example("llama", "LlamaForCausalLM", {"decoder.tokens.0": {"budget": 0.5}})
+    ids = torch.randint(3, 50, (1, 6))
+    cache = decoder(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(HardAttentionError, match="holds past_key_values; every call adds to a cache"):
+        hf_hardattn.verify(decoder, {"input_ids": ids, "past_key_values": cache})
 
 
 # -- broken on purpose -------------------------------------------------------------------------------------------------------------

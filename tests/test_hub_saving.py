@@ -136,6 +136,17 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path, base: Path) -> None:
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("form", ["full", "selectors", "peft"])
+def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path, base: Path, form: str) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "link").symlink_to("thesis.txt")
+    for name in ("thesis.txt", "link"):
+        with pytest.raises(HardAttentionError, match="thesis.txt is a file; .* is written to a folder"):
+            save(hard(form, 0), tmp_path / name, form, base)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "link", "thesis.txt"]
+
+
 def test_selectors_alone_of_a_trained_backbone_are_refused(tmp_path: Path, base: Path) -> None:
     model = hard("full", 0)
     with torch.no_grad():

@@ -103,6 +103,33 @@ def test_masked_and_gathered_tell_the_same_places() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+PASSES = [
+    ("vit", "ViTForImageClassification", ["vision.self.0", "vision.inputs", "vision.self.1", "vision.tokens.1"]),
+    ("bert", "BertForSequenceClassification", ["text.tokens.0", "text.tokens.1"]),
+    ("clip", "CLIPModel", ["text.inputs", "text.tokens.1", "vision.inputs", "vision.tokens.1"]),
+    ("t5", "T5ForConditionalGeneration", ["encoder.inputs", "encoder.tokens.0", "decoder.self.*", "decoder.cross.*"]),
+]
+
+
+@pytest.mark.parametrize(("architecture", "head", "sites"), PASSES)
+def test_each_of_several_passes_tells_its_own_places(architecture: Any, head: str, sites: list[str]) -> None:
+    """Two passes over batches of other lengths, recorded together, tell what each tells when it is recorded alone."""
+    model, batch = example(architecture, head, dict.fromkeys(sites, {"budget": 0.6}))
+    short = {
+        name: value[:, :6].contiguous() if value.dim() == 2 else value
+        for name, value in batch.items()
+        if name != "return_loss"
+    }
+    alone = [recorded(model, one) for one in (batch, short)]
+    with torch.no_grad(), hf_hardattn.record(model) as recording:
+        model(**batch)
+        model(**short)
+    expected = [found.kept(selection) for found in alone for selection in found]
+    assert len(recording) == len(expected)
+    assert all(torch.equal(recording.kept(made), kept) for made, kept in zip(recording, expected, strict=True))
+    assert heat_map(recording).axes
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate_says_what_each_token_read(beams: int) -> None:
     """Teacher-forcing the generated text makes the same choices: the recording of generate(), beam by beam, is the truth."""

@@ -6,6 +6,8 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -203,6 +205,49 @@ def test_what_a_trainer_leaves_beside_a_model_is_left_out(tmp_path: Path) -> Non
     for name in left:
         (tmp_path / name).write_text("x")
     assert list_files(tmp_path) == (["config.json", "model.safetensors"], sorted(left))
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern", "part"),
+    [
+        ("full", "*.safetensors", "model.safetensors"),
+        ("full", "model*", "model.safetensors"),
+        ("full", "config.json", "config.json"),
+        ("sharded", "model-00002*", "model-00002-of-"),
+        ("sharded", "*.index.json", "model.safetensors.index.json"),
+        ("selectors", "selectors.*", "selectors.safetensors"),
+        ("selectors", "hard_attention.json", "hard_attention.json"),
+    ],
+)
+def test_no_part_of_a_model_is_left_out_of_a_push(tmp_path: Path, form: str, pattern: str, part: str) -> None:
+    """Others could not load the rest, and the weights already on the Hub would be taken for stale ones."""
+    options: dict[str, Any] = {"sharded": {"max_shard_size": "20KB"}}.get(form, {})
+    if form == "selectors":
+        options = {"selectors_only": True, "base_model": "ann/base"}
+    hf_hardattn.save(harden(stock()), tmp_path, **options)
+    with pytest.raises(
+        HardAttentionError, match=f"{part}.* of .* is left out, and the repository would hold no whole model"
+    ):
+        hf_hardattn.push(tmp_path, "me/vit", exclude=(pattern,))
+
+
+def test_what_is_left_out_is_named_and_not_removed_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_hardattn.save(harden(stock()), tmp_path)
+    for name in ("notes.txt", "pytorch_model.bin"):
+        (tmp_path / name).write_text("x")
+    there = [SimpleNamespace(rfilename=name) for name in ("pytorch_model.bin", "adapter_model.safetensors")]
+    monkeypatch.setattr(
+        pushing.HfApi, "model_info", lambda *a, **k: SimpleNamespace(private=True, sha="0" * 40, siblings=there)
+    )
+    plan = hf_hardattn.push(tmp_path, "me/vit", exclude=("notes*", "*.bin"))
+    assert plan.files.keys() == {"config.json", "model.safetensors"}
+    assert plan.left_out == ("notes.txt", "pytorch_model.bin") and plan.removed == ("adapter_model.safetensors",)
+    with pytest.raises(HardAttentionError, match=r"--exclude 'tokeniser\*' matches no file of"):
+        hf_hardattn.push(tmp_path, "me/vit", exclude=("notes*", "*.bin", "tokeniser*"))
+    with pytest.raises(HardAttentionError, match=r"is a string; it is a tuple of globs. Use exclude=\('\*.bin',\)"):
+        hf_hardattn.push(tmp_path, "me/vit", exclude="*.bin")  # type: ignore[arg-type]
 
 
 def test_a_dry_run_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

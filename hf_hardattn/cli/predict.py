@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,15 +59,16 @@ def command(
         refuse_unused(context, "split streaming", "for local files, which are read completely")
     bundle.model.to(processes().device)
     predictor = Predictor(bundle, pooling, max_new_tokens)
+    rows = _rows(data, column, split, streaming)
     run = {
         "model": model,
         "data": data,
+        "data_state": _state(data, rows),
         "split": split,
         "budget": kept,
         "pooling": pooling,
         "max_new_tokens": max_new_tokens,
     }
-    rows = _rows(data, column, split, streaming)
     count = predict_collection(predictor, rows, column, output, run=run, batch_size=batch_size, chunk=chunk)
     typer.echo(f"{count:,} rows: {output}")
 
@@ -83,3 +86,18 @@ def _rows(data: str, column: str, split: str, streaming: bool) -> Any:
             f"no column {column!r} in {data}; it has: {', '.join(names)}. Specify another with --column."
         )
     return rows
+
+
+def _state(data: str, rows: Any) -> str:
+    """Return a hash that changes with the data: names, sizes and times of local files, or the addresses of the files on the Hub.
+
+    The files of a stream are not known before it is read; it is told by its name alone.
+    """
+    path = Path(data)
+    found: list[Any]
+    if path.exists():
+        files = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+        found = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    else:
+        found = sorted(rows.info.download_checksums or ())
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()

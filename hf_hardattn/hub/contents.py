@@ -51,6 +51,11 @@ STALE = re.compile(
     r"(model|adapter_model|selectors)\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"
     r"|(adapter_config|hard_attention)\.json|(pytorch|adapter)_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?"
 )
+# The files that make up a model. None is left out of a push: the rest could not be loaded.
+PARTS = re.compile(
+    r"(model|adapter_model|selectors)\.safetensors|model-\d{5}-of-\d{5}\.safetensors"
+    r"|(model\.safetensors\.index|config|adapter_config|hard_attention)\.json"
+)
 
 
 def list_files(
@@ -59,12 +64,16 @@ def list_files(
     """Return the names of the files to push, and of those left out.
 
     Args:
-        exclude: additional globs to leave out. lenient: leave unexpected and unsafe files out instead of refusing them.
-        token: token that no file may contain.
+        exclude: additional globs to leave out; each must match a file.
+        lenient: leave unexpected and unsafe files out instead of refusing them. token: token that no file may contain.
 
     Raises:
-        HardAttentionError: a file is unsafe or unexpected, links out of the folder, or holds an access token.
+        HardAttentionError: a file is unsafe or unexpected, links out of the folder, or holds an access token; a glob matches no file.
     """
+    if isinstance(exclude, str):
+        raise HardAttentionError(
+            f"exclude={exclude!r} is a string; it is a tuple of globs. Use exclude=({exclude!r},)."
+        )
     if not folder.is_dir():
         raise HardAttentionError(f"{folder} is not a folder; save the model first: hf_hardattn.save(model, folder).")
     kept, left, problems = [], [], list[str]()
@@ -91,6 +100,11 @@ def list_files(
             else f"{len(problems)} files of {folder} cannot be pushed: {' '.join(problems)}"
         )
     _check_links(folder, kept)
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in left):
+            raise HardAttentionError(
+                f"--exclude {pattern!r} matches no file of {folder}; what it was to leave out would be pushed. It holds: {', '.join(kept)}."
+            )
     return kept, left
 
 
@@ -143,6 +157,7 @@ def check_hard(folder: Path, files: list[str], soft_too: bool = False) -> str:
         HardAttentionError: the model is soft, its weights are missing or damaged, or its base model is only on this machine.
     """
     source = Source(folder, str(folder))
+    _check_weights(folder, files)
     if selector_only.CONFIG in files:
         content = selector_only.read_selector_file(source)
         tensors.read_header(folder / selector_only.WEIGHTS, source.name)
@@ -175,6 +190,17 @@ def check_hard(folder: Path, files: list[str], soft_too: bool = False) -> str:
                 "Save it with hf_hardattn.save(model, folder)."
             )
     return form
+
+
+def _check_weights(folder: Path, files: list[str]) -> None:
+    """Raise if the folder holds a configuration, weights or shards that are left out: others would get a part of a model."""
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
+    missing = [name for name in names if PARTS.fullmatch(name) and name not in files]
+    if missing:
+        raise HardAttentionError(
+            f"{', '.join(missing)} of {folder} is left out, and the repository would hold no whole model; weights are pushed with their "
+            "configuration. Push without that --exclude, or remove the file from the folder if it is not part of the model."
+        )
 
 
 def _check_base(base: object, where: str) -> None:

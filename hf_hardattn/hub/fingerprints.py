@@ -29,6 +29,14 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_of_all(model: nn.Module) -> str:
+    """Return the sha256 over names, shapes and values of all tensors, selectors included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{list(tensor.shape)}".encode() + _bytes(tensor))
+    return digest.hexdigest()
+
+
 def fingerprint_of_format_1(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     """Return the fingerprint in files of format 1: the sha256 over the set of tensors, without their names.
 

@@ -89,11 +89,11 @@ def push(
         folder: folder written by ``save``. repo_id: ``user/name``; created if it does not exist.
         dry_run: only plan, send nothing. public: create a new repository as public; an existing one is never changed.
         branch: created if it does not exist. tag: tag of the new commit. pull_request: open a pull request instead of committing.
-        exclude: globs of files to leave out. lenient: leave out unexpected files, and also accept a soft model.
+        exclude: globs of files to leave out; each must match one, and none a part of the model. lenient: leave out unexpected files, and also accept a soft model.
         token: token of huggingface_hub's login by default; it is neither stored nor shown.
 
     Raises:
-        HardAttentionError: the files are unsafe or unexpected, the model is soft, the repository has the other visibility, the user may
+        HardAttentionError: the files are unsafe, unexpected or incomplete, the model is soft, the repository has the other visibility, the user may
             not write to it, or the upload was interrupted.
     """
     named = {"repository's name": repo_id, "message": message, "branch": branch, "tag": tag}
@@ -168,7 +168,7 @@ def make_plan(
         private=not public,
         files={name: (folder / name).stat().st_size for name in names},
         left_out=tuple(redact(name, token) for name in left),
-        removed=tuple(sorted(name for name in there if STALE.fullmatch(name) and name not in names)),
+        removed=tuple(sorted(name for name in there if STALE.fullmatch(name) and name not in (*names, *left))),
         branch=branch,
         tag=tag,
         pull_request=pull_request,

@@ -30,9 +30,13 @@ def replaced(folder: Path, what: str, drop: tuple[str, ...] = ()) -> Iterator[Pa
         what: description of the content, for errors.
 
     Raises:
-        HardAttentionError: the disk is full, or the path is not writable; ``folder`` is unchanged.
+        HardAttentionError: ``folder`` is a file, the disk is full, or the path is not writable; what was there is unchanged.
     """
     folder = Path(os.path.realpath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise HardAttentionError(
+            f"{folder} is a file; {what} is written to a folder, and no file is replaced by one. Name another folder, or remove the file."
+        )
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 from accelerate import PartialState
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from pyarrow import parquet
 from tqdm.auto import tqdm
 
 from ..devices import default_device
 from ..errors import HardAttentionError
+from ..hub.fingerprints import fingerprint_of_all
+from ..version import __version__
 from .predictor import Predictor
 
 # Types of the output columns; columns that the prediction does not have are left out.
@@ -59,23 +64,31 @@ def predict_collection(
         The number of rows.
 
     Raises:
-        HardAttentionError: the existing chunks are from another run.
+        HardAttentionError: the existing chunks are from another run, of other data or of another model; another run is writing them; a
+            row cannot be predicted. The rows of a ``Dataset`` of texts are read before the first one is predicted.
     """
     state = processes()
     parts = output.with_name(f"{output.name}.parts")
-    with state.main_process_first():
-        _open_parts(parts, run | {"column": column, "batch_size": batch_size, "chunk": chunk})
-    count = 0
-    mine = (c for c in _chunks(rows, column, chunk))
-    for number, start, inputs in tqdm(mine, "predict", disable=not state.is_main_process, unit="chunk"):
-        count = start + len(inputs)
-        path = parts / f"{number:08d}.parquet"
-        if number % state.num_processes == state.process_index and not path.exists():
-            _write(path, _table(predictor, [_opened(value) for value in inputs], start, batch_size))
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _join(parts, output, -(-count // chunk))
-    state.wait_for_everyone()
+    with ExitStack() as stack:
+        with state.main_process_first():
+            if state.is_main_process:
+                _check_texts(predictor, rows, column, chunk)
+                parts.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(parts))
+                settings = {"column": column, "batch_size": batch_size, "chunk": chunk}
+                _open_parts(parts, run | settings | _versions(predictor, rows))
+        count = 0
+        chunks = _chunks(rows, column, chunk)
+        for number, start, inputs in tqdm(chunks, "predict", disable=not state.is_main_process, unit="chunk"):
+            count = start + len(inputs)
+            path = parts / f"{number:08d}.parquet"
+            if number % state.num_processes == state.process_index and not path.exists():
+                predictor.check(inputs, start)
+                _write(path, _table(predictor, [_opened(value) for value in inputs], start, batch_size))
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _join(parts, output, -(-count // chunk))
+        state.wait_for_everyone()
     return count
 
 
@@ -84,10 +97,43 @@ def processes() -> PartialState:
     return PartialState(cpu=default_device().type == "cpu")
 
 
+@contextmanager
+def _locked(parts: Path) -> Iterator[None]:
+    """Keep other runs out of the folder of chunks. The system ends the lock of a process that ends, in whatever way."""
+    lock = FileLock(parts / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise HardAttentionError(
+            f"{parts} is being written by another run; one run at a time writes an output. Wait until it ends, or name another --output."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _versions(predictor: Predictor, rows: Any) -> dict[str, Any]:
+    """Return what else must be the same when a run is resumed: number of rows, weights with their configuration, and this library."""
+    config = predictor.model.model.config.to_json_string()
+    return {
+        "rows": len(rows) if isinstance(rows, Dataset) else None,
+        "weights": fingerprint_of_all(predictor.model.model),
+        "config": hashlib.sha256(config.encode()).hexdigest(),
+        "hf_hardattn": __version__,
+    }
+
+
+def _check_texts(predictor: Predictor, rows: Any, column: str, size: int) -> None:
+    """Check every text before hours of work; images are not decoded twice, and a stream is read once."""
+    if isinstance(rows, Dataset) and not predictor.model.takes_images:
+        for _, start, inputs in _chunks(rows, column, size):
+            predictor.check(inputs, start)
+
+
 def _open_parts(parts: Path, run: dict[str, Any]) -> None:
-    parts.mkdir(parents=True, exist_ok=True)
     path = parts / "run.json"
-    if not path.exists():
+    if not path.exists() or not any(parts.glob("*.parquet")):  # without a chunk, there is nothing to go on with
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(run, indent=1) + "\n")
         temporary.replace(path)

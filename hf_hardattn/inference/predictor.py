@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import HardAttentionError, unknown
+from ..errors import HardAttentionError, shown, unknown
 from ..functional.pooling import mean_rows
 from ..inspection.model_with_processor import ModelWithProcessor
 from ..inspection.perturbation import choosable
+from ..modeling.heads import class_scores
 from ..recording import Recording, record
 
 POOLINGS = ("mean", "cls")
@@ -36,6 +37,25 @@ class Predictor:
         if self.pooling not in POOLINGS:
             raise unknown("pooling", self.pooling, POOLINGS)
 
+    def check(self, inputs: Sequence[Any], first: int = 0) -> None:
+        """Raise for an input that cannot be predicted; ``first`` is the row of the first input in the collection, from 0.
+
+        Raises:
+            HardAttentionError: an input is not an image, or not a text with a character in it.
+        """
+        for row, value in enumerate(inputs, first):
+            fits = hasattr(value, "convert") if self.model.takes_images else isinstance(value, str)
+            if not fits:
+                wanted = "an image" if self.model.takes_images else "a text"
+                raise HardAttentionError(
+                    f"row {row} (the first is 0) is {shown(value)}; {self.model.name} reads {wanted} in every row. Name another column, or "
+                    "leave the row out."
+                )
+            if not self.model.takes_images and not value.strip():
+                raise HardAttentionError(
+                    f"row {row} (the first is 0) is an empty text; there is nothing to predict. Leave it out."
+                )
+
     def lengths(self, inputs: Sequence[Any]) -> list[int]:
         """Return the number of tokens of each text, or 0 for each image, since images are all of the same length."""
         if self.model.takes_images:
@@ -51,8 +71,9 @@ class Predictor:
         """Predict a batch.
 
         Returns:
-            Columns of B entries: ``label`` and ``score``, or ``text``, or ``embedding``. A hard model adds ``kept`` (positions of the
-            input that are left at its last site, ascending) and ``kept_share`` (their share of the positions it could have kept).
+            Columns of B entries: ``label`` and ``score`` (of the likeliest class, as Transformers' pipelines compute it; the number itself
+            for a regression), or ``text``, or ``embedding``. A hard model adds ``kept`` (positions of the
+            input without padding that are left at its last site, ascending) and ``kept_share`` (their share of the positions it could have kept).
         """
         model = self.model.model
         batch = {name: value.to(model.device) for name, value in self.model.encode(inputs).items()}
@@ -71,7 +92,7 @@ class Predictor:
 
     def _head(self, output: Any, batch: dict[str, Tensor]) -> dict[str, list[Any]]:
         if output.get("logits") is not None and output.logits.dim() == 2:
-            best = output.logits.float().softmax(-1).max(-1)
+            best = class_scores(self.model.model.config, output.logits).max(-1)
             names = self.model.model.config.id2label
             return {"label": [str(names[i]) for i in best.indices.tolist()], "score": best.values.tolist()}
         hidden = output.get("last_hidden_state")
@@ -92,4 +113,8 @@ class Predictor:
             return {}
         kept = recording.kept(recording[sites[-1]][0]).flatten(1, 2).any(1).expand_as(free)
         share = (kept & free).sum(1) / free.sum(1).clamp(min=1)
-        return {"kept": [row.nonzero().flatten().tolist() for row in kept], "kept_share": share.tolist()}
+        # A row's positions are its own: a decoder is padded on the left, by as much as the longest row of the batch demands.
+        mask = batch.get("attention_mask")
+        first = torch.zeros(len(kept), dtype=torch.long, device=kept.device) if mask is None else mask.argmax(1)
+        places = [(row.nonzero().flatten() - start).tolist() for row, start in zip(kept, first, strict=True)]
+        return {"kept": places, "kept_share": share.tolist()}

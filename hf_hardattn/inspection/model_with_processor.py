@@ -19,8 +19,10 @@ from ..config import SiteConfig
 from ..errors import HardAttentionError
 from ..hub.loading import load
 from ..modeling.context import is_soft_now
+from ..modeling.heads import class_scores
 from ..modeling.selector import Selector
 from ..recording import Recording, record, selectors
+from .perturbation import refuse_regression
 
 
 @dataclass
@@ -170,7 +172,8 @@ class ModelWithProcessor:
                 f"{type(self.model).__name__} neither classifies nor generates text, so there is no answer to explain. Save the model with such a head; "
                 "record() shows what any model keeps."
             )
-        probabilities = output.logits[0].float().softmax(-1)
+        refuse_regression(self.model)
+        probabilities = class_scores(self.model.config, output.logits[0])
         best = int(probabilities.argmax())
         return Prediction(str(self.model.config.id2label[best]), float(probabilities[best]), recording, [])
 

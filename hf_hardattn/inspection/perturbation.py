@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import HardAttentionError
 from ..modeling.context import is_soft_now
+from ..modeling.heads import REGRESSION, class_scores
 from ..models import family_of
 from ..modes import evaluating
 from ..recording import record, replay, selectors
@@ -21,11 +22,11 @@ NOT_INPUTS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 class PerturbationEvaluator:
     """Compute ``p(y^ | part of the input)`` of a model on a batch, where y^ is its own answer to the whole input.
 
-    The answer is the class of a classifier, or the text that a model generates greedily. The probability of a text is the geometric
+    The answer is the class of a classifier (of several labels, the likeliest), or the text that a model generates greedily. The probability of a text is the geometric
     mean of the probabilities of its tokens. The model runs in evaluation mode, without gradient.
 
     Args:
-        model: a hard or soft model that classifies or generates text.
+        model: a hard or soft model that classifies or generates text; a regression has no answer with a probability.
         batch: keyword inputs; labels in it are ignored.
         removal: ``"select"`` computes on the given part only, through the model's ``inputs`` site: the rest is removed.
             ``"replace"`` greys patches (0, the mean of normalised pixels) and masks tokens. None uses ``select`` if the model
@@ -91,9 +92,10 @@ class PerturbationEvaluator:
         batch = self.batch if batch is None else batch
         with evaluating(self.model):
             output = self.model(**(self._answered(batch) if self.goes_on else batch))
-        logs = _logits(self.model, output).float().log_softmax(-1)
+        logits = _logits(self.model, output)
         if self.answer.dim() == 1:
-            return logs.gather(-1, self.answer[:, None])[:, 0].exp()
+            return class_scores(self.model.config, logits).gather(-1, self.answer[:, None])[:, 0]
+        logs = logits.float().log_softmax(-1)
         logs = logs[:, -self.steps : -1] if self.tower == "vision" or self.goes_on else logs
         tokens = logs.gather(-1, self.answer[:, :, None])[..., 0] * self.counted
         return (tokens.sum(-1) / self.counted.sum(-1).clamp(min=1)).exp()
@@ -101,6 +103,7 @@ class PerturbationEvaluator:
     def _ask(self, answer_tokens: int) -> None:
         """Determine the answer; a generated text becomes the decoder's input, so that one forward pass scores it."""
         if not self.model.can_generate():
+            refuse_regression(self.model)
             logits = _logits(self.model, self.model(**self.batch))
             if logits.dim() != 2:
                 raise HardAttentionError(
@@ -160,6 +163,15 @@ def choosable(model: nn.Module, batch: Mapping[str, Any]) -> tuple[str, Tensor, 
     protected = torch.zeros_like(rows) if always is None else always
     free = rows & ~protected if valid is None else rows & ~protected & valid
     return tower, free, protected
+
+
+def refuse_regression(model: Any) -> None:
+    """Raise for a head that predicts numbers: nothing tells how probable a number is."""
+    if getattr(model.config, "problem_type", None) == REGRESSION:
+        raise HardAttentionError(
+            f"{type(model).__name__} predicts a number (problem_type='regression'), which has no probability; what is measured or explained "
+            "is the answer of a classifier or a text. 'hf-hardattn predict' writes the numbers, and record() what is kept."
+        )
 
 
 def _logits(model: Any, output: Any) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HardAttentionError
+from ..modeling.context import without_modes
 from ..modeling.plan import FOLLOWS
 from ..models import family_of
 from ..modes import evaluating, execution
@@ -26,9 +28,9 @@ class SiteReport:
 
     Attributes:
         site: its name.
-        kept_ratio: mean kept share of the valid candidates.
+        kept_ratio: mean kept share of the valid candidates; 1.0 if the site chose nothing.
         leak: largest change of any output over all replacements of the dropped positions; None if it was not measured.
-        certified: whether the outputs stayed bit-identical under every replacement.
+        certified: whether something was dropped, and the outputs stayed bit-identical under every replacement of it.
         statement: the same as a sentence.
         overlap: Jaccard index of the positions kept before and after the dropped ones were replaced, if the site is free to choose
             again, in [0, 1]; the lowest over all replacements, mean over rows; None if it was not measured.
@@ -89,19 +91,24 @@ def verify(model: nn.Module, batch: Mapping[str, Any], *, tolerance: float = 1e-
 
     1. Parity: masked and gathered execution give the same outputs.
     2. Certificate: every input token or patch that a site dropped is replaced by noise, by a constant and by its neighbour, while the
-       selection is held fixed. At ``inputs`` sites the outputs must stay bit-identical. At other sites the leak is measured: earlier
-       layers and the residual stream may have carried the dropped content on.
+       selection is held fixed. At ``inputs`` sites the outputs, apart from the loss (a target may be the image itself), must stay
+       bit-identical. At other sites the leak is measured: earlier layers and the residual stream may have carried the dropped content on.
     3. End to end: the scorer read the dropped positions before it chose. If the selection is free to change, how many other positions
        are kept, and how many answers change?
 
+    A site is not measured if it dropped nothing, or if replacing all its candidates changes nothing: the batch then gives the result of
+    the tower (``encoder_outputs``), or the output does not depend on it.
+
     Args:
-        model: hard model; it runs in evaluation mode, and its mode is restored afterwards.
+        model: hard model. It runs in evaluation mode and gathered, whatever blocks (``soft``, ``sampled``, ``execution`` ...) are around
+            the call; all modes are restored afterwards.
         batch: keyword inputs of its forward.
         tolerance: of parity, absolute.
         seed: of the noise.
 
     Raises:
-        HardAttentionError: no sites; a row that is all padding. A failure of parity or of a certificate is reported and NOT raised.
+        HardAttentionError: no sites; a row that is all padding; a cache in the batch; an output without names. A failure of parity or of a
+            certificate is reported and NOT raised.
     """
     model = unwrap(model)
     refuse_other_than_batch(batch, "verify")
@@ -110,70 +117,137 @@ def verify(model: nn.Module, batch: Mapping[str, Any], *, tolerance: float = 1e-
         raise HardAttentionError(
             f"{type(model).__name__} has no hard-attention sites to verify; load it with hard_attention=... or call apply()."
         )
+    _check_batch(batch)
+    with without_modes(), evaluating(model), execution(model, "gathered"):
+        with record(model) as selections, _noting_runs(family.towers(model)) as ran:
+            gathered = _tensors(model(**batch))
+        with execution(model, "masked"):
+            masked = _tensors(model(**batch))
+        parity = _difference(gathered, masked)
+        given = {tower: rows for tower, rows in family.input_rows(model, batch).items() if tower in ran}
+        trial = _Trial(model, family, dict(batch), selections, given, seed)
+        sites = [trial.report(site) for site in dict.fromkeys([*selections.sites, *selectors(model)])]
+    return Report(parity, parity <= tolerance, sites)
+
+
+def _check_batch(batch: Mapping[str, Any]) -> None:
     mask = batch.get("attention_mask")
     if mask is not None and mask.dim() == 2 and not bool(mask.any(-1).all()):
         row = int((~mask.bool().any(-1)).nonzero()[0])
         raise HardAttentionError(
             f"row {row} of attention_mask is all padding; a budget needs at least one valid position in each row. Drop the row."
         )
-    with evaluating(model):
-        with record(model) as selections, execution(model, "gathered"):
-            gathered = _tensors(model(**batch))
-        with execution(model, "masked"):
-            masked = _tensors(model(**batch))
-        parity = _difference(gathered, masked)
-        sites = [_site(model, family, batch, selections, site, seed) for site in selections.sites]
-    return Report(parity, parity <= tolerance, sites)
-
-
-def _site(
-    model: nn.Module, family: Any, batch: Mapping[str, Any], selections: Recording, site: str, seed: int
-) -> SiteReport:
-    made = selections[site][0]
-    kept_ratio = float(torch.stack([s.kept_ratio.float().mean() for s in selections[site]]).mean())
-    kind, tower = site.split(".")[1], selections.tower(site)
-    lengths = family.input_rows(model, batch)
-    if tower not in lengths:
-        sentence = f"{site}: keeps {kept_ratio:.1%}; not measured, because the model makes the candidates itself"
-        return SiteReport(site, kept_ratio, None, False, sentence)
-    candidates, kept = (
-        places.expand(lengths[tower].shape[0], -1, -1, -1).flatten(1, 2).any(1)
-        for places in (selections.candidates(made), selections.kept(made))
-    )
-    dropped = candidates & ~kept & lengths[tower]
-    if kept_ratio < 1.0 and not bool(dropped.any()):
-        why = "because each position is kept by some query or head"
-        return SiteReport(site, kept_ratio, None, False, f"{site}: keeps {kept_ratio:.1%}; not measured, {why}")
-    # Nothing is replaced, but the tensors are written in the same way: a different memory layout can change a convolution's last bits.
-    same = family.replace_inputs(model, dict(batch), {tower: torch.zeros_like(dropped)}, "zero", seed)
-    with replay(model, selections):
-        reference = _tensors(model(**same))
-    leak, rows = 0.0, torch.zeros(len(dropped), dtype=torch.bool)
-    overlap, answers = 1.0, None
-    for how in REPLACEMENTS:
-        changed = family.replace_inputs(model, dict(batch), {tower: dropped}, how, seed)
-        with replay(model, selections):
-            output = _tensors(model(**changed))
-        leak = max(leak, _difference(reference, output))
-        rows |= _changed_rows(reference, output, len(dropped))
-        with record(model) as again:
-            free = _tensors(model(**changed))
-        overlap = min(overlap, _overlap(selections, again, site))
-        answers = _most(answers, _changed_answers(reference, free, len(dropped)))
-    if leak == 0.0:
-        finding = "cannot influence the output" if kind == "inputs" else "did not influence the output in this batch"
-        verdict = f"{finding}: it is bit-identical when {REPLACED}"
-    elif kind == "inputs":
-        verdict = f"LEAK: they change the output by {leak:.2g}, which is a bug"
-    else:
-        through = _channel(site, tower, _shared(model, family, site))
-        verdict = (
-            f"still change the output by up to {leak:.2g} in {int(rows.sum())} of {len(rows)} rows, through {through}"
+    if batch.get("past_key_values") is not None:
+        raise HardAttentionError(
+            "the batch of verify holds past_key_values; every call adds to a cache, and verify makes several. Give the whole input."
         )
-    sentence = (
-        f"{site}: keeps {kept_ratio:.1%}. Given this selection, the {int(dropped.sum())} dropped positions {verdict}"
-    )
-    return SiteReport(site, kept_ratio, leak, leak == 0.0, sentence, overlap, answers)
+
+
+@contextmanager
+def _noting_runs(towers: Mapping[str, Any]) -> Iterator[set[str]]:
+    """Yield a set of the names of the towers that run inside the block."""
+    ran: set[str] = set()
+    hooks = [
+        tower.module.register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name, tower in towers.items()
+    ]
+    try:
+        yield ran
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass
+class _Trial:
+    """What the sites of one model are measured with.
+
+    Attributes:
+        selections: of one pass over ``batch``. given: towers that read an input in that pass, with its rows, bool ``[B, N]``.
+    """
+
+    model: nn.Module
+    family: Any
+    batch: dict[str, Any]
+    selections: Recording
+    given: dict[str, Tensor]
+    seed: int
+
+    def report(self, site: str) -> SiteReport:
+        """Return the report of one site."""
+        if site not in self.selections.sites:
+            return _unmeasured(site, 1.0, "because it chose nothing in this batch")
+        made, tower = self.selections[site][0], self.selections.tower(site)
+        kept_ratio = float(torch.stack([s.kept_ratio.float().mean() for s in self.selections[site]]).mean())
+        if tower not in self.given:
+            return _unmeasured(site, kept_ratio, "because its candidates are computed, not read from the batch")
+        rows = self.given[tower]
+        candidates, kept, chosen = (
+            places.expand(len(rows), -1, -1, -1).flatten(1, 2).any(1) & rows
+            for places in (
+                self.selections.candidates(made),
+                self.selections.kept(made),
+                self.selections.kept(made, choice=True),
+            )
+        )
+        dropped = candidates & ~kept
+        if not bool(dropped.any()):
+            why = (
+                "it dropped nothing in this batch"
+                if kept_ratio == 1.0
+                else "each position is kept by some query or head"
+            )
+            return _unmeasured(site, kept_ratio, f"because {why}")
+        # Nothing is replaced, but the tensors are written in the same way: a different memory layout can change a convolution's last bits.
+        reference = self.replayed(self.replaced(tower, torch.zeros_like(dropped), "zero"))
+        if _difference(reference, self.replayed(self.replaced(tower, dropped | chosen, "noise"))) == 0.0:
+            return _unmeasured(
+                site, kept_ratio, f"because the input of '{tower}' did not reach the output in this batch"
+            )
+        return self.measure(site, tower, dropped, kept_ratio, reference)
+
+    def measure(
+        self, site: str, tower: str, dropped: Tensor, kept_ratio: float, reference: Mapping[str, Tensor]
+    ) -> SiteReport:
+        """Return the report of a site that dropped ``dropped``, bool ``[B, N]``, of its tower's input."""
+        leak, rows = 0.0, torch.zeros(len(dropped), dtype=torch.bool)
+        overlap, answers = 1.0, None
+        for how in REPLACEMENTS:
+            changed = self.replaced(tower, dropped, how)
+            output = self.replayed(changed)
+            leak = max(leak, _difference(reference, output))
+            rows |= _changed_rows(reference, output, len(dropped))
+            with record(self.model) as again:
+                free = _tensors(self.model(**changed))
+            overlap = min(overlap, _overlap(self.selections, again, site))
+            answers = _most(answers, _changed_answers(reference, free, len(dropped)))
+        kind = site.split(".")[1]
+        if leak == 0.0:
+            finding = (
+                "cannot influence the output" if kind == "inputs" else "did not influence the output in this batch"
+            )
+            verdict = f"{finding}: it is bit-identical when {REPLACED}"
+        elif kind == "inputs":
+            verdict = f"LEAK: they change the output by {leak:.2g}, which is a bug"
+        else:
+            through = _channel(site, tower, _shared(self.model, self.family, site))
+            verdict = f"still change the output by up to {leak:.2g} in {int(rows.sum())} of {len(rows)} rows, through {through}"
+        sentence = f"{site}: keeps {kept_ratio:.1%}. Given this selection, the {int(dropped.sum())} dropped positions {verdict}"
+        return SiteReport(site, kept_ratio, leak, leak == 0.0, sentence, overlap, answers)
+
+    def replaced(self, tower: str, places: Tensor, how: str) -> dict[str, Any]:
+        """Return the batch with these places of a tower's input replaced."""
+        found: dict[str, Any] = self.family.replace_inputs(self.model, self.batch, {tower: places}, how, self.seed)
+        return found
+
+    def replayed(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the outputs, apart from the loss, under the recorded selections."""
+        with replay(self.model, self.selections):
+            output = _tensors(self.model(**batch))
+        return {name: value for name, value in output.items() if name != "loss"}
+
+
+def _unmeasured(site: str, kept_ratio: float, why: str) -> SiteReport:
+    return SiteReport(site, kept_ratio, None, False, f"{site}: keeps {kept_ratio:.1%}; not measured, {why}")
 
 
 def _overlap(selections: Recording, again: Recording, site: str) -> float:
@@ -229,6 +303,10 @@ def _layers(last: int) -> str:
 
 def _tensors(output: Any) -> dict[str, Tensor]:
     """Return the floating-point tensors among the model's outputs, by name."""
+    if not isinstance(output, Mapping):
+        raise HardAttentionError(
+            f"the model returned a {type(output).__name__}; verify compares outputs by their names. Leave out return_dict=False."
+        )
     return {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
 
 

@@ -94,6 +94,17 @@ def active(mode: Mode) -> Iterator[None]:
         _MODES.set(tuple(other for other in _MODES.get() if other is not mode))
 
 
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """Switch off, inside the block, every mode that this thread has switched on around it."""
+    before = _MODES.get()
+    _MODES.set(())
+    try:
+        yield
+    finally:
+        _MODES.set(before)
+
+
 def _enter_eager() -> None:
     global _eager_blocks, _eager_stance
     with _stance_lock:
@@ -136,6 +147,7 @@ class ForwardContext:
         terms: the terms that the estimators added to the task loss; None if they added nothing.
         selectors: the model's selectors by site, in a training call. Finding them takes a walk through all modules, so it is done once
             per step.
+        call: what a recording knows this call by; None until a selection is recorded. Recordings outlive the context and do not hold it.
     """
 
     def __init__(self, owner: nn.Module | None = None):
@@ -157,6 +169,7 @@ class ForwardContext:
         self.finished = False
         self.terms: Tensor | None = None
         self.selectors: dict[str, Selector] = {}
+        self.call: object | None = None
 
     def settings(self, selector: Selector) -> Settings:
         """Return the settings of ``selector`` in this call."""
@@ -193,6 +206,8 @@ class ForwardContext:
         if self.finished:
             return
         self.selections.append(selection)
+        if settings.recorders:
+            selection.call = self.call = self.call or object()
         for recorder, site in settings.recorders:
             recorder.add(selection, site)
 

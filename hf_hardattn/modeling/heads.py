@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import HardAttentionError
 from ..functional.patches import replace_patches
 
 if TYPE_CHECKING:
     from .family import Tower
+
+
+REGRESSION = "regression"  # problem_type of a head that predicts numbers and has no classes
 
 
 def extends(model: nn.Module, names: Iterable[str]) -> bool:
@@ -25,6 +29,18 @@ def labels(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
     if found is None or found.is_floating_point():
         return None
     return found.view(-1, 1) if found.dim() == 1 else found
+
+
+def class_scores(config: Any, logits: Tensor) -> Tensor:
+    """Return the score of each class as Transformers' pipelines compute it, fp32 ``[B, C]``.
+
+    The scores are a softmax; for several labels per example or a single class, each is a sigmoid; for a regression, they are the numbers
+    that the head predicts.
+    """
+    task, logits = getattr(config, "problem_type", None), logits.float()
+    if task == REGRESSION:
+        return logits
+    return logits.sigmoid() if task == "multi_label_classification" or logits.shape[-1] == 1 else logits.softmax(-1)
 
 
 def target_table(model: nn.Module) -> Tensor | None:
@@ -88,7 +104,7 @@ def replace_inputs(
         size = patch_size(tower.config)
         return {"pixel_values": replace_patches(batch["pixel_values"], patches, size, how, seed)}
     ids = batch[tower.spec.inputs]
-    return {tower.spec.inputs: replace_tokens(ids, dropped, tower.config, how, seed)}
+    return {tower.spec.inputs: replace_tokens(ids, dropped, ordinary_tokens(tower.config), how, seed)}
 
 
 def input_rows(tower: Tower, batch: Any) -> Tensor | None:
@@ -116,18 +132,53 @@ def patch_size(config: Any) -> tuple[int, int]:
     return (patch, patch) if isinstance(patch, int) else tuple(patch)
 
 
-def replace_tokens(ids: Tensor, dropped: Tensor, config: Any, how: str, seed: int) -> Tensor:
-    """Replace the dropped tokens ``[B, N]`` by random tokens, the first ordinary token, or their neighbour."""
-    special = (config.pad_token_id, config.eos_token_id, getattr(config, "bos_token_id", None))
-    lowest = max(token for token in (0, *special) if isinstance(token, int) and token < config.vocab_size - 1) + 1
+def ordinary_tokens(config: Any) -> Tensor:
+    """Return the ids of the vocabulary that the configuration does not name as special (``eos_token_id`` ...), int64 ``[V]``, ascending."""
+    special: set[int] = set()
+    for name, value in vars(config).items():
+        if name.endswith(("_token_id", "_token_index")) and value is not None:
+            special.update(value if isinstance(value, (list, tuple)) else [value])
+    return torch.tensor([token for token in range(config.vocab_size) if token not in special])
+
+
+def replace_tokens(ids: Tensor, dropped: Tensor, ordinary: Tensor, how: str, seed: int) -> Tensor:
+    """Replace the dropped tokens, int64 ``[B, N]``, by ordinary ones: random tokens, always the same token, or their neighbours.
+
+    A replacement is never the token that was there, and the random token is never the constant one.
+
+    Args:
+        ordinary: ids that may be put in, int64 ``[V]``, ascending, V >= 3.
+    """
+    ordinary = ordinary.to(ids.device)
+    if how == "swap":
+        return torch.where(dropped, _neighbours(ids, ordinary, seed), ids)
+    if how == "zero":
+        return torch.where(dropped, torch.where(ids == ordinary[0], ordinary[1], ordinary[0]), ids)
+    return torch.where(dropped, _other_tokens(ids, ordinary, seed), ids)
+
+
+def _other_tokens(ids: Tensor, ordinary: Tensor, seed: int) -> Tensor:
+    """Return random ordinary tokens: neither the one that is there nor the one that replaces it as the constant."""
+    if len(ordinary) < 3:
+        raise HardAttentionError(
+            f"only {len(ordinary)} tokens of the vocabulary are not special; to replace a token, there must be 3. Use a larger vocabulary."
+        )
+    # The constant is ordinary[0], or ordinary[1] where ordinary[0] was: of the two excluded places, one is always 0.
+    excluded = torch.searchsorted(ordinary, ids.contiguous()).clamp(1, len(ordinary) - 1)
     generator = torch.Generator().manual_seed(seed)
-    if how == "noise":
-        other = torch.randint(lowest, config.vocab_size, ids.shape, generator=generator).to(ids)
-    elif how == "zero":
-        other = torch.full_like(ids, lowest)
-    else:
-        other = ids.roll(1, 1).clamp(min=lowest)
-    return torch.where(dropped, other, ids)
+    drawn = torch.randint(1, len(ordinary) - 1, ids.shape, generator=generator).to(ids.device)
+    return ordinary[drawn + (drawn >= excluded)].to(ids)
+
+
+def _neighbours(ids: Tensor, ordinary: Tensor, seed: int) -> Tensor:
+    """Return the nearest token to the left, around the end, that is ordinary and another one; a random token if a row has none."""
+    found, missing = _other_tokens(ids, ordinary, seed), torch.ones_like(ids, dtype=torch.bool)
+    usable = torch.isin(ids, ordinary)
+    for distance in range(1, ids.shape[1]):
+        near = ids.roll(distance, 1)
+        fits = missing & (near != ids) & usable.roll(distance, 1)
+        found, missing = torch.where(fits, near, found), missing & ~fits
+    return found
 
 
 # ---------------------------------------------------------------- models that generate

@@ -36,7 +36,10 @@ class Selection:
         positions: int64 ``[B, N]`` or None; position of each candidate in the tower's input, if earlier sites dropped some.
         counted: the number of kept positions of a row is known only from the choice, because the scores or a replay determine it.
         lengths: number of kept positions of each of the B rows (H = Q = 1), if the host had to read them; None otherwise.
+        call: an object that all recorded selections of one call of the model share; None if it was not recorded.
     """
+
+    call: object | None = None
 
     def __init__(
         self,

@@ -29,13 +29,12 @@ def replace_inputs(
     model: nn.Module, tower: Tower, batch: dict[str, Any], dropped: Tensor, how: str, seed: int
 ) -> dict[str, Any]:
     """Return the changed inputs of one tower; a text still ends in the same position, because it is pooled there."""
-    changed = heads.replace_inputs(model, tower, batch, dropped, how, seed)
-    if tower.name != "text":
-        return changed
+    if tower.name != "text" or tower.module.eos_token_id != LEGACY_EOS:
+        return heads.replace_inputs(model, tower, batch, dropped, how, seed)
     ids: Tensor = batch["input_ids"]
     end = end_of_text(tower.module, Arguments(("input_ids",), (ids,), {}))
-    last = ids[end].unsqueeze(-1) - 1
-    return {"input_ids": torch.where(dropped, torch.minimum(changed["input_ids"], last), ids)}
+    ordinary = heads.ordinary_tokens(tower.config)
+    return {"input_ids": heads.replace_tokens(ids, dropped, ordinary[ordinary < ids[end].min().item()], how, seed)}
 
 
 ATTENTION = AttentionSpec(output="out_proj", scale="scale", dropout="dropout")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..functional.patches import noise_like
 from ..modeling import heads
 from ..modeling.family import Tower
 from ..modeling.spec import TowerSpec
@@ -31,7 +32,7 @@ def replace_inputs(
         return heads.replace_inputs(model, tower, batch, dropped, how, seed)
     patches: Tensor = batch[PATCHES]
     if how == "noise":
-        other = torch.randn(patches.shape, generator=torch.Generator().manual_seed(seed)).to(patches)
+        other = noise_like(patches, seed)
     else:
         other = torch.zeros_like(patches) if how == "zero" else patches.roll(1, 1)
     return {PATCHES: torch.where(dropped.unsqueeze(-1), other, patches)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HardAttentionError
+from ..functional.patches import noise_like
 from ..modeling.family import Tower
 from ._bart import bart_like
 
@@ -33,7 +34,7 @@ def replace_inputs(
     kept[:, 1::STRIDE] = 0.0  # a frame is at the first of its columns
     read = nn.functional.max_pool1d(kept[:, None], 2 * REACH + 1, stride=1, padding=REACH) > 0
     if how == "noise":
-        other = torch.randn(features.shape, generator=torch.Generator().manual_seed(seed)).to(features)
+        other = noise_like(features, seed)
     else:
         other = torch.zeros_like(features) if how == "zero" else features.roll(1, -1)
     return {"input_features": torch.where(read, features, other)}
