@@ -10,6 +10,7 @@ import html
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from . import models
 from .budget import BudgetLike
 from .config import HardAttentionConfig
-from .errors import HardAttentionError
+from .errors import HardAttentionError, unknown
 from .losses.training_loss import TERMS
 from .modeling.attach import attach, detach, place
+from .modeling.attached import followed, site_configs
+from .modeling.build import kinds_of, shared_choices
 from .modeling.context import is_soft_now
 from .modeling.family import Family
 from .modeling.model_config import remove_config
@@ -146,13 +149,14 @@ def set_budget(model: Model, budget: BudgetLike | Mapping[str, BudgetLike]) -> M
     """Change how much the sites of a model keep; trained selectors are preserved.
 
     Args:
-        budget: one budget for all sites, or a dict from site name to budget.
+        budget: one budget for all sites, or a dict from site name to budget. Sites that share a choice are named by the first one.
 
     Returns:
         ``model``.
 
     Raises:
-        HardAttentionError: if a budget is out of range, or the model does not have a site.
+        HardAttentionError: if a budget is out of range, the model does not have a site, or two selectors with ``share_selection`` would
+            become one.
     """
     inner: Any = unwrap(model)
     known = selectors(inner)
@@ -160,15 +164,28 @@ def set_budget(model: Model, budget: BudgetLike | Mapping[str, BudgetLike]) -> M
         raise HardAttentionError(
             f"{type(inner).__name__} has no hard-attention sites; load it with hard_attention=... or call apply()."
         )
+    towers = family_or_refuse(inner).towers(inner)
     config = HardAttentionConfig.parse(inner.config.hard_attention)
-    wanted = budget if isinstance(budget, Mapping) and set(budget) <= set(known) else dict.fromkeys(known, budget)
-    sites = {site: dict(_overrides(config, site), budget=value) for site, value in wanted.items()}
-    kept = {pattern: overrides for pattern, overrides in (config.sites or {}).items() if pattern not in sites}
-    return apply(model, config.replace(sites={**kept, **sites}))
-
-
-def _overrides(config: HardAttentionConfig, site: str) -> dict[str, Any]:
-    return dict((config.sites or {}).get(site, {}))
+    by_site = isinstance(budget, Mapping) and any("." in str(name) for name in budget)
+    if not by_site:
+        config = config.replace(budget=budget)
+    wanted: Any = budget if by_site else dict.fromkeys(known, budget)
+    for site in wanted:
+        if site not in known:
+            raise unknown("site", site, known, type(inner).__name__)
+    leaders, sites = followed(towers), site_configs(towers)
+    for site, before in sites.items():
+        leader = leaders.get(site, site)
+        if leader in wanted:
+            sites[site] = replace(before, budget=wanted[leader])
+    merged = sorted(shared_choices(sites, kinds_of(towers)).items() - leaders.items())
+    if merged:
+        site, leader = merged[0]
+        raise HardAttentionError(
+            f"budget={sites[site].budget!r} at '{site}' is that of '{leader}', whose choice it would share (share_selection=True), and "
+            "its own selector would be lost. Give them different budgets, or call apply() with the new configuration."
+        )
+    return apply(model, config.naming(sites))
 
 
 class Status(str):

@@ -147,11 +147,13 @@ def read_selector_file(source: Source) -> SelectorFile:
     return SelectorFile(**data)
 
 
-def load_selectors(source: Source, hub: dict[str, Any], change: Any, verify_base: bool, **kwargs: Any) -> Any:
+def load_selectors(
+    source: Source, hub: dict[str, Any], given: HardAttentionConfig | None, verify_base: bool, **kwargs: Any
+) -> Any:
     """Load the base model that a selector repository names, and add the selectors.
 
     Args:
-        hub: token, cache_dir, local_files_only for the base model. change: function that changes the configuration (a budget override).
+        hub: token, cache_dir, local_files_only for the base model. given: configuration that replaces the saved one.
 
     Raises:
         HardAttentionError: tensors are missing, superfluous, of another shape or not finite, or the base model has other weights.
@@ -163,7 +165,7 @@ def load_selectors(source: Source, hub: dict[str, Any], change: Any, verify_base
     base = fetch(content.base_model, content.base_revision, **hub, remote_only=source.revision is not None)
     base_header = headers(base)
     config, _ = read_model_config(base, base_header)
-    config.hard_attention = change(read_config(content.hard_attention, where)).to_dict()
+    config.hard_attention = (given or read_config(content.hard_attention, where)).to_dict()
     model, missing = build(base, config, cls, base_header, **kwargs)
     wanted = dict(named_tensors(model))
     inside = {id(tensor) for tensor in wanted.values()}
