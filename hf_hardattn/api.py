@@ -21,6 +21,7 @@ from .budget import BudgetLike
 from .config import HardAttentionConfig
 from .errors import HardAttentionError, unknown
 from .losses.training_loss import TERMS
+from .modeling.adapters import hold_in_adapters
 from .modeling.attach import attach, detach, place
 from .modeling.attached import followed, site_configs
 from .modeling.build import kinds_of, shared_choices
@@ -114,6 +115,7 @@ def attach_to(
         module: Any
         for module in selector.modules():  # loaded later or trained: Transformers must not initialise it again
             module._is_hf_initialized = True
+    hold_in_adapters(model, built.values())
     return built
 
 
