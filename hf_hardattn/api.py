@@ -33,7 +33,7 @@ from .modeling.remaining import hardly_meant, mixed_kinds, remaining, seldom_fas
 from .modeling.selector import Selector
 from .modes import all_selectors, selectors_or_refuse
 from .recording import selectors
-from .unwrapping import unwrap
+from .unwrapping import refuse_without_config, unwrap
 
 REWARD = "_hard_attention_reward"
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,7 +51,7 @@ def apply(
     configuration leaves the model as it was.
 
     Args:
-        model: a supported model with any head, or your own module around one.
+        model: a supported model with any head, or your own ``PreTrainedModel`` around one.
         config: a ``HardAttentionConfig`` or its dict; None uses the defaults at the recommended sites.
         reward: see ``set_reward``.
 
@@ -62,6 +62,7 @@ def apply(
         HardAttentionError: if the model is not supported, or a site does not exist.
     """
     inner = unwrap(model)
+    refuse_without_config(inner)
     built = attach_to(inner, HardAttentionConfig.parse(config if config is not None else {}), fresh=True)
     _warn_of_lonely_selectors(model, built)
     if reward is not None:
@@ -166,6 +167,7 @@ def set_budget(model: Model, budget: BudgetLike | Mapping[str, BudgetLike]) -> M
         raise HardAttentionError(
             f"{type(inner).__name__} has no hard-attention sites; load it with hard_attention=... or call apply()."
         )
+    refuse_without_config(inner)
     towers = family_or_refuse(inner).towers(inner)
     config = HardAttentionConfig.parse(inner.config.hard_attention)
     by_site = isinstance(budget, Mapping) and any("." in str(name) for name in budget)
@@ -242,11 +244,22 @@ def _how_it_runs(selector: Selector) -> str:
 
 
 def set_step(model: nn.Module, step: int, steps: int | None = None) -> None:
-    """Set the optimizer step, counted from 0, that schedules follow; ``HardAttentionCallback`` does it for the Trainer.
+    """Set the optimizer step that schedules follow; ``HardAttentionCallback`` does it for the Trainer.
+
+    A model without hard attention has no schedules and is left as it is, so that one training loop serves both.
 
     Args:
-        steps: total number of training steps; needed by schedules (and recipes) whose length is a share of the training.
+        step: int >= 0.
+        steps: total number of training steps, int >= 1; needed by schedules (and recipes) whose length is a share of the training.
+
+    Raises:
+        HardAttentionError: if ``step`` or ``steps`` is not such a number.
     """
+    for name, value, least in (("step", step, 0), ("steps", 1 if steps is None else steps, 1)):
+        if not isinstance(value, int) or value < least:
+            raise HardAttentionError(
+                f"{name}={value!r} is not a number of optimizer steps in set_step; it is an int >= {least}."
+            )
     selector: Any
     for selector in all_selectors(model):
         selector.step, selector.steps = step, steps or selector.steps

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
+from ..modeling.model_config import refuse_edited_config
 from ..recording import selectors
 from ..version import __version__
 from .building import build, headers, model_class, read_model_config
@@ -53,6 +54,7 @@ class SelectorFile:
 
 def write_selectors(model: Any, folder: Path, base_model: str, base_revision: str | None) -> None:
     """Write ``hard_attention.json`` and ``selectors.safetensors``."""
+    refuse_edited_config(model)
     content = SelectorFile(
         base_model=base_model,
         base_revision=base_revision,

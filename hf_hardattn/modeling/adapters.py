@@ -74,7 +74,7 @@ def hold_in_adapters(model: Any, selectors: Collection[Selector]) -> None:
     from peft.utils import ModulesToSaveWrapper
 
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
-    active = next((layer.active_adapters for layer in layers), [])
+    active: list[str] = next((layer.active_adapters for layer in layers), [])
     for module in list(model.modules()):
         for name in HOSTS:
             selector = module._modules.get(name)
