@@ -10,6 +10,7 @@ import html
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 from . import models
 from .budget import BudgetLike
 from .config import HardAttentionConfig
-from .errors import HardAttentionError
+from .errors import HardAttentionError, unknown
 from .losses.training_loss import TERMS
+from .modeling.adapters import hold_in_adapters
 from .modeling.attach import attach, detach, place
+from .modeling.attached import followed, site_configs
+from .modeling.build import kinds_of, shared_choices
 from .modeling.context import is_soft_now
 from .modeling.family import Family
 from .modeling.model_config import remove_config
@@ -29,7 +33,7 @@ from .modeling.remaining import hardly_meant, mixed_kinds, remaining, seldom_fas
 from .modeling.selector import Selector
 from .modes import all_selectors, selectors_or_refuse
 from .recording import selectors
-from .unwrapping import unwrap
+from .unwrapping import refuse_without_config, unwrap
 
 REWARD = "_hard_attention_reward"
 Model = TypeVar("Model", bound=nn.Module)
@@ -47,7 +51,7 @@ def apply(
     configuration leaves the model as it was.
 
     Args:
-        model: a supported model with any head, or your own module around one.
+        model: a supported model with any head, or your own ``PreTrainedModel`` around one.
         config: a ``HardAttentionConfig`` or its dict; None uses the defaults at the recommended sites.
         reward: see ``set_reward``.
 
@@ -58,6 +62,7 @@ def apply(
         HardAttentionError: if the model is not supported, or a site does not exist.
     """
     inner = unwrap(model)
+    refuse_without_config(inner)
     built = attach_to(inner, HardAttentionConfig.parse(config if config is not None else {}), fresh=True)
     _warn_of_lonely_selectors(model, built)
     if reward is not None:
@@ -111,6 +116,7 @@ def attach_to(
         module: Any
         for module in selector.modules():  # loaded later or trained: Transformers must not initialise it again
             module._is_hf_initialized = True
+    hold_in_adapters(model, built.values())
     return built
 
 
@@ -146,13 +152,14 @@ def set_budget(model: Model, budget: BudgetLike | Mapping[str, BudgetLike]) -> M
     """Change how much the sites of a model keep; trained selectors are preserved.
 
     Args:
-        budget: one budget for all sites, or a dict from site name to budget.
+        budget: one budget for all sites, or a dict from site name to budget. Sites that share a choice are named by the first one.
 
     Returns:
         ``model``.
 
     Raises:
-        HardAttentionError: if a budget is out of range, or the model does not have a site.
+        HardAttentionError: if a budget is out of range, the model does not have a site, or two selectors with ``share_selection`` would
+            become one.
     """
     inner: Any = unwrap(model)
     known = selectors(inner)
@@ -160,15 +167,29 @@ def set_budget(model: Model, budget: BudgetLike | Mapping[str, BudgetLike]) -> M
         raise HardAttentionError(
             f"{type(inner).__name__} has no hard-attention sites; load it with hard_attention=... or call apply()."
         )
+    refuse_without_config(inner)
+    towers = family_or_refuse(inner).towers(inner)
     config = HardAttentionConfig.parse(inner.config.hard_attention)
-    wanted = budget if isinstance(budget, Mapping) and set(budget) <= set(known) else dict.fromkeys(known, budget)
-    sites = {site: dict(_overrides(config, site), budget=value) for site, value in wanted.items()}
-    kept = {pattern: overrides for pattern, overrides in (config.sites or {}).items() if pattern not in sites}
-    return apply(model, config.replace(sites={**kept, **sites}))
-
-
-def _overrides(config: HardAttentionConfig, site: str) -> dict[str, Any]:
-    return dict((config.sites or {}).get(site, {}))
+    by_site = isinstance(budget, Mapping) and any("." in str(name) for name in budget)
+    if not by_site:
+        config = config.replace(budget=budget)
+    wanted: Any = budget if by_site else dict.fromkeys(known, budget)
+    for site in wanted:
+        if site not in known:
+            raise unknown("site", site, known, type(inner).__name__)
+    leaders, sites = followed(towers), site_configs(towers)
+    for site, before in sites.items():
+        leader = leaders.get(site, site)
+        if leader in wanted:
+            sites[site] = replace(before, budget=wanted[leader])
+    merged = sorted(shared_choices(sites, kinds_of(towers)).items() - leaders.items())
+    if merged:
+        site, leader = merged[0]
+        raise HardAttentionError(
+            f"budget={sites[site].budget!r} at '{site}' is that of '{leader}', whose choice it would share (share_selection=True), and "
+            "its own selector would be lost. Give them different budgets, or call apply() with the new configuration."
+        )
+    return apply(model, config.naming(sites))
 
 
 class Status(str):
@@ -223,11 +244,22 @@ def _how_it_runs(selector: Selector) -> str:
 
 
 def set_step(model: nn.Module, step: int, steps: int | None = None) -> None:
-    """Set the optimizer step, counted from 0, that schedules follow; ``HardAttentionCallback`` does it for the Trainer.
+    """Set the optimizer step that schedules follow; ``HardAttentionCallback`` does it for the Trainer.
+
+    A model without hard attention has no schedules and is left as it is, so that one training loop serves both.
 
     Args:
-        steps: total number of training steps; needed by schedules (and recipes) whose length is a share of the training.
+        step: int >= 0.
+        steps: total number of training steps, int >= 1; needed by schedules (and recipes) whose length is a share of the training.
+
+    Raises:
+        HardAttentionError: if ``step`` or ``steps`` is not such a number.
     """
+    for name, value, least in (("step", step, 0), ("steps", 1 if steps is None else steps, 1)):
+        if not isinstance(value, int) or value < least:
+            raise HardAttentionError(
+                f"{name}={value!r} is not a number of optimizer steps in set_step; it is an int >= {least}."
+            )
     selector: Any
     for selector in all_selectors(model):
         selector.step, selector.steps = step, steps or selector.steps

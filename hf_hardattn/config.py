@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, InitVar, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -225,7 +225,7 @@ class HardAttentionConfig(SiteConfig):
         patterns = self.sites if self.sites is not None else {pattern: {} for pattern in recommended}
         matching: dict[str, list[Mapping[str, Any]]] = {name: [] for name in names}
         for pattern, overrides in patterns.items():
-            matched = [pattern] if pattern in matching else [name for name in names if fnmatchcase(name, pattern)]
+            matched = _matched(pattern, matching)
             if not matched and pattern.split(".")[0] not in ignore:
                 near = did_you_mean(pattern, names)
                 raise HardAttentionError(
@@ -260,12 +260,24 @@ class HardAttentionConfig(SiteConfig):
             }
             return self.replace(scorer=scorer if self.scorer == AUTO else self.scorer, sites=globs)
         common = self.replace(scorer=next(iter(sites.values())).scorer, sites=None) if self.scorer == AUTO else self
-        top = SiteConfig.to_dict(common)
-        differing = {
-            site: {name: value for name, value in config.to_dict().items() if value != top[name]}
-            for site, config in sites.items()
-        }
-        return common.replace(sites=differing)
+        return common.naming(sites)
+
+    def naming(self, sites: Mapping[str, SiteConfig]) -> HardAttentionConfig:
+        """Return a copy that names each site instead of using globs, and resolves to ``sites``."""
+        top = SiteConfig.to_dict(self)
+        return self.replace(sites={site: _differing(config.to_dict(), top) for site, config in sites.items()})
+
+    def sortable(self, names: Iterable[str]) -> bool:
+        """Return whether the globs mean the same after sorting, so that a JSON file may sort them.
+
+        Args:
+            names: existing sites.
+        """
+        matching: dict[str, list[str]] = {name: [] for name in names}
+        for pattern in self.sites or ():
+            for name in _matched(pattern, matching):
+                matching[name].append(pattern)
+        return all(patterns == sorted(patterns) for patterns in matching.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the complete JSON form, as written to config.json; counts and ratios are marked as such."""
@@ -314,6 +326,20 @@ class HardAttentionConfig(SiteConfig):
             if name not in known:
                 raise unknown("field of HardAttentionConfig:", name, known)
         return replace(self, **changes)
+
+
+def _matched(pattern: str, names: Collection[str]) -> list[str]:
+    """Return the sites that a glob selects; the name of a site selects only that one."""
+    return [pattern] if pattern in names else [name for name in names if fnmatchcase(name, pattern)]
+
+
+def _differing(own: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides that turn the fields ``top`` into ``own``; options are reset where their scorer or estimator differs."""
+
+    def differs(name: str) -> bool:
+        return bool(own[name] != top[name])
+
+    return {name: own[name] for name in own if differs(name) or differs(name.removesuffix("_options"))}
 
 
 _RESTORE = choice({None: "the model decides", True: "full length", False: "kept rows only"})

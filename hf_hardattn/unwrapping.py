@@ -43,6 +43,21 @@ def unwrap(model: Any) -> nn.Module:
             return inner
 
 
+def refuse_without_config(model: nn.Module) -> None:
+    """Refuse a plain module around a model, which has no configuration to hold the settings of hard attention.
+
+    Raises:
+        HardAttentionError: if the module has no ``config``.
+    """
+    if not hasattr(model, "config"):
+        inside = [name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+        place = f"the model inside it (.{inside[0]})" if inside else "a model of Transformers"
+        raise HardAttentionError(
+            f"{type(model).__name__} has no config, which holds the settings of hard attention and is saved with them. Call it on {place}, "
+            f"or derive {type(model).__name__} from PreTrainedModel."
+        )
+
+
 def refuse_other_than_batch(batch: Any, verb: str) -> None:
     """Refuse anything but a batch of keyword inputs.
 

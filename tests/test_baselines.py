@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -89,15 +90,21 @@ def test_whitening_keeps_its_digits_far_from_zero() -> None:
 
 def _rank(rank: int, meeting_point: str, results: str) -> None:
     torch.set_num_threads(1)  # a forked process must not wait for its parent's threads
-    distributed.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
+    meeting = f"file://{meeting_point}"
+    distributed.init_process_group("gloo", meeting, timedelta(seconds=20), rank=rank, world_size=2)
     baseline = registry.load("baselines", "moving_average")()
+    if rank == 0:  # alone: nobody may wait for the other rank
+        registry.load("baselines", "leave_one_out")(all_ranks=False)(torch.ones(2))
+        registry.load("baselines", "moving_average")()(torch.ones(2))
+    baseline.deferred = True
     baseline(torch.tensor([1.0, 2.0]) if rank == 0 else torch.tensor([9.0]))
+    baseline.update()
     torch.save(baseline(torch.zeros(1)), f"{results}/{rank}.pt")
     distributed.destroy_process_group()
 
 
 @pytest.mark.multiprocess
-def test_moving_average_is_over_all_ranks(tmp_path: Path) -> None:
+def test_moving_average_is_over_all_ranks_at_an_optimizer_step_and_waits_for_none_before(tmp_path: Path) -> None:
     """Two ranks with 2 and 1 examples: both hold the mean of the three."""
     multiprocessing.start_processes(_rank, (str(tmp_path / "meet"), str(tmp_path)), nprocs=2, start_method="fork")
     assert [torch.load(tmp_path / f"{rank}.pt").item() for rank in range(2)] == [4.0, 4.0]

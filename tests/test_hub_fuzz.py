@@ -17,7 +17,6 @@ import hf_hardattn
 from hf_hardattn import HardAttentionConfig, HardAttentionError
 from hf_hardattn.hub import source
 from hf_hardattn.hub.card import render
-from hf_hardattn.hub.loading import with_budget
 from hf_hardattn.hub.record import read_record
 from hf_hardattn.hub.references import Resolver
 from hf_hardattn.hub.tensors import read_header, read_headers
@@ -119,7 +118,7 @@ def test_configurations(data, budget):
     config = refused_or(lambda: read_config(data, "somebody/model"))
     if config is not None:
         assert HardAttentionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-        refused_or(lambda: with_budget(config, budget))
+        refused_or(lambda: config.replace(budget=budget))
 
 
 @cases(1500)

@@ -120,6 +120,53 @@ def test_modules_to_save_that_name_selectors_stay_as_they_are(base: Path) -> Non
     assert list(config.modules_to_save) == ["selector", "classifier"]  # PEFT matches the end of a name
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("before", [None, {**HARD, "sites": ["vision.inputs"]}], ids=["soft", "one site"])
+def test_selectors_made_after_the_adapter_are_trained_and_saved_with_it(
+    base: Path, tmp_path: Path, before: Any, method: str
+) -> None:
+    hard = ViTForImageClassification.from_pretrained(base, hard_attention=before)
+    model = hf_hardattn.apply(get_peft_model(hard, METHODS[method]), HARD)
+    trained = [p for selector in hf_hardattn.selectors(model).values() for p in selector.parameters()]
+    assert len(trained) == 7 and all(p.requires_grad for p in trained)
+    stir(model).save_pretrained(tmp_path / "adapter")
+    assert_hard_as(hf_hardattn.load(tmp_path / "adapter"), model)
+
+
+def test_selectors_made_after_several_adapters_are_their_own(base: Path) -> None:
+    model = get_peft_model(ViTForImageClassification.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj"]))
+    hf_hardattn.apply(model, HARD)
+    first = logits(stir(model))
+    model.set_adapter("other")
+    assert not torch.equal(logits(stir(model)), first)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+
+
+def test_selectors_made_after_an_adapter_of_transformers_are_saved_with_it(base: Path, tmp_path: Path) -> None:
+    model = ViTForImageClassification.from_pretrained(base)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    stir(hf_hardattn.apply(model, HARD)).save_pretrained(tmp_path / "adapter")
+    assert_hard_as(ViTForImageClassification.from_pretrained(tmp_path / "adapter"), model)
+
+
+def test_an_adapter_may_hold_the_selectors_biases_twice(base: Path, tmp_path: Path) -> None:
+    hard = ViTForImageClassification.from_pretrained(base, hard_attention=HARD)
+    model = stir(get_peft_model(hard, LoraConfig(r=2, target_modules=["q_proj"], bias="all")))
+    model.save_pretrained(tmp_path / "adapter")
+    for load in (WAYS["PeftModel"], lambda base, folder: hf_hardattn.load(folder)):
+        assert_hard_as(load(base, tmp_path / "adapter"), model)
+
+
+def test_single_parameters_of_selectors_are_no_targets(base: Path) -> None:
+    hard = ViTForImageClassification.from_pretrained(base, hard_attention=HARD)
+    with pytest.raises(
+        HardAttentionError, match="'selector.scorer.weight' names 'vit.layers.1.selector.scorer.weight'"
+    ):
+        get_peft_model(hard, LoraConfig(target_modules=[], target_parameters=["selector.scorer.weight"]))
+
+
 def test_adapters_of_soft_models_gain_nothing(base: Path) -> None:
     config = LoraConfig(target_modules=["q_proj"])
     get_peft_model(ViTForImageClassification.from_pretrained(base), config)

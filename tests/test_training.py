@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import hf_hardattn
-from hf_hardattn import HardAttentionCallback, HardAttentionConfig
+from hf_hardattn import HardAttentionCallback, HardAttentionConfig, HardAttentionError
 from hf_hardattn.training.driver import Driver
 
 LINEAR = {"start": 2.0, "end": 1.0, "steps": 10}
@@ -125,6 +130,112 @@ def test_evaluations_compare_with_random_selection(tmp_path: Path) -> None:
     assert steps == [4]  # the row that follows the evaluation
     assert all(0 <= row["hardattn/changed_by_random"] <= 1 for row in logged[0] if row["step"] == 4)
     assert [row["loss"] for row in logged[0]] == [row["loss"] for row in logged[1]]  # the training does not notice
+
+
+class OnePass(IterableDataset):
+    """Examples that can be read once, as from a stream."""
+
+    def __init__(self) -> None:
+        self.rows = iter(examples(8))
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return self.rows
+
+
+class Pairs(Trainer):
+    """A Trainer whose batches are not the model's keyword inputs."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return (model(pixel_values=inputs["better"]).logits - model(pixel_values=inputs["worse"]).logits)[:, 0].mean()
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None, None]:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
+
+PAIRS = [{"better": row["pixel_values"], "worse": -row["pixel_values"]} for row in examples(8)]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "train", "evaluation", "said"),
+    [(Pairs, PAIRS, lambda: PAIRS, True), (Trainer, examples(8), list, False), (Trainer, examples(8), OnePass, True)],
+    ids=["pairs", "nothing", "one pass"],
+)
+def test_no_evaluation_fails_because_its_batch_cannot_be_compared(
+    tmp_path: Path, trainer: type[Trainer], train: Any, evaluation: Any, said: bool
+) -> None:
+    options = arguments(tmp_path, eval_strategy="epoch", logging_steps=1, max_steps=1, remove_unused_columns=False)
+    model, callback = build(budget=3, anneal=0), HardAttentionCallback()
+    made = trainer(model, options, train_dataset=train, eval_dataset=evaluation(), callbacks=[callback])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made.train()
+    assert sum("not compared with random selections" in str(w.message) for w in caught) == said
+    assert not any("hardattn/changed_by_random" in row for row in made.state.log_history)
+
+
+def test_a_learning_rate_beside_an_optimizer_of_ones_own_is_said_to_have_no_effect(tmp_path: Path) -> None:
+    model = build(budget=3, anneal=0)
+    own = torch.optim.SGD(model.parameters(), 0.1)
+    for rate in (0.5, None):
+        trainer = Trainer(
+            model,
+            arguments(tmp_path, max_steps=1),
+            train_dataset=examples(8),
+            optimizers=(own, None),
+            callbacks=[HardAttentionCallback(selector_learning_rate=rate)],
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        assert sum("selector_learning_rate=0.5 of" in str(w.message) for w in caught) == (rate is not None)
+
+
+STATEFUL = {"reinforce": {"baseline": "moving_average"}, "imle": {}}
+
+
+@pytest.mark.parametrize("estimator", STATEFUL)
+def test_averaged_weights_follow_a_training_with_state_of_its_run(estimator: str) -> None:
+    model = build(budget=3, estimator=estimator, anneal=0, **STATEFUL[estimator]).train()
+    buffers = list(model.state_dict()), [name for name, _ in model.named_buffers()]
+    average = AveragedModel(model)
+    for _ in range(2):
+        model(**batch(4)).loss.backward()
+        average.update_parameters(model)
+    assert (list(model.state_dict()), [name for name, _ in model.named_buffers()]) == buffers
+    held = copy.deepcopy(model)
+    for site, selector in hf_hardattn.selectors(held).items():
+        for part in (selector.estimator, selector.baseline):
+            for name in () if part is None else part.run_state:
+                of = hf_hardattn.selectors(model)[site]
+                assert any(
+                    torch.equal(getattr(part, name), getattr(own, name, torch.empty(0))) for own in of.children()
+                )
+
+
+@pytest.mark.parametrize("estimator", STATEFUL)
+def test_accelerate_saves_the_state_of_a_run(tmp_path: Path, estimator: str) -> None:
+    states = []
+    for trains in (True, False):
+        model = build(budget=3, estimator=estimator, anneal=0, **STATEFUL[estimator]).train()
+        driver, accelerator = Driver(model), Accelerator(cpu=True)
+        accelerator.register_for_checkpointing(driver)
+        if trains:
+            driver.begin_step(0)
+            model(**batch(4)).loss.backward()
+            driver.before_update()
+            accelerator.save_state(str(tmp_path))
+        else:
+            accelerator.load_state(str(tmp_path))
+        states.append(driver.state_dict())
+        driver.close()
+    assert states[0] == states[1] and all(value is not None for value in states[0]["vision.inputs"].values())
+
+
+@pytest.mark.parametrize("step", [(-1,), ("x",), (2.5,), (None,), (1, 0), (1, 2.5), (1, "x")])
+def test_a_step_is_a_number_of_steps(step: Any) -> None:
+    with pytest.raises(HardAttentionError, match="is not a number of optimizer steps"):
+        hf_hardattn.set_step(build(budget=3), *step)
 
 
 def test_trainer_resume_keeps_step_and_baseline(tmp_path: Path) -> None:

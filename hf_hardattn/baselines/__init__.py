@@ -16,6 +16,8 @@ class Baseline(Configurable, nn.Module):
     Class attributes:
         needs_greedy: whether ``forward`` needs the reward of the deterministic choice, which takes a second forward pass of the model.
         needs_summary: whether ``forward`` needs the mean state of the site's candidates.
+        run_state: names of attributes that describe the run and not the model, each a tensor or None. They are no buffers, which copies
+            of a model and its checkpoints would contain; ``Driver`` saves them.
 
     Attributes:
         deferred: True if the training loop calls ``update`` once per optimizer step; False if each ``forward`` calls it.
@@ -24,6 +26,7 @@ class Baseline(Configurable, nn.Module):
     kind = "baseline"
     needs_greedy: ClassVar[bool] = False
     needs_summary: ClassVar[bool] = False
+    run_state: ClassVar[tuple[str, ...]] = ()
     deferred: bool = False
 
     def build(self, hidden_size: int) -> None:

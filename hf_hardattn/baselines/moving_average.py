@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ class MovingAverage(Baseline):
 
     ``b_t = a_{t-1}``, with ``a_1 = mean_1`` and ``a_t = momentum a_{t-1} + (1 - momentum) mean_t``. The rewards of a batch
     never enter its own baseline, so the gradient is unbiased; in exchange, the baseline of the first batch is 0.
-    Only training batches update the average. A batch is that of an optimizer step: the mean is taken over the examples of all ranks
-    and, under ``HardAttentionCallback`` or the training scripts, of all micro-batches.
+    Only training batches update the average. Under ``HardAttentionCallback``, ``Driver`` and the training scripts, a batch is that of an
+    optimizer step: the mean is taken over the examples of all ranks and micro-batches. In other training loops, each rank has an average
+    of its own examples, since a forward pass does not wait for other ranks.
 
     Rewards that are NaN or infinite are left out, since mixed-precision training skips the step they belong to. If the average is
     nevertheless not finite, for example because it comes from an older checkpoint, it counts as not yet known.
@@ -40,15 +42,13 @@ class MovingAverage(Baseline):
     arXiv:1502.03044, section 4.1 (momentum 0.9); dividing by the deviation: Mnih & Gregor 2014, arXiv:1402.0030, section 2.3.2.
     """
 
-    value: Tensor | None
-    variance: Tensor | None
+    run_state: ClassVar[tuple[str, ...]] = ("value", "variance")
 
     def __init__(self, momentum: Annotated[float, _MOMENTUM] = 0.9, whiten: bool = False) -> None:
         super().__init__()
         self.momentum, self.whiten = momentum, whiten
-        # None instead of zeros: from_pretrained leaves buffers that are in no checkpoint with uninitialised memory.
-        self.register_buffer("value", None, persistent=False)
-        self.register_buffer("variance", None, persistent=False)
+        self.value: Tensor | None = None
+        self.variance: Tensor | None = None
         # Of this rank's examples since the last update: their number, the mean reward, and the sum of squared distances from it.
         self._seen: Tensor | None = None
 
@@ -59,18 +59,21 @@ class MovingAverage(Baseline):
             seen = _moments(reward.detach())
             self._seen = seen if self._seen is None else _together(self._seen, seen)
             if not self.deferred:
-                self.update()
+                self._learn(lambda sums: sums)
         return before.expand(reward.shape)
 
-    @torch.no_grad()
     def update(self) -> None:
         """Update the average with the rewards of all ranks since the last update."""
+        self._learn(sum_over_ranks)
+
+    @torch.no_grad()
+    def _learn(self, total_of: Callable[[Tensor], Tensor]) -> None:
         if self._seen is None:
             return
         (count, mean, distance), self._seen = self._seen, None
-        total, rewards = sum_over_ranks(torch.stack([count, count * mean]))
+        total, rewards = total_of(torch.stack([count, count * mean]))
         middle = rewards / total  # NaN when no reward was finite
-        spread = sum_over_ranks(distance + count * (mean - _or_else(middle, 0.0)).square()) / total
+        spread = total_of(distance + count * (mean - _or_else(middle, 0.0)).square()) / total
         value = middle if self.value is None else _or_else(self.value.to(middle), middle)
         variance = spread if self.variance is None else _or_else(self.variance.to(spread), spread)
         # Equal to what averages of the reward and of its square give, but without the difference of two large numbers.

@@ -83,6 +83,7 @@ class Estimator(Configurable, nn.Module):
         trains_gathered: whether training uses gathered execution, which saves compute; it follows from ``needs``.
         exact_budget: whether a training choice keeps exactly the budget (evaluation always does).
         detaches: whether the scorer's input is detached, so that the selector's loss does not reach the backbone.
+        run_state: names of attributes that describe the run and not the model, as in ``Baseline``.
         source: paper and equation.
         caution: maps an option (``"name=value"``), or ``"default"`` for the estimator with its defaults, to its known problems; shown
             by ``hf-hardattn list``.
@@ -96,6 +97,7 @@ class Estimator(Configurable, nn.Module):
     trains_gathered: ClassVar[bool]
     exact_budget: ClassVar[bool] = True
     detaches: ClassVar[bool] = False
+    run_state: ClassVar[tuple[str, ...]] = ()
     source: ClassVar[str]
     caution: ClassVar[Mapping[str, str]] = {}
     former_defaults: ClassVar[Mapping[int, Mapping[str, Any]]] = {}

@@ -51,16 +51,15 @@ class Imle(Estimator):
 
     biased = True
     needs = ("gates",)
+    run_state = ("state",)
     source = "Niepert et al. 2021, arXiv:2106.01798; adaptive: Minervini et al. 2023, arXiv:2209.04862"
-    state: Tensor | None
 
     def __init__(
         self, strength: Positive = 1.0, adaptive: bool = True, noise: Literal["gumbel", "sum_of_gamma"] = "gumbel"
     ) -> None:
         super().__init__()
         self.strength, self.adaptive, self.noise = strength, adaptive, noise
-        # None instead of numbers: from_pretrained leaves buffers that are in no checkpoint with uninitialised memory.
-        self.register_buffer("state", None, persistent=False)
+        self.state: Tensor | None = None
 
     def sample(self, scores: Tensor, k: Tensor, valid: Tensor, *, slots: int, sampling: Sampling) -> Choice:
         """Choose the top k of the noisy scores; the backward pass chooses again."""
@@ -76,8 +75,7 @@ class Imle(Estimator):
     @torch.no_grad()
     def step(self, noisy: Tensor, v: Tensor, active: Tensor) -> Tensor:
         """Return the lambda of an adaptive step, fp32 scalar."""
-        if self.state is None:
-            self.state = noisy.new_tensor([self.strength, TARGET])
+        self.state = noisy.new_tensor([self.strength, TARGET]) if self.state is None else self.state.to(noisy)
         count = active.sum(-1, keepdim=True).clamp(min=1)
         centred = torch.where(active, noisy - torch.where(active, noisy, 0.0).sum(-1, keepdim=True) / count, 0.0)
         return (self.state[0] * centred.norm() / v.norm().clamp(min=1e-20)).clamp(min=1e-20)

@@ -61,14 +61,12 @@ def save_adapter(model: Any, folder: Path, base_model: str | None, base_revision
         (folder / name).rmdir()
 
 
-def load_adapter(
-    source: Source, hub: dict[str, Any], change: Any, given: HardAttentionConfig | None, **kwargs: Any
-) -> Any:
+def load_adapter(source: Source, hub: dict[str, Any], given: HardAttentionConfig | None, **kwargs: Any) -> Any:
     """Load the base model that an adapter names, make it hard, and apply the adapter.
 
     Args:
-        hub: token, cache_dir, local_files_only for the base model. change: function that changes the configuration.
-        given: the hard attention configuration, for an adapter without config.json.
+        hub: token, cache_dir, local_files_only for the base model.
+        given: configuration that replaces the saved one; required for an adapter without config.json.
 
     Raises:
         HardAttentionError: no hard attention configuration, unsafe settings, missing or superfluous tensors, or a base model that
@@ -97,7 +95,7 @@ def load_adapter(
         hard = given
     if hard is None:
         raise HardAttentionError(f"config.json of {where} has no hard_attention; load this adapter with PEFT itself.")
-    config.hard_attention = change(hard).to_dict()
+    config.hard_attention = hard.to_dict()
     model_class(cls.__name__, where)
     model, missing = build(base, config, cls, base_header, **kwargs)
     try:

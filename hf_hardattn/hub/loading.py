@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..api import set_budget
 from ..budget import BudgetLike
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
@@ -71,35 +72,26 @@ def load(
                 f"load() does not accept {name}; it sets this itself, for safety. Use from_pretrained instead."
             )
     given = None if hard_attention is None else HardAttentionConfig.parse(hard_attention)
-
-    def change(saved: HardAttentionConfig) -> HardAttentionConfig:
-        return with_budget(given or saved, budget)
-
     hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    source = fetch(repo_or_path, revision, **hub)
+    model = _load(fetch(repo_or_path, revision, **hub), hub, given, verify_base, **kwargs)
+    return model if budget is None else set_budget(model, budget)
+
+
+def _load(
+    source: Source, hub: dict[str, Any], given: HardAttentionConfig | None, verify_base: bool, **kwargs: Any
+) -> Any:
     if source.has(selector_only.CONFIG):
-        return selector_only.load_selectors(source, hub, change, verify_base, **kwargs)
+        return selector_only.load_selectors(source, hub, given, verify_base, **kwargs)
     if source.has(adapters.CONFIG):
-        return adapters.load_adapter(source, hub, change, given, **kwargs)
+        return adapters.load_adapter(source, hub, given, **kwargs)
     if source.has("config.json"):
-        return _load_full(source, change, given, **kwargs)
+        return _load_full(source, given, **kwargs)
     raise HardAttentionError(
         f"{source.name} holds no model; it needs config.json, {selector_only.CONFIG} or {adapters.CONFIG}."
     )
 
 
-def with_budget(config: HardAttentionConfig, budget: Any) -> HardAttentionConfig:
-    """Return the configuration with ``budget`` at every site; None leaves it unchanged."""
-    if budget is None:
-        return config
-    sites = config.sites and {
-        pattern: {name: value for name, value in overrides.items() if name != "budget"}
-        for pattern, overrides in config.sites.items()
-    }
-    return read_config({**config.to_dict(), "budget": budget, "sites": sites}, "load(budget=...)")
-
-
-def _load_full(source: Source, change: Any, given: HardAttentionConfig | None, **kwargs: Any) -> Any:
+def _load_full(source: Source, given: HardAttentionConfig | None, **kwargs: Any) -> Any:
     header = headers(source)
     config, cls = read_model_config(source, header)
     saved = config.hard_attention
@@ -108,7 +100,7 @@ def _load_full(source: Source, change: Any, given: HardAttentionConfig | None, *
             f"{source.name} has no hard_attention in its config.json: it is a soft model. Load it with from_pretrained, or make it hard "
             "with from_pretrained(..., hard_attention=HardAttentionConfig(...))."
         )
-    config.hard_attention = change(given or read_config(saved, source.name)).to_dict()
+    config.hard_attention = (given or read_config(saved, source.name)).to_dict()
     model, missing = build(source, config, cls, header, **kwargs)
     check_complete(missing, source.name)
     return model.eval()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
+from ..modeling.model_config import refuse_edited_config
 from ..recording import selectors
 from ..version import __version__
 from .building import build, headers, model_class, read_model_config
@@ -53,6 +54,7 @@ class SelectorFile:
 
 def write_selectors(model: Any, folder: Path, base_model: str, base_revision: str | None) -> None:
     """Write ``hard_attention.json`` and ``selectors.safetensors``."""
+    refuse_edited_config(model)
     content = SelectorFile(
         base_model=base_model,
         base_revision=base_revision,
@@ -149,11 +151,13 @@ def read_selector_file(source: Source) -> SelectorFile:
     return SelectorFile(**data)
 
 
-def load_selectors(source: Source, hub: dict[str, Any], change: Any, verify_base: bool, **kwargs: Any) -> Any:
+def load_selectors(
+    source: Source, hub: dict[str, Any], given: HardAttentionConfig | None, verify_base: bool, **kwargs: Any
+) -> Any:
     """Load the base model that a selector repository names, and add the selectors.
 
     Args:
-        hub: token, cache_dir, local_files_only for the base model. change: function that changes the configuration (a budget override).
+        hub: token, cache_dir, local_files_only for the base model. given: configuration that replaces the saved one.
 
     Raises:
         HardAttentionError: tensors are missing, superfluous, of another shape or not finite, or the base model has other weights.
@@ -165,7 +169,7 @@ def load_selectors(source: Source, hub: dict[str, Any], change: Any, verify_base
     base = fetch(content.base_model, content.base_revision, **hub, remote_only=source.revision is not None)
     base_header = headers(base)
     config, _ = read_model_config(base, base_header)
-    config.hard_attention = change(read_config(content.hard_attention, where)).to_dict()
+    config.hard_attention = (given or read_config(content.hard_attention, where)).to_dict()
     model, missing = build(base, config, cls, base_header, **kwargs)
     wanted = dict(named_tensors(model))
     inside = {id(tensor) for tensor in wanted.values()}

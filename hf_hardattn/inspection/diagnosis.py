@@ -230,7 +230,7 @@ def _prepared(model: nn.Module, site: str, changes: Mapping[str, Any]) -> tuple[
     sites = {name: asdict(selector.config) for name, selector in before.items()}
     sites[site] |= {
         "baseline": "leave_one_out",
-        "baseline_options": {},
+        "baseline_options": {"all_ranks": False},  # a process may diagnose by itself
         "estimator_options": {},
         "execution": "auto",
         **({} if before[site].steps else {"anneal": 0}),  # in training, the step's budget; else the final budget

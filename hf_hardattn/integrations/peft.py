@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..modeling.model_config import refuse_edited_config
 from .wrapping import wrap_method
 
 
@@ -24,6 +25,7 @@ def register() -> None:
 
 
 def _save_pretrained(save: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
+    refuse_edited_config(self.get_base_model())
     save(self, *args, **kwargs)
     given = inspect.signature(save).bind(self, *args, **kwargs)
     given.apply_defaults()
@@ -36,6 +38,7 @@ def _save_pretrained(save: Callable[..., Any], self: Any, *args: Any, **kwargs: 
 
 
 def _save_pretrained_of_transformers(save: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    refuse_edited_config(self)
     result = save(self, *args, **kwargs)
     # For a model with adapters, Transformers writes only the adapter.
     if getattr(self, "_hf_peft_config_loaded", False) and _is_hard(self):

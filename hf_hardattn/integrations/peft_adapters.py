@@ -6,7 +6,7 @@ An adapter is hard if the ``config.json`` beside it, which the module ``peft`` w
 from __future__ import annotations
 
 import json
-import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,13 +17,11 @@ from torch import nn
 from ..api import attach_to, remove
 from ..config import HardAttentionConfig
 from ..errors import HardAttentionError
+from ..modeling.adapters import add_selectors, selector_names
 from ..modeling.attach import HOSTS
-from ..modeling.selector import Selector
 from ..recording import selectors
 from ..unwrapping import unwrap
 from .wrapping import wrap_method
-
-logger = logging.getLogger(__name__)
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 _WHOLE = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")  # weight files of a whole model
@@ -50,42 +48,17 @@ def register() -> None:
 def _inject_adapter(
     inject: Callable[..., Any], self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    add_selectors(model, self.peft_config[adapter_name])
+    config = self.peft_config[adapter_name]
+    if not getattr(config, "inference_mode", False):  # an adapter that is loaded says itself what it holds
+        add_selectors(model, config)
     return inject(self, model, adapter_name, *args, **kwargs)
-
-
-def add_selectors(model: nn.Module, config: Any) -> None:
-    """Add a hard model's selectors to ``modules_to_save`` of an adapter that is to be trained, as PEFT does with a classifier.
-
-    Otherwise the selectors would not be trained, would usually keep their random initial values, and would be in no file. To leave
-    them untrained, call ``requires_grad_(False)`` on their parameters afterwards.
-    """
-    if getattr(config, "inference_mode", False) or not hasattr(config, "modules_to_save"):
-        return
-    known = list(config.modules_to_save or ())
-    forgotten = [name for name in _selector_names(model) if not any(name.endswith(other) for other in known)]
-    if forgotten:
-        config.modules_to_save = known + forgotten
-        logger.info("modules_to_save gained the selectors of hard attention: %s", ", ".join(forgotten))
-
-
-def _selector_names(model: nn.Module) -> list[str]:
-    """Return the attributes under which the model holds selectors with parameters."""
-    found = set()
-    for module in model.modules():
-        for name in HOSTS:
-            held = module._modules.get(name)
-            inside = [] if held is None else [part for part in held.modules() if isinstance(part, Selector)]
-            if any(next(selector.parameters(), None) is not None for selector in inside):
-                found.add(name)
-    return sorted(found)
 
 
 def _add_adapter(
     add: Callable[..., Any], self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any
 ) -> Any:
     result = add(self, adapter_name, peft_config, *args, **kwargs)
-    if peft_config.is_prompt_learning and not peft_config.inference_mode and _selector_names(unwrap(self)):
+    if peft_config.is_prompt_learning and not peft_config.inference_mode and selector_names(unwrap(self)):
         warnings.warn(
             f"{peft_config.peft_type.value} trains only prompts, so the selectors of hard attention are not trained. Train them first, "
             "or use a method with modules_to_save (LoRA).",
@@ -168,7 +141,8 @@ def check_selectors(model: nn.Module, place: Any, hub: Mapping[str, Any], *, com
     """
     from peft.utils import load_peft_weights
 
-    held = {key for key in load_peft_weights(str(place), device="cpu", **_options(hub)) if _is_of_selector(key)}
+    file = load_peft_weights(str(place), device="cpu", **_options(hub))
+    held = {_without_copies(key) for key in file if _is_of_selector(key)}
     wanted = _selector_keys(model)
     spare, lacking = sorted(held - wanted), sorted(wanted - held) if complete else []
     if spare:
@@ -190,8 +164,12 @@ def _is_of_selector(key: str) -> bool:
 
 def _selector_keys(model: nn.Module) -> set[str]:
     """Return the names that the parameters of the model's selectors have in an adapter file."""
-    names = (name for name, _ in model.named_parameters() if _is_of_selector(f".{name}"))
-    return {_ROOT + name.replace(".original_module", "") for name in names if ".modules_to_save." not in name}
+    return {_ROOT + _without_copies(name) for name, _ in model.named_parameters() if _is_of_selector(f".{name}")}
+
+
+def _without_copies(name: str) -> str:
+    """Return the name that a parameter has in the base model, whichever of PEFT's copies it belongs to; files may name these too."""
+    return re.sub(r"\.original_module(?=\.)|\.modules_to_save\.[^.]+(?=\.)", "", name)
 
 
 def _is_to_be_soft(model: Any) -> bool:

@@ -11,8 +11,9 @@ from torch import nn
 from ..config import HardAttentionConfig, SiteConfig
 from ..errors import HardAttentionError, some_names
 from . import heads, members
+from .attached import existing_selectors
 from .auxiliary_head import leave_heads_out
-from .build import Kinds, build_selector, name_scorers, reusable, shared_choices
+from .build import Kinds, build_selector, kinds_of, name_scorers, reusable, shared_choices
 from .family import Family, Tower
 from .hooks import install_hooks, remove_hooks
 from .model_config import write_config
@@ -45,7 +46,7 @@ def attach(
         The newly created selectors, by site.
     """
     towers = family.towers(model)
-    kinds: Kinds = {site: (tower, kind, n) for tower in towers.values() for site, kind, n in tower.sites()}
+    kinds = kinds_of(towers)
     absent = set(family.all_towers) - towers.keys()
     recommended = family.recommended(towers)
     if is_part:
@@ -58,7 +59,9 @@ def attach(
             f"no site of {type(model).__name__} matches {list(config.sites or [])}; it has: {some_names(list(kinds))}."
         )
     resolved = name_scorers(resolved, kinds)
-    config = config.with_scorers(resolved)  # a checkpoint must not depend on what "auto" means later
+    # a checkpoint must depend neither on what "auto" means later, nor on the order of globs: config.json is sorted
+    config = config.with_scorers(resolved)
+    config = config if config.sortable(kinds) else config.naming(resolved)
     _check_restore(model, config, towers)
     _check_averages(model, resolved, kinds, family)
     for name in dict.fromkeys(kinds[site][0].name for site in resolved):
@@ -67,7 +70,7 @@ def attach(
     table = family.target_table(model)
     target_size = 0 if table is None else table.shape[-1]
     model_config: Any = model.config
-    existing = _existing(towers)
+    existing = existing_selectors(towers)
     built: dict[str, Selector] = {}
     kept: dict[str, Any] = {}
     for site, site_config in resolved.items():
@@ -132,19 +135,6 @@ def _check_averages(model: nn.Module, resolved: Mapping[str, SiteConfig], kinds:
                 f"budget={config.budget!r} at '{site}' keeps a different number of rows in each example, but {type(model).__name__} averages "
                 "the rows of a batch. Use a fixed budget, or a model with another head."
             )
-
-
-def _existing(towers: Mapping[str, Tower]) -> dict[str, Any]:
-    """Return the existing selectors of a model by site, or PEFT's wrappers if it wrapped them."""
-    found: dict[str, Any] = {}
-    for tower in towers.values():
-        for site, kind, layer in tower.sites():
-            for pixels in (False, True) if kind == "inputs" else (False,):
-                host, name = tower.host(kind, layer, pixels)
-                selector = host._modules.get(name)
-                if selector is not None:
-                    found[site] = selector
-    return found
 
 
 def detach(model: nn.Module) -> None:

@@ -16,6 +16,12 @@ from .selector import Selector
 
 Kinds = Mapping[str, tuple[Tower, str, int]]
 
+
+def kinds_of(towers: Mapping[str, Tower]) -> Kinds:
+    """Return the tower, the kind and the layer of every site that a model can have."""
+    return {site: (tower, kind, layer) for tower in towers.values() for site, kind, layer in tower.sites()}
+
+
 # The fields that the weights of a selector depend on; a trained selector is kept if none of them changes.
 _WEIGHTS = ("scorer", "scorer_options", "estimator", "estimator_options", "baseline", "baseline_options", "per_head")
 

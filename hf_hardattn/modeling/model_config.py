@@ -9,6 +9,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import HardAttentionConfig
+from ..errors import HardAttentionError
+
+ATTACHED = "hard_attention_attached"  # attribute of a model: the dict as it was attached
 
 
 def write_config(model: nn.Module, config: HardAttentionConfig | None) -> None:
@@ -30,8 +33,25 @@ def write_config(model: nn.Module, config: HardAttentionConfig | None) -> None:
             continue
         if data is None:
             vars(module.config).pop("hard_attention", None)  # the class attribute is None
+            module.__dict__.pop(ATTACHED, None)
         else:
             module.config.hard_attention = data
+            module.__dict__[ATTACHED] = copy.deepcopy(data)
+
+
+def refuse_edited_config(model: nn.Module) -> None:
+    """Refuse to save a configuration that is not the one that the model runs with.
+
+    Raises:
+        HardAttentionError: if ``model.config.hard_attention`` was changed after it was attached.
+    """
+    attached, held = model.__dict__.get(ATTACHED), getattr(model.config, "hard_attention", None)
+    if attached is None or held is None or HardAttentionConfig.parse(held).to_dict() == attached:
+        return
+    raise HardAttentionError(
+        f"config.hard_attention of {type(model).__name__} was changed after it had been attached, which does not change the model; the file "
+        "would say what the model does not do. Use set_budget(), or apply(model, config) with the changed configuration."
+    )
 
 
 def _copy_config(config: PreTrainedConfig, copies: dict[int, Any]) -> None:

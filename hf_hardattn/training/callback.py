@@ -25,7 +25,8 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
 
     Each evaluation compares the model with itself under random selections of equal size, on its first batch. It adds two numbers to the
     next row: ``hardattn/changed_by_random``, the share of answers that change (0: the model does not use what it selects), and
-    ``hardattn/loss_over_random``, the increase of the loss. Both are omitted if weights are sharded or evaluated in another dtype.
+    ``hardattn/loss_over_random``, the increase of the loss. Both are omitted if weights are sharded or evaluated in another dtype, and,
+    with a warning, if the loader cannot be read twice or its batches are not the model's keyword inputs.
 
     Trackers (W&B, TensorBoard, trackio ...) receive these numbers as well. ``resume_from_checkpoint`` and ``load_best_model_at_end``
     load every weight or raise an error; see ``stock_trainer``.
@@ -33,7 +34,8 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
     Args:
         selector_warmup_steps: optimizer steps, >= 0, in which only the selectors learn. The Trainer clips gradients before
             a callback can drop those of the backbone, so it clips by the norm of the whole model.
-        selector_learning_rate: learning rate of the selectors, > 0, in an optimizer that the Trainer creates. None: the Trainer's rate,
+        selector_learning_rate: learning rate of the selectors, > 0, in an optimizer that the Trainer creates; one of your own keeps its
+            rates. None: the Trainer's rate,
             but at least 1e-3, because selectors are trained from scratch while the model is fine-tuned.
 
     Raises:
@@ -54,6 +56,7 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
         self.driver: Driver | None = None
         self.baselines: dict[str, Any] = {}
         self.control: dict[str, float] = {}
+        self._told = False
 
     def add_to(self, trainer: Trainer) -> HardAttentionCallback:
         """Add this callback to ``trainer`` before its trackers; ``Trainer(callbacks=[...])`` does the same."""
@@ -113,10 +116,23 @@ class HardAttentionCallback(TrainerCallback, ExportableState):
         other_weights = args.deepspeed or args.fsdp or args.fp16_full_eval or args.bf16_full_eval
         if self.driver is None or not self.driver.selectors or eval_dataloader is None or other_weights:
             return
-        with torch.random.fork_rng():  # iterating a loader draws a seed; this must not affect the training
-            batch = next(iter(eval_dataloader))
-            found = beside_random(model, batch, seed=state.global_step)
+        try:
+            with torch.random.fork_rng():  # iterating a loader draws a seed; this must not affect the training
+                batch = next(iter(eval_dataloader), None)
+                found = {} if batch is None else beside_random(model, batch, seed=state.global_step)
+        except Exception as error:  # noqa: BLE001 - a loader or Trainer of one's own may read batches in any way
+            found = {}
+            self._tell_of_no_comparison(error)
         self.control = {f"hardattn/{name}": value for name, value in found.items()}
+
+    def _tell_of_no_comparison(self, error: Exception) -> None:
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                "the evaluation is not compared with random selections, because its first batch could not be read again or is not made "
+                f"of the model's keyword inputs ({type(error).__name__}: {' '.join(str(error).split())[:200]}).",
+                stacklevel=3,
+            )
 
     def on_log(
         self,

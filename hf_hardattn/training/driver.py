@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..api import set_step
+from ..baselines import Baseline
 from ..errors import HardAttentionError
+from ..estimators import Estimator
 from ..modeling.context import CONTEXT
 from ..modeling.selection import Selection
 from ..modeling.selector import Selector
@@ -40,6 +42,8 @@ class Driver:
         ...     driver.before_update()
         ...     optimizer.step()
         ...     optimizer.zero_grad()
+
+    ``accelerator.register_for_checkpointing(driver)`` adds the state of baselines and estimators to ``accelerator.save_state``.
     """
 
     def __init__(self, model: nn.Module, selector_warmup_steps: int = 0, steps: int | None = None) -> None:
@@ -118,14 +122,15 @@ class Driver:
         """State of baselines and estimators as numbers and lists; it describes the run and is not saved in model files."""
         found: dict[str, Any] = {}
         for site, part in self._parts():
-            for name, value in part._buffers.items():
+            for name in part.run_state:
+                value = getattr(part, name)
                 found.setdefault(site, {})[name] = None if value is None else value.tolist()
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state of ``state_dict``; sites that do not exist are skipped, and so are numbers that are not finite."""
         for site, part in self._parts():
-            for name in part._buffers.keys() & state.get(site, {}).keys():
+            for name in set(part.run_state) & state.get(site, {}).keys():
                 value = None if state[site][name] is None else torch.tensor(state[site][name])
                 if value is None or value.isfinite().all():
                     setattr(part, name, value)
@@ -136,7 +141,7 @@ class Driver:
                         stacklevel=2,
                     )
 
-    def _parts(self) -> Iterator[tuple[str, nn.Module]]:
+    def _parts(self) -> Iterator[tuple[str, Baseline | Estimator]]:
         """Yield the parts of the selectors that hold state of the run: baselines and estimators."""
         for site, selector in self.selectors.items():
             yield from ((site, part) for part in (selector.baseline, selector.estimator) if part is not None)

@@ -7,6 +7,7 @@ loaded, to resume or as the best one, restores every weight; and the callback's 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,6 +59,13 @@ def _with_selector_rate(create: Callable[..., Any], ours: type) -> Callable[...,
     def create_with_rate(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = self.optimizer is not None  # the user's own optimizer: keep its groups
         optimizer = create(self, *args, **kwargs)
+        asked = [callback.selector_learning_rate for callback in _ours(self, ours)]
+        if given and any(rate is not None for rate in asked):
+            warnings.warn(
+                f"selector_learning_rate={asked[0]} of HardAttentionCallback has no effect: the Trainer was given an optimizer, which keeps "
+                "its own learning rates. Give the selectors a group of their own there, or leave optimizers out.",
+                stacklevel=2,
+            )
         for callback in [] if given else _ours(self, ours):
             rate = selector_rate(self.args.learning_rate, callback.selector_learning_rate)
             if rate != self.args.learning_rate and isinstance(optimizer, torch.optim.Optimizer):

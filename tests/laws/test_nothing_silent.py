@@ -152,6 +152,41 @@ def test_a_budget_of_an_unknown_site_changes_nothing(site):
     assert hf_hardattn.status(example.model) == said
 
 
+# ------------------------------------------------------------------------------------------------- configurations and modules around
+
+
+class Around(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+
+def test_a_plain_module_around_a_model_has_no_settings_and_is_refused():
+    example = stock("vit", "ViTForImageClassification")
+    for call in (lambda m: hf_hardattn.apply(m, {"sites": ["vision.inputs"]}), lambda m: hf_hardattn.set_budget(m, 2)):
+        with pytest.raises(HardAttentionError, match=r"Around has no config.* \(\.inner\)"):
+            call(Around(example.model))
+        hf_hardattn.apply(example.model, {"sites": ["vision.inputs"]})
+
+
+@pytest.mark.parametrize("save", ["stock", "full", "selectors"])
+def test_a_configuration_that_was_edited_is_not_saved(save, tmp_path):
+    example = hard_vit()
+    ways = {
+        "stock": lambda: example.model.save_pretrained(tmp_path / "a"),
+        "full": lambda: hf_hardattn.save(example.model, tmp_path / "a"),
+        "selectors": lambda: hf_hardattn.save(
+            example.model, tmp_path / "a", selectors_only=True, base_model="a/b", verify_base=False
+        ),
+    }
+    before = example.model.config.hard_attention["budget"]
+    example.model.config.hard_attention["budget"] = {"count": 1}
+    with pytest.raises(HardAttentionError, match="was changed after it had been attached"):
+        ways[save]()
+    example.model.config.hard_attention["budget"] = before
+    ways[save]()
+
+
 # ----------------------------------------------------------------------------------------------------------------- refused as a whole
 
 REFUSED = [
@@ -304,8 +339,10 @@ def test_a_model_of_no_family_that_is_asked_for_hard_attention():
 def test_a_checkpoint_with_selectors_at_sites_that_its_config_forgot(tmp_path):
     example = stock("vit", "ViTForImageClassification")
     hf_hardattn.apply(example.model, {"sites": ["vision.tokens.*"], "budget": 0.7})
-    example.model.config.hard_attention["sites"] = {"vision.tokens.0": {}}
     example.model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["hard_attention"]["sites"] = {"vision.tokens.0": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(HardAttentionError, match="holds 4 selector tensors .* for sites that are not in its config"):
         ViTForImageClassification.from_pretrained(tmp_path)
 
