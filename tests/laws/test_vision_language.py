@@ -114,4 +114,4 @@ def test_embeddings_alone_are_refused():
 def test_verify_knows_that_the_rows_are_made():
     model, batch = stock("llava")
     report = hf_hardattn.verify(harden(model, CONFIGS["inputs"]), batch)
-    assert report.parity_ok and "the model makes the candidates itself" in report.sites[0].statement
+    assert report.parity_ok and "its candidates are computed, not read from the batch" in report.sites[0].statement
