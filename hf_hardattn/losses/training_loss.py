@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import HardAttentionError
 from ..modeling.arguments import parameter_names, takes_keywords
-from ..modeling.context import CONTEXT, ForwardContext, set_current
+from ..modeling.context import CONTEXT, ForwardContext
 from ..modeling.selection import Selection
 from ..modeling.selector import Selector
 from ..models import family_of
@@ -86,15 +86,15 @@ class Step:
         """Call the model's own forward once more, without its hooks."""
         context = self.another() if context is None else context
         if self.hands_down:
-            return self.model.forward(*self.args, **{**self.kwargs, **changes, CONTEXT: context})
-        if not takes_keywords(self.model):
+            changes[CONTEXT] = context
+        elif not takes_keywords(self.model):
             names = parameter_names(self.model)
             changes = {name: value for name, value in changes.items() if name in names}
-        set_current(context)
+        context.enter(self.model)
         try:
             return self.model.forward(*self.args, **{**self.kwargs, **changes})
         finally:
-            set_current(None)
+            context.leave(self.model)
 
     def another(self) -> ForwardContext:
         """Return a context for one more forward pass on the same inputs."""

@@ -12,6 +12,7 @@ from . import attention_forward, heads, members, patches, pooling
 from .arguments import parameter_names, takes_keywords
 from .build import source_protected
 from .causal import after_prompt_layer, before_prompt_layer
+from .context import MODEL
 from .cross import SOURCE_MASK
 from .family import FAMILY, Family, Tower
 from .layers import after_layer, before_layer
@@ -60,18 +61,20 @@ def install_hooks(
     readers = [
         n for n, tower in towers.items() if drops.get(tower.source or "") is not None and not idle[str(tower.source)]
     ]
-    choosers = [name for name in towers if tokens and not idle[name]]
+    writes = getattr(model, "can_generate", bool)()
+    choosers = [n for n, tower in towers.items() if (tokens or writes and tower.spec.prompt) and not idle[n]]
     module.__dict__[SHARES] = next(iter([*readers, *choosers]), None)
     module.__dict__[TRAINING_LOSS] = training_loss
+    mark = object()
     for part in model.modules():
+        part.__dict__[MODEL] = mark
         if heads.extends(part, family.spec.copying_heads):
             part.__dict__[COPIES] = parameter_names(part)
             if part is not model:
                 part.register_forward_pre_hook(open_copy, with_kwargs=True)
     module.__dict__[FAMILY] = family.name
-    strict = not module.__dict__[HANDS_DOWN] or bool(module.__dict__[CANDIDATES])
     model.register_forward_pre_hook(open_call, with_kwargs=True)
-    model.register_forward_hook(close_call, with_kwargs=True, always_call=strict)
+    model.register_forward_hook(close_call, with_kwargs=True, always_call=True)
 
 
 def _selector_at(tower: Tower, kind: str, layer: int) -> Selector | None:
@@ -253,7 +256,7 @@ def remove_hooks(model: nn.Module) -> None:
         patches.uninstall(module)
         pooling.uninstall(module)
         members.unmark(module)
-        for name in (LAYER, TOWER, HANDS_DOWN, NAMES, SHARES, CANDIDATES, TRAINING_LOSS, COPIES, FAMILY):
+        for name in (LAYER, TOWER, MODEL, HANDS_DOWN, NAMES, SHARES, CANDIDATES, TRAINING_LOSS, COPIES, FAMILY):
             module.__dict__.pop(name, None)
 
 

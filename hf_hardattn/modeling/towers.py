@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from ..errors import HardAttentionError
 from . import members
 from .arguments import Arguments
-from .context import CONTEXT, ForwardContext, current_context, has_modes, set_current
+from .context import CONTEXT, ForwardContext, context_around, has_modes
 from .copies import copies_input, hide_dropped
 from .cross import SOURCE, SOURCE_MASK, KeptEncoderOutput
 from .plan import TOWER, TowerPlan
 from .prompt import CANDIDATES, open_prompt
 from .state import TowerState
 
-HANDS_DOWN = "hard_attention_hands_down"  # whether a model's forward passes keywords on to its towers
+HANDS_DOWN = "hard_attention_hands_down"  # whether a model's forward takes keywords, which it may pass on to its towers
 COPIES = "hard_attention_copies"  # parameters of a module that feeds its decoder the encoder's input
 NAMES = "hard_attention_names"  # the parameters of a model's forward
 SHARES = "hard_attention_shares"  # a tower that needs to know what another one kept, or what the call says; None if there is none
@@ -28,10 +28,10 @@ TRAINING_LOSS = "hard_attention_training_loss"
 def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of a tower: create the state of its rows.
 
-    If the outer model passed nothing down, because the tower is called on its own or a signature is strict, the tower opens its own call.
+    A tower that is called on its own opens its own call. So does one that compiled code around it passes nothing down.
     """
     plan: TowerPlan = tower.__dict__[TOWER]
-    context: ForwardContext | None = kwargs.get(CONTEXT) or current_context()
+    context: ForwardContext | None = kwargs.get(CONTEXT) or context_around(tower)
     if plan.idle and not tower.training and not has_modes(context):
         return None
     members.check(tower, plan.layers, plan.name)
@@ -54,7 +54,7 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if plan.prompt:
         state.prompt = open_prompt(tower, plan, context, arguments)
     if plan.pools:
-        set_current(context)  # the pooling module gets no keywords
+        context.enter(tower)  # the pooling module gets no keywords
     if plan.patches is not None:
         # imported late: only models whose scorer reads pixels need it
         from .patches import choose_patches
@@ -77,8 +77,8 @@ def _refuse_compiled_training(tower: str) -> None:
 def _refuse_compiled_call(model: str, tower: str) -> None:
     """Raise the error outside of compiled code, as ``_refuse_compiled_training`` does."""
     raise HardAttentionError(
-        f"{model}.forward takes no keywords to hand down, and compiled code has no other way to tell '{tower}' which rows were kept, or are "
-        "an image's: it would read what was dropped. Let forward take **kwargs and pass them on, or run it without torch.compile."
+        f"{model}.forward hands no keywords down, and compiled code has no other way to tell '{tower}' which rows were kept, are an image's, "
+        "or are labelled: it would read what was dropped. Let forward take **kwargs and pass them on, or run it without torch.compile."
     )
 
 
@@ -125,8 +125,9 @@ def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     context: ForwardContext | None = kwargs.get(CONTEXT)
     plan: TowerPlan = tower.__dict__[TOWER]
     state = None if context is None else context.towers.get(plan.name)
-    if plan.pools and context is not None and current_context() is context:
-        set_current(None)
+    # a tower that is the whole model leaves the context at the end of its call
+    if context is not None and TRAINING_LOSS not in tower.__dict__:
+        context.leave(tower)
     if context is None or state is None or output is None:
         return None
     if context.owner is tower:
@@ -169,11 +170,11 @@ def _kept_output(plan: TowerPlan, state: TowerState, output: Any, rows: Tensor) 
 
 
 def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a model: open the context of a call, unless an enclosing model has one."""
-    if kwargs.get(CONTEXT) is not None or current_context() is not None:
+    """Forward pre-hook of a model: open the context of a call, unless an enclosing model handed one down."""
+    if kwargs.get(CONTEXT) is not None:
         return None
-    hands_down = model.__dict__[HANDS_DOWN]
-    if not hands_down and torch.compiler.is_compiling():
+    hands_down, compiling = model.__dict__[HANDS_DOWN], torch.compiler.is_compiling()
+    if compiling and not hands_down:
         if model.__dict__[SHARES] is not None:
             torch.compiler.disable(_refuse_compiled_call)(type(model).__name__, model.__dict__[SHARES])
         return None  # compiled code cannot read a thread's context variable: each tower opens its own call
@@ -196,17 +197,15 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         kwargs = {**kwargs, "return_dict": True}  # the training loss reads the outputs by name
     _, before = model.__dict__[TRAINING_LOSS]
     before(model, args, kwargs, context)
-    if hands_down:
-        if tokens:
-            set_current(context)  # such models call their image tower without passing keywords on
-        return args, {**kwargs, CONTEXT: context}
-    set_current(context)
-    return args, kwargs
+    # a forward that takes keywords need not pass them on; models with images do not, to their image tower
+    if tokens or not compiling:
+        context.enter(model)
+    return args, {**kwargs, CONTEXT: context} if hands_down else kwargs
 
 
 def open_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of an inner module that feeds the encoder's input to its decoder, as BART's model does under any head."""
-    context = kwargs.get(CONTEXT) or current_context()
+    context = kwargs.get(CONTEXT) or context_around(module)
     if context is not None:
         _note_copy(module, args, kwargs, context)
 
@@ -219,13 +218,14 @@ def _note_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 def close_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a model: end the call and, in training mode, add the estimators' terms to ``outputs.loss``."""
-    handed = kwargs.get(CONTEXT)
-    context: ForwardContext | None = handed or current_context()
+    context: ForwardContext | None = kwargs.get(CONTEXT) or context_around(model)
     if context is None or context.owner is not model:
         return None
-    if handed is None or model.__dict__[CANDIDATES]:
-        set_current(None)
+    context.leave(model)
     context.finished = True
+    shares = model.__dict__[SHARES]
+    if shares is not None and shares not in context.towers and torch.compiler.is_compiling():
+        torch.compiler.disable(_refuse_compiled_call)(type(model).__name__, shares)
     if output is None or not model.training:
         return None
     after, _ = model.__dict__[TRAINING_LOSS]
