@@ -111,6 +111,11 @@ class Tower:
         """Return the attention module of a layer, for ``self`` or ``cross``."""
         return layer.get_submodule(str(self.spec.attention if kind == "self" else self.spec.cross))
 
+    def attentions(self, layer: nn.Module) -> list[Any]:
+        """Return the attention modules that a layer has."""
+        own = [self.attention(layer, "self")] if self.spec.attention else []
+        return [*own, self.attention(layer, "cross")] if self.crosses(layer) else own
+
     def attention_spec(self, kind: str) -> AttentionSpec:
         """Return the names inside the attention module, for ``self`` or ``cross``."""
         cross = self.spec.cross_spec if kind == "cross" else None

@@ -233,6 +233,7 @@ def _install_tower(
         always=tower.spec.always,
         patch_size=heads.patch_size(tower.config) if tower.reads_images else None,
         prompt=tower.spec.prompt,
+        needs=tuple(n for n, layer in enumerate(tower.layers) if LAYER in vars(layer) and vars(layer)[LAYER].is_needed),
     )
     if pixels and spec is not None:
         patches.install(tower.module.get_submodule(spec.module), spec)

@@ -34,7 +34,7 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     context: ForwardContext | None = kwargs.get(CONTEXT) or context_around(tower)
     if plan.idle and not tower.training and not has_modes(context):
         return None
-    members.check(tower, plan.layers, plan.name)
+    members.check(tower, plan)
     inner = TRAINING_LOSS not in tower.__dict__  # a tower that is the whole model adds its terms itself
     if inner and context is None and plan.adds_terms and tower.training and torch.compiler.is_compiling():
         torch.compiler.disable(_refuse_compiled_training)(plan.name)
