@@ -136,15 +136,7 @@ def _check_averages(model: nn.Module, resolved: Mapping[str, SiteConfig], kinds:
 
 def _existing(towers: Mapping[str, Tower]) -> dict[str, Any]:
     """Return the existing selectors of a model by site, or PEFT's wrappers if it wrapped them."""
-    found: dict[str, Any] = {}
-    for tower in towers.values():
-        for site, kind, layer in tower.sites():
-            for pixels in (False, True) if kind == "inputs" else (False,):
-                host, name = tower.host(kind, layer, pixels)
-                selector = host._modules.get(name)
-                if selector is not None:
-                    found[site] = selector
-    return found
+    return {site: host._modules[name] for tower in towers.values() for site, host, name in tower.hosts()}
 
 
 def detach(model: nn.Module) -> None:

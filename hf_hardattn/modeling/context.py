@@ -135,8 +135,8 @@ class ForwardContext:
         as_tuple: the caller requested a tuple.
         finished: the call is over; a layer that runs again is being recomputed in the backward pass.
         terms: the terms that the estimators added to the task loss; None if they added nothing.
-        selectors: the model's selectors by site, in a training call. Finding them takes a walk through all modules, so it is done once
-            per step.
+        selectors: the model's selectors by site, in a training call; empty in others. Finding them takes a walk through all modules, so
+            it is done once per step.
     """
 
     def __init__(self, owner: nn.Module):

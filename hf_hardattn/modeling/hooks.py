@@ -23,6 +23,7 @@ from .towers import (
     COPIES,
     HANDS_DOWN,
     NAMES,
+    SELECTORS,
     SHARES,
     TRAINING_LOSS,
     close_call,
@@ -65,6 +66,7 @@ def install_hooks(
     choosers = [n for n, tower in towers.items() if (tokens or writes and tower.spec.prompt) and not idle[n]]
     module.__dict__[SHARES] = next(iter([*readers, *choosers]), None)
     module.__dict__[TRAINING_LOSS] = training_loss
+    module.__dict__[SELECTORS] = tuple((host, name) for tower in towers.values() for _, host, name in tower.hosts())
     mark = object()
     for part in model.modules():
         part.__dict__[MODEL] = mark
@@ -257,7 +259,19 @@ def remove_hooks(model: nn.Module) -> None:
         patches.uninstall(module)
         pooling.uninstall(module)
         members.unmark(module)
-        for name in (LAYER, TOWER, MODEL, HANDS_DOWN, NAMES, SHARES, CANDIDATES, TRAINING_LOSS, COPIES, FAMILY):
+        for name in (
+            LAYER,
+            TOWER,
+            MODEL,
+            HANDS_DOWN,
+            NAMES,
+            SELECTORS,
+            SHARES,
+            CANDIDATES,
+            TRAINING_LOSS,
+            COPIES,
+            FAMILY,
+        ):
             module.__dict__.pop(name, None)
 
 

@@ -15,12 +15,14 @@ from .copies import copies_input, hide_dropped
 from .cross import SOURCE, SOURCE_MASK, KeptEncoderOutput
 from .plan import TOWER, TowerPlan
 from .prompt import CANDIDATES, open_prompt
+from .selector import running
 from .state import TowerState
 
 HANDS_DOWN = "hard_attention_hands_down"  # whether a model's forward takes keywords, which it may pass on to its towers
 COPIES = "hard_attention_copies"  # parameters of a module that feeds its decoder the encoder's input
 NAMES = "hard_attention_names"  # the parameters of a model's forward
 SHARES = "hard_attention_shares"  # a tower that needs to know what another one kept, or what the call says; None if there is none
+SELECTORS = "hard_attention_selectors"  # the modules that hold a model's selectors, each with the name of its attribute
 # a pair of functions: one adds the terms of a training loss to an output, one prepares a training call
 TRAINING_LOSS = "hard_attention_training_loss"
 
@@ -191,16 +193,24 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         context.kept_source = getattr(given, "kept_mask", None)
         context.source_gates = getattr(given, "kept_gates", None)
     _note_copy(model, args, kwargs, context)
+    if _is_training(model):
+        _, before = model.__dict__[TRAINING_LOSS]
+        before(model, args, kwargs, context)
     by_name = kwargs.get("return_dict", getattr(model.config, "return_dict", True))
-    context.as_tuple = by_name is False and (hands_down or "return_dict" in kwargs)
-    if context.as_tuple and model.training:
+    if context.selectors and by_name is False and (hands_down or "return_dict" in kwargs):
+        context.as_tuple = True
         kwargs = {**kwargs, "return_dict": True}  # the training loss reads the outputs by name
-    _, before = model.__dict__[TRAINING_LOSS]
-    before(model, args, kwargs, context)
     # a forward that takes keywords need not pass them on; models with images do not, to their image tower
     if tokens or not compiling:
         context.enter(model)
     return args, {**kwargs, CONTEXT: context} if hands_down else kwargs
+
+
+def _is_training(model: nn.Module) -> bool:
+    """Return whether a call of a model is a training call: the model, or one of its selectors alone, is in training mode."""
+    if model.training or not torch.is_grad_enabled():
+        return model.training
+    return any(running(host._modules[name]).training for host, name in model.__dict__[SELECTORS])
 
 
 def open_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -217,7 +227,7 @@ def _note_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 
 def close_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a model: end the call and, in training mode, add the estimators' terms to ``outputs.loss``."""
+    """Forward hook of a model: end the call and, if it is a training call, add the estimators' terms to ``outputs.loss``."""
     context: ForwardContext | None = kwargs.get(CONTEXT) or context_around(model)
     if context is None or context.owner is not model:
         return None
@@ -226,7 +236,7 @@ def close_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     shares = model.__dict__[SHARES]
     if shares is not None and shares not in context.towers and torch.compiler.is_compiling():
         torch.compiler.disable(_refuse_compiled_call)(type(model).__name__, shares)
-    if output is None or not model.training:
+    if output is None or not context.selectors:
         return None
     after, _ = model.__dict__[TRAINING_LOSS]
     if context.selections:
