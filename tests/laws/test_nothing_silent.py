@@ -282,6 +282,20 @@ def test_a_glob_of_several_kinds_of_sites(recwarn):
         hf_hardattn.apply(stock("vit", "ViTModel").model, {"sites": ["vision.*"], "budget": 3})
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize(("architecture", "head"), [("bart", "BartForConditionalGeneration")])
+def test_sites_of_layers_that_training_skips(architecture, head, part):
+    sites = {"encoder": "encoder.inputs", "decoder": "decoder.cross.*"}[part]
+    example = stock(architecture, head, **{f"{part}_layerdrop": 0.5})
+    with pytest.warns(UserWarning, match=f"skips each layer in 50% of the training steps.*Set {part}_layerdrop=0"):
+        hf_hardattn.apply(example.model, {"sites": [sites]})
+    assert "skips each layer in 50%" in hf_hardattn.status(example.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hf_hardattn.apply(example.model, {"sites": [f"{'en' if part == 'decoder' else 'de'}coder.self.*"]})
+        hf_hardattn.apply(stock(architecture, head).model, {"sites": [sites]})
+
+
 @pytest.mark.parametrize("part", ["vit", "vit.layers"])
 @pytest.mark.parametrize("estimator", ["simple", "reinforce"])
 def test_selectors_that_a_part_in_evaluation_mode_keeps_from_learning(estimator, part):
