@@ -35,6 +35,8 @@ from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2ForImageClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     T5Config,
     T5EncoderModel,
@@ -300,6 +302,11 @@ class StrictForImageClassification(ViTForImageClassification):
     """Named as Transformers names such a head: the loss function is found by the name of the class."""
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:  # type: ignore[override]
+        return super().forward(pixel_values, labels=labels)
+
+
+class SwallowingForImageClassification(ViTForImageClassification):
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         return super().forward(pixel_values, labels=labels)
 
 
@@ -646,14 +653,46 @@ def test_a_compiled_model_with_a_strict_signature_trains_or_is_refused(how: str)
     reinforce = harden(simple, sites=["vision.inputs"], budget=4, estimator="reinforce")
     with pytest.raises(HardAttentionError, match="does not pass its keyword arguments"):
         compiled(reinforce, how)
+    reinforce.__class__ = SwallowingForImageClassification
+    with pytest.raises(HardAttentionError, match="keywords"):
+        compiled(harden(reinforce, sites=["vision.inputs"], budget=4, estimator="reinforce"), how)
 
 
+@pytest.mark.parametrize("swallows", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_compiled_decoder_that_hands_no_keywords_down_is_refused(swallows: bool) -> None:
+    """It would choose among the answer too, because it does not know the labels."""
+
+    class Strict(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:  # type: ignore[override]
+            return super().forward(input_ids=input_ids, labels=labels)
+
+    class Swallowing(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+            return super().forward(input_ids=input_ids, labels=labels)
+
+    torch._dynamo.reset()
+    ids = torch.randint(3, 40, (2, 9))
+    batch = {"input_ids": ids, "labels": ids.where(torch.arange(9) > 5, -100)}
+    sizes = dict(vocab_size=40, hidden_size=24, num_attention_heads=3, num_hidden_layers=1, intermediate_size=24)
+    model = shaken(Swallowing if swallows else Strict, LlamaConfig(**sizes))
+    harden(model, sites=["decoder.inputs"], budget=0.5)(**batch)  # as it is, it runs
+    with pytest.raises(
+        HardAttentionError, match="forward does not pass its keyword arguments on.* 'decoder' .* labelled"
+    ):
+        in_graph(model)(**batch)
+
+
+@pytest.mark.parametrize("swallows", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("head", [T5ForSequenceClassification, T5Model])
-def test_a_compiled_encoder_decoder_with_a_strict_signature_is_refused(head: Any) -> None:
+def test_a_compiled_encoder_decoder_that_hands_no_keywords_down_is_refused(head: Any, swallows: bool) -> None:
     """Its decoder would not know what the encoder kept, and a head that copies the input would show it whole."""
 
     class Strict(head):
         def forward(self, input_ids: Tensor, decoder_input_ids: Tensor | None = None) -> Any:  # type: ignore[override]
+            return super().forward(input_ids=input_ids, decoder_input_ids=decoder_input_ids)
+
+    class Swallowing(head):
+        def forward(self, input_ids: Tensor, decoder_input_ids: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
             return super().forward(input_ids=input_ids, decoder_input_ids=decoder_input_ids)
 
     torch._dynamo.reset()
@@ -661,9 +700,15 @@ def test_a_compiled_encoder_decoder_with_a_strict_signature_is_refused(head: Any
     batch["input_ids"][:, -1] = 1  # the end, where the head of a classifier looks
     if head is T5Model:
         batch["decoder_input_ids"] = batch["input_ids"]
-    model = shaken(Strict, T5Config(**T5_SIZES, decoder_start_token_id=0))
+    sizes = {**T5_SIZES, "num_layers": 1}
+    model = shaken(Swallowing if swallows else Strict, T5Config(**sizes, decoder_start_token_id=0))
     harden(model, sites=["encoder.inputs"], budget=4)(**batch)  # as it is, it runs
-    with pytest.raises(HardAttentionError, match="Strict.forward accepts no extra keyword arguments.* 'decoder'"):
+    with pytest.raises(
+        HardAttentionError,
+        match="ing.forward does not pass its keyword arguments on.* 'decoder'"
+        if swallows
+        else "Strict.forward does not pass",
+    ):
         in_graph(model)(**batch)
 
 

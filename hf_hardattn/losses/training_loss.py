@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import HardAttentionError
 from ..modeling.arguments import parameter_names, takes_keywords
-from ..modeling.context import CONTEXT, ForwardContext, set_current
+from ..modeling.context import CONTEXT, ForwardContext
 from ..modeling.selection import Selection
 from ..modeling.selector import Selector
 from ..models import family_of
@@ -24,20 +24,21 @@ from .distillation import attention_loss, prediction_loss, teach
 from .marginal import marginal_loss
 from .score_function import auxiliary_loss
 
-_TOLD = "hard_attention_told"  # attribute of a model: the warning that nothing is annealed was issued
+_TOLD = "hard_attention_told"  # attribute of a model: the warnings about its selectors that were issued
 
 
 def prepare_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: ForwardContext) -> None:
     """Before a training call, give the labels, or the states of the labels, to the estimators that need them."""
-    if not model.training:
-        return
     found = context.selectors = selectors(model)
+    learning = {site: selector for site, selector in found.items() if selector.training}
     if not torch.compiler.is_compiling():
-        _tell_of_annealing(model, found)
-    with_heads = [site for site, selector in found.items() if selector.head is not None]
+        _tell_of_annealing(model, learning)
+        if model.training and torch.is_grad_enabled():
+            _tell_of_evaluation(model, found)
+    with_heads = [site for site, selector in learning.items() if selector.head is not None]
     if with_heads:
         context.classes = _classes(model, _named(model, args, kwargs), with_heads[0])
-    if not any(selector.posterior is not None for selector in found.values()):
+    if not any(selector.posterior is not None for selector in learning.values()):
         return
     context.target = _target(model, _named(model, args, kwargs))
     if context.target is None:
@@ -50,15 +51,35 @@ def prepare_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _tell_of_annealing(model: nn.Module, found: Mapping[str, Selector]) -> None:
     """Warn once that the budgets are not annealed, because the length of the training is not known."""
-    sites = [site for site, selector in found.items() if selector.lacks_length and selector.learned]
-    if not sites or model.__dict__.get(_TOLD):
+    _tell_once(
+        model,
+        "the budget of {} is not annealed, because the number of training steps is not known; pathwise estimators learn better if the budget "
+        "starts at 1.0 and then falls. Add HardAttentionCallback() to the Trainer, call hf_hardattn.set_step(model, step, total_steps) before "
+        "each step, or set anneal=0 to silence this.",
+        [site for site, selector in found.items() if selector.lacks_length and selector.learned],
+    )
+
+
+def _tell_of_evaluation(model: nn.Module, found: Mapping[str, Selector]) -> None:
+    """Warn once that selectors learn nothing, because a part of the model that contains them is in evaluation mode."""
+    resting = [site for site, selector in found.items() if not selector.training]
+    _tell_once(
+        model,
+        "the model is in training mode, but the selectors of {} are in evaluation mode and learn nothing. After a call such as "
+        "model.vit.eval(), call .train() of each of hf_hardattn.selectors(model).values(), or .requires_grad_(False) to silence this.",
+        [site for site in resting if any(parameter.requires_grad for parameter in found[site].parameters())],
+    )
+
+
+def _tell_once(model: nn.Module, message: str, sites: list[str]) -> None:
+    """Issue a warning about some sites of a model, unless there are none or it was issued before."""
+    told: set[str] = model.__dict__.setdefault(_TOLD, set())
+    if not sites or message in told:
         return
-    model.__dict__[_TOLD] = True
+    told.add(message)
     warnings.warn(
-        f"the budget of {', '.join(map(repr, sites[:3]))}{' ...' if len(sites) > 3 else ''} is not annealed, because the number of training "
-        "steps is not known; pathwise estimators learn better if the budget starts at 1.0 and then falls. Add HardAttentionCallback() to the "
-        "Trainer, call hf_hardattn.set_step(model, step, total_steps) before each step, or set anneal=0 to silence this.",
-        stacklevel=2,
+        message.format(", ".join(map(repr, sites[:3])) + (" ..." if len(sites) > 3 else "")),
+        stacklevel=3,
     )
 
 
@@ -86,15 +107,15 @@ class Step:
         """Call the model's own forward once more, without its hooks."""
         context = self.another() if context is None else context
         if self.hands_down:
-            return self.model.forward(*self.args, **{**self.kwargs, **changes, CONTEXT: context})
-        if not takes_keywords(self.model):
+            changes[CONTEXT] = context
+        elif not takes_keywords(self.model):
             names = parameter_names(self.model)
             changes = {name: value for name, value in changes.items() if name in names}
-        set_current(context)
+        context.enter(self.model)
         try:
             return self.model.forward(*self.args, **{**self.kwargs, **changes})
         finally:
-            set_current(None)
+            context.leave(self.model)
 
     def another(self) -> ForwardContext:
         """Return a context for one more forward pass on the same inputs."""

@@ -64,8 +64,8 @@ def attach(
     config = config if config.sortable(kinds) else config.naming(resolved)
     _check_restore(model, config, towers)
     _check_averages(model, resolved, kinds, family)
-    for name in dict.fromkeys(kinds[site][0].name for site in resolved):
-        members.check_signatures(towers[name])
+    hosts = {kinds[site][0].name for site in resolved}
+    members.check_layers(tower for name, tower in towers.items() if name in hosts or tower.source in hosts)
     leaders = shared_choices(resolved, kinds)
     table = family.target_table(model)
     target_size = 0 if table is None else table.shape[-1]

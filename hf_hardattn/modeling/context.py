@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .state import TowerState
 
 CONTEXT = "hard_attention_context"  # keyword that carries a ForwardContext from the model to its layers
+MODEL = "hard_attention_model"  # a mark on every module of a hard model, the same on all; no other model has it
 
 
 class Settings(NamedTuple):
@@ -131,6 +132,7 @@ class ForwardContext:
 
     Attributes:
         owner: module whose call opened the context.
+        holder: module that entered the context and has not left it, or None. outer: the context that was current before.
         modes: the thread's modes at that time.
         towers: dict from tower name to the state of its rows.
         selections: every selection of the call, in order.
@@ -145,14 +147,16 @@ class ForwardContext:
         as_tuple: the caller requested a tuple.
         finished: the call is over; a layer that runs again is being recomputed in the backward pass.
         terms: the terms that the estimators added to the task loss; None if they added nothing.
-        selectors: the model's selectors by site, in a training call. Finding them takes a walk through all modules, so it is done once
-            per step.
+        selectors: the model's selectors by site, in a training call; empty in others. Finding them takes a walk through all modules, so
+            it is done once per step.
         call: what a recording knows this call by; None until a selection is recorded. Recordings outlive the context and do not hold it.
     """
 
-    def __init__(self, owner: nn.Module | None = None):
+    def __init__(self, owner: nn.Module):
         compiling = torch.compiler.is_compiling()
         self.owner = owner
+        self.holder: nn.Module | None = None
+        self.outer: ForwardContext | None = None
         # ContextVar cannot be traced; modes force eager execution, so compiled code never needs them
         self.modes: tuple[Mode, ...] = () if compiling else _MODES.get()
         self.towers: dict[str, TowerState] = {}
@@ -170,6 +174,18 @@ class ForwardContext:
         self.terms: Tensor | None = None
         self.selectors: dict[str, Selector] = {}
         self.call: object | None = None
+
+    def enter(self, holder: nn.Module) -> None:
+        """Make this the current context until ``holder`` leaves it; no effect if it is entered already."""
+        if self.holder is None:
+            self.holder, self.outer = holder, _current()
+            _set_current(self)
+
+    def leave(self, holder: nn.Module) -> None:
+        """Make the context before this one current again; no effect if ``holder`` did not enter this one."""
+        if self.holder is holder:
+            _set_current(self.outer)
+            self.holder = self.outer = None
 
     def settings(self, selector: Selector) -> Settings:
         """Return the settings of ``selector`` in this call."""
@@ -212,13 +228,34 @@ class ForwardContext:
             recorder.add(selection, site)
 
 
-def current_context() -> ForwardContext | None:
-    """Return the context of the enclosing model, if a strict signature prevented it from being passed down."""
-    return _traced if torch.compiler.is_compiling() else _CURRENT.get()
+def context_around(module: nn.Module) -> ForwardContext | None:
+    """Return the context of the enclosing call of the model that ``module`` belongs to, which may not have been passed down to it."""
+    context = _current()
+    if context is None or context.owner.__dict__.get(MODEL) is not module.__dict__.get(MODEL):
+        return None
+    return context
 
 
-def set_current(context: ForwardContext | None) -> None:
-    """Make ``context`` available to towers that are not passed one."""
+def _current() -> ForwardContext | None:
+    if torch.compiler.is_compiling():
+        return _traced
+    context: ForwardContext | None = _CURRENT.get()
+    # a KeyboardInterrupt ends a call without its hooks, so that nobody leaves its context
+    while context is not None and not _is_running(context.holder):
+        context = context.outer
+        _CURRENT.set(context)
+    return context
+
+
+def _is_running(module: nn.Module | None) -> bool:
+    """Return whether a method of ``module`` encloses this call."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_locals.get("self") is not module:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
+
+
+def _set_current(context: ForwardContext | None) -> None:
     global _traced
     if torch.compiler.is_compiling():
         _traced = context

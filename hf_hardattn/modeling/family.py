@@ -99,6 +99,14 @@ class Tower:
             elif len(self.layers):
                 yield f"{self.name}.inputs", kind, 0
 
+    def hosts(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """Yield every site that has a selector, with the module that holds it and the name of its attribute."""
+        for site, kind, layer in self.sites():
+            for pixels in (False, True) if kind == "inputs" else (False,):
+                host, name = self.host(kind, layer, pixels)
+                if host._modules.get(name) is not None:
+                    yield site, host, name
+
     def window(self, index: int) -> int | None:
         """Return the width of a layer's sliding window; None if it has none."""
         if not self.spec.prompt:
@@ -110,6 +118,11 @@ class Tower:
     def attention(self, layer: nn.Module, kind: str) -> Any:
         """Return the attention module of a layer, for ``self`` or ``cross``."""
         return layer.get_submodule(str(self.spec.attention if kind == "self" else self.spec.cross))
+
+    def attentions(self, layer: nn.Module) -> list[Any]:
+        """Return the attention modules that a layer has."""
+        own = [self.attention(layer, "self")] if self.spec.attention else []
+        return [*own, self.attention(layer, "cross")] if self.crosses(layer) else own
 
     def attention_spec(self, kind: str) -> AttentionSpec:
         """Return the names inside the attention module, for ``self`` or ``cross``."""

@@ -12,6 +12,7 @@ from . import attention_forward, heads, members, patches, pooling
 from .arguments import parameter_names, takes_keywords
 from .build import source_protected
 from .causal import after_prompt_layer, before_prompt_layer
+from .context import MODEL
 from .cross import SOURCE_MASK
 from .family import FAMILY, Family, Tower
 from .layers import after_layer, before_layer
@@ -22,6 +23,7 @@ from .towers import (
     COPIES,
     HANDS_DOWN,
     NAMES,
+    SELECTORS,
     SHARES,
     TRAINING_LOSS,
     close_call,
@@ -61,18 +63,21 @@ def install_hooks(
     readers = [
         n for n, tower in towers.items() if drops.get(tower.source or "") is not None and not idle[str(tower.source)]
     ]
-    choosers = [name for name in towers if tokens and not idle[name]]
+    writes = getattr(model, "can_generate", bool)()
+    choosers = [n for n, tower in towers.items() if (tokens or writes and tower.spec.prompt) and not idle[n]]
     module.__dict__[SHARES] = next(iter([*readers, *choosers]), None)
     module.__dict__[TRAINING_LOSS] = training_loss
+    module.__dict__[SELECTORS] = tuple((host, name) for tower in towers.values() for _, host, name in tower.hosts())
+    mark = object()
     for part in model.modules():
+        part.__dict__[MODEL] = mark
         if heads.extends(part, family.spec.copying_heads):
             part.__dict__[COPIES] = parameter_names(part)
             if part is not model:
                 part.register_forward_pre_hook(open_copy, with_kwargs=True)
     module.__dict__[FAMILY] = family.name
-    strict = not module.__dict__[HANDS_DOWN] or bool(module.__dict__[CANDIDATES])
     model.register_forward_pre_hook(open_call, with_kwargs=True)
-    model.register_forward_hook(close_call, with_kwargs=True, always_call=strict)
+    model.register_forward_hook(close_call, with_kwargs=True, always_call=True)
 
 
 def _selector_at(tower: Tower, kind: str, layer: int) -> Selector | None:
@@ -231,6 +236,7 @@ def _install_tower(
         always=tower.spec.always,
         patch_size=heads.patch_size(tower.config) if tower.reads_images else None,
         prompt=tower.spec.prompt,
+        needs=tuple(n for n, layer in enumerate(tower.layers) if LAYER in vars(layer) and vars(layer)[LAYER].is_needed),
     )
     if pixels and spec is not None:
         patches.install(tower.module.get_submodule(spec.module), spec)
@@ -254,7 +260,19 @@ def remove_hooks(model: nn.Module) -> None:
         patches.uninstall(module)
         pooling.uninstall(module)
         members.unmark(module)
-        for name in (LAYER, TOWER, HANDS_DOWN, NAMES, SHARES, CANDIDATES, TRAINING_LOSS, COPIES, FAMILY):
+        for name in (
+            LAYER,
+            TOWER,
+            MODEL,
+            HANDS_DOWN,
+            NAMES,
+            SELECTORS,
+            SHARES,
+            CANDIDATES,
+            TRAINING_LOSS,
+            COPIES,
+            FAMILY,
+        ):
             module.__dict__.pop(name, None)
 
 

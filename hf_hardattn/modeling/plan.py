@@ -66,6 +66,12 @@ class LayerPlan:
     unmasked_source: bool = False
 
     @property
+    def is_needed(self) -> bool:
+        """Whether it has a site or shares the choice of one, or the rows are pooled or restored right after it."""
+        chooses = self.inputs or self.own or self.tokens or self.crosses or self.follows or self.cross_follows
+        return bool(chooses or self.pools or self.restores)
+
+    @property
     def only_narrows(self) -> bool:
         """Whether the pre-hook only reduces the layer's inputs to the remaining rows."""
         chooses = self.inputs or self.own or self.crosses or self.follows or self.cross_follows
@@ -120,6 +126,7 @@ class TowerPlan:
         patch_size: height and width of a patch, where the rows are patches of an image; None otherwise.
         always: see ``TowerSpec``.
         prompt: the tower reads a prompt and continues it.
+        needs: indices of the layers that have a site, or behind which the rows are pooled or restored.
     """
 
     name: str
@@ -137,6 +144,7 @@ class TowerPlan:
     source_drops: bool = False
     always: Callable[[Any, Any], Any] | None = None
     prompt: bool = False
+    needs: tuple[int, ...] = ()
 
 
 def plan_of(module: Any, name: str) -> Any:

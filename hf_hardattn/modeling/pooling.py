@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .arguments import Arguments, parameter_names
-from .context import current_context
+from .context import context_around
 
 
 def install(module: nn.Module, tower: str) -> None:
@@ -26,7 +26,7 @@ def uninstall(module: nn.Module) -> None:
 
 def hide_unused_slots(tower: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of a ``MultiheadAttention`` over the rows of a tower, or of a module with a mask ``[B, N]`` of them."""
-    context = current_context()
+    context = context_around(module)
     state = None if context is None else context.towers.get(tower)
     if state is None or not state.dropped:
         return None

@@ -11,7 +11,12 @@ from ..functional import position_bias as distances
 
 
 def bias_table(attention: Any, length: int, device: torch.device) -> Tensor:
-    """Return the bias between all rows of a bidirectional layer as a table of distances, ``[H, 2 * length - 1]``."""
+    """Return the bias between all rows of a bidirectional layer as a table of distances, ``[H, 2 * length - 1]``.
+
+    It is zero, as in the original model, if the layer that has the bias is not the first one any more.
+    """
+    if not attention.has_relative_attention_bias:
+        return torch.zeros(attention.n_heads, 2 * length - 1, device=device, dtype=attention.q.weight.dtype)
     distance = torch.arange(1 - length, length, device=device)
     bucket = attention._relative_position_bucket(
         distance,

@@ -71,9 +71,10 @@ def remaining(towers: Mapping[str, Tower], selectors: Mapping[str, Selector]) ->
 
 
 def hardly_meant(towers: Mapping[str, Tower], selectors: Mapping[str, Selector]) -> Iterator[str]:
-    """Yield warnings about budgets that are probably unintended.
+    """Yield warnings about settings that are probably unintended.
 
-    These are sites that together leave almost nothing, keys that are never read, and counts larger than the number of positions.
+    These are sites that together leave almost nothing, keys that are never read, counts larger than the number of positions, and
+    layers that training skips together with their sites.
     """
     left = remaining(towers, selectors)
     for tower in towers.values():
@@ -90,6 +91,13 @@ def hardly_meant(towers: Mapping[str, Tower], selectors: Mapping[str, Selector])
             yield (
                 f"{', '.join(unread)} select keys for tokens generated after the prompt, but this model generates none, so these sites have "
                 "no effect. Use 'inputs' or 'tokens' sites."
+            )
+        skipped = getattr(tower.module, "layerdrop", 0.0)
+        if sites and skipped:
+            yield (
+                f"{type(tower.module).__name__} skips each layer in {skipped:.0%} of the training steps, and with it the choice at its site "
+                f"({sites[0][0]}{', ...' * (len(sites) > 1)}), so that more is kept than in evaluation. Set {tower.spec.name}_layerdrop=0 "
+                f"when the model is loaded, or the attribute layerdrop of the {type(tower.module).__name__} to 0."
             )
         total = whole(tower).total
         for site, kind in sites if total is not None else ():

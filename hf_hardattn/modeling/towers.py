@@ -10,17 +10,19 @@ from torch import Tensor, nn
 from ..errors import HardAttentionError
 from . import members
 from .arguments import Arguments
-from .context import CONTEXT, ForwardContext, current_context, has_modes, set_current
+from .context import CONTEXT, ForwardContext, context_around, has_modes
 from .copies import copies_input, hide_dropped
 from .cross import SOURCE, SOURCE_MASK, KeptEncoderOutput, Source, handed_over
 from .plan import TOWER, TowerPlan
 from .prompt import CANDIDATES, open_prompt, warn_of_lost_logits
+from .selector import running
 from .state import TowerState
 
-HANDS_DOWN = "hard_attention_hands_down"  # whether a model's forward passes keywords on to its towers
+HANDS_DOWN = "hard_attention_hands_down"  # whether a model's forward takes keywords, which it may pass on to its towers
 COPIES = "hard_attention_copies"  # parameters of a module that feeds its decoder the encoder's input
 NAMES = "hard_attention_names"  # the parameters of a model's forward
 SHARES = "hard_attention_shares"  # a tower that needs to know what another one kept, or what the call says; None if there is none
+SELECTORS = "hard_attention_selectors"  # the modules that hold a model's selectors, each with the name of its attribute
 # a pair of functions: one adds the terms of a training loss to an output, one prepares a training call
 TRAINING_LOSS = "hard_attention_training_loss"
 
@@ -28,13 +30,13 @@ TRAINING_LOSS = "hard_attention_training_loss"
 def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of a tower: create the state of its rows.
 
-    If the outer model passed nothing down, because the tower is called on its own or a signature is strict, the tower opens its own call.
+    A tower that is called on its own opens its own call. So does one that compiled code around it passes nothing down.
     """
     plan: TowerPlan = tower.__dict__[TOWER]
-    context: ForwardContext | None = kwargs.get(CONTEXT) or current_context()
+    context: ForwardContext | None = kwargs.get(CONTEXT) or context_around(tower)
     if plan.idle and not tower.training and not has_modes(context):
         return None
-    members.check(tower, plan.layers, plan.name)
+    members.check(tower, plan)
     inner = TRAINING_LOSS not in tower.__dict__  # a tower that is the whole model adds its terms itself
     if inner and context is None and plan.adds_terms and tower.training and torch.compiler.is_compiling():
         torch.compiler.disable(_refuse_compiled_training)(plan.name)
@@ -54,7 +56,7 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if plan.prompt:
         state.prompt = open_prompt(tower, plan, context, arguments)
     if plan.pools:
-        set_current(context)  # the pooling module gets no keywords
+        context.enter(tower)  # the pooling module gets no keywords
     if plan.patches is not None:
         # imported late: only models whose scorer reads pixels need it
         from .patches import choose_patches
@@ -77,8 +79,9 @@ def _refuse_compiled_training(tower: str) -> None:
 def _refuse_compiled_call(model: str, tower: str) -> None:
     """Raise the error outside of compiled code, as ``_refuse_compiled_training`` does."""
     raise HardAttentionError(
-        f"{model}.forward accepts no extra keyword arguments, which compiled code needs to pass the kept rows, or the rows of an image, to "
-        f"'{tower}'; without them, it would read dropped rows. Let forward accept **kwargs and pass them on, or run it without torch.compile."
+        f"{model}.forward does not pass its keyword arguments on, which compiled code needs to tell '{tower}' which rows were kept, belong to an "
+        "image, or are labelled; without them, it would read dropped rows. Let forward accept **kwargs and pass them on, or run it without "
+        "torch.compile."
     )
 
 
@@ -154,8 +157,9 @@ def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     context: ForwardContext | None = kwargs.get(CONTEXT)
     plan: TowerPlan = tower.__dict__[TOWER]
     state = None if context is None else context.towers.get(plan.name)
-    if plan.pools and context is not None and current_context() is context:
-        set_current(None)
+    # a tower that is the whole model leaves the context at the end of its call
+    if context is not None and TRAINING_LOSS not in tower.__dict__:
+        context.leave(tower)
     if context is None or state is None or output is None:
         return None
     if context.owner is tower:
@@ -203,11 +207,11 @@ def _kept_output(plan: TowerPlan, state: TowerState, output: Any, rows: Tensor) 
 
 
 def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a model: open the context of a call, unless an enclosing model has one."""
-    if kwargs.get(CONTEXT) is not None or current_context() is not None:
+    """Forward pre-hook of a model: open the context of a call, unless an enclosing model handed one down."""
+    if kwargs.get(CONTEXT) is not None:
         return None
-    hands_down = model.__dict__[HANDS_DOWN]
-    if not hands_down and torch.compiler.is_compiling():
+    hands_down, compiling = model.__dict__[HANDS_DOWN], torch.compiler.is_compiling()
+    if compiling and not hands_down:
         if model.__dict__[SHARES] is not None:
             torch.compiler.disable(_refuse_compiled_call)(type(model).__name__, model.__dict__[SHARES])
         return None  # compiled code cannot read a thread's context variable: each tower opens its own call
@@ -222,23 +226,29 @@ def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if given is not None:
         context.source_given, context.kept_source = True, handed_over(given)
     _note_copy(model, args, kwargs, context)
+    if _is_training(model):
+        _, before = model.__dict__[TRAINING_LOSS]
+        before(model, args, kwargs, context)
     by_name = kwargs.get("return_dict", getattr(model.config, "return_dict", True))
-    context.as_tuple = by_name is False and (hands_down or "return_dict" in kwargs)
-    if context.as_tuple and model.training:
+    if context.selectors and by_name is False and (hands_down or "return_dict" in kwargs):
+        context.as_tuple = True
         kwargs = {**kwargs, "return_dict": True}  # the training loss reads the outputs by name
-    _, before = model.__dict__[TRAINING_LOSS]
-    before(model, args, kwargs, context)
-    if hands_down:
-        if tokens:
-            set_current(context)  # such models call their image tower without passing keywords on
-        return args, {**kwargs, CONTEXT: context}
-    set_current(context)
-    return args, kwargs
+    # a forward that takes keywords need not pass them on; models with images do not, to their image tower
+    if tokens or not compiling:
+        context.enter(model)
+    return args, {**kwargs, CONTEXT: context} if hands_down else kwargs
+
+
+def _is_training(model: nn.Module) -> bool:
+    """Return whether a call of a model is a training call: the model, or one of its selectors alone, is in training mode."""
+    if model.training or not torch.is_grad_enabled():
+        return model.training
+    return any(running(host._modules[name]).training for host, name in model.__dict__[SELECTORS])
 
 
 def open_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of an inner module that feeds the encoder's input to its decoder, as BART's model does under any head."""
-    context = kwargs.get(CONTEXT) or current_context()
+    context = kwargs.get(CONTEXT) or context_around(module)
     if context is not None:
         _note_copy(module, args, kwargs, context)
 
@@ -250,15 +260,16 @@ def _note_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 
 def close_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a model: end the call and, in training mode, add the estimators' terms to ``outputs.loss``."""
-    handed = kwargs.get(CONTEXT)
-    context: ForwardContext | None = handed or current_context()
+    """Forward hook of a model: end the call and, if it is a training call, add the estimators' terms to ``outputs.loss``."""
+    context: ForwardContext | None = kwargs.get(CONTEXT) or context_around(model)
     if context is None or context.owner is not model:
         return None
-    if handed is None or model.__dict__[CANDIDATES]:
-        set_current(None)
+    context.leave(model)
     context.finished = True
-    if output is None or not model.training:
+    shares = model.__dict__[SHARES]
+    if shares is not None and shares not in context.towers and torch.compiler.is_compiling():
+        torch.compiler.disable(_refuse_compiled_call)(type(model).__name__, shares)
+    if output is None or not context.selectors:
         return None
     after, _ = model.__dict__[TRAINING_LOSS]
     if context.selections:

@@ -8,18 +8,19 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin
 
-from ..modeling.context import ForwardContext, current_context, set_current
+from ..modeling.context import ForwardContext, context_around
 
 
 def generate_in_one_call(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Run ``generate`` inside one context, so that the towers that read the image know which of its rows were kept."""
-    if current_context() is not None:
+    if context_around(model) is not None:
         return type(model).generate(model, *args, **kwargs)
-    set_current(ForwardContext(model))
+    context = ForwardContext(model)
+    context.enter(model)
     try:
         return type(model).generate(model, *args, **kwargs)
     finally:
-        set_current(None)
+        context.leave(model)
 
 
 def prepare(model: nn.Module) -> None:

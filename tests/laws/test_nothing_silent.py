@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import copy
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -315,6 +316,71 @@ def test_a_glob_of_several_kinds_of_sites(recwarn):
     assert not recwarn
     with pytest.warns(UserWarning, match="'vision.*' names sites of 3 kinds .inputs, self, tokens.*'vision.tokens.*'"):
         hf_hardattn.apply(stock("vit", "ViTModel").model, {"sites": ["vision.*"], "budget": 3})
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize(("architecture", "head"), [("bart", "BartForConditionalGeneration")])
+def test_sites_of_layers_that_training_skips(architecture, head, part):
+    sites = {"encoder": "encoder.inputs", "decoder": "decoder.cross.*"}[part]
+    example = stock(architecture, head, **{f"{part}_layerdrop": 0.5})
+    with pytest.warns(UserWarning, match=f"skips each layer in 50% of the training steps.*Set {part}_layerdrop=0"):
+        hf_hardattn.apply(example.model, {"sites": [sites]})
+    assert "skips each layer in 50%" in hf_hardattn.status(example.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hf_hardattn.apply(example.model, {"sites": [f"{'en' if part == 'decoder' else 'de'}coder.self.*"]})
+        hf_hardattn.apply(stock(architecture, head).model, {"sites": [sites]})
+
+
+@pytest.mark.parametrize("part", ["vit", "vit.layers"])
+@pytest.mark.parametrize("estimator", ["simple", "reinforce"])
+def test_selectors_that_a_part_in_evaluation_mode_keeps_from_learning(estimator, part):
+    example = hard_vit(estimator=estimator, anneal=0)
+    known = hf_hardattn.selectors(example.model)
+    example.model.train().get_submodule(part).eval()
+    with pytest.warns(
+        UserWarning, match="of 'vision.inputs', 'vision.self.1' are in evaluation mode and learn nothing"
+    ):
+        example.model(**example.batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        example.model(**example.batch)  # once
+        for selector in known.values():
+            selector.train()
+        example.model(**example.batch).loss.backward()
+    assert all(p.grad is not None for selector in known.values() for p in selector.scorer.parameters())
+
+
+@pytest.mark.parametrize("how", ["frozen", "soft", "no_grad"])
+def test_selectors_that_shall_not_learn(how):
+    example = hard_vit(anneal=0, **({"estimator": "soft"} if how == "soft" else {}))
+    example.model.train().vit.eval()
+    if how == "frozen":
+        for selector in hf_hardattn.selectors(example.model).values():
+            selector.requires_grad_(False)
+    with warnings.catch_warnings(), torch.set_grad_enabled(how != "no_grad"):
+        warnings.simplefilter("error")
+        example.model(**example.batch)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("estimator", ["simple", "reinforce", "rloo", "hard_concrete", "cropr", "variational"])
+def test_selectors_alone_in_training_mode(estimator, by_name):
+    """With the backbone in evaluation mode: the gradients are those of a model in training mode without dropout, which this one is."""
+    gradients = []
+    for mode in (True, False):
+        example = hard_vit(estimator=estimator, anneal=0, baseline="none")
+        known = hf_hardattn.selectors(example.model)
+        example.model.train(mode)
+        for selector in known.values():
+            selector.train()
+        torch.manual_seed(3)
+        output = example.model(**example.batch, return_dict=by_name)
+        (output.loss if by_name else output[0]).backward()
+        gradients.append([p.grad for selector in known.values() for p in selector.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
+    assert any(gradient is not None for gradient in gradients[0])
 
 
 def test_a_count_of_more_than_there_is():

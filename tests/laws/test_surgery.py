@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hf_hardattn
-from hf_hardattn import models
+from hf_hardattn import HardAttentionError, models
 from hf_hardattn.models import family_of
 
 FIRST_HEADS = list(dict(reversed(HEADS)).items())
@@ -34,6 +34,13 @@ def lists(model) -> dict[str, nn.ModuleList]:
 
 def layers(model) -> list[nn.Module]:
     return [layer for each in lists(model).values() for layer in each]
+
+
+def rearrange(model, order) -> None:
+    """Replace the list of layers of every tower by what ``order`` makes of it."""
+    for tower in family_of(model).towers(model).values():
+        path, _, name = tower.spec.layers.rpartition(".")
+        setattr(tower.module.get_submodule(path), name, nn.ModuleList(order(tower.layers)))
 
 
 # ------------------------------------------------------------------------------------------------------------ modules are stock
@@ -67,9 +74,7 @@ def test_a_list_of_layers_is_a_list(architecture, head):
 def test_layers_can_be_rebuilt_into_a_list(architecture, head):
     example = hard_example(architecture, head)
     expected = run(example)
-    for tower in family_of(example.model).towers(example.model).values():
-        path, _, name = tower.spec.layers.rpartition(".")
-        setattr(tower.module.get_submodule(path), name, nn.ModuleList([*tower.layers]))
+    rearrange(example.model, list)
     close(run(example), expected, 0)
 
 
@@ -80,10 +85,93 @@ def test_a_slice_of_the_layers_is_a_shallower_model(architecture):
     hf_hardattn.apply(shallow.model, CONFIG)
     kept = {name: value for name, value in example.model.state_dict().items() if name in shallow.model.state_dict()}
     shallow.model.load_state_dict(kept)
-    (tower,) = family_of(example.model).towers(example.model).values()
-    path, _, name = tower.spec.layers.rpartition(".")
-    setattr(tower.module.get_submodule(path), name, tower.layers[:2])
+    rearrange(example.model, lambda layers: layers[:2])
+    with pytest.raises(HardAttentionError, match="layer 2 of '.*' is gone; .*a site in it, .* Call hf_hardattn.apply"):
+        run(example)
+    hf_hardattn.apply(example.model, CONFIG)
     close(run(example), run(Example(shallow.model, example.batch)), 0)
+
+
+@pytest.mark.parametrize("mode", ["gathered", "masked"])
+@pytest.mark.parametrize(
+    ("architecture", "refused"), [("bert", False), ("vit", False), ("siglip", True), ("clip", False)]
+)
+def test_layers_without_a_site_can_be_taken_out(architecture, refused, mode):
+    """The last one cannot, where the rows behind it are pooled."""
+    head = models.load(architecture).spec.heads[0]
+    tower = next(iter(lists(stock(architecture, head).model)))
+    config = {"sites": [f"{tower}.tokens.0"], "budget": 2}
+    example, shallow = stock(architecture, head), stock(architecture, head)
+    harden(example.model, config)
+    for each in (example, shallow):
+        rearrange(each.model, lambda layers: [layers[0], layers[1]])
+    harden(shallow.model, config)
+    with hf_hardattn.execution(example.model, mode), hf_hardattn.execution(shallow.model, mode):
+        if refused:
+            with pytest.raises(HardAttentionError, match="layer 2 of 'vision' is gone; .* to pool the rows"):
+                run(example)
+        else:
+            close(run(example), run(shallow), 0)
+
+
+ORDERS = {
+    "reversed": lambda layers: [*layers][::-1],
+    "one twice, as a copy": lambda layers: [*layers[:2], copy.deepcopy(layers[1]), *layers[2:]],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@LAYERED
+def test_layers_in_another_order_are_refused_until_hard_attention_is_applied_again(architecture, head, order):
+    """Masked execution, and so training, would not hide from a layer what was dropped behind it before."""
+    example, plain = (stock(architecture, head) for _ in range(2))
+    harden(example.model, CONFIG)
+    for each in (example, plain):
+        rearrange(each.model, ORDERS[order])
+    for training in (False, True):
+        with pytest.raises(HardAttentionError, match="are no longer in the order .* Call hf_hardattn.apply"):
+            example.model.train(training)(**example.batch)
+    hf_hardattn.apply(example.model.eval(), CONFIG)
+    hf_hardattn.apply(plain.model, CONFIG)
+    for site, selector in hf_hardattn.selectors(plain.model).items():
+        selector.load_state_dict(hf_hardattn.selectors(example.model)[site].state_dict())
+    options = {"use_cache": False} if architecture == "t5" else {}  # a copy of a layer shares its place in the cache
+    for mode in ("gathered", "masked"):
+        with hf_hardattn.execution(example.model, mode), hf_hardattn.execution(plain.model, mode):
+            close(run(example, **options), run(plain, **options), 0)
+
+
+@LAYERED
+def test_a_layer_in_two_places_is_refused(architecture, head):
+    """After apply, and before it, where each place would need a plan; one attention in two layers likewise."""
+    example = hard_example(architecture, head)
+    rearrange(example.model, lambda layers: [layers[0], layers[0]])
+    with pytest.raises(HardAttentionError, match=r"are no longer in the order .* \[0, 0\]"):
+        run(example)
+    with pytest.raises(HardAttentionError, match="layer 0 of '(.*)' and layer 1 of '\\1' share one"):
+        hf_hardattn.apply(example.model, CONFIG)
+    twin = stock(architecture, head)
+    for tower in family_of(twin.model).towers(twin.model).values():
+        path = tower.spec.attention or tower.spec.cross
+        tower.layers[1].set_submodule(path, tower.layers[0].get_submodule(path))
+    expected = run(twin)
+    with pytest.raises(HardAttentionError, match="layer 0 of .* and layer 1 of .* share one .*Attention"):
+        hf_hardattn.apply(twin.model, CONFIG)
+    close(run(twin), expected, 0)
+
+
+@pytest.mark.parametrize("sites", [["encoder.tokens.0"], ["encoder.self.*"], ["encoder.inputs"]], ids=str)
+def test_t5_without_its_first_layer_has_no_position_bias(sites):
+    """As stock: only that layer holds the bias, which the others receive."""
+    plain, example = (stock("t5", "T5ForConditionalGeneration") for _ in range(2))
+    for each in (plain, example):
+        rearrange(each.model, lambda layers: [*layers][1:] or [*layers])
+    harden(example.model, {"sites": sites, "budget": 2})
+    with hf_hardattn.soft(example.model):
+        close(run(example), run(plain), 0)
+    expected = run(example)
+    with hf_hardattn.execution(example.model, "masked"):
+        close(run(example), expected)
 
 
 @LAYERED
