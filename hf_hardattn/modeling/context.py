@@ -231,9 +231,10 @@ class ForwardContext:
 def context_around(module: nn.Module) -> ForwardContext | None:
     """Return the context of the enclosing call of the model that ``module`` belongs to, which may not have been passed down to it."""
     context = _current()
-    if context is None or context.owner.__dict__.get(MODEL) is not module.__dict__.get(MODEL):
-        return None
-    return context
+    if context is None or context.owner.__dict__.get(MODEL) is module.__dict__.get(MODEL):
+        return context
+    # a part that replaced another one has the mark of its own model, or of none that there is; the walk takes long, but is rare
+    return context if module in context.owner.modules() else None
 
 
 def _current() -> ForwardContext | None:

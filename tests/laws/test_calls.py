@@ -151,6 +151,23 @@ def run_towers(example):
         return tensors([tower.module(example.batch[tower.spec.inputs]) for tower in towers])
 
 
+@pytest.mark.parametrize(("architecture", "head"), TRAINED)
+def test_a_tower_that_replaced_another_one_belongs_to_the_call(architecture, head):
+    """A copy, in a model that hands no keywords on."""
+    losses = []
+    for change in (copy.deepcopy, lambda tower: tower):
+        example = stock(architecture, head)
+        harden(swallowing(example.model), {**CONFIG, "estimator": "hard_concrete"})
+        towers = [tower.module for tower in family_of(example.model).towers(example.model).values()]
+        for path, part in [*example.model.named_modules()]:
+            if part in towers:
+                example.model.set_submodule(path, change(part))
+        losses.append(train_loss(example))
+        losses[-1].backward()
+        assert all(p.grad is not None for s in hf_hardattn.selectors(example.model).values() for p in s.parameters())
+    assert torch.equal(*losses)
+
+
 class Twice(ViTForImageClassification):
     """A model that calls itself."""
 
