@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import HardAttentionError
 from ..modeling.arguments import parameter_names, takes_keywords
 from ..modeling.context import CONTEXT, ForwardContext, set_current
+from ..modeling.lost_terms import terms_of, warn_of_lost_terms
 from ..modeling.selection import Selection
 from ..modeling.selector import Selector
 from ..models import family_of
@@ -135,24 +136,12 @@ class Step:
 
     def _warn_of_lost_terms(self, selections: list[Selection]) -> None:
         """Warn about terms of the training loss that have no effect, because the model returns no loss."""
-        own = [(selection, self.selectors[selection.site]) for selection in selections]
-        needs = {need for _, selector in own for need in selector.estimator.needs}
-        lost = {
-            "the reward of score-function estimators": "reward" in needs,
-            "the penalties of estimators and scorers": any(selection.penalty is not None for selection, _ in own),
-            "the entropy bonus": any(selector.now(selector.entropy_weight) for _, selector in own),
-            "estimator 'marginal'": "choices" in needs,
-            "estimator 'distil'": "teacher" in needs,
-            "self-distillation": bool(self._distillation_weight()),
-        }
-        names = [name for name, is_lost in lost.items() if is_lost]
-        if names:
-            warnings.warn(
-                f"{type(self.model).__name__} returned no loss, so this has no effect: {', '.join(names)}. Pass labels; the Trainer "
-                "keeps them from the model with label_smoothing_factor and compute_loss_func. Rewards, penalties and the entropy bonus "
-                "can also be added to a loss of your own: with hf_hardattn.record(model) as selections, call "
-                "hf_hardattn.auxiliary_loss(selections, hf_hardattn.selectors(model), reward).",
-                stacklevel=2,
+        lost = terms_of((self.selectors[selection.site] for selection in selections), self._distillation_weight())
+        if lost:
+            warn_of_lost_terms(
+                f"{type(self.model).__name__} returned no loss",
+                lost,
+                "Pass labels; the Trainer keeps them from the model with label_smoothing_factor and compute_loss_func.",
             )
 
     def _distillation_weight(self) -> float:
