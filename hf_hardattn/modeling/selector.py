@@ -259,6 +259,11 @@ class Selector(nn.Module):
                 inputs.keys = self.posterior.keys(states)
         if self.head is not None and context.classes is not None:
             inputs.classes = context.classes
+            if len(context.classes) != len(states):
+                raise HardAttentionError(
+                    f"'{self.site}' chooses in {len(states)} rows, and there are classes of {len(context.classes)} examples; estimator "
+                    "'cropr' needs the class of each row. Use estimator 'simple'."
+                )
             with full_precision(states.device), weights_in_place(self.head):
                 inputs.values = self.head.values(states)
         return inputs
