@@ -273,8 +273,13 @@ def set_reward(model: nn.Module, reward: Callable[[dict[str, Any], Any], Tensor]
             None restores the default, which is minus the task loss of each example.
 
     Raises:
-        HardAttentionError: if the model has no sites.
+        HardAttentionError: if the model has no sites, or ``reward`` is no function.
     """
+    if reward is not None and not callable(reward):
+        raise HardAttentionError(
+            f"reward={reward!r} is not a function in set_reward; it maps the inputs and the output to one number per example. Give a "
+            "function, or None for minus the task loss."
+        )
     found: Any = selectors_or_refuse(model) if reward is not None else []
     if found and not any("reward" in selector.estimator.needs for selector in found):
         names = sorted({selector.config.estimator for selector in found})

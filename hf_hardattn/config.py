@@ -151,7 +151,7 @@ class HardAttentionConfig(SiteConfig):
         sites: dict from glob to overrides (``{"vision.tokens.*": {"budget": 0.5}}``; later globs win) or just to a budget
             (``{"vision.inputs": 0.5}``), or a list of globs; ``None`` uses the architecture's recommended sites.
         self_distillation: number in [0, 1e6] or schedule; weight of KL(soft model's predictions || hard model's) in the training loss.
-            It costs one soft forward pass per step.
+            It costs one soft forward pass per step. The predictions are the outputs with ``logits`` in their names.
         recipe: name in ``recipes``; it sets the fields that have their default values. The fields are stored, not the name, so that a
             saved model does not change if a recipe does.
         restore: whether ``last_hidden_state`` gets its full length back, with all-zero rows where nothing was computed; ``None`` depends

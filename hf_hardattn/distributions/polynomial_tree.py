@@ -131,6 +131,8 @@ def _contract(windows: Tensor, x: Tensor) -> Tensor:
 class _Multiply(torch.autograd.Function):
     """``out[c] = sum_a left[a] right[c - a]`` for c up to ``degree``."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(left: Tensor, right: Tensor, degree: int) -> Tensor:
         a, b = len(left), len(right)
@@ -155,6 +157,8 @@ class _Multiply(torch.autograd.Function):
 
 class _Correlate(torch.autograd.Function):
     """``out[a] = sum_b outer[a + b] inner[b]`` for a below ``size``."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(outer: Tensor, inner: Tensor, size: int) -> Tensor:

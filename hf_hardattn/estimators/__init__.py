@@ -21,6 +21,10 @@ NEEDS = {
     "target": "the labels, in training",
     "class": "the class of each example, in training",
 }
+WITHOUT_TERMS = {
+    "gates",
+    "passes",
+}  # needs that the forward passes meet; what meets the others reaches the model's loss as a term
 
 
 @dataclass

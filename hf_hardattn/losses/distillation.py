@@ -117,17 +117,29 @@ def attention_loss(teacher: Teacher, made: Recording, selection: Selection, sele
     return selector.estimator.weight * (divergence * rows).sum() / rows.sum().clamp(min=1)
 
 
-def prediction_loss(teacher: Teacher, output: Any, labels: Tensor | None) -> Tensor | None:
-    """Return ``KL(soft model || hard model)`` of the predictions, a mean over examples or labels; None if the output has no logits.
+def prediction_loss(teacher: Teacher, output: Any, labels: Tensor | None) -> Tensor:
+    """Return ``KL(soft model || hard model)``, a mean over examples or labels, and over the predictions of a model that has several.
+
+    A prediction is a field of the output with ``logits`` in its name: ``logits``, ``start_logits``, ``logits_per_image`` ...
+
+    Raises:
+        HardAttentionError: the output has no such field.
 
     Source: DynamicViT (Rao et al., 2021), equation 19.
     """
-    logits = output.get("logits")
-    if logits is None:
-        return None
-    known, hard = teacher.output["logits"].float().log_softmax(-1), logits.float().log_softmax(-1)
+    fields = [name for name, value in output.items() if "logits" in name and isinstance(value, Tensor)]
+    if not fields:
+        raise HardAttentionError(
+            f"self_distillation compares logits, which {type(output).__name__} does not have; it has: {', '.join(output)}. "
+            "Set self_distillation=0, or use estimator 'distil', which compares attention."
+        )
+    return torch.stack([_divergence(teacher.output[name], output[name], labels) for name in fields]).mean()
+
+
+def _divergence(soft_logits: Tensor, hard_logits: Tensor, labels: Tensor | None) -> Tensor:
+    known, hard = soft_logits.float().log_softmax(-1), hard_logits.float().log_softmax(-1)
     divergence = (known.exp() * (known - hard)).sum(-1)
-    if labels is None:
+    if labels is None or labels.numel() != divergence.numel():
         return divergence.mean()
     counted = (labels != -100).view(divergence.shape)
     return (divergence * counted).sum() / counted.sum().clamp(min=1)

@@ -65,6 +65,11 @@ def marginal_loss(
         counted = losses[1]
         likelihoods.append(-losses[0] * counted)
     log_y = torch.stack(likelihoods)  # [S, B, T]
+    if log_y.shape[1] != log_p.shape[1]:
+        raise HardAttentionError(
+            f"'{site}' chooses in {log_p.shape[1]} rows, and there are labels of {log_y.shape[1]} examples; estimator 'marginal' needs one "
+            "row for each. Use estimator 'simple'."
+        )
     if log_p.shape[-1] == 1:
         log_y = log_y.sum(-1, keepdim=True)  # one choice for the row, which all its labels share
     elif log_p.shape[-1] != log_y.shape[-1] or not _last(model, site):

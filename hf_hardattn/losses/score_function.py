@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ..errors import HardAttentionError
 from ..modeling.selection import Selection
 from ..modeling.selector import Selector
 
@@ -43,6 +44,9 @@ def auxiliary_loss(
     Returns:
         fp32 scalar with gradient, or None if no site has a term.
 
+    Raises:
+        HardAttentionError: there are more or fewer rewards than rows.
+
     Source: Williams 1992, equation 11 (surrogate); Xu et al. 2015, arXiv:1502.03044, equation 13 (entropy bonus); Kool, van Hoof &
     Welling 2019 (baseline from the other samples).
     """
@@ -72,6 +76,11 @@ def _score_function(
     if selection.log_prob is None or reward is None:
         return []
     rewards, terms = reward.view(-1), []
+    if reward.dim() and len(rewards) != len(selection.log_prob):
+        raise HardAttentionError(
+            f"{len(rewards)} rewards were given for {len(selection.log_prob)} rows at '{selection.site}'; there must be one reward per "
+            "example, [B], or one for the batch, []. Return a reward of each row of the batch, or use estimator 'simple', which needs none."
+        )
     if others is not None:
         advantage = selector.estimator.advantage(rewards, others.view(len(others), -1))
     elif selector.baseline is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import HardAttentionError
 from ..modeling.arguments import parameter_names, takes_keywords
 from ..modeling.context import CONTEXT, ForwardContext
+from ..modeling.lost_terms import terms_of, warn_of_lost_terms
 from ..modeling.selection import Selection
 from ..modeling.selector import Selector
 from ..models import family_of
@@ -23,6 +24,7 @@ from ..unwrapping import refuse_offloaded
 from .distillation import attention_loss, prediction_loss, teach
 from .marginal import marginal_loss
 from .score_function import auxiliary_loss
+from .task_loss import explained, reward_of, share_of_batch
 
 _TOLD = "hard_attention_told"  # attribute of a model: the warnings about its selectors that were issued
 
@@ -134,46 +136,45 @@ class Step:
                 self._warn_of_lost_terms(record.selections)
             return
         exact = [s for s in record.selections if "choices" in self.selectors[s.site].estimator.needs]
+        task = output["loss"]
         if exact:
-            if len(exact) > 1:
-                raise HardAttentionError(
-                    f"estimator 'marginal' at {exact[0].site!r} and {exact[1].site!r}; it tries every selection of ONE site. "
-                    "Use one site, or use estimator 'simple' at the others."
-                )
-            selector = self.selectors[exact[0].site]
-            output["loss"] = marginal_loss(self.model, selector, exact[0], self.inputs, self.forward)
+            output["loss"] = self._marginal(exact, output)
         passes = [(output, record.selections)]
         for _ in range(max(s.estimator.samples for s in self.selectors.values()) - 1):
             other = self.another()
             passes.append((self.forward(other), other.selections))
+        extra = self._terms(passes)
         losses = [found["loss"] for found, _ in passes]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        extra = self._terms(passes)
         if extra is not None:
-            record.terms = (extra * _share(self.model, self.inputs)).to(loss.dtype)
+            record.terms = (extra * share_of_batch(self.model, self.inputs, output, task)).to(loss.dtype)
             loss = loss + record.terms
         output["loss"] = loss
 
+    def _marginal(self, exact: list[Selection], output: Any) -> Tensor:
+        """Return the loss that replaces the model's own where every choice of a site is tried."""
+        site = exact[0].site
+        if len(exact) > 1:
+            raise HardAttentionError(
+                f"estimator 'marginal' at {site!r} and {exact[1].site!r}; it tries every selection of ONE site. "
+                "Use one site, or use estimator 'simple' at the others."
+            )
+        if not explained(self.model, self.inputs, output, output["loss"]):
+            raise HardAttentionError(
+                f"the loss of {type(self.model).__name__} is not the mean loss of its labels, which estimator 'marginal' at {site!r} "
+                "weighs. Use estimator 'simple'."
+            )
+        loss = marginal_loss(self.model, self.selectors[site], exact[0], self.inputs, self.forward)
+        return loss * share_of_batch(self.model, self.inputs, output, output["loss"])
+
     def _warn_of_lost_terms(self, selections: list[Selection]) -> None:
         """Warn about terms of the training loss that have no effect, because the model returns no loss."""
-        own = [(selection, self.selectors[selection.site]) for selection in selections]
-        needs = {need for _, selector in own for need in selector.estimator.needs}
-        lost = {
-            "the reward of score-function estimators": "reward" in needs,
-            "the penalties of estimators and scorers": any(selection.penalty is not None for selection, _ in own),
-            "the entropy bonus": any(selector.now(selector.entropy_weight) for _, selector in own),
-            "estimator 'marginal'": "choices" in needs,
-            "estimator 'distil'": "teacher" in needs,
-            "self-distillation": bool(self._distillation_weight()),
-        }
-        names = [name for name, is_lost in lost.items() if is_lost]
-        if names:
-            warnings.warn(
-                f"{type(self.model).__name__} returned no loss, so the following has no effect: {', '.join(names)}. Pass labels; with "
-                "label_smoothing_factor or compute_loss_func, the Trainer does not pass them to the model. Rewards, penalties and the entropy "
-                "bonus can also be added to your own loss: with hf_hardattn.record(model) as selections, call "
-                "hf_hardattn.auxiliary_loss(selections, hf_hardattn.selectors(model), reward).",
-                stacklevel=2,
+        lost = terms_of((self.selectors[selection.site] for selection in selections), self._distillation_weight())
+        if lost:
+            warn_of_lost_terms(
+                f"{type(self.model).__name__} returned no loss",
+                lost,
+                "Pass labels; with label_smoothing_factor or compute_loss_func, the Trainer does not pass them to the model.",
             )
 
     def _distillation_weight(self) -> float:
@@ -184,7 +185,7 @@ class Step:
     def _terms(self, passes: list[tuple[Any, list[Selection]]]) -> Tensor | None:
         terms, rewards, greedy = [], None, None
         if any(s.log_prob is not None for s in passes[0][1]):
-            rewards = torch.stack([_reward(self.model, self.inputs, found, found["loss"]) for found, _ in passes])
+            rewards = torch.stack([reward_of(self.model, self.inputs, found, found["loss"]) for found, _ in passes])
             if any(s.baseline is not None and s.baseline.needs_greedy for s in self.selectors.values()):
                 greedy = self._greedy_reward()
         for index, (_, selections) in enumerate(passes):
@@ -192,6 +193,7 @@ class Step:
             if rewards is not None:
                 reward = rewards[index]
                 others = torch.cat([rewards[:index], rewards[index + 1 :]]) if len(passes) > 1 else None
+                selections = [self._by_example(selection, reward) for selection in selections]
             terms.append(auxiliary_loss(selections, self.selectors, reward, greedy, others))
         found = [term for term in terms if term is not None]
         total = torch.stack(found).sum() / len(passes) if found else None
@@ -214,40 +216,29 @@ class Step:
         for selection in distilled:
             yield attention_loss(teacher, made, selection, self.selectors[selection.site])
         if weight:
-            term = prediction_loss(teacher, output, family.labels(self.model, self.inputs))
-            if term is not None:
-                yield weight * term
+            yield weight * prediction_loss(teacher, output, family.labels(self.model, self.inputs))
 
     def _greedy_reward(self) -> Tensor:
         """Return the reward of the deterministic choices: the same forward in evaluation mode, without gradient."""
         with evaluating(self.model), torch.no_grad():
             output = self.forward()
-        return _reward(self.model, self.inputs, output, output["loss"])
+        return reward_of(self.model, self.inputs, output, output["loss"])
 
+    def _by_example(self, selection: Selection, reward: Tensor) -> Selection:
+        """Return a selection with one log-probability per reward, where an input holds several rows of each example, ``[B, C, ...]``.
 
-def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
-    """Return the share of this micro-batch in an accumulated batch. The Trainer asks for a loss that is summed and then divided by
-    the items of all micro-batches. If the model does so, the terms must too, or their weight would grow with every micro-batch."""
-    total, family = inputs.get("num_items_in_batch"), family_of(model)
-    items = None if total is None or family is None else family.loss_items(model, inputs)
-    return 1.0 if items is None else items / torch.as_tensor(total, device=items.device).flatten()[0]
-
-
-def _reward(model: nn.Module, inputs: dict[str, Any], output: Any, loss: Tensor) -> Tensor:
-    """Return the reward of each example ``[B]``, or of the batch ``[]`` if the loss of each example is not known."""
-    # Read as an attribute and not through __dict__, since compiled code only guards attributes.
-    custom = getattr(model, "_hard_attention_reward", None)
-    with torch.no_grad():
-        if custom is not None:
-            reward = torch.as_tensor(custom(inputs, output), dtype=torch.float32, device=loss.device)
-            if reward.dim() != 1:
-                raise HardAttentionError(
-                    f"the reward function returned shape {tuple(reward.shape)}; it must return one number per example, [B]."
-                )
-            return reward
-        family = family_of(model)
-        losses = None if family is None else family.example_loss(model, inputs, output)
-        return -(loss if losses is None else losses).detach().float()
+        The rows of a multiple choice, for example, are chosen one by one, and share the reward of their question.
+        """
+        log_prob, summary = selection.log_prob, selection.summary
+        if log_prob is None or reward.dim() == 0 or len(log_prob) == len(reward):
+            return selection
+        groups = (len(reward), len(log_prob) // max(len(reward), 1))
+        if not any(isinstance(x, Tensor) and x.dim() > 2 and x.shape[:2] == groups for x in self.inputs.values()):
+            return selection  # ``auxiliary_loss`` raises the error
+        return selection.replace(
+            log_prob=log_prob.sum((1, 2)).view(groups).sum(1)[:, None, None],
+            summary=None if summary is None else summary.view(*groups, -1).mean(1),
+        )
 
 
 def _target(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:

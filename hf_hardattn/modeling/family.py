@@ -258,14 +258,6 @@ class Family:
         losses = self.token_loss(model, inputs, output)
         return None if losses is None else losses[0].sum(-1) / losses[1].sum(-1).clamp(min=1)
 
-    def loss_items(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-        """Return the number of items in this batch, ``[]``, if the model divides their summed loss by ``num_items_in_batch``.
-
-        None if its loss is a mean, whatever the Trainer requests.
-        """
-        items: Tensor | None = self._call("loss_items", model, inputs)
-        return items
-
     def replace_inputs(
         self, model: nn.Module, batch: dict[str, Any], dropped: dict[str, Tensor], how: str, seed: int
     ) -> dict[str, Any]:

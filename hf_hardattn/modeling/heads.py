@@ -43,21 +43,23 @@ def class_scores(config: Any, logits: Tensor) -> Tensor:
     return logits.sigmoid() if task == "multi_label_classification" or logits.shape[-1] == 1 else logits.softmax(-1)
 
 
-def target_table(model: nn.Module) -> Tensor | None:
-    """Return the classifier's weight, a state for each class."""
+def target_table(model: Any) -> Tensor | None:
+    """Return the classifier's weight, a state for each class; None if it scores something else, as the answers of a multiple choice."""
     weight: Tensor | None = getattr(getattr(model, "classifier", None), "weight", None)
-    return weight
+    return None if weight is None or len(weight) != model.config.num_labels else weight
 
 
-def token_loss(
-    model: nn.Module, inputs: dict[str, Any], output: Any, known: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    """Return the cross-entropy of each label, or the squared or binary error if the labels are floating-point numbers."""
+def token_loss(model: Any, inputs: dict[str, Any], output: Any, known: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Return the cross-entropy of each label, or the error of each target if the labels are floating-point numbers.
+
+    The error is squared or binary, as ``problem_type`` says, which heads set in their first call.
+    """
     given, logits = inputs.get("labels"), output.get("logits")
     if given is None or logits is None:
         return None
     if given.is_floating_point():
-        loss = nn.functional.mse_loss if logits.shape[-1] == 1 else nn.functional.binary_cross_entropy_with_logits
+        squared = (model.config.problem_type or ("regression" if logits.shape[-1] == 1 else "")) == "regression"
+        loss = nn.functional.mse_loss if squared else nn.functional.binary_cross_entropy_with_logits
         losses = loss(logits.float(), given.view_as(logits).float(), reduction="none").mean(-1, keepdim=True)
         return losses, torch.ones_like(losses, dtype=torch.bool)
     if known is None:
@@ -78,19 +80,6 @@ def pair_loss(
     ways = [nn.functional.cross_entropy(x, pairs, reduction="none") for x in (logits, logits.t())]
     loss = (ways[0] + ways[1]).unsqueeze(-1) / 2
     return loss, torch.ones_like(loss, dtype=torch.bool)
-
-
-def loss_items(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-    """Return None, because most heads return a mean."""
-    return None
-
-
-def classified_items(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-    """Return the number of given classes, for image classifiers, whose loss function uses ``num_items_in_batch``."""
-    given = inputs.get("labels")
-    if not type(model).__name__.endswith("ForImageClassification") or given is None or given.is_floating_point():
-        return None
-    return (given != -100).sum()
 
 
 def replace_inputs(
@@ -184,10 +173,10 @@ def _neighbours(ids: Tensor, ordinary: Tensor, seed: int) -> Tensor:
 # ---------------------------------------------------------------- models that generate
 
 
-def next_labels(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-    """Return the labels of a next-token model, aligned with its logits; one class per example is read as for any model."""
+def next_labels(model: Any, inputs: dict[str, Any]) -> Tensor | None:
+    """Return the labels of a model that predicts the next token, aligned with its logits; heads that cannot generate do not shift them."""
     given: Tensor | None = inputs.get("labels")
-    if given is None or given.dim() == 1:
+    if given is None or not model.can_generate():
         return labels(model, inputs)
     return nn.functional.pad(given[:, 1:], (0, 1), value=-100)
 
@@ -201,15 +190,8 @@ def vocabulary(model: Any) -> Tensor | None:
     return weight
 
 
-def predicted_items(model: Any, inputs: dict[str, Any]) -> Tensor | None:
-    """Return the number of tokens to predict, by which a causal language model divides the loss that the Trainer accumulates."""
-    known = next_labels(model, inputs) if model.can_generate() else None
-    return None if known is None else (known != -100).sum()
-
-
 # the functions that the row of a decoder replaces
 NEXT_TOKEN: dict[str, Callable[..., Any]] = {
     "labels": next_labels,
     "target_table": vocabulary,
-    "loss_items": predicted_items,
 }

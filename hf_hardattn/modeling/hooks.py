@@ -16,6 +16,7 @@ from .context import MODEL
 from .cross import SOURCE_MASK
 from .family import FAMILY, Family, Tower
 from .layers import after_layer, before_layer
+from .lost_terms import terms_of
 from .plan import FOLLOWS, LAYER, TOWER, LayerPlan, TowerPlan
 from .prompt import CANDIDATES
 from .selector import Selector, running
@@ -231,7 +232,7 @@ def _install_tower(
         patches=spec if pixels and _selector_at(tower, "inputs", 0) is not None else None,
         protected=tower.protected,
         idle=idle,
-        adds_terms=bool(config.self_distillation) or any(selector.adds_terms for selector in _selectors_at(tower)),
+        terms=terms_of(_selectors_at(tower), config.self_distillation),
         pools=first_drop is not None and tower.spec.pooling is not None,
         always=tower.spec.always,
         patch_size=heads.patch_size(tower.config) if tower.reads_images else None,

@@ -121,7 +121,7 @@ class TowerPlan:
         patches: how a scorer of pixels uses its embedding module; None if no site needs it.
         protected: rows that are always kept.
         pools: an attention inside it pools the rows.
-        adds_terms: an estimator of its sites adds a term to the training loss.
+        terms: what its sites add to the training loss, in words.
         idle: every relevant site keeps everything, so that outside training there is nothing to do.
         patch_size: height and width of a patch, where the rows are patches of an image; None otherwise.
         always: see ``TowerSpec``.
@@ -140,8 +140,8 @@ class TowerPlan:
     patch_size: tuple[int, int] | None = None
     pools: bool = False
     idle: bool = False
-    adds_terms: bool = False
     source_drops: bool = False
+    terms: tuple[str, ...] = ()
     always: Callable[[Any, Any], Any] | None = None
     prompt: bool = False
     needs: tuple[int, ...] = ()

@@ -14,6 +14,7 @@ from .. import registry
 from ..budget import Budget, budget_schedule, final_budget
 from ..config import SiteConfig
 from ..errors import HardAttentionError
+from ..estimators import WITHOUT_TERMS
 from ..schedules import Sampled, Schedule
 from ..scorers import Projections, Scorer
 from .auxiliary_head import AuxiliaryHead
@@ -149,12 +150,16 @@ class Selector(nn.Module):
         return self.annealing is not None and self.config.anneal is None and not self.steps
 
     @property
-    def adds_terms(self) -> bool:
-        """Whether a choice in training may add a term to the loss: from a reward, a penalty, an entropy bonus or a teacher."""
-        estimator = self.estimator
-        reads_loss = bool({"reward", "choices", "teacher", "target", "class"} & set(estimator.needs))
-        entropy = not self.entropy_weight.constant or self.entropy_weight.end != 0
-        return reads_loss or not estimator.exact_budget or entropy or self.halts
+    def terms(self) -> tuple[str, ...]:
+        """What a choice in training may add to the model's loss, in words; empty if it adds nothing."""
+        config, estimator = self.config, self.estimator
+        adds = {
+            f"the term of estimator '{config.estimator}'": not estimator.exact_budget
+            or bool(set(estimator.needs) - WITHOUT_TERMS),
+            "the entropy bonus": not self.entropy_weight.constant or self.entropy_weight.end != 0,
+            f"the penalty of scorer '{config.scorer}'": self.halts,
+        }
+        return () if config.estimator == "soft" else tuple(term for term, added in adds.items() if added)
 
     @property
     def masked(self) -> bool:
@@ -254,6 +259,11 @@ class Selector(nn.Module):
                 inputs.keys = self.posterior.keys(states)
         if self.head is not None and context.classes is not None:
             inputs.classes = context.classes
+            if len(context.classes) != len(states):
+                raise HardAttentionError(
+                    f"'{self.site}' chooses in {len(states)} rows, and there are classes of {len(context.classes)} examples; estimator "
+                    "'cropr' needs the class of each row. Use estimator 'simple'."
+                )
             with full_precision(states.device), weights_in_place(self.head):
                 inputs.values = self.head.values(states)
         return inputs

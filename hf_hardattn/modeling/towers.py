@@ -13,6 +13,7 @@ from .arguments import Arguments
 from .context import CONTEXT, ForwardContext, context_around, has_modes
 from .copies import copies_input, hide_dropped
 from .cross import SOURCE, SOURCE_MASK, KeptEncoderOutput, Source, handed_over
+from .lost_terms import warn_of_lost_terms
 from .plan import TOWER, TowerPlan
 from .prompt import CANDIDATES, open_prompt, warn_of_lost_logits
 from .selector import running
@@ -38,7 +39,7 @@ def open_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return None
     members.check(tower, plan)
     inner = TRAINING_LOSS not in tower.__dict__  # a tower that is the whole model adds its terms itself
-    if inner and context is None and plan.adds_terms and tower.training and torch.compiler.is_compiling():
+    if inner and context is None and plan.terms and tower.training and torch.compiler.is_compiling():
         torch.compiler.disable(_refuse_compiled_training)(plan.name)
     context = context or ForwardContext(tower)
     arguments = Arguments(plan.names, args, kwargs)
@@ -164,6 +165,8 @@ def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     if context.owner is tower:
         context.finished = True
+        if context.selections and tower.training and torch.is_grad_enabled():
+            _check_own_call(tower, plan, state)
     if not state.dropped:
         return None
     if plan.prompt:
@@ -187,6 +190,24 @@ def finish_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         output["last_hidden_state"] = rows
         return output
     return _kept_output(plan, state, output, rows)
+
+
+def _check_own_call(tower: nn.Module, plan: TowerPlan, state: TowerState) -> None:
+    """Check that a training call of a tower by itself loses no gradient that only a call of the whole model has.
+
+    Raises:
+        HardAttentionError: another tower reads the rows, and the gradient of their choice goes through that reading.
+    """
+    if plan.is_read and state.gates is not None:
+        raise HardAttentionError(
+            f"'{plan.name}' was called by itself in training; the gradient of its choices goes through the tower that reads it, and would "
+            "be wrong. Give its inputs to the whole model instead of encoder_outputs, or call it under torch.no_grad()."
+        )
+    # a tower that is the whole model adds its terms itself
+    if plan.terms and TRAINING_LOSS not in tower.__dict__ and not torch.compiler.is_compiling():
+        warn_of_lost_terms(
+            f"'{plan.name}' was called by itself in training", plan.terms, "Call the whole model, with labels."
+        )
 
 
 def _kept_output(plan: TowerPlan, state: TowerState, output: Any, rows: Tensor) -> Any:

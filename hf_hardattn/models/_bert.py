@@ -1,5 +1,6 @@
 """The common row of BERT and its successors."""
 
+from ..modeling import heads
 from ..modeling.spec import AttentionSpec, ModelSpec, TowerSpec
 
 # heads that predict for every row
@@ -31,4 +32,5 @@ def bert_like(name: str, classes: str) -> ModelSpec:
         recommended=("text.tokens.25%",),
         heads=(f"{classes}ForSequenceClassification", f"{classes}Model"),
         restored_heads=tuple(f"{classes}{head}" for head in ALIGNED),
+        functions={"labels": heads.next_labels},
     )

@@ -1,6 +1,5 @@
 """DINOv2."""
 
-from ..modeling import heads
 from ..modeling.spec import ModelSpec, PatchSpec, TowerSpec
 
 DINOV2 = ModelSpec(
@@ -23,5 +22,4 @@ DINOV2 = ModelSpec(
     recommended=("vision.tokens.25%",),
     averaging_heads=("Dinov2ForImageClassification",),
     heads=("Dinov2ForImageClassification", "Dinov2Model"),
-    functions={"loss_items": heads.classified_items},
 )

@@ -1,6 +1,5 @@
 """DINOv2 with registers: rows after CLS that belong to no patch and are always kept."""
 
-from ..modeling import heads
 from ..modeling.spec import ModelSpec, TowerSpec
 
 DINOV2_WITH_REGISTERS = ModelSpec(
@@ -21,5 +20,4 @@ DINOV2_WITH_REGISTERS = ModelSpec(
     averaging_heads=("Dinov2WithRegistersForImageClassification",),
     heads=("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersModel"),
     tiny={"num_register_tokens": 2},
-    functions={"loss_items": heads.classified_items},
 )

@@ -1,6 +1,5 @@
 """ViT."""
 
-from ..modeling import heads
 from ..modeling.spec import ModelSpec, PatchSpec, TowerSpec
 
 VIT = ModelSpec(
@@ -22,5 +21,4 @@ VIT = ModelSpec(
     heads=("ViTForImageClassification", "ViTForMaskedImageModeling", "ViTModel"),
     tiny={"num_channels": 2, "encoder_stride": 4},
     restored_heads=("ViTForMaskedImageModeling",),
-    functions={"loss_items": heads.classified_items},
 )

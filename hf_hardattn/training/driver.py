@@ -14,6 +14,7 @@ from ..baselines import Baseline
 from ..errors import HardAttentionError
 from ..estimators import Estimator
 from ..modeling.context import CONTEXT
+from ..modeling.lost_terms import terms_of, warn_of_lost_terms
 from ..modeling.selection import Selection
 from ..modeling.selector import Selector
 from ..recording import selectors
@@ -69,6 +70,11 @@ class Driver:
         peft: Any = model
         inner = peft.get_base_model() if hasattr(model, "get_base_model") else model
         self._handles.append(inner.register_forward_hook(self._weigh, with_kwargs=True))
+        data = getattr(getattr(inner, "config", None), "hard_attention", None) or {}
+        self._terms = terms_of(self.selectors.values(), data.get("self_distillation"))
+        # of the current step: whether a forward pass returned a training loss, and whether a backward pass came from one
+        self._returned_loss = self._read_loss = False
+        self._handles.append(inner.register_forward_hook(self._note_loss))
 
     def begin_step(self, step: int, share: Tensor | None = None) -> None:
         """Start a micro-batch of the optimizer step ``step``, counted from 0 over the whole run, including resumed parts.
@@ -87,6 +93,14 @@ class Driver:
         for baseline in self.baselines:
             baseline.update()
         self._defer(False)
+        if self._returned_loss and not self._read_loss:
+            warn_of_lost_terms(
+                f"nothing of the loss that {type(self.model).__name__} returned reached this optimizer step",
+                self._terms,
+                "Use outputs.loss in compute_loss; a loss of your own can be computed inside the model's forward.",
+            )
+            self._terms = ()  # told once
+        self._returned_loss = self._read_loss = False
         if self.step < self.warmup:
             drop_backbone_gradients(self.model)
 
@@ -152,6 +166,18 @@ class Driver:
         terms = kwargs[CONTEXT].terms if CONTEXT in kwargs else None
         task = output["loss"] if terms is None else output["loss"] - terms
         output["loss"] = task * self._share if terms is None else task * self._share + terms
+
+    def _note_loss(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Note whether the loss of a training forward pass, which holds the selectors' terms, is read by a backward pass."""
+        if not self._terms or torch.compiler.is_compiling() or not isinstance(output, Mapping):
+            return
+        loss = output.get("loss")
+        if model.training and loss is not None and loss.requires_grad:
+            self._returned_loss = True
+            loss.register_hook(self._note_backward)
+
+    def _note_backward(self, gradient: Tensor) -> None:
+        self._read_loss = True
 
     def _note_selection(self, selector: Selector, args: Any, selection: Selection) -> None:
         if _is_a_choice(selector):

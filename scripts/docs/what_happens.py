@@ -125,12 +125,12 @@ def folder() -> Any:
 
 def tiny_trainer(model: Any, **options: Any) -> Trainer:
     data = [{"pixel_values": image, "labels": label} for image, label in zip(IMAGES, LABELS, strict=True)]
-    callbacks = options.pop("callbacks", [])
+    callbacks, trainer = options.pop("callbacks", []), options.pop("trainer", Trainer)
     fixed: dict[str, Any] = dict(
         max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
     )
     arguments = TrainingArguments(tempfile.mkdtemp(), **{**fixed, **options})
-    return Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+    return trainer(model, arguments, train_dataset=data, callbacks=callbacks)
 
 
 # ------------------------------------------------------------------------------------------------------------- saving and loading
@@ -378,6 +378,23 @@ def label_smoothing() -> str:
     return "trained"
 
 
+def own_loss() -> str:
+    """A `compute_loss` that computes its own loss from `outputs.logits`, with estimator `rloo`"""
+
+    class Weighted(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            return torch.nn.functional.cross_entropy(model(**inputs).logits, inputs["labels"])
+
+    tiny_trainer(vit(estimator="rloo"), trainer=Weighted, callbacks=[HardAttentionCallback()]).train()
+    return "trained"
+
+
+def tower_by_itself() -> str:
+    """A tower called by itself in training (`model.vit(...)`, `get_image_features`), with estimator `rloo`"""
+    vit(estimator="rloo").train().vit(pixel_values=IMAGES)
+    return "ran"
+
+
 def reward_that_nobody_reads() -> str:
     """`set_reward` where no estimator reads a reward"""
     hf_hardattn.set_reward(vit(), lambda inputs, output: torch.zeros(4))
@@ -447,6 +464,8 @@ SECTIONS: dict[str, list[Callable[[], str]]] = {
         best_checkpoint,
         schedule_without_callback,
         label_smoothing,
+        own_loss,
+        tower_by_itself,
         reward_that_nobody_reads,
     ],
     "What cannot be meant": [every_layer, too_large_a_count, misspelt, unknown_model, replaced_layer],
