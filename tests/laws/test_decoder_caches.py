@@ -174,5 +174,5 @@ def test_no_row_of_a_second_turn_is_read_twice(name, site, options):
             {**turns[0], "mm_token_type_ids": torch.nn.functional.pad(types, (0, text.shape[1] - types.shape[1]))}
         )
     for turn in turns:
-        with pytest.raises(HardAttentionError, match=r"generate\(\) cannot go on from a cache whose first layer"):
+        with pytest.raises(HardAttentionError, match=r"generate\(\) cannot continue from a cache whose first layer"):
             write(model, turn, past_key_values=copy.deepcopy(first.past_key_values), max_new_tokens=1, min_new_tokens=1)

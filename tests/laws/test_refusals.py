@@ -137,7 +137,7 @@ def test_an_encoder_that_is_a_decoder_is_refused_with_the_setting_that_makes_it_
         HardAttentionError, match=f"{name} is not supported.* supports it as an encoder, with is_decoder=False"
     ):
         hf_hardattn.apply(cls(cls.config_class(**sizes)), {"budget": 0.5})
-    with pytest.raises(HardAttentionError, match=f"{name} so hard attention cannot be applied.* is_decoder=False"):
+    with pytest.raises(HardAttentionError, match=f"{name}, so hard attention cannot be applied.* is_decoder=False"):
         cls(cls.config_class(**sizes, hard_attention={"budget": 0.5}))
 
 
