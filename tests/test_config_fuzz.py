@@ -91,6 +91,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "straight_through": {"surrogate": one_of("sigmoid", "balanced", "softmax", "identity")},
     "variational": {"weight": number(0, 1e6)},
     "learned": {"hidden": integer(1, 8192), "weight": number(0, 1e6)},
+    "leave_one_out": {"all_ranks": FLAG},
     "moving_average": {"momentum": number(0, 1, below=True), "whiten": FLAG},
 }
 KINDS = {"scorer": "scorers", "estimator": "estimators", "baseline": "baselines"}

@@ -41,10 +41,8 @@ def test_sites_that_take_different_scorers_are_written_one_by_one():
     sites = {"vision.*": {"budget": 0.5}, "vision.tokens.*": 2, "vision.tokens.1": {"scorer": "key_norm"}}
     model = hard("vit", "ViTForImageClassification", sites=sites, estimator="straight_through").model
     saved = json.loads(json.dumps(model.config.hard_attention))
-    assert saved["scorer"] == "conv" and saved["sites"]["vision.tokens.0"] == {
-        "budget": {"count": 2},
-        "scorer": "linear",
-    }
+    assert saved["scorer"] == "conv"
+    assert saved["sites"]["vision.tokens.0"].items() >= {"budget": {"count": 2}, "scorer": "linear"}.items()
     scorers = {site: selector.config.scorer for site, selector in hf_hardattn.selectors(model).items()}
     assert scorers["vision.inputs"] == "conv" and scorers["vision.tokens.1"] == "key_norm"
     again = HardAttentionConfig.from_dict(saved).resolve(scorers, [], "ViT")

@@ -443,7 +443,7 @@ def test_mixed_sizes_without_resizing(models: Path, tmp_path: Path) -> None:
 def test_text_longer_than_the_model(models: Path, data: Path) -> None:
     with pytest.raises(
         hf_hardattn.HardAttentionError,
-        match="max_target_length=40 is more than the 31 positions .* Set --max_target_length 31",
+        match="max_target_length=40 is more than the 31 positions .* Set --max_target_length to 31",
     ):
         make("captioning", models, data, max_target_length=40)
     task = make("captioning", models, data, max_target_length=31)

@@ -157,5 +157,5 @@ def test_a_text_that_is_too_long_is_refused(t5: str) -> None:
 @pytest.mark.parametrize("text", ["", " ", "\n\t"])
 def test_an_empty_text_is_asked_for(t5: str, text: str) -> None:
     assert "Enter a text" in compare(t5, None, text, 0.5)[1]
-    with pytest.raises(HardAttentionError, match="text 2 of 2 is empty; there is nothing to explain"):
+    with pytest.raises(HardAttentionError, match="input 2 of 2 is empty; t5 reads texts"):
         ModelWithProcessor.load(t5).encode(["word", text])

@@ -129,8 +129,8 @@ def test_every_need_of_the_loss_is_told() -> None:
         with pytest.warns(UserWarning, match=f"'vision' was called by itself .*estimator '{terms}'"):
             model.vit(pixel_values=images()["pixel_values"])
     bare = hard("vit", "ViTModel", "vision.inputs", **TERMS["cropr"])
-    with pytest.warns(UserWarning, match="ViTModel returned no loss, so this has no effect: .*'cropr'"):
-        bare.model(**bare.batch)
+    with pytest.raises(HardAttentionError, match="ViTModel was given no labels in training; estimator 'cropr'"):
+        bare.model.train()(**bare.batch)
 
 
 APART = [

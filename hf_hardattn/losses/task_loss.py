@@ -46,7 +46,7 @@ def explained(model: nn.Module, inputs: dict[str, Any], output: Any, loss: Tenso
     """
     known: bool | None = getattr(model, _EXPLAINED, None)
     traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad ...
-    if known is not None or traced:
+    if known is not None or traced or loss.is_meta:
         return known is not False
     family = family_of(model)
     found = None if family is None else family.token_loss(model, inputs, output)

@@ -146,6 +146,7 @@ class ForwardContext:
         copies_input: the model's head feeds the encoder's input to its decoder as well.
         as_tuple: the caller requested a tuple.
         finished: the call is over; a layer that runs again is being recomputed in the backward pass.
+        opened: the hook of a whole model has filled it; one that a tower makes when it is called on its own stays empty.
         terms: the terms that the estimators added to the task loss; None if they added nothing.
         selectors: the model's selectors by site, in a training call; empty in others. Finding them takes a walk through all modules, so
             it is done once per step.
@@ -171,6 +172,7 @@ class ForwardContext:
         self.copies_input = False
         self.as_tuple = False
         self.finished = False
+        self.opened = False
         self.terms: Tensor | None = None
         self.selectors: dict[str, Selector] = {}
         self.call: object | None = None

@@ -229,14 +229,17 @@ def _kept_output(plan: TowerPlan, state: TowerState, output: Any, rows: Tensor) 
 
 def open_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of a model: open the context of a call, unless an enclosing model handed one down."""
-    if kwargs.get(CONTEXT) is not None:
+    given_context: ForwardContext | None = kwargs.get(CONTEXT)
+    # the hook of a tower that is the whole model has made a context just now
+    if given_context is not None and (given_context.owner is not model or given_context.opened):
         return None
     hands_down, compiling = model.__dict__[HANDS_DOWN], torch.compiler.is_compiling()
     if compiling and not hands_down:
         if model.__dict__[SHARES] is not None:
             torch.compiler.disable(_refuse_compiled_call)(type(model).__name__, model.__dict__[SHARES])
         return None  # compiled code cannot read a thread's context variable: each tower opens its own call
-    context = ForwardContext(model)
+    context = given_context or ForwardContext(model)
+    context.opened = True
     arguments = Arguments(model.__dict__[NAMES], args, kwargs)
     context.labels, predictions = arguments.get("labels"), arguments.get("logits_to_keep")
     context.predictions = predictions if isinstance(predictions, int) else 0

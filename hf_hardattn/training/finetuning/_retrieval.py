@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from ...modes import evaluating
 from ..arguments import flag
 from ..rows import text
 from ..sources import column
@@ -177,11 +178,12 @@ class RetrievalTask(BlipTask):
             chosen.scatter_(dim, best, True)
         pairs = chosen.nonzero()[self.accelerator.process_index :: self.accelerator.num_processes]
         device, scores = self.accelerator.device, []
-        for part in pairs.split(64):
-            ids, mask = self.pad([texts[int(t)] for _, t in part])
-            tokens = nn.utils.rnn.pad_sequence([items[int(i)].tokens for i, _ in part], batch_first=True)
-            logits = model.match(ids.to(device), mask.to(device), tokens.to(device)).float()
-            scores.append((logits[:, 1] - logits[:, 0]).cpu())
+        with evaluating(model):
+            for part in pairs.split(64):
+                ids, mask = self.pad([texts[int(t)] for _, t in part])
+                tokens = nn.utils.rnn.pad_sequence([items[int(i)].tokens for i, _ in part], batch_first=True)
+                logits = model.match(ids.to(device), mask.to(device), tokens.to(device)).float()
+                scores.append((logits[:, 1] - logits[:, 0]).cpu())
         mine = [(pairs, torch.cat(scores) if scores else torch.zeros(0))]
         better = similarity / TEMPERATURE
         for places, values in gather_object(mine) if self.accelerator.num_processes > 1 else mine:
