@@ -157,7 +157,8 @@ class RetrievalTask(BlipTask):
         )
         right = kind[:, None] == first[None, :]
         started = time.perf_counter()
-        better = self._again(similarity, predictions, [predictions[int(i)].ids for i in first])
+        with evaluating(self.accelerator.unwrap_model(self.model)):
+            better = self._again(similarity, predictions, [predictions[int(i)].ids for i in first])
         found = {f"embedding_{name}": value for name, value in _recalls(similarity, right).items()} | _recalls(
             better, right
         )
@@ -178,12 +179,11 @@ class RetrievalTask(BlipTask):
             chosen.scatter_(dim, best, True)
         pairs = chosen.nonzero()[self.accelerator.process_index :: self.accelerator.num_processes]
         device, scores = self.accelerator.device, []
-        with evaluating(model):
-            for part in pairs.split(64):
-                ids, mask = self.pad([texts[int(t)] for _, t in part])
-                tokens = nn.utils.rnn.pad_sequence([items[int(i)].tokens for i, _ in part], batch_first=True)
-                logits = model.match(ids.to(device), mask.to(device), tokens.to(device)).float()
-                scores.append((logits[:, 1] - logits[:, 0]).cpu())
+        for part in pairs.split(64):
+            ids, mask = self.pad([texts[int(t)] for _, t in part])
+            tokens = nn.utils.rnn.pad_sequence([items[int(i)].tokens for i, _ in part], batch_first=True)
+            logits = model.match(ids.to(device), mask.to(device), tokens.to(device)).float()
+            scores.append((logits[:, 1] - logits[:, 0]).cpu())
         mine = [(pairs, torch.cat(scores) if scores else torch.zeros(0))]
         better = similarity / TEMPERATURE
         for places, values in gather_object(mine) if self.accelerator.num_processes > 1 else mine:
