@@ -120,7 +120,7 @@ def command(
         known = ", ".join(repr(group.name) for group in chosen.groups)
         raise HardAttentionError(f"no group of suite {chosen.name!r} matches --only {only!r}; it has: {known}.")
     path = _file(output, f"{chosen.name}{'' if mode == 'eager' else f'_{mode}'}.json", overwrite or only != "*")
-    before = json.loads(path.read_text()) if path.exists() and only != "*" else {"groups": []}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() and only != "*" else {"groups": []}
     by_name = {group["name"]: group for group in before["groups"]}
     as_run = "" if mode == "eager" else f" --mode {mode}"
     if exported:
@@ -144,11 +144,11 @@ def command(
     for group in measured:  # write after each group, so that an interrupted run keeps its results
         by_name[group["name"]] = group
         results["groups"] = [by_name[known.name] for known in chosen.groups if known.name in by_name]
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if exported:
-        path.with_suffix(".md").write_text(report.exported(results))
+        path.with_suffix(".md").write_text(report.exported(results), encoding="utf-8")
         return typer.echo(report.exported(results))
-    path.with_suffix(".md").write_text(report.markdown(results))
+    path.with_suffix(".md").write_text(report.markdown(results), encoding="utf-8")
     draw(results, path.with_suffix(".png"))
     _show(results)
     typer.echo(f"results: {path}")
@@ -219,8 +219,8 @@ def _competing(models: Path, name: str, rounds: int, threads: int, output: Path 
         "machine": bench.machine(threads),
         "methods": found,
     }
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(report.competing(results))
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(report.competing(results), encoding="utf-8")
     accuracy_and_speed(results, path.with_suffix(".png"))
     typer.echo(report.competing(results))
 
@@ -238,8 +238,8 @@ def _host(rounds: int, seconds: float, output: Path | None, overwrite: bool) -> 
         "machine": bench.machine(threads=1),
         "groups": list(tqdm(host.run(rounds=rounds, seconds=seconds), "bench", total=len(host.WORKLOADS))),
     }
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(report.host(results))
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(report.host(results), encoding="utf-8")
     typer.echo(report.host(results))
 
 
@@ -267,7 +267,7 @@ def _own(
     counts = [int(value) if value > 1 else value for value in budgets or ([] if saved else [0.5, 0.25])]
     rows: list[dict[str, Any]]
     if config is not None:
-        rows = [{"name": config.stem, "hard": json.loads(config.read_text())}]
+        rows = [{"name": config.stem, "hard": json.loads(config.read_text(encoding="utf-8"))}]
     elif saved is None:
         rows = [{"name": f"{', '.join(sites)} keep {{budget}}", "hard": {"sites": sites}, "budgets": counts}]
     elif counts:

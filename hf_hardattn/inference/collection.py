@@ -135,10 +135,10 @@ def _open_parts(parts: Path, run: dict[str, Any]) -> None:
     path = parts / "run.json"
     if not path.exists() or not any(parts.glob("*.parquet")):  # without a chunk, there is nothing to go on with
         temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(run, indent=1) + "\n")
+        temporary.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
         return
-    before = json.loads(path.read_text())
+    before = json.loads(path.read_text(encoding="utf-8"))
     other = [name for name in run if before.get(name) != run[name]]
     if other:
         raise HardAttentionError(

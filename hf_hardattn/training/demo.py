@@ -72,7 +72,7 @@ def run(recipe: Recipe, output: Path, threads: int | None = None) -> dict[str, A
         found, models = variants.run("cluttered_digits", options, numbers, hard, recipe.seed, output, on_step)
     seconds = time.perf_counter() - began
     results = {"command": "hf-hardattn demo", "recipe": asdict(recipe), **found, "seconds": seconds}
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     _draw(models["hard"], tasks.load("cluttered_digits", options), found["models"], output / "kept_patches.png")
     return results
 

@@ -58,7 +58,7 @@ def start(flags: list[str], log: Path) -> int:
     child = os.fork()
     if child:
         return child
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     code = 1

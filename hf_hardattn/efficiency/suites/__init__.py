@@ -76,7 +76,7 @@ def load(name: str) -> Suite:
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise unknown("suite", name, names())
-    return parse(yaml.safe_load(path.read_text()), path.stem)
+    return parse(yaml.safe_load(path.read_text(encoding="utf-8")), path.stem)
 
 
 def parse(data: dict[str, Any], name: str) -> Suite:
